@@ -1,0 +1,231 @@
+"""An adapter on disk, as peft reads and writes it.
+
+    adapter_config.json         r, lora_alpha, target_modules, ...
+    adapter_model.safetensors   base_model.model.{path}.lora_A.weight  (R, in)
+                                base_model.model.{path}.lora_B.weight  (out, R)
+
+Only LoRA tensors go in: no head, no embedding, no base weight. Keys and target modules are sorted, so equal
+runs give equal bytes. Reading is strict where peft only warns or keeps silent: every tensor of the file has a
+slot, every slot a tensor, and nothing has a default: without `target_modules` peft falls back to q_proj and
+v_proj and drops the rest of the file, without `lora_alpha` it scales by 8 / r.
+
+Source: peft 0.21, src/peft/tuners/lora/config.py and save_and_load.py (behaviour, tests/parity/test_adapter.py).
+Left out: what peft adds to LoRA (DoRA, biases, rank patterns, modules_to_save), refused by name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minilora.errors import UserError
+from minilora.load import read_header, read_json, read_tensor
+from minilora.lora import DropoutSeed, attach, iter_lora_layers
+from minilora.model import Qwen2ForCausalLM
+
+KEY_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The part of adapter_config.json that has a meaning here.
+
+    Attributes:
+        r: rank.
+        alpha: `lora_alpha`.
+        dropout: `lora_dropout`, used in training alone.
+        target_modules: names, or a text: "all-linear" or a regular expression.
+        use_rslora: scale by alpha / sqrt(r).
+        base_model_name_or_path: what the adapter belongs to.
+        revision: of the base model on the hub.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: str | tuple[str, ...]
+    use_rslora: bool
+    base_model_name_or_path: str | None
+    revision: str | None = None
+
+    def to_dict(self, matched_paths: list[str]) -> dict[str, Any]:
+        """Content of adapter_config.json, with keys that every consumer of peft's format knows.
+
+        "all-linear" and regular expressions are written as the names they matched: vLLM and llama.cpp read
+        nothing else.
+        """
+        alpha = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
+        return {
+            "alpha_pattern": {},
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "lora_alpha": alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.r,
+            "rank_pattern": {},
+            "revision": self.revision,
+            "target_modules": _target_names(self.target_modules, matched_paths),
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": self.use_rslora,
+        }
+
+
+def _target_names(target_modules: str | tuple[str, ...], matched_paths: list[str]) -> list[str]:
+    """What the adapter covers, as names: short where all layers have it, whole paths where only some do."""
+    if not isinstance(target_modules, str):
+        return sorted(set(target_modules))
+    if target_modules == "all-linear":
+        return sorted({path.rpartition(".")[2] for path in matched_paths})
+    return sorted(matched_paths)
+
+
+def save_adapter(
+    model: Qwen2ForCausalLM,
+    folder: Path,
+    config: AdapterConfig,
+    save_format: str = "safetensors",
+    save_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes the adapter's two files into `folder`, which is made if needed.
+
+    Args:
+        model: with LoRA layers.
+        folder: where to.
+        config: how it was attached.
+        save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
+        save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    paths = []
+    for path, layer in iter_lora_layers(model):
+        paths.append(path)
+        for name in ("lora_A", "lora_B"):
+            value = getattr(layer, name).detach().to("cpu", save_dtype).contiguous()
+            tensors[f"{KEY_PREFIX}{path}.{name}.weight"] = value
+    tensors = dict(sorted(tensors.items()))
+    content = json.dumps(config.to_dict(paths), indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "adapter_config.json").write_text(content + "\n", "utf-8")
+    if save_format == "bin":
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """What adapter_config.json says, its own or peft's.
+
+    Raises:
+        UserError: a required key is missing, or the adapter is of a kind that is not applied here in full.
+    """
+    path = folder / "adapter_config.json"
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
+    missing = [name for name in ("peft_type", "r", "lora_alpha", "target_modules") if content.get(name) is None]
+    if missing:
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}; without it the adapter would be applied wrongly, so take the "
+            "file that was written with the weights"
+        )
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False}
+    for name, expected in plain.items():
+        if content.get(name, expected) != expected:
+            raise UserError(f"{path}: {name} is {content[name]!r}, only {expected!r} can be applied")
+    empty = ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules")
+    for name in (*empty, "target_parameters", "trainable_token_indices", "layer_replication"):
+        if content.get(name):
+            raise UserError(f"{path}: {name} is {content[name]!r}, which cannot be applied; train without it")
+    targets = content["target_modules"]
+    return AdapterConfig(
+        r=content["r"],
+        alpha=content["lora_alpha"],
+        dropout=content.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=content.get("use_rslora", False),
+        base_model_name_or_path=content.get("base_model_name_or_path"),
+        revision=content.get("revision"),
+    )
+
+
+def attach_adapter(model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0) -> DropoutSeed:
+    """`lora.attach` with the values of an `AdapterConfig`."""
+    targets = config.target_modules
+    return attach(
+        model,
+        r=config.r,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=config.use_rslora,
+        seed=seed,
+    )
+
+
+def load_adapter(model: Qwen2ForCausalLM, folder: Path) -> AdapterConfig:
+    """Attaches the adapter in `folder` to `model`, a base without LoRA layers.
+
+    Raises:
+        UserError: see `read_adapter_config` and `load_adapter_weights`.
+    """
+    config = read_adapter_config(folder)
+    attach_adapter(model, config)
+    load_adapter_weights(model, folder)
+    return config
+
+
+def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
+    """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
+
+    Raises:
+        UserError: missing, unexpected, misshapen or non-finite tensors, named.
+    """
+    path, tensors = _read_adapter_tensors(folder)
+    slots = {
+        f"{KEY_PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
+        for name, layer in iter_lora_layers(model)
+        for matrix in ("lora_A", "lora_B")
+    }
+    problems = [f"{name}: missing from the file" for name in sorted(set(slots) - set(tensors))]
+    problems += [f"{name}: has no place in the model" for name in sorted(set(tensors) - set(slots))]
+    for name in sorted(set(tensors) & set(slots)):
+        if tensors[name].shape != slots[name].shape:
+            expected = tuple(slots[name].shape)
+            problems.append(f"{name}: file has {tuple(tensors[name].shape)}, model and adapter_config.json ask {expected}")
+        elif not torch.isfinite(tensors[name]).all():
+            problems.append(f"{name}: holds NaN or infinite values")
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {shown}{more}")
+    with torch.no_grad():
+        for name, slot in slots.items():
+            slot.copy_(tensors[name])
+
+
+def _read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    path = folder / "adapter_model.safetensors"
+    if path.is_file():
+        return path, {name: read_tensor(entry) for name, entry in read_header(path).items()}
+    path = folder / "adapter_model.bin"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no adapter_model.safetensors; give the folder that training wrote")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for a bad or hostile file
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: refused, it is not a file of plain tensors ({reason}); use safetensors") from None
+    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
+        raise UserError(f"{path}: refused, it is not a table of tensors; use safetensors")
+    return path, tensors

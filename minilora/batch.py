@@ -1,0 +1,181 @@
+"""Examples in, one packed micro-batch out: no padding, and the common prefix only once.
+
+    examples   P P P a a a a      P P P b b        P P P c c c        P: the ids that all of them begin with
+    rows       P P P a a a a b b c c c                                T = P + sum of the segments' lengths
+    positions  0 1 2 3 4 5 6 3 4 3 4 5
+
+A row attends to the prefix and to the earlier rows of its own segment, which is exactly what it would see
+in a batch of its own: keys and values of the prefix do not depend on what follows it. Its gradient is the
+sum of what all segments send back, as it would be if each had its own copy.
+
+Cost: a padded batch of N examples computes N * (longest example) rows, this one P + sum(length - P). On
+short reviews behind a 40-token instruction that is about a quarter.
+
+An example's last token is a target and never an input, so its row is not computed at all. Only rows that
+predict a supervised token reach the head (`supervised_rows`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from minilora.prompt import Example
+
+# Segments of one attention call are padded to the longest of them. A new group starts where that padding
+# would exceed this share of the group: fewer groups mean fewer small kernels, more padding means more work.
+MAX_GROUP_PADDING = 0.25
+# Largest number of rows * keys that one attention call may hold, so that scores stay within a few hundred MB.
+MAX_GROUP_SCORES = 1 << 22
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """n segments of similar length that attention computes together, padded to L rows.
+
+    Attributes:
+        prefix: P, the rows 0..P-1 that every segment of the group sees.
+        rows: (n, L) int64, the packed row of each place; padding repeats the segment's first row.
+        real_places: (M,) int64, the places of the flattened (n * L) that are no padding.
+        real_rows: (M,) int64, the packed rows of those places.
+    """
+
+    prefix: int
+    rows: torch.Tensor
+    real_places: torch.Tensor
+    real_rows: torch.Tensor
+
+    def to(self, device: torch.device) -> "SegmentGroup":
+        """The same group on `device`."""
+        return SegmentGroup(
+            self.prefix, self.rows.to(device), self.real_places.to(device), self.real_rows.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass needs.
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, each segment counting on from the prefix.
+        groups: which rows attend to which, for `ops.attention`.
+        supervised_rows: (S,) int64, rows whose hidden state predicts a supervised token.
+        targets: (S,) int64, those tokens.
+        owners: (S,) int64, the example (its place in the batch) that each of them belongs to.
+        num_examples: examples packed.
+        num_real_tokens: tokens of the examples, each with its own prefix: the unit of tokens/s.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    groups: tuple[SegmentGroup, ...]
+    supervised_rows: torch.Tensor
+    targets: torch.Tensor
+    owners: torch.Tensor
+    num_examples: int
+    num_real_tokens: int
+
+    @property
+    def num_supervised(self) -> int:
+        """S, known without asking the device."""
+        return int(self.targets.shape[0])
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on `device`."""
+        return MicroBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            groups=tuple(group.to(device) for group in self.groups),
+            supervised_rows=self.supervised_rows.to(device),
+            targets=self.targets.to(device),
+            owners=self.owners.to(device),
+            num_examples=self.num_examples,
+            num_real_tokens=self.num_real_tokens,
+        )
+
+
+def pack(examples: Sequence[Example], share_prefix: bool = True) -> MicroBatch:
+    """One micro-batch of all examples, in their order.
+
+    Args:
+        examples: at least one, each with a supervised token that is not its first.
+        share_prefix: compute the ids that all examples begin with once. The result is the same either way;
+            with dropout the examples then share the prefix's mask.
+    """
+    prefix = _common_prefix(examples) if share_prefix else 0
+    segments = [example.input_ids[prefix:-1] for example in examples]
+    starts = [prefix]
+    for segment in segments:
+        starts.append(starts[-1] + len(segment))
+
+    input_ids = examples[0].input_ids[:prefix]
+    position_ids = list(range(prefix))
+    supervised_rows, targets, owners = [], [], []
+    for owner, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
+        input_ids = input_ids + segment
+        position_ids += range(prefix, prefix + len(segment))
+        for position, supervised in enumerate(example.supervised):
+            if supervised:
+                supervised_rows.append(start + position - 1 - prefix)
+                targets.append(example.input_ids[position])
+                owners.append(owner)
+    return MicroBatch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        groups=_group_segments(prefix, list(pairwise(starts))),
+        supervised_rows=torch.tensor(supervised_rows),
+        targets=torch.tensor(targets),
+        owners=torch.tensor(owners),
+        num_examples=len(examples),
+        num_real_tokens=sum(len(example.input_ids) for example in examples),
+    )
+
+
+def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
+    """Attention groups of segments that stand one after another and share no prefix (pretraining, tests)."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return _group_segments(0, list(pairwise(starts)))
+
+
+def _common_prefix(examples: Sequence[Example]) -> int:
+    """Length of the ids that all examples share, short enough to leave each a row that predicts its answer."""
+    if len(examples) == 1:
+        return 0
+    limit = min(example.answer_start for example in examples) - 1
+    first, last = (choose((e.input_ids for e in examples), key=lambda ids: ids[:limit]) for choose in (min, max))
+    for position in range(limit):
+        if first[position] != last[position]:
+            return position
+    return max(limit, 0)
+
+
+def _group_segments(prefix: int, spans: Sequence[tuple[int, int]]) -> tuple[SegmentGroup, ...]:
+    """The prefix as a group of its own, then segments of similar length together."""
+    groups = [_build_group(0, [(0, prefix)])] if prefix else []
+    pending: list[tuple[int, int]] = []
+    for span in sorted(spans, key=lambda span: span[1] - span[0]):
+        length = span[1] - span[0]
+        count = len(pending) + 1
+        real = sum(end - start for start, end in pending) + length
+        too_padded = real < (1 - MAX_GROUP_PADDING) * count * length
+        too_large = count * length * (prefix + length) > MAX_GROUP_SCORES
+        if pending and (too_padded or too_large):
+            groups.append(_build_group(prefix, pending))
+            pending = []
+        pending.append(span)
+    if pending:
+        groups.append(_build_group(prefix, pending))
+    return tuple(groups)
+
+
+def _build_group(prefix: int, spans: Sequence[tuple[int, int]]) -> SegmentGroup:
+    starts = torch.tensor([start for start, _ in spans]).unsqueeze(1)
+    lengths = torch.tensor([end - start for start, end in spans]).unsqueeze(1)
+    place = torch.arange(int(lengths.max()))
+    real = place < lengths
+    rows = torch.where(real, starts + place, starts)
+    return SegmentGroup(prefix, rows, real.flatten().nonzero().squeeze(1), rows[real])

@@ -1,0 +1,164 @@
+"""Everything that a run needs to go on, written so that it is there as a whole or not at all.
+
+    checkpoints/step-000120/
+        adapter_config.json, adapter_model.safetensors   the adapter, as peft reads it, float32
+        optimizer.safetensors                            AdamW's moments
+        state.json                                       step, position in the data, best metric, hashes, configuration
+
+A run's state is small because little of it lives in objects: the order of the data is a function of
+(seed, epoch), the learning rate of the step, dropout of (seed, step, micro-batch). There is no generator to
+save, none to restore too late, and none to forget.
+
+A folder is written under a temporary name on the same disk, every file fsynced, then renamed, and the parent
+fsynced: a reader sees the finished folder or none. Tensors are safetensors and the rest is JSON; nothing is
+pickled. Older checkpoints are removed only after a newer one is in place, and the best one never.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minilora.adapter import AdapterConfig, load_adapter_weights, save_adapter
+from minilora.errors import UserError
+from minilora.load import read_header, read_json, read_tensor
+from minilora.model import Qwen2ForCausalLM
+from minilora.optim import load_optimizer_tensors, optimizer_tensors
+
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run knows beside weights and moments.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_seen: training examples done, over all epochs: the position in the data.
+        best_step: step of the best validation so far, 0 before the first.
+        best_metric: its value.
+        evals_without_improvement: validations since then, for early stopping.
+        test_before: metrics of the test set before training, None if not asked for.
+        data_sha256: of the split files, by name.
+        model_sha256: of the base model's files, by name.
+        scaler: state of the float16 loss scale, empty otherwise.
+        config: the resolved configuration.
+    """
+
+    step: int
+    samples_seen: int
+    best_step: int
+    best_metric: float | None
+    evals_without_improvement: int
+    test_before: dict[str, Any] | None
+    data_sha256: dict[str, str]
+    model_sha256: dict[str, str]
+    scaler: dict[str, Any]
+    config: dict[str, Any]
+
+
+def save_checkpoint(
+    directory: Path,
+    model: Qwen2ForCausalLM,
+    adapter: AdapterConfig,
+    optimizer: torch.optim.AdamW,
+    state: RunState,
+) -> Path:
+    """Writes `directory/step-NNNNNN` and returns it; a leftover of the same name is replaced."""
+    target = directory / f"step-{state.step:06d}"
+    temporary = directory / f".writing-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_adapter(model, temporary, adapter)
+    save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+    write_json(temporary / "state.json", dataclasses.asdict(state))
+    replace_folder(temporary, target)
+    return target
+
+
+def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW) -> RunState:
+    """Puts weights and moments back into `model` and `optimizer`, and returns the rest.
+
+    Raises:
+        UserError: a file is missing or does not fit the model.
+    """
+    state = read_state(folder)
+    load_adapter_weights(model, folder)
+    path = folder / "optimizer.safetensors"
+    load_optimizer_tensors(optimizer, {name: read_tensor(entry) for name, entry in read_header(path).items()})
+    return state
+
+
+def read_state(folder: Path) -> RunState:
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: it is missing, or of another version of this program.
+    """
+    path = folder / "state.json"
+    content = read_json(path)
+    try:
+        return RunState(**content)
+    except TypeError as error:
+        raise UserError(f"{path}: is not a run's state ({error}); start anew with --restart") from None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; folders that were being written do not count."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[len("step-") :]))
+
+
+def prune_checkpoints(directory: Path, keep: int, best_step: int) -> None:
+    """Removes all but the newest `keep` checkpoints and the best one, and leftovers of interrupted writes."""
+    checkpoints = list_checkpoints(directory)
+    kept = {*checkpoints[-keep:], directory / f"step-{best_step:06d}"}
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path)
+    for leftover in directory.glob(".writing-*"):
+        shutil.rmtree(leftover)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Pretty JSON with sorted keys: equal content, equal bytes."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Makes the finished folder `temporary` be `target`, whatever stood there, and durable.
+
+    A folder cannot be renamed onto a filled one, so an old `target` first steps aside under a name that no
+    reader takes for a checkpoint, and is removed when the new one is in place.
+    """
+    for path in sorted(temporary.rglob("*")):
+        _fsync(path)
+    _fsync(temporary)
+    aside = target.with_name(f".writing-old-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    temporary.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder; its rename is durable with the journal
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)  # some network file systems refuse it for folders
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,355 @@
+"""Default < YAML < `section.key=value`: one frozen `Config`, every problem of it in one error.
+
+Each key stands here once, with its type, default and meaning; `--help` prints this table and a test fails for
+a key that nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as
+text and `no` as False. There is no interpolation, and no environment variable has a say.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from minilora.errors import UserError
+
+
+def key(default: Any, meaning: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A configuration key: default, one-line meaning for --help, and the range of a number (both ends allowed)."""
+    metadata = {"help": meaning, "minimum": minimum, "maximum": maximum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    name_or_path: str = key("Qwen/Qwen2.5-0.5B-Instruct", "base model: a local folder or a name on the hub")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    quantization: Literal["nf4", "fp4", "none"] = key("nf4", "4-bit type of the frozen weights; none is plain LoRA")
+    double_quantization: bool = key(True, "store the scales of the 4-bit blocks in 8 bits")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "type of activations; auto is bfloat16 where the device multiplies it natively, else float32"
+    )
+    device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    r: int = key(8, "rank of the adapter", minimum=1)
+    alpha: float = key(16, "the adapter's product is scaled by alpha / r", minimum=0)
+    dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.9)
+    target_modules: str | list[str] = key(
+        "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
+    )
+    use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    dir: str = key("data/processed", "folder with train.jsonl, validation.jsonl and test.jsonl")
+    source: Literal["chnsenticorp", "demo"] = key(
+        "chnsenticorp", "prepared where data.dir is missing: the hub's ChnSentiCorp, or the reviews of [demo]"
+    )
+    max_length: int = key(512, "longest example in tokens; a longer review is cut", minimum=16)
+    max_train_examples: int | None = key(None, "use the first so many training records", minimum=1)
+    max_validation_examples: int | None = key(None, "use the first so many validation records", minimum=1)
+    max_test_examples: int | None = key(None, "use the first so many test records", minimum=1)
+
+
+@dataclass(frozen=True)
+class PromptSection:
+    system: str = key("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "text of the system turn")
+    instruction: str = key(
+        "判断下面评论的情感，只回答“正面”或“负面”。\n评论：", "opens the user turn; the review follows directly"
+    )
+    labels: list[str] = key(["负面", "正面"], "label words; data may name a class by word or by its index in this list")
+    positive_label: str | None = key(None, "class of precision, recall and F1; with two labels, the second if null")
+
+    @property
+    def positive(self) -> int | None:
+        """Index of the positive class; None asks for macro averages."""
+        if self.positive_label is not None:
+            return self.labels.index(self.positive_label)
+        return 1 if len(self.labels) == 2 else None
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    output_dir: str = key("outputs", "metrics, plot and checkpoints/ go here")
+    learning_rate: float = key(2e-4, "peak learning rate", minimum=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "course of the rate after warm-up")
+    warmup_ratio: float = key(0.03, "share of all steps in which the rate rises from 0", minimum=0, maximum=1)
+    num_train_epochs: int = key(3, "passes over the training data", minimum=1)
+    max_steps: int | None = key(None, "stop after so many optimizer steps, instead of num_train_epochs", minimum=1)
+    per_device_train_batch_size: int = key(8, "examples in a micro-batch", minimum=1)
+    per_device_eval_batch_size: int = key(32, "examples in a forward pass of validation and test", minimum=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches in an optimizer step", minimum=1)
+    gradient_checkpointing: bool = key(False, "compute activations again in backward: less memory, 50 % more work")
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
+    adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)
+    adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
+    adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 leaves them alone", minimum=0)
+    seed: int = key(42, "of data order, initial adapter and dropout", minimum=0)
+    logging_steps: int = key(1, "write a line of metrics.jsonl every so many steps", minimum=1)
+    eval_steps: int = key(100, "validate every so many steps, and at the end", minimum=1)
+    save_steps: int = key(100, "save a checkpoint every so many steps, and at the end", minimum=1)
+    save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1)
+    metric_for_best_model: Literal["eval_f1", "eval_loss"] = key("eval_f1", "decides which checkpoint is best")
+    load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last one's")
+    early_stopping_patience: int | None = key(
+        None, "stop after so many validations in a row without a better one", minimum=1
+    )
+    do_predict: bool = key(True, "score the test set before and after training")
+    save_format: Literal["safetensors", "bin"] = key("safetensors", "file of the final adapter; bin for older tools")
+    save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors")
+    report_to: Literal["none", "tensorboard"] = key("none", "also write TensorBoard files")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
+    prompt: PromptSection = field(default_factory=PromptSection)
+    train: TrainSection = field(default_factory=TrainSection)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and key, as `training_args.json` holds them."""
+        return dataclasses.asdict(self)
+
+
+# Keys that may differ between a run and its continuation: none of them changes what is computed.
+HARMLESS_KEYS = frozenset(
+    f"train.{name}"
+    for name in (
+        "output_dir",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "save_format",
+        "save_dtype",
+        "report_to",
+        "do_predict",
+        "gradient_checkpointing",
+    )
+)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=deep)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given twice", key_node.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration.
+
+    Args:
+        path: YAML file, or None for the defaults alone.
+        overrides: `section.key=value` from the command line; the value is read as YAML.
+
+    Raises:
+        UserError: all unknown keys, wrong types and impossible values in one message.
+    """
+    return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
+
+
+def config_from_dict(content: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
+    """`load_config` for content that is read already, such as a run's `training_args.json`."""
+    problems: list[str] = []
+    given: dict[str, Any] = {}
+    for section, keys in content.items():
+        if isinstance(keys, dict):
+            given |= {f"{section}.{name}": value for name, value in keys.items()}
+        elif keys is not None:
+            problems.append(f"{section}: got {keys!r}, expected a section with keys ({where})")
+    sources = dict.fromkeys(given, where)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"{override}: expected section.key=value (command line)")
+            continue
+        try:
+            given[name] = yaml.load(text, _StrictLoader)
+        except yaml.YAMLError:
+            given[name] = text  # a regular expression or an instruction need not be YAML
+        sources[name] = "command line"
+    return _build(given, problems, sources)
+
+
+def describe_keys() -> str:
+    """The table of all keys for --help: name, type, default, meaning."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        types_of = get_type_hints(section.type)
+        for item in dataclasses.fields(section.type):  # type: ignore[arg-type]
+            default = json.dumps(_default(item), ensure_ascii=False)
+            lines.append(f"  {section.name}.{item.name}={default}  ({_type_name(types_of[item.name])})")
+            lines.append(f"      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
+    """`section.key: before -> now` of every key that would change the course of a run that has begun."""
+    now = config.to_dict()
+    lines = []
+    for section, keys in now.items():
+        for name, value in keys.items():
+            old = before.get(section, {}).get(name)
+            if f"{section}.{name}" not in HARMLESS_KEYS and old != value:
+                lines.append(
+                    f"{section}.{name}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(value, ensure_ascii=False)}"
+                )
+    return lines
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text("utf-8-sig"), _StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML; {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected sections such as 'lora:' with keys")
+    return content
+
+
+def _build(given: Mapping[str, Any], problems: list[str], sources: Mapping[str, str]) -> Config:
+    sections = {f.name: f.type for f in dataclasses.fields(Config)}
+    known = {
+        f"{section}.{item.name}": (item, get_type_hints(kind)[item.name])
+        for section, kind in sections.items()
+        for item in dataclasses.fields(kind)  # type: ignore[arg-type]
+    }
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for name, value in given.items():
+        where = sources[name]
+        if name not in known:
+            problems.append(f"{name}: unknown key{_suggestion(name, known)} ({where})")
+            continue
+        item, kind = known[name]
+        try:
+            coerced = _coerce(value, kind)
+            _check_range(coerced, item)
+        except ValueError as error:
+            problems.append(f"{name}: got {value!r}, expected {error} ({where})")
+            continue
+        section, _, attribute = name.partition(".")
+        values[section][attribute] = coerced
+    if not problems:
+        config = Config(**{name: kind(**values[name]) for name, kind in sections.items()})  # type: ignore[operator]
+        problems += _iter_contradictions(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _iter_contradictions(config: Config) -> Iterator[str]:
+    """What each key allows and their combination does not."""
+    labels = config.prompt.labels
+    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
+        yield f"prompt.labels: got {labels}, expected two or more different words"
+    if config.prompt.positive_label is not None and config.prompt.positive_label not in labels:
+        yield f"prompt.positive_label: {config.prompt.positive_label!r} is not one of {labels}"
+    if config.model.compute_dtype == "float16" and config.model.device == "cpu":
+        yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
+
+
+def _suggestion(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:  # right key, wrong section
+        close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
+    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """`value` as the field's type; ValueError with what was expected.
+
+    A YAML bool is never taken for a number or a word: `no` for a label word would become "False".
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        if isinstance(value, list) and any(get_origin(a) is list for a in arguments):
+            return _coerce(value, next(a for a in arguments if get_origin(a) is list))
+        return _coerce(value, next(a for a in arguments if a is not type(None) and get_origin(a) is not list))
+    if origin is Literal:
+        # YAML reads an unquoted `none` as text but `null` and `~` as None.
+        if value in arguments and isinstance(value, str):
+            return value
+        raise ValueError(f"one of {', '.join(arguments)}")
+    if origin is list:
+        if not isinstance(value, list):
+            raise ValueError("a list, such as [a, b]")
+        return [_coerce(item, arguments[0]) for item in value]
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if kind in (int, float):
+        return _coerce_number(value, kind)
+    if isinstance(value, str):
+        return value
+    raise ValueError("text (quote it if it looks like a number or a yes/no word)")
+
+
+def _coerce_number(value: Any, kind: Any) -> Any:
+    expected = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(expected)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise ValueError(expected)
+    return int(value) if kind is int and isinstance(value, int) else kind(number)
+
+
+def _check_range(value: Any, item: "dataclasses.Field[Any]") -> None:
+    minimum, maximum = item.metadata["minimum"], item.metadata["maximum"]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if minimum is not None and value < minimum:
+            raise ValueError(f"{minimum} or more")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"{maximum} or less")
+
+
+def _default(item: "dataclasses.Field[Any]") -> Any:
+    return item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+
+
+def _type_name(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return ", ".join(arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]

@@ -1,0 +1,85 @@
+"""One optimizer step: micro-batches -> loss -> gradient -> clip -> update.
+
+    loss = sum over all micro-batches of the tokens' losses / number of supervised tokens in all of them
+
+The division is by the whole step's count, before the first backward pass. Dividing each micro-batch by its
+own count and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16
+examples then train differently as 1 x 16 and as 4 x 4.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minilora.batch import MicroBatch
+from minilora.loss import next_token_nll
+from minilora.lora import DropoutSeed
+from minilora.model import Qwen2ForCausalLM
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean negative log-likelihood of the supervised tokens, in nats.
+        grad_norm: global norm of the gradient before clipping.
+        num_real_tokens: tokens of all examples, for tokens/s.
+        updated: False where a float16 gradient overflowed and the update was left out.
+    """
+
+    loss: float
+    grad_norm: float
+    num_real_tokens: int
+    updated: bool
+
+
+def train_step(
+    model: Qwen2ForCausalLM,
+    micro_batches: Sequence[MicroBatch],
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    max_grad_norm: float,
+    dropout_seed: DropoutSeed,
+    seed: int,
+    step: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> StepResult:
+    """Moves the adapter by one optimizer step.
+
+    Args:
+        model: in training mode, adapter attached.
+        micro_batches: all examples of this step, on the model's device.
+        optimizer: over the adapter.
+        learning_rate: of this step.
+        max_grad_norm: the gradient is scaled down to this global norm; 0 leaves it alone.
+        dropout_seed: the model's, set before each micro-batch.
+        seed: of the run.
+        step: number of this step, from 1.
+        scaler: for float16, whose small gradients would become zero.
+    """
+    num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    device = model.head_weight.device
+    total = torch.zeros((), device=device)
+    for index, batch in enumerate(micro_batches):
+        dropout_seed.set(seed, step, index)
+        nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
+        loss = nll / num_supervised
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        total += loss.detach()
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf, foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    updated = scaler is None or bool(torch.isfinite(grad_norm))
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total.item(), grad_norm.item(), sum(b.num_real_tokens for b in micro_batches), updated)
