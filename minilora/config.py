@@ -102,7 +102,9 @@ class TrainSection:
     eval_steps: int = key(100, "validate every so many steps, and at the end", minimum=1)
     save_steps: int = key(100, "save a checkpoint every so many steps, and at the end", minimum=1)
     save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1)
-    metric_for_best_model: Literal["eval_f1", "eval_loss"] = key("eval_f1", "decides which checkpoint is best")
+    metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
+        "auto", "decides which checkpoint is best; auto is eval_f1 for labelled data, else eval_loss"
+    )
     load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last one's")
     early_stopping_patience: int | None = key(
         None, "stop after so many validations in a row without a better one", minimum=1

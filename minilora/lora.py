@@ -49,7 +49,7 @@ class DropoutSeed:
 
     def set(self, seed: int, step: int, micro_batch: int) -> None:
         """Chooses the masks of one micro-batch; a hash, so that neighbouring numbers are unrelated."""
-        digest = hashlib.blake2b(f"{seed}-{step}-{micro_batch}".encode(), digest_size=7).digest()
+        digest = hashlib.blake2b(f"{seed}-{step}-{micro_batch}".encode(), digest_size=6).digest()
         self.value = int.from_bytes(digest, "big")
 
 

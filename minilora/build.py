@@ -1,0 +1,165 @@
+"""What a configuration names, as objects: device, dtype, tokenizer, prompt, examples, model.
+
+Training, evaluation and inspection start here, so that they cannot differ in how a prompt is rendered or a
+model is loaded. Everything below this module takes plain values and never sees the configuration.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minilora.adapter import AdapterConfig
+from minilora.config import Config
+from minilora.data import Row, read_rows
+from minilora.errors import UserError
+from minilora.load import load_model
+from minilora.model import Qwen2ForCausalLM
+from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A data file as the model sees it.
+
+    Attributes:
+        rows: the records.
+        examples: one for each of them.
+        labelled: all of them have a label, so accuracy and F1 mean something.
+    """
+
+    rows: list[Row]
+    examples: list[Example]
+    labelled: bool
+
+    @property
+    def num_truncated(self) -> int:
+        """Examples whose text was cut to fit data.max_length."""
+        return sum(example.truncated_tokens > 0 for example in self.examples)
+
+    @property
+    def labels(self) -> list[int]:
+        """Class of each example; only where all are labelled."""
+        return [example.label for example in self.examples if example.label is not None]
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device that `model.device` names; a GPU for "auto" where there is one.
+
+    Raises:
+        UserError: the name is unknown or the device is absent.
+    """
+    name = config.model.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"model.device: {name!r} is not available here; use auto or cpu")
+    return device
+
+
+def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 only where it is multiplied natively.
+
+    A processor that emulates bfloat16 is slower with it than with float32.
+
+    Raises:
+        UserError: float16 on a CPU.
+    """
+    name = config.model.compute_dtype
+    if name == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    if name == "float16" and device.type == "cpu":
+        raise UserError("model.compute_dtype: float16 needs a GPU; use auto, bfloat16 or float32 on a CPU")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in checks)
+
+
+def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationPrompt:
+    """The classification prompt of `prompt.*` and `data.max_length`."""
+    return ClassificationPrompt(
+        tokenizer=tokenizer,
+        system=config.prompt.system,
+        instruction=config.prompt.instruction,
+        labels=tuple(config.prompt.labels),
+        max_length=config.data.max_length,
+    )
+
+
+def read_split(config: Config, prompt: ClassificationPrompt, split: str) -> Examples:
+    """The examples of one file of `data.dir`, as many as `data.max_{split}_examples` allows."""
+    limit = getattr(config.data, f"max_{split}_examples")
+    path = Path(config.data.dir) / f"{split}.jsonl"
+    return build_examples(read_rows(path)[:limit], prompt, config.prompt.system)
+
+
+def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt, system: str) -> Examples:
+    """One example for each row: a labelled text, or a conversation.
+
+    Raises:
+        UserError: a label that is neither a label word nor its index, or a conversation that teaches nothing.
+    """
+    rows = list(rows)
+    texts = [row for row in rows if row.messages is None]
+    labelled = iter(
+        prompt.examples([row.text or "" for row in texts], [_label_index(row, prompt.labels) for row in texts])
+    )
+    examples = [
+        next(labelled)
+        if row.messages is None
+        else chat_example(prompt.tokenizer, row.messages, prompt.max_length, row.where, system)
+        for row in rows
+    ]
+    return Examples(rows, examples, labelled=len(texts) == len(rows))
+
+
+def _label_index(row: Row, labels: tuple[str, ...]) -> int:
+    if isinstance(row.label, int) and 0 <= row.label < len(labels):
+        return row.label
+    if row.label in labels:
+        return labels.index(str(row.label))
+    raise UserError(
+        f"{row.where}: label {row.label!r} is not one of {list(labels)} nor an index 0 to {len(labels) - 1}; "
+        "correct the file or set prompt.labels"
+    )
+
+
+def build_model(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen2ForCausalLM:
+    """The frozen base model, with a progress bar for its tensors."""
+    with tqdm(desc="load model", unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return load_model(
+            folder, dtype, config.model.quantization, config.model.double_quantization, device, on_progress
+        )
+
+
+def adapter_config(config: Config) -> AdapterConfig:
+    """The adapter that `lora.*` describes, on the base that `model.*` names."""
+    targets = config.lora.target_modules
+    return AdapterConfig(
+        r=config.lora.r,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        use_rslora=config.lora.use_rslora,
+        base_model_name_or_path=config.model.name_or_path,
+        revision=config.model.revision,
+    )

@@ -1,0 +1,108 @@
+"""Model and examples in, label probabilities and loss out: one prefill, no text generation.
+
+The answer of a classification prompt is one of a few label words, so its probability is read off directly:
+
+    p(label | review) = softmax over labels of  sum over the word's tokens of log p(token | review, tokens before)
+
+For label words of one token, which is what the default prompt has, all of them are scored by the same row of
+hidden states and the sum is that row's logit (the normalising constant is common and falls out). Otherwise
+every review is run once with each word. Logits are computed in float32: in bfloat16 two labels closer than
+0.8 % tie. Sampling settings in generation_config.json (temperature, repetition penalty) play no part.
+
+Validation uses the training examples' own layout, so `eval_loss` comes out of the same pass: a row sees only
+what stands before it, and the answer stands behind the row that predicts it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minilora.batch import MicroBatch, pack
+from minilora.loss import head_logits, next_token_nll, token_log_probabilities
+from minilora.model import Qwen2ForCausalLM
+from minilora.prompt import ClassificationPrompt, Example
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model makes of N examples.
+
+    Attributes:
+        loss: mean negative log-likelihood of the supervised tokens, in nats.
+        probabilities: (N, labels) float64, rows summing to 1; None for free-form chat.
+    """
+
+    loss: float
+    probabilities: np.ndarray | None
+
+
+@torch.inference_mode()
+def score(
+    model: Qwen2ForCausalLM,
+    examples: Sequence[Example],
+    prompt: ClassificationPrompt | None,
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Loss and label probabilities of all examples, in their order.
+
+    Args:
+        model: put into evaluation mode for the time of the call.
+        examples: at least one, each with its true answer.
+        prompt: whose labels are scored; None for free-form chat.
+        batch_size: examples in a forward pass. Examples of similar length go together, whatever their order.
+        on_progress: called with the number of examples finished.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        total = 0.0
+        num_tokens = 0
+        log_scores = None if prompt is None else torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
+        for places, batch in _iter_batches(model, examples, batch_size):
+            hidden = model(batch)
+            nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
+            total += nll.item()
+            num_tokens += count
+            if prompt is not None and log_scores is not None:
+                chosen = [examples[place] for place in places]
+                log_scores[places] = _label_scores(model, hidden, batch, chosen, prompt).double().cpu()
+            if on_progress is not None:
+                on_progress(len(places))
+        probabilities = None if log_scores is None else torch.softmax(log_scores, dim=-1).numpy()
+        return Scores(total / num_tokens, probabilities)
+    finally:
+        model.train(was_training)
+
+
+def _iter_batches(
+    model: Qwen2ForCausalLM, examples: Sequence[Example], batch_size: int
+) -> Iterator[tuple[list[int], MicroBatch]]:
+    """(places in `examples`, micro-batch), longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+    device = model.head_weight.device
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        yield places, pack([examples[place] for place in places]).to(device)
+
+
+def _label_scores(
+    model: Qwen2ForCausalLM,
+    hidden: torch.Tensor,
+    batch: MicroBatch,
+    examples: Sequence[Example],
+    prompt: ClassificationPrompt,
+) -> torch.Tensor:
+    """(N, labels) float32: scores that differ from the labels' log-probabilities by a constant a row."""
+    if all(len(ids) == 1 for ids in prompt.label_ids):
+        first_rows = torch.searchsorted(batch.owners, torch.arange(len(examples), device=batch.owners.device))
+        words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
+        return head_logits(hidden[first_rows].float(), words.float())
+    columns = []
+    for label in range(len(prompt.labels)):
+        variant = pack([prompt.with_answer(example, label) for example in examples]).to(hidden.device)
+        tokens = token_log_probabilities(model(variant).float(), variant.targets, model.head_weight.float())
+        columns.append(torch.zeros(len(examples), device=hidden.device).index_add_(0, variant.owners, tokens))
+    return torch.stack(columns, dim=1)

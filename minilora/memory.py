@@ -1,0 +1,106 @@
+"""The memory ledger: bytes predicted from a configuration, and bytes measured.
+
+    weights      projections in 4 bits (4.5 with their scales, 4.13 with scales of scales), all else dense
+    adapter      A and B in float32, their gradients, and AdamW's two moments: 16 bytes a parameter
+    activations  what the backward passes of `ops.py` and `lora.py` keep, per packed row
+    transient    the largest weight in dense form, one chunk of logits, one layer's gradients
+
+Activations are linear in the packed rows T. With gradient checkpointing a layer keeps only its input, and one
+layer at a time is computed again.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from minilora.loss import CHUNK_ROWS
+from minilora.lora import iter_lora_layers
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Predicted bytes by component; `total_bytes` is their sum."""
+
+    parts: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<48}{value / 1e6:>10.1f} MB" for name, value in self.parts.items()]
+        return "\n".join([*lines, f"  {'total':<48}{self.total_bytes / 1e6:>10.1f} MB"])
+
+
+def predict_memory(
+    model: Qwen2ForCausalLM,
+    rows: int,
+    compute_dtype: torch.dtype,
+    quantization: str,
+    double_quantization: bool,
+    gradient_checkpointing: bool,
+) -> Ledger:
+    """The ledger of training with micro-batches of up to `rows` packed rows.
+
+    Args:
+        model: with its adapter; may live on the meta device, only shapes are read.
+        rows: T of the largest micro-batch.
+        compute_dtype: of activations and dense weights.
+        quantization: "nf4", "fp4" or "none".
+        double_quantization: scales of the 4-bit blocks in 8 bits.
+        gradient_checkpointing: as in training.
+    """
+    config = model.config
+    width = compute_dtype.itemsize
+    adapter = sum(p.numel() for _, layer in iter_lora_layers(model) for p in (layer.lora_A, layer.lora_B))
+    projections = sum(
+        module.weight.numel() for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)
+    )
+    dense = sum(p.numel() for p in model.parameters()) - projections - adapter
+    bits = {"none": 8.0 * width}.get(quantization, 4 + 8 / 64 + 32 / (64 * 256) if double_quantization else 4 + 32 / 64)
+    layer = _row_elements(config) * width + 8  # two root mean squares in float32
+    kept_layers = 1 if gradient_checkpointing else config.num_hidden_layers
+    inputs = config.num_hidden_layers * config.hidden_size * width if gradient_checkpointing else 0
+    largest = config.intermediate_size * config.hidden_size * width
+    parts = {
+        f"projections ({quantization}, {bits:.2f} bits)": round(projections * bits / 8),
+        f"embedding, head, norms, biases ({_dtype_name(compute_dtype)})": dense * width,
+        "adapter, gradients, moments (float32)": adapter * 16,
+        f"activations of {rows} rows": rows * (kept_layers * layer + inputs),
+        "one dense weight": largest if quantization != "none" else 0,
+        "one chunk of logits (float32)": 2 * min(rows, CHUNK_ROWS) * config.vocab_size * 4,
+        "one layer's gradients": rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width,
+    }
+    peak = peak_memory_bytes(torch.device("cpu"))
+    if peak is not None and not torch.cuda.is_available():
+        parts["Python and PyTorch themselves (measured now)"] = peak
+    return Ledger(parts)
+
+
+def _row_elements(config: Qwen2Config) -> int:
+    """Numbers that one layer keeps for the backward pass of one row."""
+    kv_size = config.num_key_value_heads * config.head_dim
+    stream = 2 * config.hidden_size  # the inputs of the two norms
+    normed = 2 * config.hidden_size  # x of q, k, v and of gate, up
+    attention = 2 * config.hidden_size + 2 * kv_size  # q, k, v, and x of o_proj
+    mlp = 3 * config.intermediate_size  # gate, up, and x of down_proj
+    return stream + normed + attention + mlp
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory used so far: allocated on a GPU, resident for this process on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

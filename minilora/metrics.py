@@ -1,0 +1,299 @@
+"""Labels and predicted probabilities in, every number of an evaluation out, and how far to trust it.
+
+Nearly everything is read from one table, the confusion matrix M: M[i, j] counts the reviews of class i that
+were given class j.
+
+                    predicted 0   predicted 1        precision_k = M[k, k] / sum_i M[i, k]   (column)
+        true 0          M00           M01            recall_k    = M[k, k] / sum_j M[k, j]   (row)
+        true 1          M10           M11            f1_k        = 2 M[k, k] / (row sum + column sum)
+
+Accuracy is trace / sum. Only ROC AUC, log loss and calibration error need the probabilities themselves. A
+bootstrap interval needs no reviews either: resampling them is a multinomial draw over the cells of M.
+
+Defined results where a denominator is zero: precision, recall and F1 of such a class are 0.0, and it counts
+in a macro average, as in scikit-learn with `labels=range(K), zero_division=0`. ROC AUC is None.
+
+Source: scikit-learn's definitions, against which the tests compare; others are named at their functions.
+Left out: sample weights and several labels per review, which nothing here asks for, and ROC AUC of more than
+two classes, because there is no single one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often each true class was given each class.
+
+    Args:
+        labels: (N,) int, the true classes, 0..K-1.
+        predictions: (N,) int, the predicted classes, 0..K-1.
+        num_classes: K; named, because a class may occur in neither array.
+
+    Returns:
+        (K, K) int64, rows true, columns predicted.
+
+    Raises:
+        ValueError: the arrays are not of one length, or hold a class outside 0..K-1.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.ndim != 1 or labels.shape != predictions.shape:
+        raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} must both be (N,)")
+    for name, classes in (("labels", labels), ("predictions", predictions)):
+        # Without this check, (0, K) would be counted in silence as cell (1, 0).
+        if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
+            raise ValueError(f"{name} run {classes.min()}..{classes.max()}, expected 0..{num_classes - 1}")
+    cells = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
+
+
+def precision_recall_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and F1 of each class; 0.0 where the denominator is 0.
+
+    So a class that is never predicted has precision 0, one that never occurs has recall 0, and one that does
+    neither has F1 0 as well: scikit-learn's `zero_division=0`. F1 comes from counts, not from precision and
+    recall, so that it needs no rule of its own for 0 + 0.
+
+    Args:
+        confusion: (..., K, K) counts, rows true, columns predicted; leading axes are separate tables.
+
+    Returns:
+        Three arrays (..., K) float64.
+    """
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1)
+    predicted, actual = confusion.sum(axis=-2), confusion.sum(axis=-1)
+    return (
+        _divide_or_zero(correct, predicted),
+        _divide_or_zero(correct, actual),
+        _divide_or_zero(2 * correct, predicted + actual),
+    )
+
+
+def roc_auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
+    """The probability that a random positive scores above a random negative, a tie counting one half.
+
+    The area under the ROC curve is that probability (the Mann-Whitney statistic), so no curve is drawn: each
+    distinct score wins against the negatives below it and ties with those on it. Twice the number of wins is
+    an integer, hence exact.
+
+    Args:
+        positive: (N,) bool, true where the review is of the positive class.
+        scores: (N,) float, larger for more positive.
+
+    Returns:
+        The area in 0..1; None where there are no positives or no negatives.
+
+    Source: Fawcett 2006, "An introduction to ROC analysis", section 7.
+    """
+    positive = np.asarray(positive, dtype=bool)
+    levels, level_of = np.unique(scores, return_inverse=True)
+    positives = np.bincount(level_of[positive], minlength=levels.size).astype(np.int64)
+    negatives = np.bincount(level_of[~positive], minlength=levels.size).astype(np.int64)
+    pairs = int(positives.sum()) * int(negatives.sum())
+    if pairs == 0:
+        return None
+    negatives_below = np.cumsum(negatives) - negatives
+    twice_wins = int((positives * (2 * negatives_below + negatives)).sum())
+    return twice_wins / (2 * pairs)
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean negative natural logarithm of the probability that was given to the true class.
+
+    Probabilities are clipped to [eps, 1 - eps] of float64, as scikit-learn clips them: one confident mistake
+    costs 36.04 and not infinity.
+
+    Args:
+        labels: (N,) int, N at least 1.
+        probabilities: (N, K) float64, rows sum to one.
+
+    Returns:
+        The mean in nats.
+    """
+    eps = np.finfo(np.float64).eps
+    of_truth = np.asarray(probabilities, dtype=np.float64)[np.arange(len(labels)), labels]
+    return float(-np.log(np.clip(of_truth, eps, 1 - eps)).mean())
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15) -> float:
+    """How far confidence is from accuracy, averaged over reviews of similar confidence.
+
+    Confidence is the largest probability of a row. With bins ((m - 1) / num_bins, m / num_bins]:
+
+        ECE = sum_m |bin m| / N * |accuracy of bin m - mean confidence of bin m|
+
+    Args:
+        labels: (N,) int, N at least 1.
+        probabilities: (N, K) float64, rows sum to one.
+        num_bins: bins of equal width over 0..1.
+
+    Returns:
+        The error in 0..1; 0 for perfect calibration.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    inner_edges = np.linspace(0, 1, num_bins + 1)[1:-1]
+    bins = np.searchsorted(inner_edges, confidence, side="left")
+    # |bin| * |accuracy - confidence| is the absolute value of one sum, so no bin is divided by its size.
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def bootstrap_intervals(
+    confusion: np.ndarray, positive: int | None, resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of accuracy, precision, recall and F1.
+
+    A resample draws N reviews with replacement. Each draw falls into cell (i, j) with probability
+    M[i, j] / N, independently of the other draws, so the resampled table is Multinomial(N, M / N): the
+    reviews themselves are not needed, and all tables are one call.
+
+    The interval covers the choice of test reviews alone, not another training seed.
+
+    Args:
+        confusion: (K, K) counts, rows true, columns predicted.
+        positive: the class whose precision, recall and F1 are meant; None for macro averages.
+        resamples: how many tables are drawn.
+        seed: of the draws; equal seeds give equal intervals.
+        level: the share of the resamples that lie within.
+
+    Returns:
+        (low, high) under `accuracy`, `precision`, `recall` and `f1`.
+
+    Raises:
+        ValueError: the table is empty.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
+    """
+    total = int(confusion.sum())
+    if total == 0:
+        raise ValueError("bootstrap_intervals: the confusion matrix is empty, expected at least one example")
+    # Only observed cells are drawn, so that rounding cannot put a review into a cell of probability 0.
+    observed = np.flatnonzero(confusion)
+    generator = np.random.default_rng(seed)
+    draws = generator.multinomial(total, confusion.ravel()[observed] / total, size=resamples)
+    tables = np.zeros((resamples, confusion.size), dtype=np.int64)
+    tables[:, observed] = draws
+    scores = _headline_scores(tables.reshape(resamples, *confusion.shape), positive)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    bounds = {name: np.quantile(values, tails) for name, values in scores.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+
+
+def mcnemar_test(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, float]:
+    """Whether two models that saw the same reviews differ in accuracy.
+
+    Reviews that both get right or both get wrong say nothing about it. If the models are equally good, each
+    of the other n = b + c favours either side with probability 1/2, and
+
+        p = min(1, 2 * sum_{k <= min(b, c)} C(n, k) / 2^n).
+
+    Summed in whole numbers and divided once: exact to the last bit, and no n overflows.
+
+    Args:
+        correct_a: (N,) bool, where model a is right.
+        correct_b: (N,) bool, where model b is right, on the same reviews.
+
+    Returns:
+        `b`: int, reviews that only a gets right; `c`: int, those that only b gets right; `p_value`: float,
+        two-sided, 1.0 where b + c is 0.
+
+    Raises:
+        ValueError: the arrays are not of one length.
+
+    Source: McNemar 1947, in the exact binomial form.
+    """
+    correct_a, correct_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if correct_a.shape != correct_b.shape:
+        raise ValueError(f"mcnemar_test: {correct_a.shape} and {correct_b.shape} are not the same reviews")
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((correct_b & ~correct_a).sum())
+    n, ways, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)  # C(n, k + 1) from C(n, k); the division leaves no remainder
+    return {"b": only_a, "c": only_b, "p_value": min(2 * tail, 2**n) / 2**n}
+
+
+def classification_metrics(
+    labels: np.ndarray, probabilities: np.ndarray, label_names: Sequence[str], positive: int | None
+) -> dict[str, Any]:
+    """All metrics of one evaluation, in plain Python values that `json.dumps` takes.
+
+    The prediction is the most probable class, the first of equals.
+
+    Args:
+        labels: (N,) int, the true classes, 0..K-1.
+        probabilities: (N, K) float64, rows sum to one.
+        label_names: the K names, in the order of the classes.
+        positive: the class that `precision`, `recall`, `f1` and `roc_auc` are about. None, the choice for
+            more than two classes, makes the first three macro averages and `roc_auc` None.
+
+    Returns:
+        `num_examples`, `accuracy`, `precision`, `recall`, `f1`, `macro_precision`, `macro_recall`,
+        `macro_f1`, `per_class` (by name: `precision`, `recall`, `f1`, `support`), `confusion_matrix` (K lists
+        of K), `roc_auc`, `log_loss` (nats), `expected_calibration_error`, `confidence_intervals_95` ([low,
+        high] of `accuracy`, `precision`, `recall` and `f1`).
+
+    Raises:
+        ValueError: there are no examples, or the arguments do not fit together.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    _check_arguments(labels, probabilities, label_names, positive)
+    confusion = confusion_matrix(labels, probabilities.argmax(axis=1), len(label_names))
+    macro, intervals = _headline_scores(confusion, None), bootstrap_intervals(confusion, positive)
+    columns = (*precision_recall_f1(confusion), confusion.sum(axis=1))
+    per_class = {
+        name: dict(zip(("precision", "recall", "f1", "support"), row, strict=True))
+        for name, *row in zip(label_names, *(column.tolist() for column in columns), strict=True)
+    }
+    return {
+        "num_examples": len(labels),
+        **{name: float(score) for name, score in _headline_scores(confusion, positive).items()},
+        **{f"macro_{name}": float(macro[name]) for name in ("precision", "recall", "f1")},
+        "per_class": per_class,
+        "confusion_matrix": confusion.tolist(),
+        "roc_auc": None if positive is None else roc_auc(labels == positive, probabilities[:, positive]),
+        "log_loss": log_loss(labels, probabilities),
+        "expected_calibration_error": expected_calibration_error(labels, probabilities),
+        "confidence_intervals_95": {name: list(bounds) for name, bounds in intervals.items()},
+    }
+
+
+def _headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, np.ndarray]:
+    """The four scores of one (K, K) table, or of many (..., K, K): the estimate and its resamples alike."""
+    trace = np.trace(confusion, axis1=-2, axis2=-1)
+    scores = {"accuracy": trace / confusion.sum(axis=(-2, -1))}
+    for name, by_class in zip(("precision", "recall", "f1"), precision_recall_f1(confusion), strict=True):
+        scores[name] = by_class.mean(axis=-1) if positive is None else by_class[..., positive]
+    return scores
+
+
+def _divide_or_zero(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
+
+
+def _check_arguments(
+    labels: np.ndarray, probabilities: np.ndarray, label_names: Sequence[str], positive: int | None
+) -> None:
+    where, shape = "classification_metrics", (len(labels), len(label_names))
+    if labels.size == 0:
+        raise ValueError(f"{where}: no examples, expected at least one")
+    if probabilities.shape != shape:
+        raise ValueError(f"{where}: probabilities are {probabilities.shape}, expected {shape}")
+    if len(set(label_names)) != len(label_names):
+        raise ValueError(f"{where}: label names {list(label_names)} repeat, expected distinct ones")
+    if positive is not None and not 0 <= positive < len(label_names):
+        raise ValueError(f"{where}: positive is {positive}, expected 0..{len(label_names) - 1}")
+    # A diverged model gives NaN, whose argmax is a class like any other: it must not pass as a score.
+    # 1e-3 lets rows through that were normalised in float16.
+    unfit = ~((np.abs(probabilities.sum(axis=1) - 1) <= 1e-3) & (probabilities >= 0).all(axis=1))
+    if unfit.any():
+        row = int(unfit.argmax())
+        raise ValueError(
+            f"{where}: row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1"
+        )

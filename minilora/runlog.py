@@ -1,0 +1,123 @@
+"""What a run says while it goes: metrics.jsonl, a progress bar with the numbers of the moment, a plot.
+
+metrics.jsonl has a line for every logged step, with the keys that apply to it:
+
+    {"step": 20, "epoch": 0.16, "train_loss": 0.41, "learning_rate": 0.0002, "grad_norm": 1.3,
+     "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
+
+All of it but the last two of the first group, which are measurements of the machine, is equal to the bit when a
+run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
+
+
+class RunLog:
+    """Writer of metrics.jsonl and owner of the progress bar."""
+
+    def __init__(self, directory: Path, total_steps: int, step: int, report_to: str = "none"):
+        """Opens the log of a run that stands at `step`; later lines, written before it was stopped, go.
+
+        Args:
+            directory: where metrics.jsonl is.
+            total_steps: length of the progress bar.
+            step: steps that are done.
+            report_to: "tensorboard" writes event files into `directory/tensorboard` as well.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(directory) if row["step"] <= step]
+        self._path.write_text("".join(_line(row) for row in kept), "utf-8")
+        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
+        self._events = None
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(directory / "tensorboard", purge_step=step + 1)
+
+    def advance(self, numbers: dict[str, Any]) -> None:
+        """One step on; shows the numbers of the moment beside the bar."""
+        self._bar.set_postfix(
+            {
+                "loss": f"{numbers['train_loss']:.4f}",
+                "lr": f"{numbers['learning_rate']:.2e}",
+                "tok/s": f"{numbers['tokens_per_s']:.0f}",
+            },
+            refresh=False,
+        )
+        self._bar.update()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a line, and makes it survive the end of this process."""
+        self._file.write(_line(row))
+        self._file.flush()
+        if self._events is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, row["step"])
+
+    def say(self, text: str) -> None:
+        """A line of text above the progress bar."""
+        self._bar.write(text)
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        self._bar.close()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut off in writing is left out."""
+    path = directory / "metrics.jsonl"
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def plot_metrics(directory: Path) -> Path | None:
+    """Draws loss.png from metrics.jsonl; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(directory)
+    figure, (loss, rate) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
+    for name, axis, style in (
+        ("train_loss", loss, {"alpha": 0.4}),
+        ("eval_loss", loss, {"marker": "o"}),
+        ("eval_accuracy", loss, {"marker": "s", "linestyle": "--"}),
+        ("learning_rate", rate, {"color": "tab:gray"}),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+            axis.legend()
+            axis.grid(alpha=0.3)
+    loss.set_ylabel("nats per supervised token; accuracy")
+    rate.set_xlabel("optimizer step")
+    figure.tight_layout()
+    path = directory / "loss.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,84 @@
+"""Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from minilora.build import SPLITS
+from minilora.checkpoint import list_checkpoints
+from minilora.config import Config, describe_keys, load_config
+from minilora.data import prepare, prepare_demo
+from minilora.errors import UserError, run_script
+from minilora.hub import fetch_dataset, fetch_model
+from minilora.plan import print_plan
+from minilora.train import fit
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+EXAMPLES = """\
+examples:
+  python scripts/train.py                                    the quickstart: two minutes, no download
+  python scripts/train.py --config scripts/configs/chnsenticorp.yaml
+  python scripts/train.py --config my.yaml lora.r=16 train.learning_rate=1e-4
+  python scripts/train.py --config my.yaml --dry-run         memory, tokens and a prompt, then stop
+
+keys, each `section.key=default  (type)`:
+"""
+
+
+def main() -> None:
+    """Reads the command line, prepares what is missing, trains."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES + describe_keys().replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
+    parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
+    parser.add_argument("--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the file")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    prepare_data(config)
+    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
+    if arguments.dry_run:
+        print_plan(config, model_folder)
+        return
+    if arguments.restart:
+        set_aside(Path(config.train.output_dir))
+    fit(config, model_folder)
+
+
+def prepare_data(config: Config) -> None:
+    """Makes `data.dir` from `data.source` where it is not there."""
+    directory = Path(config.data.dir)
+    present = [split for split in SPLITS if (directory / f"{split}.jsonl").is_file()]
+    if len(present) == len(SPLITS):
+        return
+    if present:
+        missing = ", ".join(f"{split}.jsonl" for split in SPLITS if split not in present)
+        raise UserError(f"{directory}: has no {missing}; run scripts/preprocess_data.py, or remove the folder")
+    print(f"preparing {directory} from {config.data.source}")
+    if config.data.source == "demo":
+        prepare_demo(directory, config.train.seed)
+    else:
+        files = fetch_dataset(directory.parent / "chn_senti_corp")
+        prepare(files, directory, config.train.seed)
+
+
+def set_aside(directory: Path) -> None:
+    """Moves an earlier run into `directory/previous-N`; nothing is deleted."""
+    names = ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard")
+    earlier = [directory / name for name in names if (directory / name).exists()]
+    if not earlier:
+        return
+    number = 1 + sum(1 for _ in directory.glob("previous-*"))
+    target = directory / f"previous-{number}"
+    target.mkdir()
+    finished = list_checkpoints(directory / "checkpoints")
+    for path in earlier:
+        shutil.move(path, target / path.name)
+    print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
+
+
+if __name__ == "__main__":
+    run_script(main)
