@@ -1,0 +1,32 @@
+"""QLoRA for Qwen2.5, written by hand in PyTorch. This page is the map: read the modules in this order.
+
+    errors      the one exception that a user's mistake raises
+    config      YAML and section.key=value -> a frozen Config, all problems in one error
+    prompt      text -> token ids in ChatML; the only place where a token becomes supervised
+    data        files -> clean, deduplicated, leak-free splits; the order of an epoch
+    batch       examples -> one packed, padding-free micro-batch with a shared prefix
+    ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
+    nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
+    model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
+    load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
+    lora        the LoRA linear layer, its gradient derived; where it is attached
+    adapter     adapter files as peft reads and writes them
+    loss        summed negative log-likelihood of the supervised rows, and their count
+    optim       AdamW; the learning rate as a function of the step
+    step        one optimizer step: micro-batches -> loss -> gradient -> clip -> update
+    checkpoint  everything that a run needs to go on, there as a whole or not at all
+    metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
+    evaluate    model + examples -> label probabilities and loss
+    runlog      metrics.jsonl, progress bar, plot
+    memory      bytes predicted and bytes measured
+    hub         a name -> a local folder
+    build       what a configuration names, as objects
+    plan        what --dry-run prints
+    modelcard   the README of an adapter
+    train       fit(): the only loop
+
+A module imports only modules above it (tests/test_structure.py). Start with `train.fit` if you want to see the
+whole first, with `prompt` if you want to follow one record.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,53 @@
+"""What a run would take: the memory ledger, tokens per epoch and one rendered example, without loading weights."""
+
+from pathlib import Path
+
+import torch
+
+from minilora.adapter import attach_adapter
+from minilora.batch import pack
+from minilora.build import SPLITS, adapter_config, build_prompt, choose_device, choose_dtype, read_split
+from minilora.config import Config
+from minilora.data import epoch_order
+from minilora.load import read_config
+from minilora.memory import predict_memory
+from minilora.model import Qwen2ForCausalLM
+from minilora.prompt import ChatTokenizer
+
+
+def print_plan(config: Config, model_folder: Path) -> None:
+    """Prints what `--dry-run` shows. Reads config.json, tokenizer.json and the data, and nothing else."""
+    tokenizer = ChatTokenizer(model_folder)
+    prompt = build_prompt(config, tokenizer)
+    splits = {name: read_split(config, prompt, name) for name in SPLITS}
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    examples = splits["train"].examples
+    order = epoch_order(len(examples), config.train.seed, 0)
+    size = config.train.per_device_train_batch_size
+    batches = [pack([examples[i] for i in order[start : start + size]]) for start in range(0, len(order), size)]
+    rows = max(len(batch.input_ids) for batch in batches)
+    real = sum(batch.num_real_tokens for batch in batches)
+    computed = sum(len(batch.input_ids) for batch in batches)
+    supervised = sum(batch.num_supervised for batch in batches)
+
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(read_config(model_folder))
+        attach_adapter(model, adapter_config(config))
+    ledger = predict_memory(
+        model,
+        rows,
+        dtype,
+        config.model.quantization,
+        config.model.double_quantization,
+        config.train.gradient_checkpointing,
+    )
+    print(f"memory ({device}, {str(dtype).removeprefix('torch.')}, largest micro-batch of an epoch):\n{ledger}\n")
+    for name, split in splits.items():
+        cut = split.num_truncated
+        print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
+    print(
+        f"an epoch: {real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
+        f"{computed:,} rows computed (common prefixes once)\n"
+    )
+    print(f"the first example:\n{tokenizer.decode(examples[order[0]].input_ids)}")

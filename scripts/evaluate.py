@@ -1,0 +1,165 @@
+"""Scores an adapter on labelled reviews: label probabilities from the logits, then the metrics.
+
+Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.adapter import load_adapter, read_adapter_config
+from minilora.build import (
+    SPLITS,
+    Examples,
+    build_examples,
+    build_model,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+)
+from minilora.config import Config, config_from_dict
+from minilora.data import read_rows
+from minilora.errors import UserError, run_script
+from minilora.evaluate import score
+from minilora.hub import fetch_model
+from minilora.load import read_json
+from minilora.lora import adapter_disabled
+from minilora.metrics import classification_metrics, mcnemar_test
+from minilora.model import Qwen2ForCausalLM
+from minilora.prompt import ChatTokenizer, ClassificationPrompt
+
+EXAMPLES = """\
+examples:
+  python scripts/evaluate.py --model_path outputs/checkpoints/final
+  python scripts/evaluate.py --model_path outputs/checkpoints/final --data reviews.tsv --compare-base
+  python scripts/evaluate.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --data reviews.tsv \\
+      model.quantization=none model.compute_dtype=float32
+"""
+
+
+def main() -> None:
+    """Reads the command line, scores, writes the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
+    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
+    parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl and evaluation.json")
+    parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    arguments = parser.parse_args()
+
+    config = read_run_config(arguments.model_path, arguments.base, arguments.overrides)
+    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
+    prompt = build_prompt(config, ChatTokenizer(model_folder))
+    data = arguments.data or Path(config.data.dir) / f"{SPLITS[-1]}.jsonl"
+    examples = build_examples(read_rows(data), prompt, config.prompt.system)
+    if not examples.examples or not examples.labelled:
+        raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+    device = choose_device(config)
+    model = build_model(config, model_folder, device, choose_dtype(config, device))
+    load_adapter(model, arguments.model_path)
+
+    results, probabilities = evaluate(config, model, prompt, examples, "evaluate")
+    if arguments.compare_base:
+        with adapter_disabled(model):
+            results["base"], base_probabilities = evaluate(config, model, prompt, examples, "base model")
+        labels = np.array(examples.labels)
+        correct = probabilities.argmax(1) == labels
+        results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
+    results["model_path"], results["data"] = str(arguments.model_path), str(data)
+    print_table(results)
+    if arguments.output_dir is not None:
+        write_results(arguments.output_dir, results, examples, probabilities, prompt)
+    print(json.dumps(results, ensure_ascii=False))
+
+
+def read_run_config(model_path: Path, base: str | None, overrides: list[str]) -> Config:
+    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base."""
+    if not model_path.is_dir():
+        raise UserError(f"{model_path}: is not a folder; give the one that training wrote, as checkpoints/final")
+    named = read_adapter_config(model_path)
+    saved = model_path / "training_args.json"
+    content = read_json(saved) if saved.is_file() else {}
+    model: dict[str, Any] = content.get("model", {})
+    if base or not content:
+        model = {**model, "name_or_path": base or named.base_model_name_or_path, "revision": None}
+    if model["name_or_path"] is None:
+        raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
+    return config_from_dict({**content, "model": model}, overrides, str(saved))
+
+
+def evaluate(
+    config: Config, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: Examples, title: str
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Metrics and (N, labels) probabilities, behind a progress bar."""
+    started = time.perf_counter()
+    with tqdm(total=len(examples.examples), desc=title, unit="review", file=sys.stderr) as bar:
+        scores = score(
+            model, examples.examples, prompt, config.train.per_device_eval_batch_size, on_progress=bar.update
+        )
+    assert scores.probabilities is not None  # a prompt was given
+    seconds = time.perf_counter() - started
+    labels = np.array(examples.labels)
+    metrics = classification_metrics(labels, scores.probabilities, prompt.labels, config.prompt.positive)
+    speed = round(len(labels) / seconds, 2)
+    return {**metrics, "loss": scores.loss, "reviews_per_s": speed}, scores.probabilities
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """The main figures with their intervals, and the base model's beside them where it was scored."""
+    base = results.get("base")
+    intervals = results["confidence_intervals_95"]
+    print(f"{results['num_examples']} reviews of {results['data']}")
+    print(f"{'':28}{'adapter':>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
+    single = ("accuracy", "precision", "recall", "f1", "macro_f1", "roc_auc", "log_loss", "expected_calibration_error")
+    for name in (*single, "reviews_per_s"):
+        low_high = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
+        print(f"{name:28}{_figure(results[name])}  {low_high:<18}" + (_figure(base[name]) if base else ""))
+    for name, figures in results["per_class"].items():
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items() if key != "support")
+        print(f"{name}: {shown}  ({figures['support']} reviews)")
+    print(f"confusion matrix (rows true, columns predicted): {results['confusion_matrix']}")
+    if "mcnemar" in results:
+        test = results["mcnemar"]
+        print(f"McNemar: {test['b']} only the adapter right, {test['c']} only the base, p = {test['p_value']:.3g}")
+
+
+def _figure(value: float | None) -> str:
+    return f"{'-':>10}" if value is None else f"{value:10.4f}"
+
+
+def write_results(
+    directory: Path,
+    results: dict[str, Any],
+    examples: Examples,
+    probabilities: np.ndarray,
+    prompt: ClassificationPrompt,
+) -> None:
+    """predictions.jsonl, a line a review in the file's order, and evaluation.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "predictions.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for index, (row, label, scores) in enumerate(
+            zip(examples.rows, examples.labels, probabilities, strict=True)
+        ):
+            line = {
+                "index": index,
+                "text": row.text,
+                "label": prompt.labels[label],
+                "prediction": prompt.labels[int(scores.argmax())],
+                "probabilities": dict(zip(prompt.labels, map(float, scores), strict=True)),
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    content = json.dumps(results, indent=2, ensure_ascii=False)
+    (directory / "evaluation.json").write_text(content + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from minilora.batch import pack
+from minilora.build import build_examples, build_prompt
+from minilora.config import load_config
+from minilora.data import epoch_order, read_rows
+from minilora.errors import UserError, run_script
+from minilora.hub import fetch_model
+from minilora.prompt import ChatTokenizer, Example
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+GREEN, RESET = "\033[1;32m", "\033[0m"
+EXAMPLES = """\
+examples:
+  python scripts/inspect_batch.py --config scripts/configs/chnsenticorp.yaml
+  python scripts/inspect_batch.py --data reviews.tsv train.per_device_train_batch_size=2
+  python scripts/inspect_batch.py --json | head -1
+"""
+
+
+def main() -> None:
+    """Reads the command line and prints the first micro-batch of training, or the first rows of --data."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
+    parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each example")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
+    prompt = build_prompt(config, tokenizer)
+    path = arguments.data or Path(config.data.dir) / "train.jsonl"
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: holds no record; give another file with --data")
+    size = config.train.per_device_train_batch_size
+    if arguments.data is None:  # what the first step of training takes
+        rows = rows[: config.data.max_train_examples]
+        chosen = epoch_order(len(rows), config.train.seed, 0)[:size]
+    else:
+        chosen = list(range(min(size, len(rows))))
+    examples = build_examples([rows[i] for i in chosen], prompt, config.prompt.system).examples
+
+    for example in examples:
+        label = None if example.label is None else prompt.labels[example.label]
+        if arguments.json:
+            text = tokenizer.decode(example.input_ids)
+            line = {"input_ids": example.input_ids, "supervised": example.supervised, "text": text, "label": label}
+            print(json.dumps(line, ensure_ascii=False))
+        else:
+            cut = f", {example.truncated_tokens} cut" if example.truncated_tokens else ""
+            print(f"--- {len(example.input_ids)} tokens, {sum(example.supervised)} supervised{cut}, label {label}")
+            print(coloured(tokenizer, example))
+    if not arguments.json:
+        batch = pack(examples)
+        print(
+            f"--- {batch.num_examples} examples, {batch.num_real_tokens} tokens in {len(batch.input_ids)} rows "
+            f"(the common prefix is computed once), {batch.num_supervised} supervised"
+        )
+
+
+def coloured(tokenizer: ChatTokenizer, example: Example) -> str:
+    """The example's text, supervised stretches green, or in [[ ]] where colours are not wanted."""
+    use_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    opening, closing = (GREEN, RESET) if use_colour else ("[[", "]]")
+    parts = []
+    start = 0
+    for end in range(1, len(example.input_ids) + 1):
+        if end == len(example.input_ids) or example.supervised[end] != example.supervised[start]:
+            text = tokenizer.decode(example.input_ids[start:end])
+            parts.append(f"{opening}{text}{closing}" if example.supervised[start] else text)
+            start = end
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,114 @@
+"""Every hand-derived gradient against finite differences, every function against its formula in plain PyTorch."""
+
+import pytest
+import torch
+
+from minilora import ops
+from minilora.batch import pack, pack_rows
+from minilora.prompt import Example
+
+
+def random(*shape: int, requires_grad: bool = True) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def attention_by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: list[tuple[int, int]], prefix: int
+) -> torch.Tensor:
+    """One segment at a time, every query head with its own copy of keys and values."""
+    repeats = q.shape[1] // k.shape[1]
+    out = torch.zeros_like(q)
+    for start, end in ([(0, prefix)] if prefix else []) + segments:
+        rows = list(range(start, end))
+        seen = rows if start < prefix else [*range(prefix), *rows]
+        keys, values = (x[seen].repeat_interleave(repeats, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[rows], keys) / q.shape[-1] ** 0.5
+        hidden = torch.ones(len(rows), len(seen), dtype=torch.bool).triu(len(seen) - len(rows) + 1)
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+    return out
+
+
+def test_rms_norm_equals_its_formula() -> None:
+    x, weight = random(5, 8), random(8)
+    expected = weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-6), expected)
+
+
+def test_rms_norm_gradient() -> None:
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (random(5, 8), random(8)))
+
+
+def test_rms_norm_of_large_float16_rows_is_finite() -> None:
+    x = torch.full((2, 64), 1000.0, dtype=torch.float16)
+    torch.testing.assert_close(ops.rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6), torch.ones_like(x))
+
+
+def test_swiglu_equals_its_formula_and_gradient() -> None:
+    gate, up = random(5, 6), random(5, 6)
+    torch.testing.assert_close(ops.swiglu(gate, up), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(ops.swiglu, (gate, up))
+
+
+def test_rotary_turns_each_pair_by_its_angle() -> None:
+    positions = torch.tensor([0, 1, 7])
+    x = random(3, 2, 4)
+    cos, sin = ops.rotary_table(positions, 4, 100.0, torch.float64)
+    as_complex = torch.complex(x[..., :2], x[..., 2:])
+    angle = positions[:, None] * torch.tensor([1.0, 0.1], dtype=torch.float64)
+    expected = as_complex * torch.polar(torch.ones_like(angle), angle)[:, None]
+    # The table's angles are float32.
+    torch.testing.assert_close(
+        ops.rotary(x, cos, sin), torch.cat((expected.real, expected.imag), -1), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_rotary_gradient() -> None:
+    cos, sin = ops.rotary_table(torch.tensor([0, 3, 9]), 4, 100.0, torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.rotary(x, cos, sin), (random(3, 2, 4),))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (2, 2)])
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 7, 2, 4]])
+def test_attention_over_segments_equals_one_segment_at_a_time(heads: int, kv_heads: int, lengths: list[int]) -> None:
+    rows = sum(lengths)
+    q, k, v = random(rows, heads, 4), random(rows, kv_heads, 4), random(rows, kv_heads, 4)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    expected = attention_by_hand(q, k, v, segments, prefix=0)
+    torch.testing.assert_close(ops.attention(q, k, v, pack_rows(lengths)), expected)
+
+
+def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int, int]], object]:
+    examples = []
+    for number, length in enumerate(lengths):
+        ids = [*range(prefix), *range(100 * (number + 1), 100 * (number + 1) + length + 1)]
+        examples.append(Example(ids, [False] * (len(ids) - 1) + [True]))
+    batch = pack(examples)
+    starts = [prefix]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return list(zip(starts[:-1], starts[1:], strict=True)), batch.groups
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 6, 3, 12]])
+def test_attention_with_a_shared_prefix_equals_one_segment_at_a_time(lengths: list[int]) -> None:
+    segments, groups = shared_prefix_batch(lengths, prefix=4)
+    rows = segments[-1][1]
+    q, k, v = random(rows, 4, 4), random(rows, 2, 4), random(rows, 2, 4)
+    torch.testing.assert_close(ops.attention(q, k, v, groups), attention_by_hand(q, k, v, segments, prefix=4))
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_attention_gradient(prefix: int) -> None:
+    if prefix:
+        segments, groups = shared_prefix_batch([2, 5, 3], prefix)
+    else:
+        segments, groups = [(0, 4), (4, 6)], pack_rows([4, 2])
+    rows = segments[-1][1]
+    inputs = (random(rows, 4, 2), random(rows, 2, 2), random(rows, 2, 2))
+    assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, groups), inputs)
