@@ -139,7 +139,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{path}: has no {', '.join(missing)}; without it the adapter would be applied wrongly, so take the "
             "file that was written with the weights"
         )
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False}
+    plain = {
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "lora_bias": False,
+    }
     for name, expected in plain.items():
         if content.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {content[name]!r}, only {expected!r} can be applied")
@@ -202,7 +208,9 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
     for name in sorted(set(tensors) & set(slots)):
         if tensors[name].shape != slots[name].shape:
             expected = tuple(slots[name].shape)
-            problems.append(f"{name}: file has {tuple(tensors[name].shape)}, model and adapter_config.json ask {expected}")
+            problems.append(
+                f"{name}: file has {tuple(tensors[name].shape)}, model and adapter_config.json ask {expected}"
+            )
         elif not torch.isfinite(tensors[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:

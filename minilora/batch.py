@@ -48,9 +48,7 @@ class SegmentGroup:
 
     def to(self, device: torch.device) -> "SegmentGroup":
         """The same group on `device`."""
-        return SegmentGroup(
-            self.prefix, self.rows.to(device), self.real_places.to(device), self.real_rows.to(device)
-        )
+        return SegmentGroup(self.prefix, self.rows.to(device), self.real_places.to(device), self.real_rows.to(device))
 
 
 @dataclass(frozen=True)

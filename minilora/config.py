@@ -67,7 +67,8 @@ class DataSection:
 class PromptSection:
     system: str = key("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "text of the system turn")
     instruction: str = key(
-        "判断下面评论的情感，只回答“正面”或“负面”。\n评论：", "opens the user turn; the review follows directly"
+        "判断下面评论的情感，只回答“正面”或“负面”。\n评论：",
+        "opens the user turn; the review follows directly",
     )
     labels: list[str] = key(["负面", "正面"], "label words; data may name a class by word or by its index in this list")
     positive_label: str | None = key(None, "class of precision, recall and F1; with two labels, the second if null")
@@ -155,9 +156,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=deep)
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} is given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key_node.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -343,7 +342,7 @@ def _check_range(value: Any, item: "dataclasses.Field[Any]") -> None:
 
 
 def _default(item: "dataclasses.Field[Any]") -> Any:
-    return item.default_factory() if item.default is dataclasses.MISSING else item.default  # type: ignore[misc]
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _type_name(kind: Any) -> str:

@@ -44,7 +44,7 @@ def score(
     examples: Sequence[Example],
     prompt: ClassificationPrompt | None,
     batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Loss and label probabilities of all examples, in their order.
 

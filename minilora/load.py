@@ -24,7 +24,7 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit, quantize
+from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,7 +117,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         while view:
             count = file.readinto(view)
             if not count:
@@ -207,7 +207,7 @@ def load_model(
 def _replace(
     model: Qwen2ForCausalLM,
     path: str,
-    quantized: Any,
+    quantized: QuantizedTensor,
     entries: dict[str, TensorEntry],
     compute_dtype: torch.dtype,
     device: torch.device | str,

@@ -144,10 +144,10 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) compute dtype -> (T, out) compute dtype."""
         if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         dropout = self.dropout if self.training else 0.0
         seed = self._dropout_seed.value * 4096 + self.index
-        return _LoRALinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout, seed)  # type: ignore[no-any-return]
+        return _LoRALinear.apply(x, self.lora_A, self.lora_B, self.base, self.scaling, dropout, seed)
 
 
 def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:

@@ -67,9 +67,7 @@ def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: tor
     return _NextTokenNLL.apply(hidden, targets, head_weight), targets.shape[0]
 
 
-def token_log_probabilities(
-    hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor
-) -> torch.Tensor:
+def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     """log p(target) of each row: (S,) float32 or wider, for scoring; no gradient is kept for it."""
     chunks = []
     for start in range(0, hidden.shape[0], CHUNK_ROWS):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minilora.loss import CHUNK_ROWS
 from minilora.lora import iter_lora_layers
+from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 
 

@@ -294,6 +294,4 @@ def _check_arguments(
     unfit = ~((np.abs(probabilities.sum(axis=1) - 1) <= 1e-3) & (probabilities >= 0).all(axis=1))
     if unfit.any():
         row = int(unfit.argmax())
-        raise ValueError(
-            f"{where}: row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1"
-        )
+        raise ValueError(f"{where}: row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1")

@@ -130,7 +130,7 @@ class Attention(nn.Module):
             project(x).view(x.shape[0], -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = ops.attention(ops.rotary(q, cos, sin), ops.rotary(k, cos, sin), v, groups)
-        return self.o_proj(mixed.view(x.shape[0], -1))  # type: ignore[no-any-return]
+        return self.o_proj(mixed.view(x.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, C) -> (T, C)."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -162,7 +162,7 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """(T, C) -> (T, C)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, groups)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Qwen2Model(nn.Module):
@@ -186,12 +186,10 @@ class Qwen2Model(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # The layer runs again in backward with the same dropout masks: they are a function of a seed
                 # that stays set until the next micro-batch (`lora.DropoutSeed`), so no generator is restored.
-                hidden = checkpoint(
-                    layer, hidden, cos, sin, groups, use_reentrant=False, preserve_rng_state=False
-                )
+                hidden = checkpoint(layer, hidden, cos, sin, groups, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(hidden, cos, sin, groups)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        return self.norm(hidden)
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -213,4 +211,4 @@ class Qwen2ForCausalLM(nn.Module):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states of the rows that predict a supervised token: (S, C) compute dtype."""
         hidden = self.model(batch.input_ids, batch.position_ids, batch.groups)
-        return hidden.index_select(0, batch.supervised_rows)  # type: ignore[no-any-return]
+        return hidden.index_select(0, batch.supervised_rows)

@@ -56,7 +56,10 @@ class QuantizedTensor:
         nested = None
         if self.nested_absmax is not None:
             nested = bnb.QuantState(
-                absmax=self.nested_absmax, code=self.nested_code, blocksize=ABSMAX_BLOCK_SIZE, dtype=torch.float32
+                absmax=self.nested_absmax,
+                code=self.nested_code,
+                blocksize=ABSMAX_BLOCK_SIZE,
+                dtype=torch.float32,
             )
         state = bnb.QuantState(
             absmax=self.absmax,
@@ -87,7 +90,13 @@ def quantize(weight: torch.Tensor, quant_type: str = "nf4", double_quantization:
     if not double_quantization:
         return QuantizedTensor(packed, state.absmax, weight.shape, quant_type)
     return QuantizedTensor(
-        packed, state.absmax, weight.shape, quant_type, state.state2.absmax, state.state2.code, state.offset.view(1)
+        packed,
+        state.absmax,
+        weight.shape,
+        quant_type,
+        state.state2.absmax,
+        state.state2.code,
+        state.offset.view(1),
     )
 
 

@@ -59,7 +59,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         (T, C) dtype of x. Source: arXiv 1910.07467; rounding as in transformers' Qwen2RMSNorm.
     """
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -84,7 +84,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, all (T, F) compute dtype. Source: arXiv 2002.05202."""
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(gate, up)
 
 
 def rotary_table(
@@ -136,7 +136,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Returns:
         (T, heads, D). Source: arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
     """
-    return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return]
+    return _Rotary.apply(x, cos, sin)
 
 
 class _Attention(torch.autograd.Function):
@@ -234,9 +234,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, group: SegmentGroup) -> torch.Ten
     return torch.softmax(scores, dim=-1).to(q.dtype)
 
 
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[SegmentGroup]
-) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:
     """Causal grouped-query attention within the segments of a packed micro-batch.
 
     Args:
@@ -248,4 +246,4 @@ def attention(
     Returns:
         (T, H, D) compute dtype. Source: arXiv 1706.03762, grouped queries arXiv 2305.13245.
     """
-    return _Attention.apply(q, k, v, groups)  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v, groups)

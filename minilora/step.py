@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from minilora.batch import MicroBatch
-from minilora.loss import next_token_nll
 from minilora.lora import DropoutSeed
+from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 
 

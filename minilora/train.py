@@ -170,7 +170,9 @@ def _hash_files(paths: list[Path]) -> dict[str, str]:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check data.dir and model.name_or_path") from None
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}); check data.dir and model.name_or_path"
+            ) from None
         digests[path.name] = digest.hexdigest()
     return digests
 
@@ -185,7 +187,11 @@ def _refuse_another_run(before: dict[str, Any], config: Config, directory: Path)
 
 
 def _open_run(
-    config: Config, directory: Path, model_folder: Path, data_sha256: dict[str, str], model_sha256: dict[str, str]
+    config: Config,
+    directory: Path,
+    model_folder: Path,
+    data_sha256: dict[str, str],
+    model_sha256: dict[str, str],
 ) -> Run:
     """Data, model, adapter and optimizer, as the newest checkpoint left them or as they begin."""
     checkpoints = list_checkpoints(directory / "checkpoints")
@@ -225,7 +231,11 @@ def _open_run(
 
 
 def _refuse_changed_inputs(
-    state: RunState, config: Config, data_sha256: dict[str, str], model_sha256: dict[str, str], directory: Path
+    state: RunState,
+    config: Config,
+    data_sha256: dict[str, str],
+    model_sha256: dict[str, str],
+    directory: Path,
 ) -> None:
     _refuse_another_run(state.config, config, directory)
     for what, before, now in (

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from minilora.data import read_rows
+from minilora.hub import fetch_model
 from tqdm import tqdm
 
 from minilora.adapter import load_adapter, read_adapter_config
@@ -24,10 +26,8 @@ from minilora.build import (
     choose_dtype,
 )
 from minilora.config import Config, config_from_dict
-from minilora.data import read_rows
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
-from minilora.hub import fetch_model
 from minilora.load import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
@@ -119,7 +119,16 @@ def print_table(results: dict[str, Any]) -> None:
     intervals = results["confidence_intervals_95"]
     print(f"{results['num_examples']} reviews of {results['data']}")
     print(f"{'':28}{'adapter':>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
-    single = ("accuracy", "precision", "recall", "f1", "macro_f1", "roc_auc", "log_loss", "expected_calibration_error")
+    single = (
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "macro_f1",
+        "roc_auc",
+        "log_loss",
+        "expected_calibration_error",
+    )
     for name in (*single, "reviews_per_s"):
         low_high = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
         print(f"{name:28}{_figure(results[name])}  {low_high:<18}" + (_figure(base[name]) if base else ""))
@@ -146,9 +155,7 @@ def write_results(
     """predictions.jsonl, a line a review in the file's order, and evaluation.json."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "predictions.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for index, (row, label, scores) in enumerate(
-            zip(examples.rows, examples.labels, probabilities, strict=True)
-        ):
+        for index, (row, label, scores) in enumerate(zip(examples.rows, examples.labels, probabilities, strict=True)):
             line = {
                 "index": index,
                 "text": row.text,

@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+from minilora.data import epoch_order, read_rows
+from minilora.hub import fetch_model
+
 from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
-from minilora.data import epoch_order, read_rows
 from minilora.errors import UserError, run_script
-from minilora.hub import fetch_model
 from minilora.prompt import ChatTokenizer, Example
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -53,7 +54,12 @@ def main() -> None:
         label = None if example.label is None else prompt.labels[example.label]
         if arguments.json:
             text = tokenizer.decode(example.input_ids)
-            line = {"input_ids": example.input_ids, "supervised": example.supervised, "text": text, "label": label}
+            line = {
+                "input_ids": example.input_ids,
+                "supervised": example.supervised,
+                "text": text,
+                "label": label,
+            }
             print(json.dumps(line, ensure_ascii=False))
         else:
             cut = f", {example.truncated_tokens} cut" if example.truncated_tokens else ""

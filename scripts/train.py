@@ -4,12 +4,13 @@ import argparse
 import shutil
 from pathlib import Path
 
+from minilora.data import prepare, prepare_demo
+from minilora.hub import fetch_dataset, fetch_model
+
 from minilora.build import SPLITS
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, describe_keys, load_config
-from minilora.data import prepare, prepare_demo
 from minilora.errors import UserError, run_script
-from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
 from minilora.train import fit
 
@@ -34,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
     parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
-    parser.add_argument("--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew")
+    parser.add_argument(
+        "--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the file")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)

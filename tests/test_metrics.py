@@ -48,9 +48,7 @@ def random_evaluation(seed: int) -> tuple[np.ndarray, np.ndarray]:
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     if seed % 3 == 0:
         first = np.round(probabilities[:, :1], 1)
-        probabilities = np.hstack(
-            [first, np.repeat((1 - first) / (num_classes - 1), num_classes - 1, axis=1)]
-        )
+        probabilities = np.hstack([first, np.repeat((1 - first) / (num_classes - 1), num_classes - 1, axis=1)])
     return labels, probabilities
 
 
@@ -136,9 +134,7 @@ def test_roc_auc_without_one_of_the_classes_is_none() -> None:
 
 def test_log_loss_of_hand_worked_rows() -> None:
     # The true classes were given 1/2 and 1/8: (ln 2 + ln 8) / 2 = 2 ln 2.
-    assert log_loss(np.array([0, 1]), np.array([[0.5, 0.5], [0.875, 0.125]])) == pytest.approx(
-        2 * math.log(2)
-    )
+    assert log_loss(np.array([0, 1]), np.array([[0.5, 0.5], [0.875, 0.125]])) == pytest.approx(2 * math.log(2))
 
 
 def test_log_loss_of_a_certain_mistake_is_finite() -> None:
@@ -201,9 +197,7 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
     ours = classification_metrics(labels, probabilities, NAMES[: len(classes)], positive)
 
     predictions = probabilities.argmax(axis=1)
-    by_class = sklearn_metrics.precision_recall_fscore_support(
-        labels, predictions, labels=classes, zero_division=0
-    )
+    by_class = sklearn_metrics.precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
     macro = sklearn_metrics.precision_recall_fscore_support(
         labels, predictions, labels=classes, zero_division=0, average="macro"
     )
@@ -217,9 +211,7 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
         assert ours[name] == pytest.approx(headline, abs=ROUNDING)
 
     assert ours["num_examples"] == labels.size
-    assert ours["accuracy"] == pytest.approx(
-        sklearn_metrics.accuracy_score(labels, predictions), abs=ROUNDING
-    )
+    assert ours["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions), abs=ROUNDING)
     theirs = sklearn_metrics.confusion_matrix(labels, predictions, labels=classes)
     assert ours["confusion_matrix"] == theirs.tolist()
     assert ours["log_loss"] == pytest.approx(
@@ -248,9 +240,7 @@ def test_random_evaluations_reach_the_hard_cases() -> None:
 def test_everything_is_plain_json() -> None:
     for seed in range(4):
         labels, probabilities = random_evaluation(seed)
-        metrics = classification_metrics(
-            labels, probabilities, NAMES[: probabilities.shape[1]], 1 - seed % 2 or None
-        )
+        metrics = classification_metrics(labels, probabilities, NAMES[: probabilities.shape[1]], 1 - seed % 2 or None)
         # numpy's float64 is a float and passes json.dumps, so types are looked at one by one as well.
         assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
         pending = [metrics]
@@ -261,9 +251,7 @@ def test_everything_is_plain_json() -> None:
 
 
 def test_keys_are_those_that_the_evaluation_promises() -> None:
-    metrics = classification_metrics(
-        np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]]), ("负面", "正面"), 1
-    )
+    metrics = classification_metrics(np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]]), ("负面", "正面"), 1)
     assert set(metrics) == {
         "num_examples", "accuracy", "precision", "recall", "f1", "macro_precision", "macro_recall",
         "macro_f1", "per_class", "confusion_matrix", "roc_auc", "log_loss", "expected_calibration_error",
@@ -302,9 +290,7 @@ def test_the_first_of_equal_probabilities_is_predicted() -> None:
 )
 def test_arguments_that_do_not_fit_are_named(labels, probabilities, names, positive, message) -> None:
     with pytest.raises(ValueError, match=message):
-        classification_metrics(
-            np.array(labels, dtype=np.int64), np.array(probabilities), list(names), positive
-        )
+        classification_metrics(np.array(labels, dtype=np.int64), np.array(probabilities), list(names), positive)
 
 
 # --- bootstrap
@@ -349,9 +335,7 @@ def test_interval_equals_resampling_of_the_reviews_themselves(positive: int | No
     # normal with deviation s there is 0.058 / s, which gives 0.027 s. Two independent draws differ by 0.038 s
     # in deviation; four of those, rounded up, are 0.16 s.
     for bounds, values in zip(ours.values(), naive.T, strict=True):
-        np.testing.assert_allclose(
-            bounds, np.quantile(values, [0.025, 0.975]), rtol=0, atol=0.16 * values.std()
-        )
+        np.testing.assert_allclose(bounds, np.quantile(values, [0.025, 0.975]), rtol=0, atol=0.16 * values.std())
 
 
 def test_interval_of_accuracy_agrees_with_the_normal_approximation() -> None:

@@ -1,5 +1,7 @@
 """Every hand-derived gradient against finite differences, every function against its formula in plain PyTorch."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int
     starts = [prefix]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return list(zip(starts[:-1], starts[1:], strict=True)), batch.groups
+    return list(pairwise(starts)), batch.groups
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [2, 6, 3, 12]])
