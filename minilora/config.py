@@ -217,9 +217,8 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
         for name, value in keys.items():
             old = before.get(section, {}).get(name)
             if f"{section}.{name}" not in HARMLESS_KEYS and old != value:
-                lines.append(
-                    f"{section}.{name}: {json.dumps(old, ensure_ascii=False)} -> {json.dumps(value, ensure_ascii=False)}"
-                )
+                shown = (json.dumps(v, ensure_ascii=False) for v in (old, value))
+                lines.append(f"{section}.{name}: {' -> '.join(shown)}")
     return lines
 
 

@@ -153,7 +153,8 @@ def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     differing = sorted(set(entries) ^ set(weight_map))
     if differing:
         raise UserError(
-            f"{index_path}: disagrees with its shards about {', '.join(differing[:5])}; the files are from different models"
+            f"{index_path}: disagrees with its shards about {', '.join(differing[:5])}; "
+            "the files are from different models, download them again"
         )
     return entries
 

@@ -1,0 +1,155 @@
+"""The packed layout, worked out by hand, and what may never happen to a row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import batch
+from minilora.batch import MicroBatch, SegmentGroup, pack, pack_rows
+from minilora.prompt import ChatTokenizer, Example, chat_example
+
+
+def answered(ids: list[int], answer: int = 1) -> Example:
+    """`ids` with the last `answer` of them supervised."""
+    return Example(ids, [False] * (len(ids) - answer) + [True] * answer)
+
+
+# A review of 2 tokens, one of 1, one of 3, behind the prefix 10 11 12; answers of 2 tokens.
+EXAMPLES = [
+    answered([10, 11, 12, 21, 22, 90, 99], 2),
+    answered([10, 11, 12, 31, 91, 99], 2),
+    answered([10, 11, 12, 41, 42, 43, 90, 99], 2),
+]
+
+
+def seen_rows(packed: MicroBatch) -> list[list[int]]:
+    """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
+    seen: dict[int, list[int]] = {}
+    for group in packed.groups:
+        n, length = group.rows.shape
+        for place in group.real_places.tolist():
+            segment, offset = divmod(place, length)
+            own = group.rows[segment, : offset + 1].tolist()
+            row = own[-1]
+            assert row not in seen
+            seen[row] = [*range(group.prefix), *own]
+    assert sorted(seen) == list(range(len(packed.input_ids)))
+    return [seen[row] for row in range(len(packed.input_ids))]
+
+
+def test_the_common_prefix_stands_once_and_the_segments_follow() -> None:
+    packed = pack(EXAMPLES)
+    assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90, 31, 91, 41, 42, 43, 90]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5, 6]
+    assert packed.supervised_rows.tolist() == [4, 5, 6, 7, 10, 11]
+    assert packed.targets.tolist() == [90, 99, 91, 99, 90, 99]
+    assert packed.owners.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (packed.num_examples, packed.num_real_tokens, packed.num_supervised) == (3, 21, 6)
+    assert packed.input_ids.dtype == packed.position_ids.dtype == packed.targets.dtype == torch.int64
+
+
+def test_without_sharing_every_example_stands_alone() -> None:
+    packed = pack(EXAMPLES, share_prefix=False)
+    assert packed.input_ids.tolist() == [i for e in EXAMPLES for i in e.input_ids[:-1]]
+    assert packed.position_ids.tolist() == [p for e in EXAMPLES for p in range(len(e.input_ids) - 1)]
+    assert packed.supervised_rows.tolist() == [4, 5, 9, 10, 16, 17]
+    assert packed.targets.tolist() == [90, 99, 91, 99, 90, 99]
+    assert all(group.prefix == 0 for group in packed.groups)
+    assert packed.num_real_tokens == 21
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_row_sees_what_it_would_see_alone(share_prefix: bool) -> None:
+    packed = pack(EXAMPLES, share_prefix)
+    seen = seen_rows(packed)
+    for row, target, owner in zip(packed.supervised_rows, packed.targets, packed.owners, strict=True):
+        ids = packed.input_ids[seen[row]].tolist()
+        assert [*ids, target] == EXAMPLES[owner].input_ids[: len(ids) + 1]
+        assert packed.position_ids[seen[row]].tolist() == list(range(len(ids)))
+
+
+def test_a_single_example_has_no_shared_prefix() -> None:
+    packed = pack(EXAMPLES[:1])
+    assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90]
+    assert packed.position_ids.tolist() == list(range(6))
+    assert packed.supervised_rows.tolist() == [4, 5]
+    assert [group.prefix for group in packed.groups] == [0]
+
+
+def test_equal_examples_share_all_but_the_row_that_predicts_the_answer() -> None:
+    packed = pack([EXAMPLES[0], EXAMPLES[0]])
+    assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90, 22, 90]
+    assert packed.supervised_rows.tolist() == [4, 5, 6, 7]
+
+
+def test_an_example_that_is_the_beginning_of_another_keeps_its_answer_row() -> None:
+    short, long = answered([10, 11, 90]), answered([10, 11, 12, 90])
+    packed = pack([short, long])
+    assert packed.input_ids.tolist() == [10, 11, 11, 12]
+    assert packed.supervised_rows.tolist() == [1, 3]
+    assert packed.position_ids.tolist() == [0, 1, 1, 2]
+
+
+def test_examples_with_nothing_in_common_share_nothing() -> None:
+    packed = pack([answered([1, 2, 3]), answered([4, 5, 6])])
+    assert packed.input_ids.tolist() == [1, 2, 4, 5]
+    assert packed.position_ids.tolist() == [0, 1, 0, 1]
+
+
+def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer: ChatTokenizer) -> None:
+    chats = [
+        [("user", "问一"), ("assistant", "答一"), ("user", "问二"), ("assistant", "答二")],
+        [("user", "问三"), ("assistant", "长一点的回答")],
+    ]
+    examples = [chat_example(chat_tokenizer, messages, 512, "f:1") for messages in chats]
+    packed = pack(examples)
+    seen = seen_rows(packed)
+    found: list[list[int]] = [[], []]
+    for row, target, owner in zip(packed.supervised_rows, packed.targets, packed.owners, strict=True):
+        ids = packed.input_ids[seen[row]].tolist()
+        assert [*ids, target] == examples[owner].input_ids[: len(ids) + 1]
+        found[owner].append(int(target))
+    for example, targets in zip(examples, found, strict=True):
+        assert targets == [i for i, counts in zip(example.input_ids, example.supervised, strict=True) if counts]
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), prefix=st.integers(0, 9))
+@settings(deadline=None)
+def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefix: int) -> None:
+    examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
+    packed = pack(examples)
+    rows = torch.cat([group.real_rows for group in packed.groups])
+    assert sorted(rows.tolist()) == list(range(len(packed.input_ids)))
+    for group in packed.groups:
+        assert torch.equal(group.rows.flatten()[group.real_places], group.real_rows)
+        assert len(group.real_rows) >= (1 - batch.MAX_GROUP_PADDING) * group.rows.numel()
+    seen_rows(packed)
+
+
+def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(pack_rows([10] * 8)) == 1
+    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
+    groups = pack_rows([10] * 8)
+    assert [group.rows.shape for group in groups] == [(4, 10)] * 2
+
+
+def test_padding_repeats_the_first_row_of_its_segment() -> None:
+    (group,) = pack_rows([3, 4])
+    assert group.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
+    assert group.real_places.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert group.real_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
+    packed = pack(EXAMPLES)
+    moved = packed.to(torch.device("meta"))
+
+    def tensors(item: MicroBatch | SegmentGroup) -> list[torch.Tensor]:
+        return [value for value in vars(item).values() if isinstance(value, torch.Tensor)]
+
+    everything = [*tensors(moved), *(tensor for group in moved.groups for tensor in tensors(group))]
+    assert len(everything) == 5 + 3 * len(packed.groups)
+    assert all(tensor.device.type == "meta" for tensor in everything)
+    assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
+    assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]

@@ -1,0 +1,187 @@
+"""The loader is strict both ways, reads either layout, and quantises what it should."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.errors import UserError
+from minilora.load import load_model, read_checkpoint_entries, read_config, read_header, read_tensor
+from minilora.nf4 import Linear4bit
+
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+
+
+def random_weights(tied: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, 64), "model.norm.weight": (64,)}
+    for i in range(2):
+        layer = f"model.layers.{i}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{layer}{name}.weight"] = (64,)
+        for name, rows in (("q", 64), ("k", 32), ("v", 32)):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, 64)
+            shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{layer}self_attn.o_proj.weight"] = (64, 64)
+        for name in ("gate", "up"):
+            shapes[f"{layer}mlp.{name}_proj.weight"] = (128, 64)
+        shapes[f"{layer}mlp.down_proj.weight"] = (64, 128)
+    if not tied:
+        shapes["lm_head.weight"] = (40, 64)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def _write(weights: dict[str, torch.Tensor] | None = None, **changes: object) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **changes}), "utf-8")
+        save_file(random_weights() if weights is None else weights, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return _write
+
+
+def test_every_tensor_arrives_unchanged(write: Callable[..., Path]) -> None:
+    folder = write()
+    model = load_model(folder, torch.bfloat16, "none")
+    loaded = dict(model.named_parameters())
+    expected = load_file(folder / "model.safetensors")
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert not any(parameter.requires_grad for parameter in loaded.values())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_projections_and_nothing_else_are_quantised(write: Callable[..., Path], quantization: str) -> None:
+    weights = random_weights(tied=False)
+    model = load_model(write(weights, tie_word_embeddings=False), torch.bfloat16, quantization)
+    quantised = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(quantised) == 14
+    assert all(name.endswith("_proj") for name in quantised)
+    dense = dict(model.named_parameters())
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= set(dense)
+    q_proj = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert torch.equal(q_proj.bias, weights["model.layers.0.self_attn.q_proj.bias"])
+
+
+def test_shards_are_read_through_their_index(write: Callable[..., Path]) -> None:
+    folder = write()
+    whole = load_model(folder, torch.float32, "none")
+    weights = random_weights()
+    names = sorted(weights)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((names[:9], names[9:])):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    sharded = load_model(folder, torch.float32, "none")
+    for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    weight_map["model.extra.weight"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(UserError, match=r"index\.json: disagrees with its shards about model\.extra\.weight"):
+        read_checkpoint_entries(folder)
+    weight_map["model.extra.weight"] = "../other.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(UserError, match=r"names '\.\./other\.safetensors', which is not a file of this folder"):
+        read_checkpoint_entries(folder)
+
+
+def test_head_of_a_tied_model_may_be_there(write: Callable[..., Path]) -> None:
+    weights = random_weights()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    model = load_model(write(weights), torch.float32, "none")
+    assert model.head_weight is model.model.embed_tokens.weight
+
+
+def test_all_mismatches_are_in_one_message(write: Callable[..., Path]) -> None:
+    weights = random_weights()
+    del weights["model.norm.weight"]
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 128)
+    with pytest.raises(UserError) as error:
+        load_model(write(weights), torch.float32, "none")
+    message = str(error.value)
+    assert "model.norm.weight: missing from the file, config.json asks (64,)" in message
+    assert "model.layers.2.mlp.up_proj.weight: in the file, unknown" in message
+    assert "model.layers.1.mlp.up_proj.weight: file has (64, 128), config.json asks (128, 64)" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, r"model_type is 'llama', expected 'qwen2'"),
+        ({"use_sliding_window": True}, r"use_sliding_window is True, only False is supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling is 'yarn'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has sliding attention"),
+        ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ({"rms_norm_eps": None}, r"has no rms_norm_eps"),
+        ({"num_key_value_heads": 3}, r"4 query heads cannot share 3 key/value heads"),
+        ({"hidden_size": 66}, r"hidden_size 66 does not divide into 4 heads"),
+    ],
+)
+def test_what_is_not_supported_is_said(write: Callable[..., Path], changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_config(write(**changes))
+
+
+def test_both_dialects_of_config_are_read(write: Callable[..., Path]) -> None:
+    classic = read_config(write())
+    folder = write(
+        rope_theta=None,
+        rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+        layer_types=["full_attention", "full_attention"],
+        dtype="bfloat16",
+    )
+    content = json.loads((folder / "config.json").read_text("utf-8"))
+    del content["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(content), "utf-8")
+    assert read_config(folder) == classic
+
+
+def test_own_reader_equals_the_library(write: Callable[..., Path]) -> None:
+    path = write() / "model.safetensors"
+    expected = load_file(path)
+    entries = read_header(path)
+    assert set(entries) == set(expected)
+    assert all(torch.equal(read_tensor(entry), expected[name]) for name, entry in entries.items())
+
+
+def test_a_file_that_is_cut_off_is_refused_at_every_length(write: Callable[..., Path]) -> None:
+    path = write({"a": torch.arange(4.0), "b": torch.ones(2)}) / "model.safetensors"
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"model\.safetensors: .*(cut off|complete safetensors)"):
+            read_header(path)
+
+
+def test_a_huge_header_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
+    with pytest.raises(UserError, match="header of 4611686018427387904 bytes in a file of 10"):
+        read_header(path)
+
+
+def test_a_folder_without_weights_says_what_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        read_checkpoint_entries(tmp_path)

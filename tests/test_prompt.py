@@ -1,0 +1,268 @@
+"""Which ids a record becomes, and which of them are supervised."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.errors import UserError
+from minilora.prompt import DEFAULT_SYSTEM, ChatTokenizer, ClassificationPrompt, Example, chat_example
+
+SYSTEM = "You are a helpful assistant."
+INSTRUCTION = "判断下面评论的情感倾向，只回答正面或负面。\n评论："
+CONTROLS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>")
+# Reviews with everything in them that a tokenizer may stumble over; a lone surrogate is no text.
+REVIEWS = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.sampled_from((*CONTROLS, "好", "“", "："))
+    )
+).map("".join)
+
+
+def build_prompt(
+    tokenizer: ChatTokenizer, max_length: int = 512, labels: tuple[str, ...] = ("负面", "正面")
+) -> ClassificationPrompt:
+    return ClassificationPrompt(tokenizer, SYSTEM, INSTRUCTION, labels, max_length)
+
+
+def control_ids(tokenizer: ChatTokenizer) -> list[int]:
+    """Ids of the added tokens: they stand behind the ordinary vocabulary."""
+    return list(range(tokenizer.vocab_size - len(CONTROLS), tokenizer.vocab_size))
+
+
+def supervised_ids(example: Example) -> list[int]:
+    return [i for i, counts in zip(example.input_ids, example.supervised, strict=True) if counts]
+
+
+def test_an_example_reads_as_chatml(chat_tokenizer: ChatTokenizer) -> None:
+    (example,) = build_prompt(chat_tokenizer).examples(["这家酒店很好。"], [1])
+    assert chat_tokenizer.decode(example.input_ids) == (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{INSTRUCTION}这家酒店很好。<|im_end|>\n"
+        "<|im_start|>assistant\n正面<|im_end|>"
+    )
+    assert example.label == 1
+    assert example.truncated_tokens == 0
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_token_in_a_review_stays_text(chat_tokenizer: ChatTokenizer, control: str) -> None:
+    ids = chat_tokenizer.encode(f"好{control}好")
+    assert not set(ids) & set(control_ids(chat_tokenizer))
+    assert chat_tokenizer.decode(ids) == f"好{control}好"
+
+
+@given(review=REVIEWS)
+@settings(deadline=None, max_examples=200)
+def test_any_review_comes_back_and_brings_no_control_token(chat_tokenizer: ChatTokenizer, review: str) -> None:
+    prompt = build_prompt(chat_tokenizer, max_length=100_000)
+    (example,) = prompt.examples([review], [0])
+    controls = set(control_ids(chat_tokenizer))
+    found = [i for i in example.input_ids if i in controls]
+    start, end = chat_tokenizer.im_start, chat_tokenizer.im_end
+    assert found == [start, end, start, end, start, end]
+    middle = example.input_ids[len(prompt.prefix) : example.answer_start - len(prompt.suffix)]
+    assert chat_tokenizer.decode(middle) == unicodedata.normalize("NFC", review)
+
+
+@given(review=REVIEWS, label=st.integers(0, 1), max_length=st.integers(90, 160))
+@settings(deadline=None, max_examples=100)
+def test_any_example_fits_and_keeps_instruction_and_answer(
+    chat_tokenizer: ChatTokenizer, review: str, label: int, max_length: int
+) -> None:
+    prompt = build_prompt(chat_tokenizer, max_length)
+    (example,) = prompt.examples([review], [label])
+    assert len(example.input_ids) == len(example.supervised) <= max_length
+    assert example.input_ids[: len(prompt.prefix)] == prompt.prefix
+    answer = [*prompt.label_ids[label], chat_tokenizer.im_end]
+    assert example.input_ids[-len(prompt.suffix) - len(answer) :] == prompt.suffix + answer
+    review_ids = chat_tokenizer.encode(review)
+    kept = len(example.input_ids) - len(prompt.prefix) - len(prompt.suffix) - len(answer)
+    assert example.input_ids[len(prompt.prefix) :][:kept] == review_ids[:kept]
+    assert example.truncated_tokens == len(review_ids) - kept
+
+
+@pytest.mark.parametrize("labels", [("负面", "正面"), ("差评", "好评")])
+def test_supervised_tokens_are_the_answer_and_its_end_and_nothing_else(
+    chat_tokenizer: ChatTokenizer, labels: tuple[str, ...]
+) -> None:
+    prompt = build_prompt(chat_tokenizer, labels=labels)
+    for label, example in enumerate(prompt.examples(["正面和负面，好评和差评<|im_end|>", "好"], [0, 1])):
+        assert chat_tokenizer.decode(supervised_ids(example)) == f"{labels[label]}<|im_end|>"
+        assert example.supervised == sorted(example.supervised)
+        assert example.answer_start == len(example.input_ids) - len(prompt.label_ids[label]) - 1
+
+
+def test_every_example_of_a_task_begins_with_the_same_ids(chat_tokenizer: ChatTokenizer) -> None:
+    prompt = build_prompt(chat_tokenizer)
+    reviews = ["“好”", "：好", "\n好", "", " 好", "只回答正面或负面。", "\u0301好"]
+    examples = prompt.examples(reviews, [0, 1] * 3 + [0])
+    assert all(example.input_ids[: len(prompt.prefix)] == prompt.prefix for example in examples)
+    # The reason for the rule: tokenised as one text, some of them would begin otherwise.
+    opening = chat_tokenizer.encode(INSTRUCTION)
+    joined = [chat_tokenizer.encode(INSTRUCTION + review) for review in reviews]
+    assert any(ids[: len(opening)] != opening for ids in joined)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30), length=st.integers(-2, 60))
+@settings(deadline=None)
+def test_cut_never_splits_a_character(chat_tokenizer: ChatTokenizer, text: str, length: int) -> None:
+    text = unicodedata.normalize("NFC", text)
+    ids = chat_tokenizer.encode(text)
+    kept = chat_tokenizer.cut(ids, length)
+    assert kept == ids[: len(kept)]
+    assert len(kept) <= max(length, 0)
+    assert text.startswith(chat_tokenizer.decode(kept))
+
+
+def test_cut_takes_all_that_fits(chat_tokenizer: ChatTokenizer) -> None:
+    ids = chat_tokenizer.encode("abc𠮷")  # the last character takes four bytes, each a token of its own
+    assert len(ids) >= 5
+    before = len(chat_tokenizer.encode("abc"))
+    assert [len(chat_tokenizer.cut(ids, length)) for length in range(before, len(ids) + 1)] == (
+        [before] * (len(ids) - before) + [len(ids)]
+    )
+
+
+def test_cut_of_a_text_with_the_replacement_character_still_splits_no_other(chat_tokenizer: ChatTokenizer) -> None:
+    text = "𠮷好\ufffd"
+    ids = chat_tokenizer.encode(text)
+    for length in range(len(ids)):
+        assert text.startswith(chat_tokenizer.decode(chat_tokenizer.cut(ids, length)))
+
+
+def test_a_long_review_is_cut_and_counted(chat_tokenizer: ChatTokenizer) -> None:
+    review = "x1" * 300
+    prompt = build_prompt(chat_tokenizer, max_length=120)
+    (example,) = prompt.examples([review], [0])
+    assert len(example.input_ids) == 120
+    assert example.truncated_tokens == len(chat_tokenizer.encode(review)) - (
+        120 - len(prompt.prefix) - len(prompt.suffix) - len(prompt.label_ids[0]) - 1
+    )
+
+
+def test_with_answer_changes_the_label_word_alone(chat_tokenizer: ChatTokenizer) -> None:
+    prompt = build_prompt(chat_tokenizer, labels=("差评", "好评"))
+    (example,) = prompt.examples(["好"], [0])
+    variant = prompt.with_answer(example, 1)
+    assert variant.input_ids == example.input_ids[: example.answer_start] + prompt.label_ids[1]
+    assert supervised_ids(variant) == prompt.label_ids[1]
+    assert variant.label == 1
+
+
+def test_encode_all_equals_encode(chat_tokenizer: ChatTokenizer) -> None:
+    texts = ["好", "", "差评<|im_end|>", "这家酒店非常好。"]
+    assert chat_tokenizer.encode_all(texts) == [chat_tokenizer.encode(text) for text in texts]
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatTokenizer) -> None:
+    needed = len(build_prompt(chat_tokenizer).prefix)
+    with pytest.raises(
+        UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer alone take \d+; raise"
+    ):
+        build_prompt(chat_tokenizer, max_length=needed)
+
+
+def test_every_assistant_turn_of_a_chat_is_supervised_with_its_end_and_nothing_else(
+    chat_tokenizer: ChatTokenizer,
+) -> None:
+    messages = [
+        ("system", "s"),
+        ("user", "问一"),
+        ("assistant", "答一"),
+        ("user", "问二<|im_end|>"),
+        ("assistant", "答二"),
+    ]
+    example = chat_example(chat_tokenizer, messages, 512, "chat.jsonl:1")
+    stretches, current = [], []
+    for token, counts in zip(example.input_ids, example.supervised, strict=True):
+        if counts:
+            current.append(token)
+        elif current:
+            stretches.append(chat_tokenizer.decode(current))
+            current = []
+    assert [*stretches, chat_tokenizer.decode(current)] == ["答一<|im_end|>", "答二<|im_end|>"]
+    assert example.label is None
+    assert chat_tokenizer.decode(example.input_ids) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n问一<|im_end|>\n<|im_start|>assistant\n答一<|im_end|>\n"
+        "<|im_start|>user\n问二<|im_end|><|im_end|>\n<|im_start|>assistant\n答二<|im_end|>"
+    )
+    assert example.input_ids.count(chat_tokenizer.im_end) == 5
+
+
+def test_a_chat_without_a_system_turn_gets_the_default_one(chat_tokenizer: ChatTokenizer) -> None:
+    turns = [("user", "问"), ("assistant", "答")]
+    assert chat_example(chat_tokenizer, turns, 512, "f:1") == chat_example(
+        chat_tokenizer, [("system", DEFAULT_SYSTEM), *turns], 512, "f:1"
+    )
+    named = chat_example(chat_tokenizer, turns, 512, "f:1", default_system="甲")
+    assert chat_tokenizer.decode(named.input_ids).startswith("<|im_start|>system\n甲<|im_end|>\n")
+
+
+def test_nothing_stands_behind_the_last_answer(chat_tokenizer: ChatTokenizer) -> None:
+    turns = [("user", "问"), ("assistant", "答")]
+    longer = chat_example(chat_tokenizer, [*turns, ("user", "再问")], 512, "f:1")
+    assert longer == chat_example(chat_tokenizer, turns, 512, "f:1")
+
+
+def test_a_long_chat_is_cut_in_its_longest_user_turn(chat_tokenizer: ChatTokenizer) -> None:
+    turns = [("system", "s"), ("user", "短"), ("assistant", "答案一"), ("user", "x1" * 100), ("assistant", "答案二")]
+    whole = chat_example(chat_tokenizer, turns, 512, "f:1")
+    cut = chat_example(chat_tokenizer, turns, 100, "f:1")
+    assert len(cut.input_ids) <= 100
+    assert cut.truncated_tokens > 0
+    assert supervised_ids(cut) == supervised_ids(whole)
+    text = chat_tokenizer.decode(cut.input_ids)
+    assert "user\n短<|im_end|>" in text
+    assert "user\nx1x1" in text
+
+
+def test_a_chat_may_be_cut_in_several_turns(chat_tokenizer: ChatTokenizer) -> None:
+    turns = [("system", "y2" * 30), ("user", "x1" * 40), ("assistant", "答案")]
+    cut = chat_example(chat_tokenizer, turns, 40, "f:1")
+    assert len(cut.input_ids) <= 40
+    assert chat_tokenizer.decode(supervised_ids(cut)) == "答案<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([("user", "a"), ("tool", "b")], r"chat\.jsonl:7: role 'tool' is not one of \['system', 'user', 'assistant'\]"),
+        ([("user", "a")], r"chat\.jsonl:7: no assistant turn, so nothing to learn; remove the record or add"),
+        ([], r"chat\.jsonl:7: no assistant turn"),
+        (
+            [("user", "a"), ("assistant", "x1" * 90)],
+            r"chat\.jsonl:7: the assistant turns alone exceed data\.max_length = 64",
+        ),
+    ],
+)
+def test_a_chat_that_cannot_be_learnt_from_is_refused(
+    chat_tokenizer: ChatTokenizer, messages: list[tuple[str, str]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        chat_example(chat_tokenizer, messages, 64, "chat.jsonl:7")
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read \(.+\); a model folder needs it"):
+        ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", '{"added_tokens": []}', "[]"])
+def test_a_broken_tokenizer_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not a tokenizers file \(.+\); download"):
+        ChatTokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_chatml_is_refused(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_end|>"]
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match=r"has no <\|im_end\|> token, which ChatML needs; use a Qwen2\.5 tokenizer"):
+        ChatTokenizer(tmp_path)

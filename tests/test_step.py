@@ -1,0 +1,95 @@
+"""One optimizer step does what its definition says, however it is cut."""
+
+import pytest
+import torch
+
+from minilora.batch import pack
+from minilora.loss import head_logits
+from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.optim import build_optimizer
+from minilora.prompt import Example
+from minilora.step import train_step
+
+
+def build(dropout: float = 0.0) -> tuple[Qwen2ForCausalLM, DropoutSeed]:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, True))
+    dropout_seed = attach(model, 2, 4, dropout)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.train(), dropout_seed
+
+
+def examples(count: int) -> list[Example]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        ids = [1, 2, 3, *torch.randint(4, 50, (length,), generator=generator).tolist()]
+        made.append(Example(ids, [False] * (len(ids) - 2) + [True, True]))
+    return made
+
+
+def take_step(max_grad_norm: float, learning_rate: float = 0.1) -> tuple[list[torch.Tensor], float]:
+    model, dropout_seed = build()
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.0)
+    result = train_step(model, [pack(examples(6))], optimizer, learning_rate, max_grad_norm, dropout_seed, 0, 1)
+    moved = [old - new.detach() for old, new in zip(before, lora_parameters(model), strict=True)]
+    return moved, result.grad_norm
+
+
+def test_loss_is_the_mean_over_all_supervised_tokens() -> None:
+    model, dropout_seed = build()
+    batch = pack(examples(6))
+    with torch.no_grad():
+        logits = head_logits(model(batch), model.head_weight)
+        expected = torch.nn.functional.cross_entropy(logits, batch.targets).item()
+    optimizer = build_optimizer(lora_parameters(model))
+    micro_batches = [pack(examples(6)[:1]), pack(examples(6)[1:])]
+    result = train_step(model, micro_batches, optimizer, 1e-3, 1.0, dropout_seed, 0, 1)
+    assert result.loss == pytest.approx(expected, rel=1e-5)  # another order of float32 sums
+    assert result.num_real_tokens == sum(len(example.input_ids) for example in examples(6))
+
+
+def test_gradient_is_clipped_to_the_global_norm() -> None:
+    free, norm = take_step(max_grad_norm=0)
+    clipped, same_norm = take_step(max_grad_norm=norm / 4)
+    assert same_norm == norm
+    for ours, theirs in zip(clipped, free, strict=True):
+        torch.testing.assert_close(ours, theirs / 4, rtol=1e-3, atol=1e-7)  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def test_dropout_differs_between_micro_batches_and_repeats_with_the_step() -> None:
+    losses = []
+    for step in (1, 1, 2):
+        model, dropout_seed = build(dropout=0.5)
+        optimizer = build_optimizer(lora_parameters(model))
+        losses.append(train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, step).loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_an_overflowed_float16_gradient_leaves_the_weights_alone() -> None:
+    model, dropout_seed = build()
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # times a gradient above 2: infinite in float32
+    optimizer = build_optimizer(lora_parameters(model))
+    torch.nn.init.normal_(lora_parameters(model)[0], std=1e3)
+    before[0] = lora_parameters(model)[0].detach().clone()
+    result = train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
+    assert not result.updated
+    assert scaler.get_scale() < 2.0**127
+    for old, new in zip(before, lora_parameters(model), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a_scaled_step_equals_an_unscaled_one() -> None:
+    moved = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model, dropout_seed = build()
+        optimizer = build_optimizer(lora_parameters(model))
+        train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
+        moved.append([parameter.detach().clone() for parameter in lora_parameters(model)])
+    for ours, theirs in zip(*moved, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # a power of two scales float32 exactly
