@@ -1,23 +1,22 @@
 """4-bit NormalFloat: a dense weight in, about half a byte a number out, and the frozen linear layer over it.
 
-A trained weight matrix looks like draws from a normal distribution. NF4 spends its 16 codes so that each is
-used equally often on such draws: the levels q are quantiles of N(0, 1), scaled to [-1, 1], with an exact 0.
-Every run of 64 numbers (in row-major order) is one block with a scale of its own:
+A trained weight matrix looks like draws from a normal distribution. NF4 chooses its 16 levels q so that each is
+used about equally often on such draws: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0. Every 64
+numbers in row-major order are a block b with a scale of their own:
 
-    absmax_b = max |w_i| over block b        code_i = argmin_k |w_i / absmax_b - q_k|
-    w'_i = q[code_i] * absmax_b              two codes a byte, the first in the high four bits
+    absmax_b = max |w_i| in b      code_i = argmin_k |w_i / absmax_b - q_k|      w'_i = q[code_i] * absmax_b
 
-One float32 scale a block costs 32 / 64 bits a number: 4.5 in all. Double quantisation stores the scales in
-8 bits too: their mean m is subtracted, and every 256 of them form a block with a float32 scale s and codes
-into a table d of 256 levels, dense around 0:  absmax'_b = d[c_b] * s + m.  That is 4 + 8 / 64 +
-32 / (64 * 256) = 4.127 bits. FP4 is the same with 1 sign, 2 exponent and 1 mantissa bit as levels.
+Two codes fill a byte, the first in its high half; a float32 scale adds 32 / 64 bits a number: 4.5. Double
+quantisation takes the mean m off the scales and stores them in 8 bits too: 256 of them share a scale s and have
+codes c into 256 levels d that are dense around 0.  absmax'_b = d[c_b] * s + m  costs 8 / 64 + 32 / (64 * 256)
+bits: 4.127 in all. FP4 is the same with a sign, two bits of exponent and one of mantissa as levels.
 
-The work is done by bitsandbytes, which no other module imports. The PyTorch functions at the end of the file
-say the same thing readably, equal it to the bit, and take over where bitsandbytes cannot be imported.
+bitsandbytes does the work, and no other module imports it. The PyTorch functions at the end say the same
+readably, equal it to the bit, and take over where it cannot be imported.
 
-Source: arXiv 2305.14314 (QLoRA), section 3; the 8-bit table: arXiv 2110.02861; rounding as in bitsandbytes
-0.50.2 on the CPU. Left out: other block sizes, which no Qwen2.5 needs; a product straight from 4 bits,
-slower than dequantise-and-multiply from about 64 rows on.
+Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2
+on a CPU. Left out: other block sizes, which no Qwen2.5 needs; products straight from 4 bits, which gain nothing
+from about 64 rows on (and training has hundreds).
 """
 
 import functools
@@ -33,21 +32,17 @@ from torch.nn import functional as F
 
 BLOCK_SIZE = 64  # weights under one scale
 ABSMAX_BLOCK_SIZE = 256  # scales under one scale of scales
-SMALLEST_ABSMAX = 1e-38  # a block of zeros must not divide by zero
+SMALLEST_ABSMAX = 1e-38  # so that a block of zeros does not divide by zero
 
 # fmt: off
-LEVELS = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": tuple(
-        sign * magnitude / 12 for sign in (1, -1) for magnitude in (0, 0.0625, 8, 12, 4, 6, 2, 3)
-    ),
-}
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
 # fmt: on
+FP4_LEVELS = tuple(sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 
 @functools.cache
@@ -59,14 +54,14 @@ def _bitsandbytes() -> ModuleType | None:
         import bitsandbytes.functional
     except Exception as error:  # a broken installation fails with whatever its loader meets
         logging.getLogger("minilora").warning(
-            "nf4: bitsandbytes cannot be imported (%s); its PyTorch equivalent takes over, with equal results "
-            "and slower; pip install bitsandbytes",
+            "nf4: bitsandbytes cannot be imported (%s); equal but slower PyTorch code takes over; "
+            "for speed: pip install bitsandbytes",
             error,
         )
         return None
     finally:
         source.removeFilter(_is_worth_showing)
-    return bitsandbytes.functional  # type: ignore[no-any-return, unused-ignore]
+    return bitsandbytes.functional
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
@@ -102,33 +97,25 @@ class QuantizedTensor:
     offset: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) `dtype`, a new constant; products in float32, then rounded once.
+        """(out, in) `dtype`, a new constant tensor; products in float32, rounded once.
 
-        4,864 x 896 to bfloat16 takes 0.31 ms on 2 cores; 0.03 ms of it turns 8-bit scales into float32, too
-        little to keep them in both forms.
+        4,864 x 896 takes 0.33 ms in bfloat16 on 2 cores; 0.03 ms of it makes the scales from 8 bits, too little
+        to keep them in float32 beside.
         """
-        functional = _bitsandbytes()
-        if functional is None:
+        if not uses_bitsandbytes():
             return _dequantize_in_pytorch(self, dtype)
-        nested = None
-        if self.nested_absmax is not None:
-            nested = functional.QuantState(
-                self.nested_absmax, code=self.nested_code, blocksize=ABSMAX_BLOCK_SIZE, dtype=torch.float32
-            )
-        # Rows of whole blocks in place of the weight's own: bitsandbytes' AVX512 kernel starts a new block with
-        # every row, its quantiser does not, and so they disagree where 64 does not divide `in`.
-        whole_blocks = self.shape.numel() % BLOCK_SIZE == 0
-        state = functional.QuantState(
-            self.absmax,
-            shape=(self.absmax.numel(), BLOCK_SIZE) if whole_blocks else (1, 2 * self.packed.numel()),
-            blocksize=BLOCK_SIZE,
-            quant_type=self.quant_type,
-            dtype=dtype,
-            offset=self.offset,
-            state2=nested,
-        )
-        flat = functional.dequantize_4bit(self.packed, state).view(-1)
-        return flat[: self.shape.numel()].view(self.shape)  # type: ignore[no-any-return]
+        # The operators under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
+        kernels, absmax = torch.ops.bitsandbytes, self.absmax
+        if self.offset is not None:
+            absmax = kernels.dequantize_blockwise.default(
+                absmax, self.nested_absmax, self.nested_code, ABSMAX_BLOCK_SIZE, torch.float32
+            ).add_(self.offset)
+        # The AVX512 kernel begins a new block with every row and the quantiser does not, so bitsandbytes 0.50.2
+        # returns another weight where `in` is a multiple of 16 and not of 64. As one long row it comes out right.
+        whole = self.shape[1] % BLOCK_SIZE == 0
+        rows = self.shape if whole else (1, 2 * self.packed.numel())
+        dense = kernels.dequantize_4bit.default(self.packed, absmax, BLOCK_SIZE, self.quant_type, rows, dtype)
+        return dense if whole else dense.view(-1)[: self.shape.numel()].view(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -167,16 +154,10 @@ def quantize(weight: torch.Tensor, quant_type: str = "nf4", double_quantization:
     if functional is None:
         return _quantize_in_pytorch(weight.detach(), quant_type, double_quantization)
     packed, state = functional.quantize_4bit(
-        weight.detach(),
-        blocksize=BLOCK_SIZE,
-        compress_statistics=double_quantization,
-        quant_type=quant_type,
+        weight.detach(), blocksize=BLOCK_SIZE, compress_statistics=double_quantization, quant_type=quant_type
     )
-    quantized = QuantizedTensor(packed, state.absmax, weight.shape, quant_type)
-    if not double_quantization:
-        return quantized
-    nested = state.state2
-    return replace(quantized, nested_absmax=nested.absmax, nested_code=nested.code, offset=state.offset.view(1))
+    nested = (state.state2.absmax, state.state2.code, state.offset.view(1)) if double_quantization else ()
+    return QuantizedTensor(packed, state.absmax, weight.shape, quant_type, *nested)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -237,11 +218,6 @@ class Linear4bit(nn.Module):
         """(out, in) `dtype`, made anew."""
         return self.weight.dequantize(dtype)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows between the brackets."""
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.quant_type}"
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
         """Moves everything and casts the bias alone: a scale in bfloat16 would be another weight."""
 
@@ -249,7 +225,7 @@ class Linear4bit(nn.Module):
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        return super()._apply(move, recurse)  # type: ignore[no-any-return, unused-ignore]
+        return super()._apply(move, recurse)
 
 
 def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantization: bool) -> QuantizedTensor:
@@ -258,19 +234,12 @@ def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantizat
     scaled, absmax = _scale_blocks(weight.to(torch.float32).flatten())
     codes = by_value.to(torch.uint8)[torch.bucketize(scaled, _midpoints(levels[by_value]), out_int32=True)]
     packed = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
-    quantized = QuantizedTensor(packed, absmax, weight.shape, quant_type)
     if not double_quantization:
-        return quantized
+        return QuantizedTensor(packed, absmax, weight.shape, quant_type)
     offset = absmax.mean()
     nested_code = _dynamic_levels().to(weight.device)
     codes, nested_absmax = _quantize_scales(absmax - offset, nested_code)
-    return replace(
-        quantized,
-        absmax=codes,
-        nested_absmax=nested_absmax,
-        nested_code=nested_code,
-        offset=offset.view(1),
-    )
+    return QuantizedTensor(packed, codes, weight.shape, quant_type, nested_absmax, nested_code, offset.view(1))
 
 
 def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,18 +258,17 @@ def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantize_scales(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (blocks,) uint8 and absmax of each 256.
 
-    bitsandbytes looks the nearest level up in a table of 65,536 entries evenly spaced over [-1, 1]: a number
-    is moved to the nearest entry first. Around 0, where the levels are closer than that, the code may be off
-    by a few; the error is below 1 / 65,535 of the largest.
+    bitsandbytes finds the nearest level in a table of 65,536 places evenly spaced over [-1, 1], so a number moves
+    to the nearest place first. Around 0 levels are closer than places; the error stays below 1 / 65,535.
     """
     count = values.numel()
     blocks = F.pad(values, (0, -count % ABSMAX_BLOCK_SIZE)).view(-1, ABSMAX_BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
-    # 0 / 0 is where a block is all zeros, to which bitsandbytes gives code 0, whose scale of 0 makes it right.
-    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp_(-1, 1)
-    # One rounding for product and sum, as a processor's fused multiply-add has it: exact in float64, then cut.
-    entry = ((scaled + 1) * 0.5).double().mul_(65535).add_(0.5).float().trunc_()
-    codes = torch.bucketize(entry * 2 / 65535 - 1, _midpoints(levels)).to(torch.uint8)
+    # A block of zeros is 0 * inf here; it has code 0 in bitsandbytes, and a scale of 0 that makes it right.
+    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(nan=-1.0).clamp_(-1, 1)
+    # Product and sum are exact in float64 and rounded once to float32, as a fused multiply-add does.
+    place = ((scaled + 1) * 0.5).double().mul_(65535).add_(0.5).float().trunc_()
+    codes = torch.bucketize(place * 2 / 65535 - 1, _midpoints(levels)).to(torch.uint8)
     return codes.view(-1)[:count], absmax
 
 
@@ -319,14 +287,15 @@ def _dynamic_levels() -> torch.Tensor:
 
 
 def _dequantize_in_pytorch(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """As bitsandbytes, but for what its processor decides: the sign of an FP4 zero, and bfloat16 below 1.2e-38."""
     absmax = quantized.absmax
-    if quantized.nested_code is not None:
-        assert quantized.nested_absmax is not None and quantized.offset is not None  # they come together
+    if quantized.offset is not None:
+        assert quantized.nested_absmax is not None  # the three come together
+        assert quantized.nested_code is not None
         scales = quantized.nested_absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: absmax.numel()]
         absmax = quantized.nested_code[absmax.int()] * scales + quantized.offset
     levels = torch.tensor(LEVELS[quantized.quant_type], device=absmax.device)
-    # Row b of `pairs` is what byte b stands for: one look-up brings two numbers.
-    pairs = torch.cartesian_prod(levels, levels)
+    pairs = torch.cartesian_prod(levels, levels)  # row b: the two numbers that byte b stands for
     values = pairs.index_select(0, quantized.packed.view(-1).int()).view(-1)[: quantized.shape.numel()]
     scales = absmax.repeat_interleave(BLOCK_SIZE)[: values.numel()]
     return (values * scales).to(dtype).view(quantized.shape)

@@ -27,7 +27,7 @@ def seen_rows(packed: MicroBatch) -> list[list[int]]:
     """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
-        n, length = group.rows.shape
+        length = group.rows.shape[1]
         for place in group.real_places.tolist():
             segment, offset = divmod(place, length)
             own = group.rows[segment, : offset + 1].tolist()

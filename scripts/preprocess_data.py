@@ -1,0 +1,71 @@
+"""Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from minilora.data import prepare
+from minilora.errors import UserError, run_script
+
+DOWNLOADED = Path("data/chn_senti_corp")
+EXAMPLES = """\
+examples:
+  python scripts/preprocess_data.py                                       what download_data.py fetched
+  python scripts/preprocess_data.py --input train.tsv dev.tsv test.tsv --keep-splits --drop-leaks
+  python scripts/preprocess_data.py --input mine.csv --text-column comment --label-column stars
+"""
+
+
+def main() -> None:
+    """Reads the command line, prepares, prints the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="TSV, CSV, JSONL or parquet files")
+    parser.add_argument("--output", type=Path, default=Path("data/processed"), help="folder for the splits")
+    parser.add_argument("--seed", type=int, default=42, help="of the split")
+    parser.add_argument("--keep-splits", action="store_true", help="the files are the splits; report what leaks")
+    parser.add_argument("--drop-leaks", action="store_true", help="with --keep-splits: take leaks out of train")
+    parser.add_argument("--text-column", help="default: text, text_a, review, sentence or content")
+    parser.add_argument("--label-column", help="default: label, labels, sentiment or target")
+    arguments = parser.parse_args()
+    if arguments.drop_leaks and not arguments.keep_splits:
+        parser.error("--drop-leaks goes with --keep-splits: without it nothing leaks")
+    files = arguments.input or sorted(p for p in DOWNLOADED.glob("*") if p.suffix in (".parquet", ".arrow"))
+    if not files:
+        raise UserError(f"{DOWNLOADED}: holds no data; run scripts/download_data.py, or name files with --input")
+    report = prepare(
+        files,
+        arguments.output,
+        arguments.seed,
+        arguments.keep_splits,
+        arguments.drop_leaks,
+        arguments.text_column,
+        arguments.label_column,
+    )
+    print_report(report, arguments.output)
+
+
+def print_report(report: dict[str, Any], output: Path) -> None:
+    """What went in, what was dropped and why, what came out."""
+    for name, count in report["rows_in"].items():
+        print(f"read     {count:>7,}  {name}")
+    for cause, count in report["dropped"].items():
+        print(f"dropped  {count:>7,}  {cause}")
+    for name in ("validation", "test"):
+        leak = report["leaks"][name]
+        if leak["also_in_train"]:
+            share = leak["also_in_train"] / leak["rows"]
+            print(f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows stand in train too ({share:.1%})")
+    if report["leaks"]["dropped_from_train"]:
+        print(f"dropped  {report['leaks']['dropped_from_train']:>7,}  of train, because they leak")
+    elif any(report["leaks"][name]["also_in_train"] for name in ("validation", "test")):
+        print("                  --drop-leaks removes them from train")
+    for name, count in report["rows_out"].items():
+        labels = ", ".join(f"{label}: {number:,}" for label, number in report["labels"][name].items())
+        median = report["length_quantiles_characters"][name]["p50"]
+        print(f"wrote    {count:>7,}  {output / name}.jsonl  ({labels}; median {median} characters)")
+
+
+if __name__ == "__main__":
+    run_script(main)

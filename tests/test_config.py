@@ -1,0 +1,304 @@
+"""Where a value comes from, and what is refused, with the words that a user sees."""
+
+import ast
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minilora.config import (
+    HARMLESS_KEYS,
+    Config,
+    changed_keys,
+    config_from_dict,
+    describe_keys,
+    load_config,
+)
+from minilora.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+KEYS = [f"{s.name}.{k.name}" for s in dataclasses.fields(Config) for k in dataclasses.fields(s.type)]
+
+
+def refusal(*overrides: str, path: Path | None = None) -> list[str]:
+    """The lines of the error."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_without_file_and_overrides_everything_is_default() -> None:
+    assert load_config() == Config()
+    assert Config().lora.r == 8
+    assert Config().train.learning_rate == 2e-4
+    assert Config().prompt.labels == ["负面", "正面"]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("lora: {r: 4, alpha: 32}\ntrain:\n  seed: 7\n", "utf-8")
+    config = load_config(path, ["lora.r=16", "prompt.labels=[差评, 好评]"])
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
+    assert config.train.seed == 7
+    assert config.prompt.labels == ["差评", "好评"]
+
+
+def test_the_last_override_wins() -> None:
+    assert load_config(None, ["lora.r=4", "lora.r=2"]).lora.r == 2
+
+
+def test_defaults_are_not_shared_between_configurations() -> None:
+    assert Config().prompt.labels is not Config().prompt.labels
+
+
+def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora:\n  rnak: 4\n  dropout: 2\ntrain: fast\n", "utf-8")
+    lines = refusal("train.seed=soon", "lora.r=0", "nonsense", path=path)
+    assert lines == [
+        f"train: got 'fast', expected a section with keys ({path})",
+        "nonsense: expected section.key=value (command line)",
+        f"lora.rnak: unknown key; did you mean lora.r? ({path})",
+        f"lora.dropout: got 2, expected 0.9 or less ({path})",
+        "train.seed: got 'soon', expected a whole number (command line)",
+        "lora.r: got 0, expected 1 or more (command line)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("lora.rnak=4", "did you mean lora.r?"),
+        ("train.learning_rat=1e-4", "did you mean train.learning_rate?"),
+        ("lora.learning_rate=1e-4", "did you mean train.learning_rate?"),
+        ("learning_rate=1e-4", "did you mean train.learning_rate?"),
+        ("zzz.qqq=1", "--help lists all keys"),
+    ],
+)
+def test_an_unknown_key_comes_with_a_suggestion(override: str, suggestion: str) -> None:
+    (line,) = refusal(override)
+    assert f"unknown key; {suggestion} (command line)" in line
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".0001", "1.0e-04"])
+def test_a_number_may_be_written_as_people_write_it(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"train:\n  learning_rate: {text}\n", "utf-8")
+    for config in (load_config(path), load_config(None, [f"train.learning_rate={text}"])):
+        assert config.train.learning_rate == 1e-4
+        assert isinstance(config.train.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=.nan", "a number"),
+        ("train.learning_rate=.inf", "a number"),
+        ("train.learning_rate=true", "a number"),
+        ("train.learning_rate=[1]", "a number"),
+        ("train.learning_rate=", "a number"),
+        ("lora.r=8.5", "a whole number"),
+        ("lora.r=yes", "a whole number"),
+        ("train.gradient_checkpointing=1", "true or false"),
+        ("train.gradient_checkpointing='true'", "true or false"),
+        ("model.quantization=null", "one of nf4, fp4, none"),
+        ("model.quantization=int8", "one of nf4, fp4, none"),
+        ("prompt.labels=[no, yes]", "text (quote it if it looks like a number or a yes/no word)"),
+        ("prompt.labels=正面", "a list, such as [a, b]"),
+        ("train.output_dir=2024", "text (quote it"),
+        ("lora.target_modules=3", "text (quote it"),
+        ("lora.target_modules=[q_proj, 3]", "text (quote it"),
+    ],
+)
+def test_a_wrong_type_says_what_is_expected(override: str, expected: str) -> None:
+    name = override.partition("=")[0]
+    (line,) = refusal(override)
+    assert line.startswith(f"{name}: got ")
+    assert f"expected {expected}" in line
+    assert line.endswith("(command line)")
+
+
+def test_traps_of_yaml_that_mean_what_they_say() -> None:
+    config = load_config(
+        None,
+        [
+            "model.quantization=none",
+            "model.revision=null",
+            "train.gradient_checkpointing=on",
+            "lora.target_modules=[q_proj, v_proj]",
+            "prompt.instruction=a: b: c",
+            "lora.r=16.0",
+            "train.max_steps=10",
+        ],
+    )
+    assert config.model.quantization == "none"
+    assert config.model.revision is None
+    assert config.train.gradient_checkpointing is True
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.prompt.instruction == "a: b: c"  # no YAML, taken as the text it is
+    assert config.lora.r == 16
+    assert isinstance(config.lora.r, int)
+    assert config.train.max_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("lora.r=0", "1 or more"),
+        ("lora.alpha=-1", "0 or more"),
+        ("lora.dropout=0.95", "0.9 or less"),
+        ("data.max_length=8", "16 or more"),
+        ("train.warmup_ratio=1.5", "1 or less"),
+        ("train.max_steps=0", "1 or more"),
+        ("train.eval_steps=0", "1 or more"),
+        ("train.adam_beta2=1", "0.999999 or less"),
+        ("train.early_stopping_patience=0", "1 or more"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override: str, problem: str) -> None:
+    (line,) = refusal(override)
+    assert f"expected {problem}" in line
+
+
+def test_both_ends_of_a_range_are_allowed() -> None:
+    config = load_config(None, ["lora.dropout=0.9", "train.warmup_ratio=0", "lora.r=1"])
+    assert (config.lora.dropout, config.train.warmup_ratio, config.lora.r) == (0.9, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["prompt.labels=[a]"], "prompt.labels: got ['a'], expected two or more different words"),
+        (["prompt.labels=[a, a]"], "prompt.labels: got ['a', 'a'], expected two or more different words"),
+        (["prompt.labels=[a, '']"], "prompt.labels: got ['a', ''], expected two or more different words"),
+        (["prompt.positive_label=好"], "prompt.positive_label: '好' is not one of ['负面', '正面']"),
+        (
+            ["model.compute_dtype=float16", "model.device=cpu"],
+            "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu",
+        ),
+    ],
+)
+def test_a_contradiction_is_refused(overrides: list[str], line: str) -> None:
+    assert refusal(*overrides) == [line]
+
+
+def test_the_positive_class() -> None:
+    assert load_config().prompt.positive == 1
+    assert load_config(None, ["prompt.positive_label=负面"]).prompt.positive == 0
+    assert load_config(None, ["prompt.labels=[a, b, c]"]).prompt.positive is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"lora:\n  r: 4\n  r: 8\n", r"is not valid YAML; .*key 'r' is given twice.* line 3"),
+        (b"lora:\n  r: 4\nlora:\n  alpha: 8\n", r"is not valid YAML; key 'lora' is given twice"),
+        (b"lora: [", r"is not valid YAML; "),
+        (b"- lora\n", r"holds a list, expected sections such as 'lora:' with keys"),
+        (b"lora", r"holds a str, expected sections"),
+        ("prompt: {system: 好}".encode("gbk"), r"is not UTF-8 \(byte \d+\); save it as UTF-8"),
+        (b"lora: !!python/object/apply:os.system ['true']\n", r"is not valid YAML; could not determine a constructor"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_reason(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"mine\.yaml: {message}"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.yaml: cannot be read \(No such file or directory\); check --config"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "lora:\n", "# nothing\n", "\ufeff"])
+def test_an_empty_file_or_section_means_defaults(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content, "utf-8")
+    assert load_config(path) == Config()
+
+
+def test_a_written_configuration_reads_back_as_itself() -> None:
+    config = load_config(
+        None, ["lora.r=3", "prompt.labels=[a, b, c]", "train.max_steps=4", "lora.target_modules=[q_proj]"]
+    )
+    content = json.loads(json.dumps(config.to_dict()))
+    assert config_from_dict(content, [], "training_args.json") == config
+    assert changed_keys(content, config) == []
+
+
+def test_changed_keys_names_old_and_new_value() -> None:
+    before = load_config().to_dict()
+    now = load_config(None, ["lora.r=4", "prompt.labels=[差评, 好评]", "train.max_steps=3"])
+    assert changed_keys(before, now) == [
+        "lora.r: 8 -> 4",
+        'prompt.labels: ["负面", "正面"] -> ["差评", "好评"]',
+        "train.max_steps: null -> 3",
+    ]
+
+
+def test_a_key_that_an_older_run_did_not_have_counts_as_changed() -> None:
+    before = load_config().to_dict()
+    del before["lora"]["r"]
+    del before["data"]
+    changes = changed_keys(before, load_config())
+    assert "lora.r: null -> 8" in changes
+    assert 'data.dir: null -> "data/processed"' in changes
+
+
+def test_harmless_keys_exist_and_may_change() -> None:
+    assert set(KEYS) >= HARMLESS_KEYS
+    now = load_config(
+        None, ["train.output_dir=elsewhere", "train.save_steps=7", "train.logging_steps=3", "train.save_dtype=bfloat16"]
+    )
+    assert changed_keys(load_config().to_dict(), now) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["train.seed", "train.learning_rate", "train.eval_steps", "lora.dropout", "data.max_length"]
+)
+def test_what_decides_the_course_of_a_run_is_not_harmless(name: str) -> None:
+    assert name not in HARMLESS_KEYS
+
+
+def test_describe_keys_lists_every_key_with_type_default_and_meaning() -> None:
+    lines = describe_keys().splitlines()
+    assert [line.strip().partition("=")[0] for line in lines[::2]] == KEYS
+    assert all(meaning.startswith("      ") and meaning.strip() for meaning in lines[1::2])
+    assert "  lora.r=8  (whole number)" in lines
+    assert "  train.max_steps=null  (whole number or null)" in lines
+    assert '  model.quantization="nf4"  (nf4, fp4, none)' in lines
+    assert '  prompt.labels=["负面", "正面"]  (list of text)' in lines
+    assert "  train.do_predict=true  (true or false)" in lines
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    load_config(recipe)
+
+
+def test_the_recipes_are_there() -> None:
+    assert {"quickstart", "chnsenticorp"} <= {recipe.stem for recipe in RECIPES}
+
+
+def attributes_read() -> Iterator[str]:
+    """Names of all attributes that the code outside config.py reads, `max_{split}_examples` spelled out."""
+    for folder in ("minilora", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name == "config.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    yield node.attr
+                if isinstance(node, ast.JoinedStr) and ast.unparse(node)[2:-1] == "max_{split}_examples":
+                    yield from (f"max_{split}_examples" for split in ("train", "validation", "test"))
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_key_is_read_somewhere(name: str) -> None:
+    attribute = {"prompt.positive_label": "positive"}.get(name, name.partition(".")[2])
+    assert attribute in set(attributes_read())

@@ -1,0 +1,119 @@
+"""metrics.jsonl survives an interruption, and the plot shows what is in it."""
+
+import builtins
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from minilora.runlog import RunLog, plot_metrics, read_metrics
+
+NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, **NUMBERS}
+
+
+def write_rows(directory: Path, *steps: int, start: int = 0) -> None:
+    log = RunLog(directory, 10, start)
+    for step in steps:
+        log.advance(row(step))
+        log.write(row(step))
+    log.close()
+
+
+def test_rows_read_back_as_written(tmp_path: Path) -> None:
+    write_rows(tmp_path, 1, 2)
+    assert read_metrics(tmp_path) == [row(1), row(2)]
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert content.endswith(b"\n")
+    assert b"\r" not in content
+    assert [json.loads(line)["step"] for line in content.splitlines()] == [1, 2]
+
+
+def test_a_written_row_is_there_before_the_log_is_closed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 10, 0)
+    log.write(row(1))
+    assert read_metrics(tmp_path) == [row(1)]
+    log.close()
+
+
+def test_going_on_takes_back_the_lines_behind_the_checkpoint(tmp_path: Path) -> None:
+    write_rows(tmp_path / "whole", 1, 2, 3, 4)
+    write_rows(tmp_path / "cut", 1, 2, 3)
+    write_rows(tmp_path / "cut", 3, 4, start=2)
+    whole, cut = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_new_run_begins_an_empty_log(tmp_path: Path) -> None:
+    write_rows(tmp_path, 1, 2)
+    RunLog(tmp_path, 10, 0).close()
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize("cut", [b'{"step": 3, "tra', b'{"step": 3, "loss": "\xe6\xad'])
+def test_a_line_that_was_cut_off_in_writing_is_left_out_and_replaced(tmp_path: Path, cut: bytes) -> None:
+    write_rows(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(cut)
+    assert read_metrics(tmp_path) == [row(1), row(2)]
+    write_rows(tmp_path, 3, start=2)
+    assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
+
+
+def test_no_log_has_no_rows(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_the_bar_shows_the_numbers_of_the_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 10, 4)
+    log.advance(row(5))
+    log.say("step 5: loss 0.3")
+    log.close()
+    out, err = capsys.readouterr()
+    assert "5/10" in err
+    assert "loss=0.5000, lr=2.00e-04, tok/s=812" in err
+    assert out == "step 5: loss 0.3\n"
+
+
+def test_the_plot_is_drawn_from_rows_with_different_keys(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_rows(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row(3), "eval_loss": 0.4, "eval_accuracy": 0.9}) + "\n")
+    path = plot_metrics(tmp_path)
+    assert path == tmp_path / "loss.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_log_can_be_plotted(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = plot_metrics(tmp_path)
+    assert path is not None
+    assert path.is_file()
+
+
+def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **keywords: Any) -> ModuleType:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return plain(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert plot_metrics(tmp_path) is None
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_files_are_written_where_asked_for(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 10, 0, "tensorboard")
+    log.write(row(1))
+    log.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))

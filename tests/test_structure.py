@@ -1,0 +1,107 @@
+"""What the architecture promises: the reading order, who imports what, and that nothing is pickled."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+PACKAGE = Path(minilora.__file__).parent
+SCRIPTS = PACKAGE.parent / "scripts"
+# The order stands once, in the package's docstring.
+ORDER = re.findall(r"^    (\w+)  ", minilora.__doc__ or "", re.MULTILINE)
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.rglob("*.py")])
+# nf4 stands in the order before model, and needs nothing but the exception.
+ALLOWED = {
+    "errors": set(),
+    "nf4": {"errors"},
+    "model": {"ops", "batch", "errors"},
+    "load": {"model", "nf4", "errors"},
+    "lora": {"model", "nf4", "errors"},
+    "adapter": {"load", "lora", "model", "errors"},
+    "memory": {"loss", "lora", "model", "errors"},
+}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Full names of all that a file imports, anywhere in it, `from a import b` as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports."""
+    parts = [name.split(".") for name in imported_names(path)]
+    return {part[1] for part in parts if part[0] == "minilora" and len(part) > 1 and part[1] in MODULES}
+
+
+def test_the_map_names_every_module_and_no_other() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_modules_above_it(module: str) -> None:
+    above = set(ORDER[: ORDER.index(module)])
+    assert imported_modules(PACKAGE / f"{module}.py") <= above
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_the_core_depends_on_little(module: str) -> None:
+    assert imported_modules(PACKAGE / f"{module}.py") <= ALLOWED[module]
+
+
+def test_only_the_top_knows_the_configuration() -> None:
+    readers = {module for module in MODULES if "config" in imported_modules(PACKAGE / f"{module}.py")}
+    assert readers == {"build", "plan", "train"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_nobody_needs_the_libraries_that_we_compare_with(path: Path) -> None:
+    packages = {name.partition(".")[0] for name in imported_names(path)}
+    assert not packages & {"transformers", "peft", "accelerate", "trl", "sklearn", "datasets"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_only_nf4_imports_bitsandbytes(path: Path) -> None:
+    uses = any(name.partition(".")[0] == "bitsandbytes" for name in imported_names(path))
+    assert uses == (path.name == "nf4.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_nothing_is_unpickled(path: Path) -> None:
+    packages = {name.partition(".")[0] for name in imported_names(path)}
+    assert not packages & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    loads = [
+        node
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load")
+    ]
+    if path.name != "adapter.py":
+        assert not loads
+    for call in loads:
+        assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_what_it_is_and_fits_on_a_few_screens(module: str) -> None:
+    text = (PACKAGE / f"{module}.py").read_text("utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    # config is a table of keys with a reader beside it, train the one loop that a reader follows as a whole.
+    assert len(text.splitlines()) <= (400 if module in ("config", "train") else 300)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_module_or_class_has_a_name_that_says_nothing(path: Path) -> None:
+    classes = [node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+    words = {word.lower() for name in [*classes, path.stem] for word in re.findall(r"[A-Z]?[a-z]+", name)}
+    assert not words & {"utils", "common", "helpers", "helper", "manager", "process", "handle", "handler"}
