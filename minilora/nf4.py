@@ -15,8 +15,7 @@ bitsandbytes does the work, and no other module imports it. The PyTorch function
 readably, equal it to the bit, and take over where it cannot be imported.
 
 Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2
-on a CPU. Left out: other block sizes, which no Qwen2.5 needs; products straight from 4 bits, which gain nothing
-from about 64 rows on (and training has hundreds).
+on a CPU. Left out: other block sizes; products straight from 4 bits, which gain nothing from 64 rows on.
 """
 
 import functools
@@ -65,7 +64,7 @@ def _bitsandbytes() -> ModuleType | None:
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """False for the notice about an optional kernel for inference, which nothing here would call."""
+    """False for the notice about an optional inference kernel, which nothing here would call."""
     return "kernels-community" not in record.getMessage()
 
 
@@ -119,7 +118,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, all scales included."""
+        """Bytes held, scales included."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -147,9 +146,8 @@ def quantize(weight: torch.Tensor, quant_type: str = "nf4", double_quantization:
     if quant_type not in LEVELS:
         raise ValueError(f"quant_type: got {quant_type!r}, expected one of {list(LEVELS)}")
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"weight: got {tuple(weight.shape)} {weight.dtype}, expected (out, in) in float32, bfloat16 or float16"
-        )
+        got = f"{tuple(weight.shape)} {weight.dtype}"
+        raise ValueError(f"weight: got {got}, expected (out, in) in float32, bfloat16 or float16")
     functional = _bitsandbytes()
     if functional is None:
         return _quantize_in_pytorch(weight.detach(), quant_type, double_quantization)
@@ -193,6 +191,7 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.quant_type = weight.quant_type
+        self._shape = weight.shape
         self._weight_names = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
@@ -202,8 +201,7 @@ class Linear4bit(nn.Module):
     def weight(self) -> QuantizedTensor:
         """The weight as it is held now."""
         parts: dict[str, Any] = {name: self._buffers[name] for name in self._weight_names}
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedTensor(shape=shape, quant_type=self.quant_type, **parts)
+        return QuantizedTensor(shape=self._shape, quant_type=self.quant_type, **parts)
 
     @property
     def device(self) -> torch.device:
@@ -212,7 +210,7 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        return _FrozenLinear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        return _FrozenLinear.apply(x, self.weight, self.bias)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(out, in) `dtype`, made anew."""

@@ -93,11 +93,18 @@ def test_nothing_is_unpickled(path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_says_what_it_is_and_fits_on_a_few_screens(module: str) -> None:
-    text = (PACKAGE / f"{module}.py").read_text("utf-8")
-    assert ast.get_docstring(ast.parse(text))
-    # config is a table of keys with a reader beside it, train the one loop that a reader follows as a whole.
-    assert len(text.splitlines()) <= (400 if module in ("config", "train") else 300)
+def test_a_module_and_everything_public_in_it_says_what_it_is(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    assert ast.get_docstring(tree)
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert public or module == "errors"
+    # The keys of a configuration section carry a meaning each.
+    silent = [n.name for n in public if not ast.get_docstring(n) and not n.name.endswith("Section")]
+    assert silent == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

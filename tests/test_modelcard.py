@@ -1,0 +1,70 @@
+"""The model card says what was trained, and how well it does."""
+
+from typing import Any
+
+import yaml
+
+from minilora.config import load_config
+from minilora.modelcard import render_model_card
+
+AFTER = {
+    "loss": 0.21,
+    "accuracy": 0.91234,
+    "f1": 0.905,
+    "precision": 0.9,
+    "recall": 0.91,
+    "num_examples": 400,
+    "confidence_intervals_95": {"accuracy": [0.88, 0.94]},
+}
+
+
+def card(results: dict[str, Any], *overrides: str) -> str:
+    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, **results})
+
+
+def test_it_begins_with_the_metadata_of_the_hub() -> None:
+    text = card({"test_before": None, "test": AFTER}, "model.name_or_path=Qwen/Qwen2.5-1.5B-Instruct")
+    _, front, _ = text.split("---\n", 2)
+    assert text.startswith("---\n")
+    metadata = yaml.safe_load(front)
+    assert metadata["base_model"] == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert metadata["library_name"] == "peft"
+    assert "lora" in metadata["tags"]
+
+
+def test_it_names_how_it_was_made() -> None:
+    text = card(
+        {"test_before": None, "test": AFTER},
+        "lora.r=4",
+        "lora.target_modules=[q_proj, v_proj]",
+        "train.gradient_accumulation_steps=3",
+        "train.seed=7",
+    )
+    assert "nf4 base weights, LoRA r 4, alpha 16, dropout 0.05 on q_proj, v_proj" in text
+    assert "learning rate 0.0002 (cosine), 24 examples a step, 120 steps, seed 7" in text
+
+
+def test_it_shows_the_test_set_before_and_after() -> None:
+    text = card({"test_before": {"accuracy": 0.5, "loss": 2.0}, "test": AFTER})
+    assert "| accuracy | 0.5000 | 0.9123 (0.880 to 0.940) |" in text
+    assert "| loss | 2.0000 | 0.2100 |" in text
+    assert "| f1 | - | 0.9050 |" in text
+    assert "Test set: 400 records" in text
+
+
+def test_without_a_test_it_says_so() -> None:
+    text = card({"test_before": None, "test": None})
+    assert "| test set | not scored | not scored |" in text
+
+
+def test_it_shows_the_prompt_that_the_adapter_expects() -> None:
+    config = load_config(None, ["prompt.labels=[差评, 中评, 好评]"])
+    text = card({"test_before": None, "test": None}, "prompt.labels=[差评, 中评, 好评]")
+    assert "assistant: 差评 or 中评 or 好评" in text
+    first, *rest = config.prompt.instruction.splitlines()
+    assert f"    user: {first}\n" in text
+    assert f"          {rest[-1]}<review>" in text
+
+
+def test_braces_in_a_prompt_are_text() -> None:
+    assert "user: 评论{x}：<review>" in card({"test_before": None, "test": None}, "prompt.instruction=评论{x}：")
