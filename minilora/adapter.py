@@ -116,7 +116,7 @@ def save_adapter(
             tensors[f"{KEY_PREFIX}{path}.{name}.weight"] = value
     tensors = dict(sorted(tensors.items()))
     content = json.dumps(config.to_dict(paths), indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "adapter_config.json").write_text(content + "\n", "utf-8")
+    (folder / "adapter_config.json").write_text(content + "\n", "utf-8", newline="\n")
     if save_format == "bin":
         torch.save(tensors, folder / "adapter_model.bin")
     else:
@@ -214,9 +214,12 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
         elif not torch.isfinite(tensors[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:
-        shown = "\n  ".join(problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {shown}{more}")
+        # The first and the last few: with a wrong prefix all slots are missing, and only the extra names show it.
+        shown = (
+            problems if len(problems) <= 10 else [*problems[:5], f"... {len(problems) - 10} more ...", *problems[-5:]]
+        )
+        lines = "\n  ".join(shown)
+        raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {lines}")
     with torch.no_grad():
         for name, slot in slots.items():
             slot.copy_(tensors[name])

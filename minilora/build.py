@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from minilora.adapter import AdapterConfig
 from minilora.config import Config
-from minilora.data import Row, read_rows
 from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.rows import Row, read_rows
 
 SPLITS = ("train", "validation", "test")
 

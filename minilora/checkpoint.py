@@ -92,7 +92,16 @@ def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: torch.opti
     state = read_state(folder)
     load_adapter_weights(model, folder)
     path = folder / "optimizer.safetensors"
-    load_optimizer_tensors(optimizer, {name: read_tensor(entry) for name, entry in read_header(path).items()})
+    entries = read_header(path)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    expected = {
+        f"{index}.{name}": torch.Size() if name == "step" else parameter.shape
+        for index, parameter in enumerate(parameters)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+    if {name: entry.shape for name, entry in entries.items()} != expected:
+        raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
+    load_optimizer_tensors(optimizer, {name: read_tensor(entry) for name, entry in entries.items()})
     return state
 
 
@@ -131,7 +140,8 @@ def prune_checkpoints(directory: Path, keep: int, best_step: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Pretty JSON with sorted keys: equal content, equal bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, "utf-8", newline="\n")
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

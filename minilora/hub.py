@@ -125,7 +125,9 @@ def _explain(kind: str, name: str, download: Callable[[], T]) -> T:
     except RevisionNotFoundError:
         raise UserError(f"{name}: has no such revision; check model.revision or --revision") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name}: no such {kind} on the hub, or private; check the name, set HF_TOKEN, or {local}") from None
+        raise UserError(
+            f"{name}: no such {kind} on the hub, or private; check the name, set HF_TOKEN, or {local}"
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise UserError(
             f"{name}: not in the cache and the hub cannot be reached; unset HF_HUB_OFFLINE, check the network, set a "

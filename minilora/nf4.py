@@ -241,7 +241,7 @@ def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantizat
 
 
 def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each number over its block's absmax, in [-1, 1] and an even count of them; and the (blocks,) absmax."""
+    """Each number over its block's absmax, an even count of them, and the (blocks,) absmax."""
     count = values.numel()
     blocks = F.pad(values, (0, -count % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
@@ -250,7 +250,7 @@ def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # bitsandbytes divides in an incomplete block, and multiplies by the inverse in all others.
         absmax[-1].clamp_(min=SMALLEST_ABSMAX)
         scaled[-1] = blocks[-1] / absmax[-1]
-    return scaled.clamp_(-1, 1).view(-1)[: count + count % 2], absmax
+    return scaled.view(-1)[: count + count % 2], absmax
 
 
 def _quantize_scales(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,9 +263,8 @@ def _quantize_scales(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.
     blocks = F.pad(values, (0, -count % ABSMAX_BLOCK_SIZE)).view(-1, ABSMAX_BLOCK_SIZE)
     absmax = blocks.abs().amax(dim=1)
     # A block of zeros is 0 * inf here; it has code 0 in bitsandbytes, and a scale of 0 that makes it right.
-    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(nan=-1.0).clamp_(-1, 1)
-    # Product and sum are exact in float64 and rounded once to float32, as a fused multiply-add does.
-    place = ((scaled + 1) * 0.5).double().mul_(65535).add_(0.5).float().trunc_()
+    scaled = (blocks * (1 / absmax)[:, None]).nan_to_num_(nan=-1.0)
+    place = ((scaled + 1) * 0.5 * 65535 + 0.5).trunc_()
     codes = torch.bucketize(place * 2 / 65535 - 1, _midpoints(levels)).to(torch.uint8)
     return codes.view(-1)[:count], absmax
 

@@ -122,10 +122,14 @@ class ChatTokenizer:
         """
         if len(ids) <= length:
             return ids
-        kept = ids[: max(length, 0)]
-        while kept and self.decode(kept[-4:]).endswith("\ufffd") and not self.decode(ids).endswith("\ufffd"):
-            kept.pop()
-        return kept
+        end = max(length, 0)
+        while end and self._splits_character(ids[max(end - 4, 0) : end], ids[end : end + 4]):
+            end -= 1
+        return ids[:end]
+
+    def _splits_character(self, before: list[int], after: list[int]) -> bool:
+        """Whether the border between two runs of ids lies within a character, which is four tokens at most."""
+        return self.decode(before + after) != self.decode(before) + self.decode(after)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(directory) if row["step"] <= step]
-        self._path.write_text("".join(_line(row) for row in kept), "utf-8")
+        rewritten = self._path.with_name(".writing-metrics.jsonl")
+        rewritten.write_text("".join(_line(row) for row in kept), "utf-8", newline="\n")
+        rewritten.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8", newline="\n")
         self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
         self._events = None

@@ -375,7 +375,7 @@ def _finish(run: Run, final: Path) -> Path:
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
     write_json(temporary / "training_args.json", run.config.to_dict())
     write_json(temporary / "metrics.json", results)
-    (temporary / "README.md").write_text(render_model_card(run.config.to_dict(), results), "utf-8")
+    (temporary / "README.md").write_text(render_model_card(run.config.to_dict(), results), "utf-8", newline="\n")
     plot = plot_metrics(run.directory)
     replace_folder(temporary, final)
     if after is not None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from minilora.data import read_rows
-from minilora.hub import fetch_model
 from tqdm import tqdm
 
 from minilora.adapter import load_adapter, read_adapter_config
@@ -28,11 +26,13 @@ from minilora.build import (
 from minilora.config import Config, config_from_dict
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
+from minilora.hub import fetch_model
 from minilora.load import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.rows import read_rows
 
 EXAMPLES = """\
 examples:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from minilora.data import prepare
+from minilora.data import SPLIT_SEED, prepare
 from minilora.errors import UserError, run_script
 
 DOWNLOADED = Path("data/chn_senti_corp")
@@ -23,7 +23,7 @@ def main() -> None:
     )
     parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="TSV, CSV, JSONL or parquet files")
     parser.add_argument("--output", type=Path, default=Path("data/processed"), help="folder for the splits")
-    parser.add_argument("--seed", type=int, default=42, help="of the split")
+    parser.add_argument("--seed", type=int, default=SPLIT_SEED, help="of the split")
     parser.add_argument("--keep-splits", action="store_true", help="the files are the splits; report what leaks")
     parser.add_argument("--drop-leaks", action="store_true", help="with --keep-splits: take leaks out of train")
     parser.add_argument("--text-column", help="default: text, text_a, review, sentence or content")
@@ -56,7 +56,9 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         leak = report["leaks"][name]
         if leak["also_in_train"]:
             share = leak["also_in_train"] / leak["rows"]
-            print(f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows stand in train too ({share:.1%})")
+            print(
+                f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows stand in train too ({share:.1%})"
+            )
     if report["leaks"]["dropped_from_train"]:
         print(f"dropped  {report['leaks']['dropped_from_train']:>7,}  of train, because they leak")
     elif any(report["leaks"][name]["also_in_train"] for name in ("validation", "test")):

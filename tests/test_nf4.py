@@ -123,13 +123,17 @@ def test_pytorch_equals_bitsandbytes_on_any_weight(
     assert_same_in_pytorch(weight.to(dtype), quant_type, double_quantization)
 
 
-def test_midway_between_two_levels_rounds_as_in_bitsandbytes() -> None:
-    for quant_type in TYPES:
-        levels = torch.tensor(nf4.LEVELS[quant_type]).sort().values
-        midway = (levels[1:] + levels[:-1]) / 2
-        near = [midway, midway.nextafter(torch.tensor(2.0)), midway.nextafter(torch.tensor(-2.0))]
-        block = torch.cat([torch.ones(1), *near, torch.zeros(18)]).view(1, 64)
-        assert_same_in_pytorch(block, quant_type, False)
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_midway_between_two_levels_rounds_as_in_bitsandbytes(quant_type: str) -> None:
+    # Many scales, for whether x / absmax and x * (1 / absmax) differ depends on absmax; 46 numbers fill no block,
+    # and bitsandbytes divides in a block that is not full.
+    levels = torch.tensor(nf4.LEVELS[quant_type]).sort().values
+    midway = (levels[1:] + levels[:-1]) / 2
+    near = [midway, midway.nextafter(torch.tensor(2.0)), midway.nextafter(torch.tensor(-2.0))]
+    numbers = torch.cat([torch.ones(1), *near])
+    for absmax in torch.linspace(1, 2, 50):
+        assert_same_in_pytorch((numbers * absmax).view(1, 46), quant_type, False)
+        assert_same_in_pytorch(F.pad(numbers * absmax, (0, 18)).view(1, 64), quant_type, False)
 
 
 def test_scales_at_every_place_and_midway_round_as_in_bitsandbytes() -> None:

