@@ -3,7 +3,8 @@
     errors      the one exception that a user's mistake raises
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
-    data        files -> clean, deduplicated, leak-free splits; the order of an epoch
+    rows        data files -> rows
+    data        rows -> clean, deduplicated, leak-free splits; the order of an epoch
     batch       examples -> one packed, padding-free micro-batch with a shared prefix
     ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
@@ -23,6 +24,7 @@
     build       what a configuration names, as objects
     plan        what --dry-run prints
     modelcard   the README of an adapter
+    run         the objects of a run and its state: opened, resumed or refused
     train       fit(): the only loop
 
 A module imports only modules above it (tests/test_structure.py). Start with `train.fit` if you want to see the

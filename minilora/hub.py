@@ -136,5 +136,6 @@ def _explain(kind: str, name: str, download: Callable[[], T]) -> T:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name}: download failed ({reason}); run it again, set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
+            f"{name}: download failed ({reason}); run it again, "
+            f"set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
         ) from None

@@ -12,12 +12,10 @@ decides where it begins: nothing, a checkpoint to go on from, or a finished run 
         checkpoints/final/          adapter, training_args.json, metrics.json, README.md
 """
 
-import hashlib
-import math
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,86 +23,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minilora.adapter import attach_adapter, load_adapter_weights, save_adapter
-from minilora.batch import MicroBatch, pack
-from minilora.build import (
-    SPLITS,
-    Examples,
-    adapter_config,
-    build_model,
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    read_split,
-)
-from minilora.checkpoint import (
-    RunState,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    replace_folder,
-    save_checkpoint,
-    write_json,
-)
-from minilora.config import Config, changed_keys
-from minilora.data import epoch_order
-from minilora.errors import UserError
+from minilora.adapter import load_adapter_weights, save_adapter
+from minilora.build import Examples, adapter_config
+from minilora.checkpoint import prune_checkpoints, replace_folder, save_checkpoint, write_json
+from minilora.config import Config
 from minilora.evaluate import score
 from minilora.load import read_json
-from minilora.lora import DropoutSeed, lora_parameters
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics
-from minilora.model import Qwen2ForCausalLM
 from minilora.modelcard import render_model_card
-from minilora.optim import build_optimizer, lr_at
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.optim import lr_at
+from minilora.run import Run, hash_inputs, iter_micro_batches, open_run, refuse_another_run
 from minilora.runlog import RunLog, plot_metrics
 from minilora.step import train_step
-
-
-@dataclass
-class Run:
-    """The objects of a run, and its state."""
-
-    config: Config
-    directory: Path
-    device: torch.device
-    prompt: ClassificationPrompt
-    splits: dict[str, Examples]
-    model: Qwen2ForCausalLM
-    dropout_seed: DropoutSeed
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler | None
-    state: RunState
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.directory / "checkpoints"
-
-    @property
-    def samples_per_step(self) -> int:
-        """Training examples of a full optimizer step."""
-        train = self.config.train
-        return train.per_device_train_batch_size * train.gradient_accumulation_steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data; the last one may be short."""
-        return math.ceil(len(self.splits["train"].examples) / self.samples_per_step)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        train = self.config.train
-        return train.max_steps or train.num_train_epochs * self.steps_per_epoch
-
-    @property
-    def best_by(self) -> str:
-        """The metric that decides which checkpoint is best: F1 for labelled data unless the user chose."""
-        chosen = self.config.train.metric_for_best_model
-        return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
 
 
 def fit(config: Config, model_folder: Path) -> Path:
@@ -122,13 +53,13 @@ def fit(config: Config, model_folder: Path) -> Path:
     """
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
-    hashes = _hash_inputs(config, model_folder)
+    hashes = hash_inputs(config, model_folder)
     if final.is_dir():
-        _refuse_another_run(read_json(final / "training_args.json"), config, directory)
+        refuse_another_run(read_json(final / "training_args.json"), config, directory)
         print(f"{final}: this run is finished; --restart begins anew")
         return final
 
-    run = _open_run(config, directory, model_folder, *hashes)
+    run = open_run(config, directory, model_folder, *hashes)
     if run.config.train.do_predict and run.state.test_before is None:
         run.state = replace(run.state, test_before=_test(run, "test before training"))
     if run.state.test_before is not None:
@@ -152,110 +83,6 @@ def fit(config: Config, model_folder: Path) -> Path:
     finally:
         log.close()
     return _finish(run, final)
-
-
-def _hash_inputs(config: Config, model_folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of the split files and of the base model's files, by name."""
-    data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
-    model = sorted([model_folder / "config.json", model_folder / "tokenizer.json", *model_folder.glob("*.safetensors")])
-    return _hash_files(data), _hash_files(model)
-
-
-def _hash_files(paths: list[Path]) -> dict[str, str]:
-    digests = {}
-    for path in paths:
-        digest = hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be read ({error.strerror}); check data.dir and model.name_or_path"
-            ) from None
-        digests[path.name] = digest.hexdigest()
-    return digests
-
-
-def _refuse_another_run(before: dict[str, Any], config: Config, directory: Path) -> None:
-    changes = changed_keys(before, config)
-    if changes:
-        raise UserError(
-            f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
-            "back, or begin anew with --restart\n  " + "\n  ".join(changes)
-        )
-
-
-def _open_run(
-    config: Config,
-    directory: Path,
-    model_folder: Path,
-    data_sha256: dict[str, str],
-    model_sha256: dict[str, str],
-) -> Run:
-    """Data, model, adapter and optimizer, as the newest checkpoint left them or as they begin."""
-    checkpoints = list_checkpoints(directory / "checkpoints")
-    if checkpoints:
-        _refuse_changed_inputs(read_state(checkpoints[-1]), config, data_sha256, model_sha256, directory)
-
-    device = choose_device(config)
-    dtype = choose_dtype(config, device)
-    prompt = build_prompt(config, ChatTokenizer(model_folder))
-    splits = {name: read_split(config, prompt, name) for name in SPLITS}
-    _check_splits(config, splits)
-    model = build_model(config, model_folder, device, dtype)
-    model.model.gradient_checkpointing = config.train.gradient_checkpointing
-    dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
-    optimizer = build_optimizer(
-        lora_parameters(model),
-        (config.train.adam_beta1, config.train.adam_beta2),
-        config.train.adam_epsilon,
-        config.train.weight_decay,
-    )
-    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-    state = RunState(0, 0, 0, None, 0, None, data_sha256, model_sha256, {}, config.to_dict())
-    if checkpoints:
-        state = replace(load_checkpoint(checkpoints[-1], model, optimizer), config=config.to_dict())
-        if scaler is not None:
-            scaler.load_state_dict(state.scaler)
-        print(f"going on from {checkpoints[-1]}")
-    run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
-    counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
-    truncated = sum(split.num_truncated for split in splits.values())
-    print(
-        f"{config.model.name_or_path} ({config.model.quantization}, {str(dtype).removeprefix('torch.')}, {device}): "
-        f"{sum(p.numel() for p in lora_parameters(model)):,} adapter parameters; examples: {counts}; "
-        f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
-    )
-    return run
-
-
-def _refuse_changed_inputs(
-    state: RunState,
-    config: Config,
-    data_sha256: dict[str, str],
-    model_sha256: dict[str, str],
-    directory: Path,
-) -> None:
-    _refuse_another_run(state.config, config, directory)
-    for what, before, now in (
-        (f"data in {config.data.dir}", state.data_sha256, data_sha256),
-        (f"base model {config.model.name_or_path}", state.model_sha256, model_sha256),
-    ):
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            raise UserError(
-                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
-                "put the files back, choose another train.output_dir, or begin anew with --restart"
-            )
-
-
-def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
-    for name, split in splits.items():
-        if not split.examples:
-            raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
-    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
-        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
 
 
 def _take_step(run: Run, step: int) -> dict[str, Any]:
@@ -289,17 +116,6 @@ def _take_step(run: Run, step: int) -> dict[str, Any]:
     }
     peak = peak_memory_bytes(run.device)
     return row if peak is None else {**row, "peak_memory_bytes": peak}
-
-
-def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
-    """The micro-batches of optimizer step `step`: a function of (seed, step), so any step can be made alone."""
-    examples = run.splits["train"].examples
-    epoch, place = divmod(step - 1, run.steps_per_epoch)
-    order = epoch_order(len(examples), run.config.train.seed, epoch)
-    chosen = order[place * run.samples_per_step : (place + 1) * run.samples_per_step]
-    size = run.config.train.per_device_train_batch_size
-    for start in range(0, len(chosen), size):
-        yield pack([examples[i] for i in chosen[start : start + size]]).to(run.device)
 
 
 def _is_due(run: Run, every: int) -> bool:
@@ -371,6 +187,7 @@ def _finish(run: Run, final: Path) -> Path:
         "model_sha256": run.state.model_sha256,
     }
     temporary = final.with_name(f".writing-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
     write_json(temporary / "training_args.json", run.config.to_dict())

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl and evaluation.json")
     parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     config = read_run_config(arguments.model_path, arguments.base, arguments.overrides)
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
     parser.add_argument("--json", action="store_true", help="a JSON line for each example")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)

@@ -56,9 +56,7 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         leak = report["leaks"][name]
         if leak["also_in_train"]:
             share = leak["also_in_train"] / leak["rows"]
-            print(
-                f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows stand in train too ({share:.1%})"
-            )
+            print(f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows are in train ({share:.1%})")
     if report["leaks"]["dropped_from_train"]:
         print(f"dropped  {report['leaks']['dropped_from_train']:>7,}  of train, because they leak")
     elif any(report["leaks"][name]["also_in_train"] for name in ("validation", "test")):

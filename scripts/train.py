@@ -38,7 +38,7 @@ def main() -> None:
         "--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     prepare_data(config)
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)

@@ -379,16 +379,18 @@ def test_quantising_leaves_global_state_alone() -> None:
 
 def test_pytorch_is_fast_enough_to_load_a_model_with() -> None:
     weight = torch.randn(896, 4864, dtype=torch.bfloat16)
+    quantising_s, dequantising_s = [], []
     with without_bitsandbytes():
-        start = time.perf_counter()
-        quantized = quantize(weight)
-        quantising_s = time.perf_counter() - start
-        start = time.perf_counter()
-        quantized.dequantize(torch.bfloat16)
-        dequantising_s = time.perf_counter() - start
-    # 0.06 s and 0.006 s on 2 idle cores; the rest is room for a busy machine.
-    assert quantising_s < 1
-    assert dequantising_s < 0.1
+        for _ in range(5):
+            start = time.perf_counter()
+            quantized = quantize(weight)
+            quantising_s.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            quantized.dequantize(torch.bfloat16)
+            dequantising_s.append(time.perf_counter() - start)
+    # 0.06 s and 0.006 s on 2 idle cores; the best of five and the rest is room for a busy machine.
+    assert min(quantising_s) < 1
+    assert min(dequantising_s) < 0.1
 
 
 def iter_real_projections(folder: Path) -> Iterator[torch.Tensor]:

@@ -1,0 +1,178 @@
+"""The objects of a run and its state: opened where it stands, or refused where it is another one's.
+
+A run is a function of its configuration, its data and its base model. All three are compared with what the
+newest checkpoint says before anything is loaded: a continuation that differs would be a third run, neither the old nor the new.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.adapter import attach_adapter
+from minilora.batch import MicroBatch, pack
+from minilora.build import (
+    SPLITS,
+    Examples,
+    adapter_config,
+    build_model,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    read_split,
+)
+from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state
+from minilora.config import Config, changed_keys
+from minilora.data import epoch_order
+from minilora.errors import UserError
+from minilora.lora import DropoutSeed, lora_parameters
+from minilora.model import Qwen2ForCausalLM
+from minilora.optim import build_optimizer
+from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.rows import sha256
+
+
+@dataclass
+class Run:
+    """The objects of a run, and its state."""
+
+    config: Config
+    directory: Path
+    device: torch.device
+    prompt: ClassificationPrompt
+    splits: dict[str, Examples]
+    model: Qwen2ForCausalLM
+    dropout_seed: DropoutSeed
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler | None
+    state: RunState
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.directory / "checkpoints"
+
+    @property
+    def samples_per_step(self) -> int:
+        """Training examples of a full optimizer step."""
+        train = self.config.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; the last one may be short."""
+        return math.ceil(len(self.splits["train"].examples) / self.samples_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.config.train
+        return train.max_steps or train.num_train_epochs * self.steps_per_epoch
+
+    @property
+    def best_by(self) -> str:
+        """The metric that decides which checkpoint is best: F1 for labelled data unless the user chose."""
+        chosen = self.config.train.metric_for_best_model
+        return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
+
+
+def hash_inputs(config: Config, model_folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """SHA-256 of the split files and of the base model's files, by name."""
+    data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
+    model = sorted([model_folder / "config.json", model_folder / "tokenizer.json", *model_folder.glob("*.safetensors")])
+    return {path.name: sha256(path) for path in data}, {path.name: sha256(path) for path in model}
+
+
+def refuse_another_run(before: dict[str, Any], config: Config, directory: Path) -> None:
+    changes = changed_keys(before, config)
+    if changes:
+        raise UserError(
+            f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
+            "back, or begin anew with --restart\n  " + "\n  ".join(changes)
+        )
+
+
+def open_run(
+    config: Config,
+    directory: Path,
+    model_folder: Path,
+    data_sha256: dict[str, str],
+    model_sha256: dict[str, str],
+) -> Run:
+    """Data, model, adapter and optimizer, as the newest checkpoint left them or as they begin."""
+    checkpoints = list_checkpoints(directory / "checkpoints")
+    if checkpoints:
+        _refuse_changed_inputs(read_state(checkpoints[-1]), config, data_sha256, model_sha256, directory)
+
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    prompt = build_prompt(config, ChatTokenizer(model_folder))
+    splits = {name: read_split(config, prompt, name) for name in SPLITS}
+    _check_splits(config, splits)
+    model = build_model(config, model_folder, device, dtype)
+    model.model.gradient_checkpointing = config.train.gradient_checkpointing
+    dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
+    optimizer = build_optimizer(
+        lora_parameters(model),
+        (config.train.adam_beta1, config.train.adam_beta2),
+        config.train.adam_epsilon,
+        config.train.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    state = RunState(0, 0, 0, None, 0, None, data_sha256, model_sha256, {}, config.to_dict())
+    if checkpoints:
+        state = replace(load_checkpoint(checkpoints[-1], model, optimizer), config=config.to_dict())
+        if scaler is not None:
+            scaler.load_state_dict(state.scaler)
+        print(f"going on from {checkpoints[-1]}")
+    run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
+    counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
+    truncated = sum(split.num_truncated for split in splits.values())
+    print(
+        f"{config.model.name_or_path} ({config.model.quantization}, {str(dtype).removeprefix('torch.')}, {device}): "
+        f"{sum(p.numel() for p in lora_parameters(model)):,} adapter parameters; examples: {counts}; "
+        f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
+    )
+    return run
+
+
+def _refuse_changed_inputs(
+    state: RunState,
+    config: Config,
+    data_sha256: dict[str, str],
+    model_sha256: dict[str, str],
+    directory: Path,
+) -> None:
+    refuse_another_run(state.config, config, directory)
+    for what, before, now in (
+        (f"data in {config.data.dir}", state.data_sha256, data_sha256),
+        (f"base model {config.model.name_or_path}", state.model_sha256, model_sha256),
+    ):
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            raise UserError(
+                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
+                "put the files back, choose another train.output_dir, or begin anew with --restart"
+            )
+
+
+def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
+    for name, split in splits.items():
+        if not split.examples:
+            raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
+    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
+        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
+
+
+def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    """The micro-batches of optimizer step `step`: a function of (seed, step), so any step can be made alone."""
+    examples = run.splits["train"].examples
+    epoch, place = divmod(step - 1, run.steps_per_epoch)
+    order = epoch_order(len(examples), run.config.train.seed, epoch)
+    chosen = order[place * run.samples_per_step : (place + 1) * run.samples_per_step]
+    size = run.config.train.per_device_train_batch_size
+    for start in range(0, len(chosen), size):
+        yield pack([examples[i] for i in chosen[start : start + size]]).to(run.device)
