@@ -194,6 +194,7 @@ def attach(
         bound = 1 / math.sqrt(base.in_features)  # Kaiming-uniform with a = sqrt(5)
         initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         layer.lora_A.data.copy_(initial)
+        layer.train(model.training)
         setattr(parent, name, layer)
     return dropout_seed
 

@@ -96,7 +96,7 @@ def rotary_table(
     table repeats itself once. Angles are computed in float32: bfloat16 cannot count past 256.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
-    angle = position_ids.to(torch.float32)[:, None] * theta**-exponent
+    angle = position_ids.to(torch.float32)[:, None] * (1 / theta**exponent)
     table = torch.cat((angle, angle), dim=-1)[:, None, :]
     return table.cos().to(dtype), table.sin().to(dtype)
 

@@ -87,6 +87,7 @@ def hash_inputs(config: Config, model_folder: Path) -> tuple[dict[str, str], dic
 
 
 def refuse_another_run(before: dict[str, Any], config: Config, directory: Path) -> None:
+    """Raises UserError with every key that would change the run in `directory`, begun with the values `before`."""
     changes = changed_keys(before, config)
     if changes:
         raise UserError(

