@@ -1,7 +1,8 @@
 """The objects of a run and its state: opened where it stands, or refused where it is another one's.
 
 A run is a function of its configuration, its data and its base model. All three are compared with what the
-newest checkpoint says before anything is loaded: a continuation that differs would be a third run, neither the old nor the new.
+newest checkpoint says before anything is loaded: a continuation that differs would be a third run, neither the
+old nor the new.
 """
 
 import math

