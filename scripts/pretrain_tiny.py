@@ -230,7 +230,7 @@ def write_readme(folder: Path, steps: int, loss: float, reviews: int, news: int,
         f"""# tiny-qwen2.5
 
 A Qwen2.5 of {parameters:,} parameters (3 layers, 192 wide, 6 query and 2 key/value heads, vocabulary 6,144, tied
-embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese shop reviews look like and nothing else.
+embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese shop reviews look like, no more.
 
     pip install -e '.[demo]' && python scripts/pretrain_tiny.py
 
