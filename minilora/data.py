@@ -11,6 +11,7 @@ Labelled texts and free-form conversations take the same path; a row is one or t
 Left out: near-duplicates and language detection; they would need thresholds that somebody has to choose.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -86,10 +87,8 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
     for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
         if len(group) < 3:
-            raise UserError(
-                f"label {label!r}: has {len(group)} distinct rows, at least 3 are needed for three splits; "
-                "add rows or remove the label"
-            )
+            what = "conversations: there are" if group[0].messages is not None else f"label {label!r}: has"
+            raise UserError(f"{what} {len(group)} distinct rows, at least 3 are needed for three splits; add rows")
         random.Random(f"{seed}-{label}").shuffle(group)
         tenth = max(1, round(len(group) / 10))
         splits["validation"] += group[:tenth]
@@ -101,8 +100,8 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
 
 
 def find_leaks(train: Sequence[Row], other: Sequence[Row]) -> list[int]:
-    """Places of the training rows whose normalised text stands in `other` too."""
-    held_out = {normalized(row.content) for row in other}
+    """Places of the training rows whose normalised text stands in `other` too; empty texts are never the same."""
+    held_out = {normalized(row.content) for row in other} - {""}
     return [place for place, row in enumerate(train) if normalized(row.content) in held_out]
 
 
@@ -114,6 +113,15 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_examples))
     random.Random(f"{seed}-{epoch}").shuffle(order)
     return order
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a file's name says ("train-00000-of-00001", "dev"), or None if it says none or several.
+
+    Whole words count: "latest.tsv" is no test file.
+    """
+    named = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLIT_NAMES}
+    return named.pop() if len(named) == 1 else None
 
 
 def prepare_demo(directory: Path, seed: int = SPLIT_SEED) -> dict[str, Any]:
@@ -136,16 +144,22 @@ def prepare(
         files: TSV, CSV, JSONL or parquet.
         directory: made if needed.
         seed: of the split.
-        keep_splits: the files are the splits, named train, dev or validation, and test.
+        keep_splits: the files are the splits, by `split_of` their names; several files of one split are its parts.
         drop_leaks: with keep_splits, remove training rows that stand in another split.
         text_column: see `read_rows`.
         label_column: see `read_rows`.
 
     Returns:
         The report: rows in, dropped by cause, leaks, labels and lengths by split, SHA-256 of every file.
+
+    Raises:
+        UserError: a file cannot be read or would be overwritten, or a split would be empty.
     """
     rows: dict[str, list[Row]] = {}
+    written = {(directory / f"{name}.jsonl").resolve() for name in ("train", "validation", "test")}
     for path in files:
+        if path.resolve() in written:
+            raise UserError(f"{path}: the output would replace this input; choose another --output")
         if str(path) in rows:
             raise UserError(f"{path}: given twice; name each file once")
         rows[str(path)] = read_rows(path, text_column, label_column)
@@ -160,9 +174,10 @@ def _prepare_rows(
     keep_splits: bool,
     drop_leaks: bool,
 ) -> dict[str, Any]:
+    given: dict[str, list[Row]] = {}
     if keep_splits:
-        rows_by_split = _name_splits(rows)
-        splits, dropped = clean_rows(rows_by_split, across_files=False)
+        given = _name_splits(rows)
+        splits, dropped = clean_rows(given, across_files=False)
     else:
         clean, dropped = clean_rows(rows)
         merged = [row for part in clean.values() for row in part]
@@ -173,6 +188,8 @@ def _prepare_rows(
         if not part:
             raise UserError(f"{name}: no row is left after cleaning ({dropped}); check the file and its columns")
     leaks = _drop_or_count_leaks(splits, drop_leaks)
+    if given:  # the official files' own figure: cleaning takes some of the leaking rows away
+        leaks["as_given"] = {name: _count_leaks(given["train"], given[name]) for name in ("validation", "test")}
     report = {
         "seed": seed,
         "keep_splits": keep_splits,
@@ -192,13 +209,13 @@ def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """Rows by split, from the files' names."""
     named: dict[str, list[Row]] = {}
     for path, part in rows.items():
-        split = SPLIT_NAMES.get(re.split(r"[-_.]", Path(path).stem.lower())[0])
-        if split is None or split in named:
+        split = split_of(Path(path))
+        if split is None:
             raise UserError(
-                f"{path}: with --keep-splits each file's name begins with train, dev (or validation) or test, "
-                "one file each; rename it or leave --keep-splits away"
+                f"{path}: with --keep-splits a file's name says train, dev (or validation) or test; "
+                "rename it or leave --keep-splits away"
             )
-        named[split] = part
+        named.setdefault(split, []).extend(part)
     missing = [name for name in ("train", "validation", "test") if name not in named]
     if missing:
         raise UserError(f"--keep-splits: no file for {', '.join(missing)}; give it too, or leave --keep-splits away")
@@ -207,11 +224,7 @@ def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, Any]:
     """How many rows of validation and test stand in train too; takes them out of train if `drop`."""
-    train_keys = {normalized(row.content) for row in splits["train"]}
-    report: dict[str, Any] = {}
-    for name in ("validation", "test"):
-        leaking = sum(normalized(row.content) in train_keys for row in splits[name])
-        report[name] = {"rows": len(splits[name]), "also_in_train": leaking}
+    report: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in ("validation", "test")}
     leaks = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
     report["dropped_from_train"] = len(leaks) if drop else 0
     if drop:
@@ -219,6 +232,10 @@ def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, 
         if not splits["train"]:
             raise UserError("--drop-leaks: every training row stands in another split; give other files")
     return report
+
+
+def _count_leaks(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, int]:
+    return {"rows": len(held_out), "also_in_train": len(find_leaks(held_out, train))}
 
 
 def _count_labels(rows: Sequence[Row]) -> dict[str, int]:
@@ -235,16 +252,32 @@ def _length_quantiles(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: dict[str, Any]) -> None:
-    """Writes each split as JSONL, then data_report.json with their SHA-256; no file is ever half there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        lines = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
-        _write(directory / f"{name}.jsonl", lines)
-    report["sha256_out"] = {f"{name}.jsonl": sha256(directory / f"{name}.jsonl") for name in splits}
-    _write(directory / "data_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    """Writes each split as JSONL, and data_report.json with their SHA-256; no file is ever half there.
+
+    All is written under temporary names before the first file is replaced: a full disk leaves the old splits together,
+    and a new training file never stands beside an old test file that it leaks into.
+
+    Raises:
+        UserError: the folder cannot be written, or a row is no valid Unicode.
+    """
+    contents = {f"{name}.jsonl": _encode_rows(rows) for name, rows in splits.items()}
+    report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents["data_report.json"] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (directory / f".writing-{name}").write_bytes(content)
+        for name in contents:
+            (directory / f".writing-{name}").replace(directory / name)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
 
 
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_bytes(content.encode("utf-8"))
-    temporary.replace(path)
+def _encode_rows(rows: Sequence[Row]) -> bytes:
+    lines = []
+    for row in rows:
+        try:
+            lines.append(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8") + b"\n")
+        except UnicodeEncodeError as error:  # JSON's \ud83d alone: half of a character, which no file can hold
+            raise UserError(f"{row.where}: holds half a character ({error.reason}); correct the row") from None
+    return b"".join(lines)

@@ -6,10 +6,9 @@ on local files neither waits for it nor needs a network.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
+from minilora.data import SPLIT_NAMES, split_of
 from minilora.errors import UserError
 
 MODEL_FILES = [
@@ -22,8 +21,6 @@ MODEL_FILES = [
 ]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
-
-T = TypeVar("T")
 
 
 def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
@@ -39,103 +36,128 @@ def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
     folder = Path(name_or_path)
     if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
         folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: holds no config.json; give the folder of a Hugging Face checkpoint")
-        return folder
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-    return Path(_download("model", name_or_path, revision, allow_patterns=MODEL_FILES))
+    if not folder.is_dir():
+        if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+            raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+        folder = _download("model", name_or_path, revision, MODEL_FILES)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
+    return folder
 
 
 def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None = None) -> list[Path]:
     """The split files of a hub data set, as `directory/train.parquet` and so on.
 
+    A split that the hub keeps in several parts becomes `train-00000.parquet`, `train-00001.parquet` ...
+
     Args:
-        directory: where the files go; what is there already is not downloaded again.
+        directory: where the files go; without repo and revision, a complete set that is there already is taken.
         repo: name of the data set; by default the sources of ChnSentiCorp, one after the other.
         revision: branch, tag or commit.
 
     Raises:
-        UserError: no source gave a training file.
+        UserError: no source gave a training file, or the folder holds another data set.
     """
-    if repo is None:
-        present = _split_files(directory)
-        if len(present) == 3:
+    if repo is None and revision is None:
+        present = downloaded_files(directory)
+        if {split_of(path) for path in present} == set(_SPLITS):
             return present
     problems = []
     for source in [repo] if repo else CHNSENTICORP_SOURCES:
         try:
-            snapshot = Path(_download("dataset", source, revision, allow_patterns=["*.parquet", "*.arrow"]))
+            found = _choose_files(source, _download("dataset", source, revision, ["*.parquet", "*.arrow"]))
         except UserError as error:
             problems.append(str(error))
             continue
-        for path in sorted(p for p in snapshot.rglob("*") if p.suffix in (".parquet", ".arrow")):
-            split = _split_of(path)
-            if split is not None:
-                directory.mkdir(parents=True, exist_ok=True)
-                temporary = directory / f".writing-{split}{path.suffix}"
-                shutil.copyfile(path, temporary)
-                temporary.replace(directory / f"{split}{path.suffix}")
-        present = _split_files(directory)
-        if present and present[0].stem == "train":
-            return present
-        problems.append(f"{source}: has no train file in parquet or arrow format")
+        foreign = [path.name for path in downloaded_files(directory) if path.name not in found]
+        if foreign:  # two data sets in one folder would be taken for one
+            raise UserError(
+                f"{directory}: holds {', '.join(foreign)} of another download; remove them or choose another --output"
+            )
+        _copy(found, directory)
+        return downloaded_files(directory)
     raise UserError("\n".join(problems))
 
 
-def _split_of(path: Path) -> str | None:
-    name = path.stem.lower()
-    for split, marks in (("train", ("train",)), ("validation", ("valid", "dev")), ("test", ("test",))):
-        if any(mark in name for mark in marks):
-            return split
-    return None
+def downloaded_files(directory: Path) -> list[Path]:
+    """What `fetch_dataset` left there: train first, then validation, then test.
+
+    One order for everybody: of duplicates the first row stays, and the split is a function of the rows' order.
+    """
+    named = [(split_of(path), path) for path in directory.glob("*") if path.suffix in _ENDINGS and path.name[0] != "."]
+    return [path for split in _SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
 
 
-def _split_files(directory: Path) -> list[Path]:
-    candidates = [[directory / f"{split}{end}" for end in (".parquet", ".arrow")] for split in _SPLITS]
-    return [path for both in candidates for path in both if path.is_file()]
+_ENDINGS = (".parquet", ".arrow")
+_SPLITS = tuple(dict.fromkeys(SPLIT_NAMES.values()))
 
 
-_SPLITS = ("train", "validation", "test")
+def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
+    """Files of a data set by the names that they get here, parquet before arrow."""
+    parts: dict[str, list[Path]] = {}
+    for ending in _ENDINGS:
+        for path in sorted(snapshot.rglob(f"*{ending}")):
+            split = split_of(path) or split_of(path.parent)  # train-00000-of-00001.parquet, or train/0000.parquet
+            if split is not None:
+                parts.setdefault(split, []).append(path)
+        if "train" in parts:
+            break
+        parts.clear()
+    else:
+        raise UserError(f"{source}: has no train file in parquet or arrow format; choose another --repo")
+    folders = {path.parent if split_of(path) else path.parent.parent for paths in parts.values() for path in paths}
+    if len(folders) > 1:
+        names = ", ".join(sorted(folder.relative_to(snapshot).as_posix() for folder in folders))
+        raise UserError(f"{source}: has several data sets ({names}); give one's files to preprocess_data.py --input")
+    return {
+        f"{split}{f'-{number:05d}' if len(paths) > 1 else ''}{path.suffix}": path
+        for split, paths in parts.items()
+        for number, path in enumerate(paths)
+    }
 
 
-def _download(kind: str, name: str, revision: str | None, **options: Any) -> str:
+def _copy(files: dict[str, Path], directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            shutil.copyfile(path, directory / f".writing-{name}")
+            (directory / f".writing-{name}").replace(directory / name)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
+
+
+def _download(kind: str, name: str, revision: str | None, allow_patterns: list[str]) -> Path:
     """`snapshot_download`, its errors as messages that say what to do."""
-    from huggingface_hub import snapshot_download
-
-    return _explain(kind, name, lambda: snapshot_download(name, repo_type=kind, revision=revision, **options))
-
-
-def _explain(kind: str, name: str, download: Callable[[], T]) -> T:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
+    mirror = f"set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
+    # httpx's or requests', by the version of huggingface-hub: a broken connection raises it as it is.
+    client_error: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
     try:
-        return download()
-    except GatedRepoError:
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
+    except errors.HFValidationError:
+        raise UserError(f"{name}: is no hub name, expected owner/name; check the name, or {local}") from None
+    except errors.GatedRepoError:
         raise UserError(f"{name}: is gated; accept its terms on its page and set HF_TOKEN to your token") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise UserError(f"{name}: has no such revision; check model.revision or --revision") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UserError(
             f"{name}: no such {kind} on the hub, or private; check the name, set HF_TOKEN, or {local}"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # reached, but it answered with an error
+            raise UserError(f"{name}: download failed ({_reason(error.__cause__)}); run it again, {mirror}") from None
         raise UserError(
-            f"{name}: not in the cache and the hub cannot be reached; unset HF_HUB_OFFLINE, check the network, set a "
-            f"mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
+            f"{name}: not in the cache and the hub cannot be reached; unset HF_HUB_OFFLINE, check the network, {mirror}"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name}: download failed ({reason}); run it again, "
-            f"set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
-        ) from None
+    except (client_error, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise UserError(f"{name}: the hub refused your token (401); correct HF_TOKEN or unset it") from None
+        raise UserError(f"{name}: download failed ({_reason(error)}); run it again, {mirror}") from None
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

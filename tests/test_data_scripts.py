@@ -1,0 +1,108 @@
+"""The two data scripts as they are called from outside: what they print, and how they end a mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minilora.data import prepare
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def call(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The finished script, with UTF-8 output and an empty hub cache, whatever this machine has."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "HF_HOME": str(cwd / "home")}
+    command = [sys.executable, SCRIPTS / script, *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env=environment)
+
+
+def write_tsv(path: Path, pairs: list[tuple[str, int]]) -> Path:
+    path.write_text("label\ttext_a\n" + "".join(f"{label}\t{text}\n" for text, label in pairs), "utf-8")
+    return path
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> list[Path]:
+    return [
+        write_tsv(tmp_path / "train.tsv", [(f"评论{number}", number % 2) for number in range(20)]),
+        write_tsv(tmp_path / "dev.tsv", [("新的", 1)]),
+        write_tsv(tmp_path / "test.tsv", [("别的", 0), ("评论4", 0), ("评论5", 1)]),
+    ]
+
+
+def test_kept_splits_print_their_leaks(official: list[Path], tmp_path: Path) -> None:
+    done = call("preprocess_data.py", "--input", *official, "--keep-splits", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "2  of 3 test rows are in train (66.7%)" in done.stdout
+    assert "0  of 1 validation rows are in train (0.0%)" in done.stdout
+    assert "--drop-leaks removes them" in done.stdout
+    assert (tmp_path / "data" / "processed" / "test.jsonl").is_file()
+
+
+def test_dropped_leaks_are_counted(official: list[Path], tmp_path: Path) -> None:
+    done = call("preprocess_data.py", "--input", *official, "--keep-splits", "--drop-leaks", cwd=tmp_path)
+    assert "2  of train, because they leak" in done.stdout
+    assert "--drop-leaks removes them" not in done.stdout
+
+
+def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path], tmp_path: Path) -> None:
+    done = call("preprocess_data.py", "--input", *official, "--output", "out", "--seed", "7", cwd=tmp_path)
+    assert "read          20" in done.stdout
+    assert "dropped        2  duplicate" in done.stdout
+    assert "wrote         18  out" in done.stdout
+    assert "leaks" not in done.stdout
+
+
+def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "chn_senti_corp"
+    folder.mkdir(parents=True)
+    names = ("train", "validation", "test")
+    for split, texts in zip(names, (range(20), range(15, 25), range(20, 30)), strict=True):
+        table = pyarrow.table({"label": [n % 2 for n in texts], "text": [f"评论{n}" for n in texts]})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    assert call("preprocess_data.py", cwd=tmp_path).returncode == 0
+    # scripts/train.py calls prepare with the list that fetch_dataset returns
+    prepare([folder / f"{split}.parquet" for split in names], tmp_path / "by_training")
+    for split in names:
+        by_script = (tmp_path / "data" / "processed" / f"{split}.jsonl").read_bytes()
+        assert by_script == (tmp_path / "by_training" / f"{split}.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run scripts/download_data.py, or name files with --input"),
+        (["--input", "nowhere.tsv"], "nowhere.tsv: cannot be read"),
+        (["--input", "train.tsv", "--drop-leaks"], "--drop-leaks goes with --keep-splits"),
+        (["--input", "train.tsv", "--keep-splits"], "no file for validation, test"),
+        (["--input", "train.tsv", "--text-column", "comment"], "name it with --text-column"),
+        (["--input", "train.tsv", "--output", "dev.tsv"], "dev.tsv: cannot be written"),
+    ],
+)
+def test_a_users_mistake_ends_with_status_2_and_no_traceback(
+    arguments: list[str], message: str, official: list[Path], tmp_path: Path
+) -> None:
+    done = call("preprocess_data.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_download_without_network_ends_with_status_2_and_names_both_sources(tmp_path: Path) -> None:
+    done = call("download_data.py", cwd=tmp_path)  # conftest.py sets HF_HUB_OFFLINE
+    assert done.returncode == 2
+    assert "lansinuote/ChnSentiCorp: not in the cache" in done.stderr
+    assert "seamew/ChnSentiCorp: not in the cache" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["download_data.py", "preprocess_data.py"])
+def test_help_shows_examples(script: str, tmp_path: Path) -> None:
+    done = call(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"python scripts/{script}" in done.stdout
