@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -64,8 +64,8 @@ def read_rows(path: Path, text_column: str | None = None, label_column: str | No
         UserError: unreadable file, unknown kind, missing column, or a line that is not a record.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
-        ".tsv": lambda path: _iter_delimited(path, "\t", csv.QUOTE_NONE),
-        ".csv": lambda path: _iter_delimited(path, ",", csv.QUOTE_MINIMAL),
+        ".tsv": _iter_tsv,
+        ".csv": _iter_csv,
         ".jsonl": _iter_jsonl,
         ".parquet": _iter_arrow,
         ".arrow": _iter_arrow,
@@ -85,11 +85,11 @@ def _row(where: str, record: dict[str, Any], text_column: str | None, label_colu
     label = record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")]
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
-    if label is None or isinstance(label, float | bool | list | dict):
-        raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
     if isinstance(label, str):
-        label = label.strip()
-        label = int(label) if re.fullmatch(r"-?\d+", label, re.ASCII) else label
+        label = label.strip()  # 18 digits: int() refuses thousands of them, as a label they are a word
+        label = int(label) if re.fullmatch(r"-?\d{1,18}", label, re.ASCII) else label
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
     return Row(where, text or "", label)
 
 
@@ -118,36 +118,55 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if not content.strip():
-        raise UserError(f"{path}: is empty; give a file with records")
-    try:
-        return content.decode("utf-8-sig")
+    try:  # not as utf-8-sig, which counts an error's byte from behind the mark
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: is empty; give a file with records")
+    return text
 
 
-def _iter_delimited(path: Path, delimiter: str, quoting: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iter_tsv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = _read_text(path).replace("\r\n", "\n").split("\n")  # not splitlines: a review may hold U+2028 or \r
+    return _named_fields(path, ((number, line.split("\t")) for number, line in enumerate(lines, start=1)))
+
+
+def _iter_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return _named_fields(path, _csv_records(path))
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     lines = _read_text(path).replace("\r\n", "\n").split("\n")
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
     csv.field_size_limit(1 << 30)
-    header: list[str] | None = None
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
     line = 0
     try:
         for fields in reader:
-            line, first = reader.line_num, line + 1
-            if not fields or fields == [""]:
-                continue
-            if header is None:
-                header = [name.strip() for name in fields]
-            elif len(fields) != len(header):
-                raise UserError(
-                    f"{path}:{first}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
-                    "correct the line, or save as JSONL if the text holds the delimiter"
-                )
-            else:
-                yield f"{path}:{first}", dict(zip(header, fields, strict=True))
+            yield line + 1, fields
+            line = reader.line_num
     except csv.Error as error:
-        raise UserError(f"{path}:{line + 1}: {error}; a quote that is opened there is not closed properly") from None
+        raise UserError(
+            f"{path}:{line + 1}: {error}; a quote that is opened there is not closed properly, or a field with a line "
+            "break has no quotes"
+        ) from None
+
+
+def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records after the first, which names the columns; blank lines are none."""
+    header: list[str] | None = None
+    for line, fields in records:
+        if not fields or fields == [""]:
+            continue
+        if header is None:
+            header = [name.strip() for name in fields]
+        elif len(fields) != len(header):
+            raise UserError(
+                f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
+                "correct the line, or save as JSONL if the text holds the delimiter"
+            )
+        else:
+            yield f"{path}:{line}", dict(zip(header, fields, strict=True))
 
 
 def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,7 +175,7 @@ def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: holds {record!r}, expected an object; correct the line")
@@ -174,7 +193,9 @@ def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             table = pyarrow.parquet.read_table(path)
         else:
             with pyarrow.memory_map(str(path)) as source:
-                table = pyarrow.ipc.open_stream(source).read_all()
+                is_stream = source.read(6) != b"ARROW1"  # datasets writes streams, pandas and polars the file format
+                source.seek(0)
+                table = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).read_all()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
     except pyarrow.ArrowInvalid as error:

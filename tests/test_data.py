@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -43,6 +45,34 @@ def test_each_cause_is_counted() -> None:
     assert dropped == {"empty": 2, "contradictory": 2, "duplicate": 1}
 
 
+def test_text_is_stripped_and_the_first_of_duplicates_stays() -> None:
+    clean, dropped = clean_rows({"a": rows_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": rows_of(("好，的", 1))})
+    assert [(row.where, row.text) for row in clean["a"]] == [("x:2", "好 的")]
+    assert clean["b"] == []
+    assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 2}
+
+
+def test_a_review_with_two_labels_goes_wherever_it_stands() -> None:
+    files = {"a": rows_of(("矛盾", 1), ("矛盾！", 1), ("好", 1)), "b": rows_of(("矛盾", 0), ("差", 0))}
+    for across_files in (True, False):
+        clean, dropped = clean_rows(files, across_files)
+        assert [row.text for part in clean.values() for row in part] == ["好", "差"]
+        assert dropped == {"empty": 0, "contradictory": 3, "duplicate": 0}
+
+
+def test_kept_splits_keep_what_stands_in_another_file() -> None:
+    files = {"a": rows_of(("好", 1), ("好。", 1)), "b": rows_of(("好", 1))}
+    clean, dropped = clean_rows(files, across_files=False)
+    assert [len(part) for part in clean.values()] == [1, 1]
+    assert dropped["duplicate"] == 1
+
+
+def test_one_label_as_text_and_as_a_number_is_no_contradiction(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"label": 1, "text": "好"}\n', "utf-8")
+    files = {"tsv": read_rows(write_tsv(tmp_path / "a.tsv", [("好", 1)])), "jsonl": read_rows(tmp_path / "a.jsonl")}
+    assert clean_rows(files)[1] == {"empty": 0, "contradictory": 0, "duplicate": 1}
+
+
 @given(st.lists(st.tuples(st.text("好差a ，。", max_size=4), st.integers(0, 1)), max_size=30))
 def test_rows_in_equal_rows_out_and_rows_dropped(pairs: list[tuple[str, int]]) -> None:
     files = {"a": rows_of(*pairs[::2]), "b": rows_of(*pairs[1::2])}
@@ -63,6 +93,33 @@ def test_splits_are_8_1_1_stratified_disjoint_and_deterministic() -> None:
     assert split_rows(rows, 43) != splits
 
 
+@given(st.integers(3, 60), st.integers(3, 60), st.integers())
+def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed: int) -> None:
+    rows = rows_of(*((f"评论{number}", int(number < ones)) for number in range(zeros + ones)))
+    splits = {name: Counter(row.label for row in part) for name, part in split_rows(rows, seed).items()}
+    for label, count in ((0, zeros), (1, ones)):
+        tenth = max(1, round(count / 10))
+        assert [splits[name][label] for name in ("train", "validation", "test")] == [count - 2 * tenth, tenth, tenth]
+
+
+def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
+    """Not on the hash seed of strings, the global generator, the folder's name, or the working directory."""
+    code = (
+        "import random, sys; from pathlib import Path; from minilora.data import prepare; random.seed(sys.argv[1]); "
+        "print(sorted(prepare([Path(sys.argv[2])], Path('out'))['sha256_out'].items()))"
+    )
+    printed = set()
+    for hash_seed in ("1", "2"):
+        folder = tmp_path / hash_seed
+        folder.mkdir()
+        write_tsv(folder / "a.tsv", [(f"评论{number}", number % 3) for number in range(60)])
+        command = [sys.executable, "-c", code, hash_seed, folder / "a.tsv"]
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
+        printed.add(done.stdout)
+    assert len(printed) == 1
+
+
 def test_a_label_too_rare_to_split_is_named() -> None:
     with pytest.raises(UserError, match=r"label 1: has 2 distinct rows, at least 3 are needed"):
         split_rows(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
@@ -72,7 +129,8 @@ def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
     orders = [epoch_order(50, 42, epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
-    assert epoch_order(50, 42, 1) == orders[1]
+    assert epoch_order(50, 42, 1) == orders[1] != epoch_order(50, 43, 1)
+    assert epoch_order(0, 42, 0) == []
     # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"  (CPython 3.11)
     assert epoch_order(6, 42, 0) == [0, 5, 3, 4, 1, 2]
 
@@ -89,6 +147,54 @@ def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
         assert report["sha256_out"][path.name] == sha256(path)
     assert report["sha256_in"][str(source)] == sha256(source)
     assert report["length_quantiles_characters"]["train"]["max"] == 4
+
+
+def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
+    pairs = [("好" * length, 1) for length in range(1, 21)]
+    pairs += [("差" * length, 0) for length in range(1, 21)] + [("！", 0), ("好", 1), ("矛盾", 0), ("矛盾", 1)]
+    source = write_tsv(tmp_path / "a.tsv", pairs)
+    report = prepare([source], tmp_path / "out", seed=7)
+    none_leaks = {name: {"rows": 4, "also_in_train": 0} for name in ("validation", "test")}
+    train = sorted(len(row.content) for row in read_rows(tmp_path / "out" / "train.jsonl"))
+    assert report == {
+        "seed": 7,
+        "keep_splits": False,
+        "rows_in": {str(source): 44},
+        "dropped": {"empty": 1, "contradictory": 2, "duplicate": 1},
+        "leaks": {**none_leaks, "dropped_from_train": 0},
+        "rows_out": {"train": 32, "validation": 4, "test": 4},
+        "labels": {"train": {"0": 16, "1": 16}, "validation": {"0": 2, "1": 2}, "test": {"0": 2, "1": 2}},
+        "length_quantiles_characters": report["length_quantiles_characters"],
+        "sha256_in": {str(source): sha256(source)},
+        "sha256_out": {f"{name}.jsonl": sha256(tmp_path / "out" / f"{name}.jsonl") for name in report["rows_out"]},
+    }
+    quantiles = report["length_quantiles_characters"]
+    assert set(quantiles) == {"train", "validation", "test"}
+    # of 32 sorted lengths, places 32 * (0.5, 0.9, 0.95, 0.99) rounded down, and the last
+    expected = {"p50": train[16], "p90": train[28], "p95": train[30], "p99": train[31], "max": train[31]}
+    assert quantiles["train"] == expected
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "data_report.json",
+        "test.jsonl",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+
+
+def test_written_rows_are_read_back_as_they_were(tmp_path: Path) -> None:
+    texts = [f'评论{n}\n"引\u2028\t\r\n文"，😀\\' for n in range(10)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text, "label": "好评"}) for text in texts), "utf-8")
+    prepare([source], tmp_path / "out")
+    written = [row for name in ("train", "validation", "test") for row in read_rows(tmp_path / "out" / f"{name}.jsonl")]
+    assert sorted((row.text, row.label) for row in written) == sorted((text, "好评") for text in texts)
+    assert "评论".encode() in (tmp_path / "out" / "train.jsonl").read_bytes()  # text that a person can read
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    source = write_tsv(tmp_path / "a.tsv", [("好", 1)])
+    with pytest.raises(UserError, match=r"a\.tsv: given twice; name each file once"):
+        prepare([source, source], tmp_path / "out")
 
 
 @pytest.fixture
@@ -108,8 +214,22 @@ def test_kept_splits_report_what_leaks_and_drop_it_on_request(official: list[Pat
     assert report["rows_out"] == {"train": 20, "validation": 2, "test": 3}
     report = prepare(official, tmp_path / "dropped", keep_splits=True, drop_leaks=True)
     assert report["rows_out"] == {"train": 17, "validation": 2, "test": 3}
+    assert report["leaks"]["dropped_from_train"] == 3
     parts = {name: read_rows(tmp_path / "dropped" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     assert not find_leaks(parts["train"], parts["validation"] + parts["test"])
+
+
+def test_a_kept_split_that_cleans_to_nothing_is_named(official: list[Path], tmp_path: Path) -> None:
+    write_tsv(official[1], [("！", 1)])
+    with pytest.raises(UserError, match=r"validation: no row is left after cleaning \(.*'empty': 1.*; check the file"):
+        prepare(official, tmp_path / "out", keep_splits=True)
+
+
+def test_a_training_file_that_leaks_entirely_is_not_dropped_to_nothing(official: list[Path], tmp_path: Path) -> None:
+    write_tsv(official[0], [("评论4", 0), ("新的", 1)])
+    with pytest.raises(UserError, match="--drop-leaks: every training row stands in another split; give other files"):
+        prepare(official, tmp_path / "out", keep_splits=True, drop_leaks=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_kept_splits_need_all_three_files(official: list[Path], tmp_path: Path) -> None:

@@ -56,6 +56,19 @@ def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path],
     assert "dropped        2  duplicate" in done.stdout
     assert "wrote         18  out" in done.stdout
     assert "leaks" not in done.stdout
+    prepare(official, tmp_path / "by_function", seed=7)
+    for split in ("train", "validation", "test"):
+        by_script = (tmp_path / "out" / f"{split}.jsonl").read_bytes()
+        assert by_script == (tmp_path / "by_function" / f"{split}.jsonl").read_bytes()
+
+
+def test_columns_are_named_on_the_command_line(tmp_path: Path) -> None:
+    lines = [f"{number % 2},评论{number},x,y\n" for number in range(20)]
+    (tmp_path / "mine.csv").write_text("stars,comment,label,text\n" + "".join(lines), "utf-8")
+    columns = ("--text-column", "comment", "--label-column", "stars")
+    done = call("preprocess_data.py", "--input", "mine.csv", *columns, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(0: 8, 1: 8; median" in done.stdout
 
 
 def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_path: Path) -> None:
@@ -78,6 +91,11 @@ def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_p
     [
         ([], "run scripts/download_data.py, or name files with --input"),
         (["--input", "nowhere.tsv"], "nowhere.tsv: cannot be read"),
+        (["--input", "train.tsv", "train.tsv"], "train.tsv: given twice"),
+        (["--input", "train.txt"], "train.txt: is not one of .tsv, .csv, .jsonl, .parquet, .arrow"),
+        (["--input", "train.tsv", "--label-column", "stars"], "name it with --label-column"),
+        (["--input", "dev.tsv"], "label 1: has 1 distinct rows, at least 3 are needed"),
+        (["--input", "train.tsv", "--seed", "x"], "argument --seed: invalid int value"),
         (["--input", "train.tsv", "--drop-leaks"], "--drop-leaks goes with --keep-splits"),
         (["--input", "train.tsv", "--keep-splits"], "no file for validation, test"),
         (["--input", "train.tsv", "--text-column", "comment"], "name it with --text-column"),
@@ -101,8 +119,15 @@ def test_a_download_without_network_ends_with_status_2_and_names_both_sources(tm
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("script", ["download_data.py", "preprocess_data.py"])
-def test_help_shows_examples(script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("download_data.py", "--output --repo --revision"),
+        ("preprocess_data.py", "--input --output --seed --keep-splits --drop-leaks --text-column --label-column"),
+    ],
+)
+def test_help_shows_options_and_examples(script: str, options: str, tmp_path: Path) -> None:
     done = call(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
     assert f"python scripts/{script}" in done.stdout
+    assert set(options.split()) <= set(done.stdout.replace("[", " ").replace("]", " ").split())

