@@ -49,6 +49,8 @@ def _bitsandbytes() -> ModuleType | None:
     """bitsandbytes.functional, or None with one notice; imported on first use, for it takes a second."""
     source = logging.getLogger("bitsandbytes.backends.cpu.ops")
     source.addFilter(_is_worth_showing)
+    compile_function = torch.compile
+    torch.compile = _leave_uncompiled  # type: ignore[assignment]
     try:
         import bitsandbytes.functional
     except Exception as error:  # a broken installation fails with whatever its loader meets
@@ -59,8 +61,18 @@ def _bitsandbytes() -> ModuleType | None:
         )
         return None
     finally:
+        torch.compile = compile_function
         source.removeFilter(_is_worth_showing)
     return bitsandbytes.functional
+
+
+def _leave_uncompiled(function: Any = None, **_options: Any) -> Any:
+    """In place of torch.compile while bitsandbytes is imported.
+
+    It decorates functions that nothing here calls (8-bit optimizers' fall-backs), and the decorator alone imports the
+    compiler: 115 MB of memory and 3 seconds.
+    """
+    return (lambda decorated: decorated) if function is None else function
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:

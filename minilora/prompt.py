@@ -19,12 +19,11 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 (tests/parity/test_prompt.py compares them).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from minilora.errors import UserError
 
@@ -70,14 +69,13 @@ class ChatTokenizer:
         """
         path = folder / "tokenizer.json"
         try:
-            content = json.loads(path.read_text("utf-8"))
-            for token in content["added_tokens"]:
-                token["special"] = True
-            self._tokenizer = Tokenizer.from_str(json.dumps(content))
+            self._tokenizer = Tokenizer.from_buffer(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); a model folder needs it") from None
         except Exception as error:  # the tokenizers package raises plain Exception for a bad file
             raise UserError(f"{path}: is not a tokenizers file ({error}); download the model again") from None
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._tokenizer.add_special_tokens([AddedToken(t.content, special=True, normalized=False) for t in added])
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
