@@ -8,9 +8,9 @@
     batch       examples -> one packed, padding-free micro-batch with a shared prefix
     ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
+    lora        the LoRA linear layer, its gradient derived; where it is attached
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
     load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
-    lora        the LoRA linear layer, its gradient derived; where it is attached
     adapter     adapter files as peft reads and writes them
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step

@@ -12,7 +12,8 @@ Cost: a padded batch of N examples computes N * (longest example) rows, this one
 short reviews behind a 40-token instruction that is about a quarter.
 
 An example's last token is a target and never an input, so its row is not computed at all. Only rows that
-predict a supervised token reach the head (`supervised_rows`).
+predict a supervised token reach the head (`supervised_rows`), and nothing but their keys and values is needed of the
+others in the last layer (`last_groups`).
 """
 
 from collections.abc import Sequence
@@ -29,26 +30,49 @@ MAX_GROUP_PADDING = 0.25
 # Largest number of rows * keys that one attention call may hold, so that scores stay within a few hundred MB.
 MAX_GROUP_SCORES = 1 << 22
 
+Span = tuple[int, int]  # first row of a segment and the row behind its last
+
 
 @dataclass(frozen=True)
-class SegmentGroup:
-    """n segments of similar length that attention computes together, padded to L rows.
+class Places:
+    """The rows of n segments, laid out side by side and padded to the longest.
 
     Attributes:
-        prefix: P, the rows 0..P-1 that every segment of the group sees.
-        rows: (n, L) int64, the packed row of each place; padding repeats the segment's first row.
+        rows: (n, L) int64, the row of each place; padding repeats the segment's first row.
         real_places: (M,) int64, the places of the flattened (n * L) that are no padding.
-        real_rows: (M,) int64, the packed rows of those places.
+        real_rows: (M,) int64, the rows of those places.
     """
 
-    prefix: int
     rows: torch.Tensor
     real_places: torch.Tensor
     real_rows: torch.Tensor
 
+    def to(self, device: torch.device) -> "Places":
+        """The same places on `device`."""
+        return Places(self.rows.to(device), self.real_places.to(device), self.real_rows.to(device))
+
+
+@dataclass(frozen=True)
+class SegmentGroup:
+    """n segments of similar length that attention computes together.
+
+    Attributes:
+        prefix: P, the rows 0..P-1 that every segment of the group sees.
+        keys: (n, L) packed rows of the segments, that keys and values are taken from.
+        queries: (n, Q) rows that look at them; `keys` itself where every row of a segment does.
+        hidden: (1, Q, P + L) or (n, Q, P + L) bool, True where a query must not look: what stands behind it.
+    """
+
+    prefix: int
+    keys: Places
+    queries: Places
+    hidden: torch.Tensor
+
     def to(self, device: torch.device) -> "SegmentGroup":
         """The same group on `device`."""
-        return SegmentGroup(self.prefix, self.rows.to(device), self.real_places.to(device), self.real_rows.to(device))
+        keys = self.keys.to(device)
+        queries = keys if self.queries is self.keys else self.queries.to(device)
+        return SegmentGroup(self.prefix, keys, queries, self.hidden.to(device))
 
 
 @dataclass(frozen=True)
@@ -59,6 +83,7 @@ class MicroBatch:
         input_ids: (T,) int64.
         position_ids: (T,) int64, each segment counting on from the prefix.
         groups: which rows attend to which, for `ops.attention`.
+        last_groups: the same with the supervised rows alone as queries, numbered 0..S-1: the last layer's.
         supervised_rows: (S,) int64, rows whose hidden state predicts a supervised token.
         targets: (S,) int64, those tokens.
         owners: (S,) int64, the example (its place in the batch) that each of them belongs to.
@@ -69,6 +94,7 @@ class MicroBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     groups: tuple[SegmentGroup, ...]
+    last_groups: tuple[SegmentGroup, ...]
     supervised_rows: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
@@ -86,6 +112,7 @@ class MicroBatch:
             input_ids=self.input_ids.to(device),
             position_ids=self.position_ids.to(device),
             groups=tuple(group.to(device) for group in self.groups),
+            last_groups=tuple(group.to(device) for group in self.last_groups),
             supervised_rows=self.supervised_rows.to(device),
             targets=self.targets.to(device),
             owners=self.owners.to(device),
@@ -119,10 +146,12 @@ def pack(examples: Sequence[Example], share_prefix: bool = True) -> MicroBatch:
                 supervised_rows.append(start + position - 1 - prefix)
                 targets.append(example.input_ids[position])
                 owners.append(owner)
+    spans = _group_spans(prefix, list(pairwise(starts)))
     return MicroBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
-        groups=_group_segments(prefix, list(pairwise(starts))),
+        groups=_build_groups(prefix, spans),
+        last_groups=tuple(_build_last_group(prefix, group, supervised_rows) for group in spans),
         supervised_rows=torch.tensor(supervised_rows),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
@@ -136,7 +165,7 @@ def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return _group_segments(0, list(pairwise(starts)))
+    return _build_groups(0, _group_spans(0, list(pairwise(starts))))
 
 
 def _common_prefix(examples: Sequence[Example]) -> int:
@@ -151,10 +180,10 @@ def _common_prefix(examples: Sequence[Example]) -> int:
     return max(limit, 0)
 
 
-def _group_segments(prefix: int, spans: Sequence[tuple[int, int]]) -> tuple[SegmentGroup, ...]:
-    """The prefix as a group of its own, then segments of similar length together."""
-    groups = [_build_group(0, [(0, prefix)])] if prefix else []
-    pending: list[tuple[int, int]] = []
+def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
+    """The segments' (first row, end) by similar length."""
+    groups: list[list[Span]] = []
+    pending: list[Span] = []
     for span in sorted(spans, key=lambda span: span[1] - span[0]):
         length = span[1] - span[0]
         count = len(pending) + 1
@@ -162,18 +191,37 @@ def _group_segments(prefix: int, spans: Sequence[tuple[int, int]]) -> tuple[Segm
         too_padded = real < (1 - MAX_GROUP_PADDING) * count * length
         too_large = count * length * (prefix + length) > MAX_GROUP_SCORES
         if pending and (too_padded or too_large):
-            groups.append(_build_group(prefix, pending))
+            groups.append(pending)
             pending = []
         pending.append(span)
-    if pending:
-        groups.append(_build_group(prefix, pending))
+    return [*groups, pending] if pending else groups
+
+
+def _build_groups(prefix: int, spans: Sequence[Sequence[Span]]) -> tuple[SegmentGroup, ...]:
+    """The prefix as a group of its own, then the others, all of their rows as queries."""
+    groups = []
+    for length, group in [*([(0, [(0, prefix)])] if prefix else []), *((prefix, group) for group in spans)]:
+        keys = _lay_out([range(*span) for span in group])
+        longest = keys.rows.shape[1]
+        hidden = torch.ones(1, longest, length + longest, dtype=torch.bool).triu(length + 1)
+        groups.append(SegmentGroup(length, keys, keys, hidden))
     return tuple(groups)
 
 
-def _build_group(prefix: int, spans: Sequence[tuple[int, int]]) -> SegmentGroup:
-    starts = torch.tensor([start for start, _ in spans]).unsqueeze(1)
-    lengths = torch.tensor([end - start for start, end in spans]).unsqueeze(1)
-    place = torch.arange(int(lengths.max()))
-    real = place < lengths
-    rows = torch.where(real, starts + place, starts)
-    return SegmentGroup(prefix, rows, real.flatten().nonzero().squeeze(1), rows[real])
+def _build_last_group(prefix: int, spans: Sequence[Span], supervised_rows: Sequence[int]) -> SegmentGroup:
+    """A group whose queries are the supervised rows of its segments, by their place in `supervised_rows`."""
+    chosen = [[i for i, row in enumerate(supervised_rows) if start <= row < end] for start, end in spans]
+    queries, keys = _lay_out(chosen), _lay_out([range(*span) for span in spans])
+    own_place = torch.tensor(supervised_rows)[queries.rows] - torch.tensor([[start] for start, _ in spans])
+    key_place = torch.arange(keys.rows.shape[1])
+    behind = key_place > own_place[:, :, None]
+    seen = torch.zeros(len(spans), queries.rows.shape[1], prefix, dtype=torch.bool)
+    return SegmentGroup(prefix, keys, queries, torch.cat((seen, behind), dim=2))
+
+
+def _lay_out(segments: Sequence[Sequence[int]]) -> Places:
+    """Rows of segments, one or more each, side by side."""
+    longest = max(map(len, segments))
+    rows = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
+    real = torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments])
+    return Places(rows, real.flatten().nonzero().squeeze(1), rows[real])

@@ -4,7 +4,10 @@
     for each layer:
         hidden += o_proj(attention(rotary(q), rotary(k), v))           q, k, v from input_layernorm(hidden)
         hidden += down_proj(silu(gate_proj(n)) * up_proj(n))           n = post_attention_layernorm(hidden)
-    norm(hidden)                                                       (T, C), for `loss.py` to score
+    norm(hidden)                                                       (S, C), for `loss.py` to score
+
+Behind the last layer only the S supervised rows are read. So it computes keys and values of all rows, which
+these look at, and all else of the S rows alone: with 24 layers and 2 answer tokens in a hundred 4 % less work.
 
 Sizes, for the whole package:
     T  rows of a packed micro-batch      C  hidden_size            R  LoRA rank
@@ -13,8 +16,8 @@ Sizes, for the whole package:
     V  vocabulary rows                   G  H / K
 
 Activations have neither batch axis nor padding. Attribute names are the keys of a Hugging Face checkpoint,
-so `load.py` needs no table of names. The head is not part of the forward pass: `head_weight` goes to the
-loss together with the few rows that are supervised.
+so `load.py` needs no table of names. Linear layers are called through `lora.project`, with or without an adapter.
+The head is not part of the forward pass: `head_weight` goes to the loss together with the supervised rows.
 
 Source: arXiv 2412.15115 and, for rounding, transformers' modeling_qwen2.py, with which tests/parity agrees.
 Left out, with an error that says so: sliding-window attention, scaled rotary embeddings, mixture of experts.
@@ -22,7 +25,8 @@ Left out, with an error that says so: sliding-window attention, scaled rotary em
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora import ops
 from minilora.batch import MicroBatch, SegmentGroup
 from minilora.errors import UserError
+from minilora.lora import Again, project
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class RMSNorm(nn.Module):
         """(T, C) -> (T, C)."""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def again(self, x: torch.Tensor) -> Again:
+        """How `forward(x)` is made once more."""
+        return Again(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
+
 
 class Attention(nn.Module):
     """Grouped-query attention; q, k and v have biases in Qwen2.5, o has none."""
@@ -123,14 +132,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: tuple[SegmentGroup, ...]
+        self,
+        x: torch.Tensor,
+        again: Again,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        groups: tuple[SegmentGroup, ...],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, C) -> (T, C)."""
-        q, k, v = (
-            project(x).view(x.shape[0], -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = ops.attention(ops.rotary(q, cos, sin), ops.rotary(k, cos, sin), v, groups)
-        return self.o_proj(mixed.view(x.shape[0], -1))
+        """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`."""
+        if rows is None:
+            q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), again)
+            q = ops.rotary(self._heads(q), cos, sin)
+        else:
+            k, v = project(x, (self.k_proj, self.v_proj), again)
+            (q,) = project(x.index_select(0, rows), (self.q_proj,))
+            q = ops.rotary(self._heads(q), cos.index_select(0, rows), sin.index_select(0, rows))
+        mixed = ops.attention(q, ops.rotary(self._heads(k), cos, sin), self._heads(v), groups)
+        return project(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], -1, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -142,9 +164,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: Again) -> torch.Tensor:
         """(T, C) -> (T, C)."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = project(x, (self.gate_proj, self.up_proj), again)
+        return project(ops.swiglu(gate, up), (self.down_proj,), Again(ops.swiglu, (gate, up)))[0]
 
 
 class DecoderLayer(nn.Module):
@@ -158,11 +181,19 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: tuple[SegmentGroup, ...]
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        groups: tuple[SegmentGroup, ...],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, C) -> (T, C)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, groups)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        """(T, C) -> (T, C), or (S, C) of `rows` alone."""
+        norm = self.input_layernorm
+        mixed = self.self_attn(norm(hidden), norm.again(hidden), cos, sin, groups, rows)
+        hidden = mixed + (hidden if rows is None else hidden.index_select(0, rows))
+        norm = self.post_attention_layernorm
+        return hidden + self.mlp(norm(hidden), norm.again(hidden))
 
 
 class Qwen2Model(nn.Module):
@@ -177,19 +208,30 @@ class Qwen2Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, groups: tuple[SegmentGroup, ...]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        groups: tuple[SegmentGroup, ...],
+        last_groups: tuple[SegmentGroup, ...] | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T,) ids -> (T, C) hidden states after the last norm."""
+        """(T,) ids -> hidden states after the last norm: (T, C), or with `last_groups` (S, C) of `rows` alone."""
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                # The layer runs again in backward with the same dropout masks: they are a function of a seed
-                # that stays set until the next micro-batch (`lora.DropoutSeed`), so no generator is restored.
-                hidden = checkpoint(layer, hidden, cos, sin, groups, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, cos, sin, groups)
+        for layer in self.layers[:-1]:
+            hidden = self._run(layer, hidden, cos, sin, groups)
+        hidden = self._run(self.layers[-1], hidden, cos, sin, last_groups or groups, rows)
         return self.norm(hidden)
+
+    def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """`layer(hidden, ...)`, its activations kept for backward or computed again there."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # The layer runs again in backward with the same dropout masks: they are a function of a seed that
+            # stays set until the next micro-batch (`lora.DropoutSeed`), so no generator is restored.
+            output = checkpoint(layer, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = layer(hidden, *arguments)
+        return cast(torch.Tensor, output)
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -210,5 +252,7 @@ class Qwen2ForCausalLM(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states of the rows that predict a supervised token: (S, C) compute dtype."""
-        hidden = self.model(batch.input_ids, batch.position_ids, batch.groups)
-        return hidden.index_select(0, batch.supervised_rows)
+        hidden: torch.Tensor = self.model(
+            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_rows
+        )
+        return hidden

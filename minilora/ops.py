@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from minilora.batch import SegmentGroup
+from minilora.batch import Places, SegmentGroup
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
     A group of n segments, padded to L rows, sees P prefix keys and its own L. Padding stands behind the real
     rows, so the causal mask alone hides it from them, and since its dO is zero it sends nothing back. The
     G = H / K query heads that share a key/value head are folded into rows: one batched product of n * K
-    matrices with G * L rows, in place of n * H small ones.
+    matrices with G * Q rows, in place of n * H small ones.
 
     Keeps q, k and v; A is computed again in backward, so memory grows with T and not with L^2. Two products
     and a softmax beat PyTorch's fused attention on the CPU at these lengths.
@@ -162,7 +162,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(q)
         for group in groups:
             mixed = torch.bmm(_weights(q, k, group), _keys(v, group))
-            out.index_copy_(0, group.real_rows, _unfold(mixed, q, group))
+            out.index_copy_(0, group.queries.real_rows, _unfold(mixed, q, group.queries))
         return out
 
     @staticmethod
@@ -173,41 +173,41 @@ class _Attention(torch.autograd.Function):
         scale = q.shape[-1] ** -0.5
         for group in ctx.groups:
             weights = _weights(q, k, group)
-            dmixed = _fold(dout, k.shape[1], group, zero_padding=True)
+            dmixed = _fold(dout, k.shape[1], group.queries, zero_padding=True)
             _add_keys(dv, torch.bmm(weights.mT, dmixed), group)
             dscores = torch.bmm(dmixed, _keys(v, group).mT)
             dscores = torch._softmax_backward_data(dscores, weights, -1, weights.dtype).mul_(scale)
-            dq.index_copy_(0, group.real_rows, _unfold(torch.bmm(dscores, _keys(k, group)), q, group))
-            _add_keys(dk, torch.bmm(dscores.mT, _fold(q, k.shape[1], group)), group)
+            dq.index_copy_(0, group.queries.real_rows, _unfold(torch.bmm(dscores, _keys(k, group)), q, group.queries))
+            _add_keys(dk, torch.bmm(dscores.mT, _fold(q, k.shape[1], group.queries)), group)
         return dq, dk, dv, None
 
 
-def _fold(x: torch.Tensor, kv_heads: int, group: SegmentGroup, zero_padding: bool = False) -> torch.Tensor:
-    """Rows of a group's queries: (T, H, D) -> (n * K, G * L, D)."""
-    n, length = group.rows.shape
-    gathered = x.index_select(0, group.rows.flatten())
-    if zero_padding and gathered.shape[0] != group.real_places.shape[0]:
+def _fold(x: torch.Tensor, kv_heads: int, places: Places, zero_padding: bool = False) -> torch.Tensor:
+    """Rows of a group's queries: (T, H, D) -> (n * K, G * Q, D)."""
+    n, length = places.rows.shape
+    gathered = x.index_select(0, places.rows.flatten())
+    if zero_padding and gathered.shape[0] != places.real_places.shape[0]:
         kept = torch.zeros_like(gathered)
-        gathered = kept.index_copy_(0, group.real_places, gathered.index_select(0, group.real_places))
+        gathered = kept.index_copy_(0, places.real_places, gathered.index_select(0, places.real_places))
     heads, dim = x.shape[1:]
     folded = gathered.view(n, length, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
     return folded.reshape(n * kv_heads, heads // kv_heads * length, dim)
 
 
-def _unfold(folded: torch.Tensor, like: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
-    """The inverse of `_fold` without padding: (n * K, G * L, D) -> (M, H, D)."""
-    n, length = group.rows.shape
+def _unfold(folded: torch.Tensor, like: torch.Tensor, places: Places) -> torch.Tensor:
+    """The inverse of `_fold` without padding: (n * K, G * Q, D) -> (M, H, D)."""
+    n, length = places.rows.shape
     heads, dim = like.shape[1:]
     kv_heads = folded.shape[0] // n
     rows = folded.view(n, kv_heads, heads // kv_heads, length, dim).permute(0, 3, 1, 2, 4)
-    return rows.reshape(n * length, heads, dim).index_select(0, group.real_places)
+    return rows.reshape(n * length, heads, dim).index_select(0, places.real_places)
 
 
 def _keys(x: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
     """What a group's rows may see, prefix first: (T, K, D) -> (n * K, P + L, D)."""
-    n, length = group.rows.shape
+    n, length = group.keys.rows.shape
     kv_heads, dim = x.shape[1:]
-    own = x.index_select(0, group.rows.flatten()).view(n, length, kv_heads, dim)
+    own = x.index_select(0, group.keys.rows.flatten()).view(n, length, kv_heads, dim)
     if group.prefix:
         own = torch.cat((x[: group.prefix].expand(n, -1, -1, -1), own), dim=1)
     return own.transpose(1, 2).reshape(n * kv_heads, group.prefix + length, dim)
@@ -215,35 +215,39 @@ def _keys(x: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
 
 def _add_keys(total: torch.Tensor, dkeys: torch.Tensor, group: SegmentGroup) -> None:
     """Adds a gradient of `_keys` to `total` (T, K, D); the prefix gets the sum over the segments."""
-    n, length = group.rows.shape
+    n, length = group.keys.rows.shape
     kv_heads, dim = total.shape[1:]
     by_segment = dkeys.view(n, kv_heads, group.prefix + length, dim).transpose(1, 2)
     if group.prefix:
         total[: group.prefix] += by_segment[:, : group.prefix].sum(0)
     own = by_segment[:, group.prefix :].reshape(n * length, kv_heads, dim)
-    total.index_add_(0, group.real_rows, own.index_select(0, group.real_places))
+    total.index_add_(0, group.keys.real_rows, own.index_select(0, group.keys.real_places))
 
 
 def _weights(q: torch.Tensor, k: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
-    """A of a group: (n * K, G * L, P + L) in the dtype of q, each row summing to 1; softmax in float32."""
-    length = group.rows.shape[1]
-    hidden = torch.ones(length, group.prefix + length, dtype=torch.bool, device=q.device).triu(group.prefix + 1)
-    scores = torch.bmm(_fold(q, k.shape[1], group), _keys(k, group).mT)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(q.shape[-1] ** -0.5)
-    scores.view(-1, length, group.prefix + length).masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, dim=-1).to(q.dtype)
+    """A of a group: (n * K, G * Q, P + L) in the dtype of q, each row summing to 1.
+
+    The mask is the start value that the product is added to, 0 or -inf: one pass in place of three. The softmax
+    computes in float32 whatever the dtype, and rounds its result once.
+    """
+    folded, keys = _fold(q, k.shape[1], group.queries), _keys(k, group)
+    masked = torch.zeros(group.hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(group.hidden, -torch.inf)
+    n, (query_rows, seen) = group.keys.rows.shape[0], masked.shape[1:]
+    by_head = q.new_empty(n, k.shape[1], q.shape[1] // k.shape[1], query_rows, seen)
+    scores = by_head.copy_(masked[:, None, None]).view(*folded.shape[:2], seen)
+    return torch.softmax(scores.baddbmm_(folded, keys.mT, alpha=q.shape[-1] ** -0.5), dim=-1)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:
     """Causal grouped-query attention within the segments of a packed micro-batch.
 
     Args:
-        q: (T, H, D) compute dtype.
+        q: (T, H, D) compute dtype, or (S, H, D) with the micro-batch's `last_groups`.
         k: (T, K, D) compute dtype.
         v: (T, K, D) compute dtype.
-        groups: which rows see which; every row of the T stands in exactly one group.
+        groups: which rows see which; every row of q stands in exactly one group.
 
     Returns:
-        (T, H, D) compute dtype. Source: arXiv 1706.03762, grouped queries arXiv 2305.13245.
+        The shape and dtype of q. Source: arXiv 1706.03762, grouped queries arXiv 2305.13245.
     """
     return _Attention.apply(q, k, v, groups)

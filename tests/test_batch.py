@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, SegmentGroup, pack, pack_rows
+from minilora.batch import MicroBatch, pack, pack_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -27,10 +27,10 @@ def seen_rows(packed: MicroBatch) -> list[list[int]]:
     """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
-        length = group.rows.shape[1]
-        for place in group.real_places.tolist():
+        length = group.keys.rows.shape[1]
+        for place in group.keys.real_places.tolist():
             segment, offset = divmod(place, length)
-            own = group.rows[segment, : offset + 1].tolist()
+            own = group.keys.rows[segment, : offset + 1].tolist()
             row = own[-1]
             assert row not in seen
             seen[row] = [*range(group.prefix), *own]
@@ -119,37 +119,54 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
 def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefix: int) -> None:
     examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
     packed = pack(examples)
-    rows = torch.cat([group.real_rows for group in packed.groups])
+    rows = torch.cat([group.keys.real_rows for group in packed.groups])
     assert sorted(rows.tolist()) == list(range(len(packed.input_ids)))
     for group in packed.groups:
-        assert torch.equal(group.rows.flatten()[group.real_places], group.real_rows)
-        assert len(group.real_rows) >= (1 - batch.MAX_GROUP_PADDING) * group.rows.numel()
+        assert torch.equal(group.keys.rows.flatten()[group.keys.real_places], group.keys.real_rows)
+        assert len(group.keys.real_rows) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
     seen_rows(packed)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_the_last_layers_queries_are_the_supervised_rows_and_see_what_they_saw(share_prefix: bool) -> None:
+    packed = pack(EXAMPLES, share_prefix)
+    seen = seen_rows(packed)
+    found = {}
+    for group in packed.last_groups:
+        for place, row in zip(group.queries.real_places.tolist(), group.queries.real_rows.tolist(), strict=True):
+            segment, query = divmod(place, group.queries.rows.shape[1])
+            keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
+            hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
+            found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
+    assert found == {place: seen[row] for place, row in enumerate(packed.supervised_rows.tolist())}
 
 
 def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pack_rows([10] * 8)) == 1
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
     groups = pack_rows([10] * 8)
-    assert [group.rows.shape for group in groups] == [(4, 10)] * 2
+    assert [group.keys.rows.shape for group in groups] == [(4, 10)] * 2
 
 
 def test_padding_repeats_the_first_row_of_its_segment() -> None:
     (group,) = pack_rows([3, 4])
-    assert group.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert group.real_places.tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert group.real_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert group.keys.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
+    assert group.keys.real_places.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert group.keys.real_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
     packed = pack(EXAMPLES)
     moved = packed.to(torch.device("meta"))
 
-    def tensors(item: MicroBatch | SegmentGroup) -> list[torch.Tensor]:
-        return [value for value in vars(item).values() if isinstance(value, torch.Tensor)]
+    def tensors(item: object) -> list[torch.Tensor]:
+        if isinstance(item, torch.Tensor):
+            return [item]
+        parts = item if isinstance(item, tuple) else vars(item).values() if hasattr(item, "__dict__") else ()
+        return [tensor for part in parts for tensor in tensors(part)]
 
-    everything = [*tensors(moved), *(tensor for group in moved.groups for tensor in tensors(group))]
-    assert len(everything) == 5 + 3 * len(packed.groups)
+    everything = tensors(moved)
+    assert len(everything) == len(tensors(packed)) == 5 + 7 * (len(packed.groups) + len(packed.last_groups))
     assert all(tensor.device.type == "meta" for tensor in everything)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]

@@ -18,9 +18,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.rglob("*.py")])
 ALLOWED = {
     "errors": set(),
     "nf4": {"errors"},
-    "model": {"ops", "batch", "errors"},
+    "lora": {"nf4", "errors"},
+    "model": {"ops", "batch", "lora", "errors"},
     "load": {"model", "nf4", "errors"},
-    "lora": {"model", "nf4", "errors"},
     "adapter": {"load", "lora", "model", "errors"},
     "memory": {"loss", "lora", "model", "errors"},
 }
