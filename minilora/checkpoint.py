@@ -31,7 +31,7 @@ from minilora.adapter import AdapterConfig, load_adapter_weights, save_adapter
 from minilora.errors import UserError
 from minilora.load import read_header, read_json, read_tensor
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import load_optimizer_tensors, optimizer_tensors
+from minilora.optim import AdamW
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -69,7 +69,7 @@ def save_checkpoint(
     directory: Path,
     model: Qwen2ForCausalLM,
     adapter: AdapterConfig,
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     state: RunState,
 ) -> Path:
     """Writes `directory/step-NNNNNN` and returns it; a leftover of the same name is replaced."""
@@ -77,13 +77,13 @@ def save_checkpoint(
     temporary = directory / f".writing-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapter(model, temporary, adapter)
-    save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+    save_file(optimizer.tensors(), temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", dataclasses.asdict(state))
     replace_folder(temporary, target)
     return target
 
 
-def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: torch.optim.AdamW) -> RunState:
+def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: AdamW) -> RunState:
     """Puts weights and moments back into `model` and `optimizer`, and returns the rest.
 
     Raises:
@@ -101,7 +101,7 @@ def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: torch.opti
     }
     if {name: entry.shape for name, entry in entries.items()} != expected:
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
-    load_optimizer_tensors(optimizer, {name: read_tensor(entry) for name, entry in entries.items()})
+    optimizer.load_tensors({name: read_tensor(entry) for name, entry in entries.items()})
     return state
 
 

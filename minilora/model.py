@@ -119,6 +119,15 @@ class RMSNorm(nn.Module):
         return Again(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
 
 
+class Embedding(nn.Embedding):
+    """PyTorch's, but for first values on the meta device: there are none, and to draw them it imports its compiler."""
+
+    def reset_parameters(self) -> None:
+        """Draws first values where there is memory for them."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Attention(nn.Module):
     """Grouped-query attention; q, k and v have biases in Qwen2.5, o has none."""
 
@@ -203,7 +212,7 @@ class Qwen2Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -31,7 +31,7 @@ from minilora.data import epoch_order
 from minilora.errors import UserError
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import build_optimizer
+from minilora.optim import AdamW, build_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import sha256
 
@@ -47,7 +47,7 @@ class Run:
     splits: dict[str, Examples]
     model: Qwen2ForCausalLM
     dropout_seed: DropoutSeed
-    optimizer: torch.optim.AdamW
+    optimizer: AdamW
     scaler: torch.amp.GradScaler | None
     state: RunState
 

@@ -9,6 +9,7 @@ examples then train differently as 1 x 16 and as 4 x 4.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -16,6 +17,7 @@ from minilora.batch import MicroBatch
 from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
+from minilora.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StepResult:
 def train_step(
     model: Qwen2ForCausalLM,
     micro_batches: Sequence[MicroBatch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     learning_rate: float,
     max_grad_norm: float,
     dropout_seed: DropoutSeed,
@@ -69,17 +71,16 @@ def train_step(
         (loss if scaler is None else scaler.scale(loss)).backward()
         total += loss.detach()
 
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    (group,) = optimizer.param_groups
     if scaler is not None:
-        scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf, foreach=True)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+    grad_norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm or torch.inf, foreach=True)
+    group["lr"] = learning_rate
     updated = scaler is None or bool(torch.isfinite(grad_norm))
     if scaler is None:
         optimizer.step()
     else:
-        scaler.step(optimizer)
+        scaler.step(cast(torch.optim.Optimizer, optimizer))
         scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return StepResult(total.item(), grad_norm.item(), sum(b.num_real_tokens for b in micro_batches), updated)

@@ -25,7 +25,7 @@ from minilora.checkpoint import (
 from minilora.errors import UserError
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import build_optimizer, optimizer_tensors
+from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.step import train_step
 
@@ -73,7 +73,7 @@ def test_weights_moments_and_state_come_back_to_the_bit(tiny_model: LoadModel, t
     assert state == state_at(3)
     pairs = zip(lora_parameters(first.model), lora_parameters(second.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    moments, restored = optimizer_tensors(first.optimizer), optimizer_tensors(second.optimizer)
+    moments, restored = first.optimizer.tensors(), second.optimizer.tensors()
     assert moments.keys() == restored.keys()
     assert len(moments) == 3 * len(lora_parameters(first.model))
     for name, value in moments.items():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.optim import build_optimizer, load_optimizer_tensors, lr_at, optimizer_tensors
+from minilora.optim import AdamW, build_optimizer, lr_at
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:
@@ -45,7 +45,7 @@ def test_the_rate_scales_with_the_peak() -> None:
     assert lr_at(3, 10, 2e-4, "linear", 0.0) == pytest.approx(2e-4 * 0.8)
 
 
-def stepped(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
+def stepped(steps: int) -> tuple[list[torch.nn.Parameter], AdamW]:
     """Two parameters after some steps of AdamW with a gradient that differs from step to step."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
@@ -55,7 +55,7 @@ def stepped(steps: int) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
     return parameters, optimizer
 
 
-def take_step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.AdamW, step: int) -> None:
+def take_step(parameters: list[torch.nn.Parameter], optimizer: AdamW, step: int) -> None:
     for parameter in parameters:
         parameter.grad = torch.sin(parameter.detach() * step)
     optimizer.param_groups[0]["lr"] = 0.01
@@ -80,15 +80,15 @@ def test_the_update_is_adamw_by_hand() -> None:
 
 def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     parameters, optimizer = stepped(3)
-    save_file(optimizer_tensors(optimizer), tmp_path / "optimizer.safetensors")
+    save_file(optimizer.tensors(), tmp_path / "optimizer.safetensors")
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     restored = build_optimizer(copies, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    load_optimizer_tensors(restored, load_file(tmp_path / "optimizer.safetensors"))
+    restored.load_tensors(load_file(tmp_path / "optimizer.safetensors"))
     for step in (4, 5):
         take_step(parameters, optimizer, step)
         take_step(copies, restored, step)
     assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
-    first, second = optimizer_tensors(optimizer), optimizer_tensors(restored)
+    first, second = optimizer.tensors(), restored.tensors()
     assert first.keys() == second.keys() == {f"{i}.{n}" for i in (0, 1) for n in ("exp_avg", "exp_avg_sq", "step")}
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["0.step"].item() == 5
@@ -96,6 +96,6 @@ def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: 
 
 def test_before_the_first_step_there_are_no_moments() -> None:
     _, optimizer = stepped(0)
-    assert optimizer_tensors(optimizer) == {}
-    load_optimizer_tensors(optimizer, {})
-    assert optimizer_tensors(optimizer) == {}
+    assert optimizer.tensors() == {}
+    optimizer.load_tensors({})
+    assert optimizer.tensors() == {}
