@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def save_checkpoint(
     """Writes `directory/step-NNNNNN` and returns it; a leftover of the same name is replaced."""
     target = directory / f"step-{state.step:06d}"
     temporary = directory / f".writing-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     save_adapter(model, temporary, adapter)
     save_file(optimizer.tensors(), temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", dataclasses.asdict(state))
@@ -133,9 +134,35 @@ def prune_checkpoints(directory: Path, keep: int, best_step: int) -> None:
     kept = {*checkpoints[-keep:], directory / f"step-{best_step:06d}"}
     for path in checkpoints:
         if path not in kept:
-            shutil.rmtree(path)
+            remove(path)
     for leftover in directory.glob(".writing-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder or a file, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Makes `folder` and writes into it: where that fails it should fail before hours are computed, not after.
+
+    Args:
+        folder: made if needed, with all above it.
+        key: configuration key or option that named it, for the message.
+
+    Raises:
+        UserError: it is not a folder, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); choose another {key}") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -154,12 +181,13 @@ def replace_folder(temporary: Path, target: Path) -> None:
         _fsync(path)
     _fsync(temporary)
     aside = target.with_name(f".writing-old-{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     if target.exists():
         target.rename(aside)
     temporary.rename(target)
     _fsync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the new one is in place
+        remove(aside)
 
 
 def _fsync(path: Path) -> None:

@@ -9,11 +9,14 @@ All of it but the last two of the first group, which are measurements of the mac
 run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from minilora.errors import UserError
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -81,16 +84,41 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
+def check_log(directory: Path, report_to: str) -> None:
+    """Raises what `RunLog` would, without a run: before the first hour, not after it.
+
+    Raises:
+        UserError: metrics.jsonl is not a log, or TensorBoard is not installed.
+    """
+    read_metrics(directory)
+    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("train.report_to: tensorboard is not installed; pip install tensorboard, or use none")
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that was cut off in writing is left out."""
+    """The rows of metrics.jsonl; a last line that was cut off in writing is left out.
+
+    Raises:
+        UserError: another line is not a row, or the file cannot be read.
+    """
     path = directory / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
     rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError:
+            if number == len(lines):
                 break
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{number}: is not a line of a run's log, expected a step; move the file away")
+        rows.append(row)
     return rows
 
 

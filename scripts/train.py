@@ -1,11 +1,12 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
 from minilora.build import SPLITS
-from minilora.checkpoint import list_checkpoints
+from minilora.checkpoint import list_checkpoints, make_folder
 from minilora.config import Config, describe_keys, load_config
 from minilora.data import prepare, prepare_demo
 from minilora.errors import UserError, run_script
@@ -73,9 +74,9 @@ def set_aside(directory: Path) -> None:
     earlier = [directory / name for name in names if (directory / name).exists()]
     if not earlier:
         return
-    number = 1 + sum(1 for _ in directory.glob("previous-*"))
-    target = directory / f"previous-{number}"
-    target.mkdir()
+    taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
+    target = directory / f"previous-{1 + max(taken, default=0)}"
+    make_folder(target, "train.output_dir")
     finished = list_checkpoints(directory / "checkpoints")
     for path in earlier:
         shutil.move(path, target / path.name)

@@ -189,8 +189,18 @@ def test_pruning_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, 1)
     for name in (".writing-step-000002", ".writing-old-step-000001", "final"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".writing-notes").write_text("a file", "utf-8")
     prune_checkpoints(tmp_path, 1, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-000001"]
+
+
+def test_files_in_the_way_of_a_checkpoint_are_replaced(tiny_model: LoadModel, tmp_path: Path) -> None:
+    for name in (".writing-step-000001", ".writing-old-step-000001", "step-000001"):
+        (tmp_path / name).write_text("a file", "utf-8")
+    trainee = Trainee(tiny_model)
+    trainee.step(1)
+    trainee.save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == list_checkpoints(tmp_path) == [tmp_path / "step-000001"]
 
 
 def test_json_is_the_same_bytes_for_the_same_content(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from minilora.errors import UserError
 from minilora.runlog import RunLog, plot_metrics, read_metrics
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
@@ -64,6 +65,17 @@ def test_a_line_that_was_cut_off_in_writing_is_left_out_and_replaced(tmp_path: P
     assert read_metrics(tmp_path) == [row(1), row(2)]
     write_rows(tmp_path, 3, start=2)
     assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
+
+
+@pytest.mark.parametrize("line", [b'{"foo": 1}', b"5", b'{"step": "2"}', b"\xff\xfe{\x00", b'{"step": 2, "tra'])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
+    write_rows(tmp_path, 1)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b'\n{"step": 3}\n')
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl:2: is not a line of a run's log, expected a step; move the file"
+    ):
+        read_metrics(tmp_path)
 
 
 def test_no_log_has_no_rows(tmp_path: Path) -> None:

@@ -129,6 +129,16 @@ def test_a_finished_run_is_left_alone_changed_keys_are_refused_and_restart_sets_
     assert final_files(undisturbed / "previous-1") == before
 
 
+def test_a_run_is_set_aside_behind_the_last_one_whatever_is_missing_before_it(
+    keys: list[str], undisturbed: Path
+) -> None:
+    for name in ("previous-2", "previous-3", "previous-x"):
+        (undisturbed / name).mkdir()
+    before = final_files(undisturbed)
+    run_script("train.py", *keys, f"train.output_dir={undisturbed}", "--restart", "train.max_steps=1")
+    assert final_files(undisturbed / "previous-4") == before
+
+
 def test_other_data_under_the_same_name_is_refused(keys: list[str], processed_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [*keys, f"train.output_dir={output}"]
