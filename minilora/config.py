@@ -143,6 +143,7 @@ HARMLESS_KEYS = frozenset(
         "save_dtype",
         "report_to",
         "do_predict",
+        "load_best_model_at_end",
         "gradient_checkpointing",
     )
 )

@@ -5,6 +5,8 @@ newest checkpoint says before anything is loaded: a continuation that differs wo
 old nor the new.
 """
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,10 +27,11 @@ from minilora.build import (
     choose_dtype,
     read_split,
 )
-from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint, read_state
+from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint
 from minilora.config import Config, changed_keys
 from minilora.data import epoch_order
 from minilora.errors import UserError
+from minilora.load import read_json
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import AdamW, build_optimizer
@@ -80,34 +83,104 @@ class Run:
         return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
 
 
-def hash_inputs(config: Config, model_folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of the split files and of the base model's files, by name."""
+def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
+    """The configuration in training_args.json of a final adapter, or in state.json of a checkpoint.
+
+    Raises:
+        UserError: the file is missing or has other content.
+    """
+    content = read_json(path)
+    if path.name == "state.json" and isinstance(content, dict):
+        content = content.get("config")
+    sections = [section.name for section in dataclasses.fields(Config)]
+    if (
+        not isinstance(content, dict)
+        or sorted(content) != sorted(sections)
+        or not all(isinstance(keys, dict) for keys in content.values())
+    ):
+        raise UserError(f"{path}: holds no run's configuration, expected {', '.join(sections)}; put the file back")
+    return content
+
+
+@dataclass(frozen=True)
+class Origin:
+    """All that a run is a function of.
+
+    Attributes:
+        config: values by section and key.
+        data_sha256: of the split files, by name.
+        model_sha256: of the base model's files, by name.
+    """
+
+    config: dict[str, dict[str, Any]]
+    data_sha256: dict[str, str]
+    model_sha256: dict[str, str]
+
+
+def current_origin(config: Config, model_folder: Path) -> Origin:
+    """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
     data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
     model = sorted([model_folder / "config.json", model_folder / "tokenizer.json", *model_folder.glob("*.safetensors")])
-    return {path.name: sha256(path) for path in data}, {path.name: sha256(path) for path in model}
+    return Origin(
+        config.to_dict(), {path.name: sha256(path) for path in data}, {path.name: sha256(path) for path in model}
+    )
 
 
-def refuse_another_run(before: dict[str, Any], config: Config, directory: Path) -> None:
-    """Raises UserError with every key that would change the run in `directory`, begun with the values `before`."""
-    changes = changed_keys(before, config)
+def read_origin(folder: Path) -> Origin:
+    """What the run that wrote `folder`, a checkpoint or the final adapter, was made from.
+
+    Raises:
+        UserError: a file is missing or has other content.
+    """
+    names = ("training_args.json", "metrics.json") if folder.name == "final" else ("state.json", "state.json")
+    config = read_saved_config(folder / names[0])
+    content = read_json(folder / names[1])
+    digests = ("data_sha256", "model_sha256")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in digests):
+        raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
+    return Origin(config, content["data_sha256"], content["model_sha256"])
+
+
+def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
+    """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
+    changes = changed_keys(before.config, config)
     if changes:
         raise UserError(
             f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
             "back, or begin anew with --restart\n  " + "\n  ".join(changes)
         )
+    for what, old, new in (
+        (f"data in {config.data.dir}", before.data_sha256, now.data_sha256),
+        (f"base model {config.model.name_or_path}", before.model_sha256, now.model_sha256),
+    ):
+        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if changed:
+            raise UserError(
+                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
+                "put the files back, choose another train.output_dir, or begin anew with --restart"
+            )
 
 
-def open_run(
-    config: Config,
-    directory: Path,
-    model_folder: Path,
-    data_sha256: dict[str, str],
-    model_sha256: dict[str, str],
-) -> Run:
+@contextlib.contextmanager
+def _as_damage(checkpoint: Path) -> Iterator[None]:
+    """Adds to a UserError what only the run knows: which checkpoint it is about and how to go on without it."""
+    try:
+        yield
+    except UserError as error:
+        what = str(error).partition("; ")[0]
+        raise UserError(
+            f"{checkpoint}: is damaged ({what}); remove this folder to go on from the checkpoint before it, or "
+            "begin anew with --restart"
+        ) from None
+
+
+def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin) -> Run:
     """Data, model, adapter and optimizer, as the newest checkpoint left them or as they begin."""
     checkpoints = list_checkpoints(directory / "checkpoints")
     if checkpoints:
-        _refuse_changed_inputs(read_state(checkpoints[-1]), config, data_sha256, model_sha256, directory)
+        with _as_damage(checkpoints[-1]):
+            before = read_origin(checkpoints[-1])
+        refuse_another_run(before, origin, config, directory)
 
     device = choose_device(config)
     dtype = choose_dtype(config, device)
@@ -124,9 +197,10 @@ def open_run(
         config.train.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-    state = RunState(0, 0, 0, None, 0, None, data_sha256, model_sha256, {}, config.to_dict())
+    state = RunState(0, 0, 0, None, 0, None, origin.data_sha256, origin.model_sha256, {}, origin.config)
     if checkpoints:
-        state = replace(load_checkpoint(checkpoints[-1], model, optimizer), config=config.to_dict())
+        with _as_damage(checkpoints[-1]):
+            state = replace(load_checkpoint(checkpoints[-1], model, optimizer), config=origin.config)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
         print(f"going on from {checkpoints[-1]}")
@@ -139,26 +213,6 @@ def open_run(
         f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
     )
     return run
-
-
-def _refuse_changed_inputs(
-    state: RunState,
-    config: Config,
-    data_sha256: dict[str, str],
-    model_sha256: dict[str, str],
-    directory: Path,
-) -> None:
-    refuse_another_run(state.config, config, directory)
-    for what, before, now in (
-        (f"data in {config.data.dir}", state.data_sha256, data_sha256),
-        (f"base model {config.model.name_or_path}", state.model_sha256, model_sha256),
-    ):
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            raise UserError(
-                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
-                "put the files back, choose another train.output_dir, or begin anew with --restart"
-            )
 
 
 def _check_splits(config: Config, splits: dict[str, Examples]) -> None:

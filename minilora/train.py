@@ -12,9 +12,10 @@ decides where it begins: nothing, a checkpoint to go on from, or a finished run 
         checkpoints/final/          adapter, training_args.json, metrics.json, README.md
 """
 
-import shutil
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,30 @@ import torch
 from tqdm import tqdm
 
 from minilora.adapter import load_adapter_weights, save_adapter
-from minilora.build import Examples, adapter_config
-from minilora.checkpoint import prune_checkpoints, replace_folder, save_checkpoint, write_json
+from minilora.build import adapter_config
+from minilora.checkpoint import (
+    list_checkpoints,
+    make_folder,
+    prune_checkpoints,
+    remove,
+    replace_folder,
+    save_checkpoint,
+    write_json,
+)
 from minilora.config import Config
+from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.load import read_json
+from minilora.lora import adapter_disabled
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
 from minilora.optim import lr_at
-from minilora.run import Run, hash_inputs, iter_micro_batches, open_run, refuse_another_run
-from minilora.runlog import RunLog, plot_metrics
+from minilora.run import Run, current_origin, iter_micro_batches, open_run, read_origin, refuse_another_run
+from minilora.runlog import RunLog, check_log, plot_metrics
 from minilora.step import train_step
+
+# Keys that change nothing in the course of a run, and yet what is in its final folder.
+FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype")
 
 
 def fit(config: Config, model_folder: Path) -> Path:
@@ -49,19 +62,23 @@ def fit(config: Config, model_folder: Path) -> Path:
         The folder of the final adapter.
 
     Raises:
-        UserError: the output folder belongs to another run, or something in the input is wrong.
+        UserError: the output folder belongs to another run or cannot be written, something in the input is wrong,
+            or the loss is no longer a number.
     """
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
-    hashes = hash_inputs(config, model_folder)
     if final.is_dir():
-        refuse_another_run(read_json(final / "training_args.json"), config, directory)
+        _check_finished(final, config, model_folder)
         print(f"{final}: this run is finished; --restart begins anew")
         return final
 
-    run = open_run(config, directory, model_folder, *hashes)
+    make_folder(directory, "train.output_dir")
+    make_folder(directory / "checkpoints", "train.output_dir")
+    check_log(directory, config.train.report_to)
+    run = open_run(config, directory, model_folder, current_origin(config, model_folder))
     if run.config.train.do_predict and run.state.test_before is None:
-        run.state = replace(run.state, test_before=_test(run, "test before training"))
+        with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
+            run.state = replace(run.state, test_before=_test(run, "test before training"))
     if run.state.test_before is not None:
         print(f"test before training: {_in_words(run.state.test_before)}")
 
@@ -85,6 +102,19 @@ def fit(config: Config, model_folder: Path) -> Path:
     return _finish(run, final)
 
 
+def _check_finished(final: Path, config: Config, model_folder: Path) -> None:
+    """Raises UserError where a finished run is not the one that is asked for."""
+    before, now = read_origin(final), current_origin(config, model_folder)
+    refuse_another_run(before, now, config, final.parent.parent)
+    for name in FINAL_KEYS:
+        old, new = before.config["train"].get(name), now.config["train"][name]
+        if old != new:
+            raise UserError(
+                f"train.{name}: {new!r} comes too late, {final} was written with {old!r}; move that folder away to "
+                "have it written again from the checkpoints, or put the key back"
+            )
+
+
 def _take_step(run: Run, step: int) -> dict[str, Any]:
     """One optimizer step; returns the row for the log and moves the run's state on."""
     train = run.config.train
@@ -103,6 +133,9 @@ def _take_step(run: Run, step: int) -> dict[str, Any]:
         step,
         run.scaler,
     )
+    _check_finite(run, step, "training loss", result.loss)
+    if result.updated:  # with float16, an overflow that was left out is part of finding the scale
+        _check_finite(run, step, "gradient norm", result.grad_norm)
     samples = run.state.samples_seen + sum(batch.num_examples for batch in micro_batches)
     scaler = run.scaler.state_dict() if run.scaler is not None else {}
     run.state = replace(run.state, step=step, samples_seen=samples, scaler=scaler)
@@ -124,13 +157,8 @@ def _is_due(run: Run, every: int) -> bool:
 
 def _validate(run: Run, row: dict[str, Any]) -> bool:
     """Adds the validation metrics to `row`; says whether they are the best so far and keeps count of it."""
-    split = run.splits["validation"]
-    prompt = run.prompt if split.labelled else None
-    scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size)
-    row["eval_loss"] = scores.loss
-    if scores.probabilities is not None:
-        metrics = _metrics(run, split, scores.probabilities)
-        row |= {"eval_accuracy": metrics["accuracy"], "eval_f1": metrics["f1"]}
+    metrics = _score(run, "validation")
+    row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)
     if improved:
@@ -145,21 +173,36 @@ def _has_stalled(run: Run) -> bool:
     return patience is not None and run.state.evals_without_improvement >= patience
 
 
-def _metrics(run: Run, split: Examples, probabilities: np.ndarray) -> dict[str, Any]:
-    labels = np.array(split.labels)
-    return classification_metrics(labels, probabilities, run.prompt.labels, run.config.prompt.positive)
+def _score(run: Run, name: str, on_progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+    """Loss of a split, and its metrics where it is labelled."""
+    split = run.splits[name]
+    prompt = run.prompt if split.labelled else None
+    scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size, on_progress)
+    _check_finite(run, run.state.step, f"{name} loss", scores.loss)
+    metrics: dict[str, Any] = {"loss": scores.loss}
+    if scores.probabilities is not None:
+        labels = np.array(split.labels)
+        metrics |= classification_metrics(labels, scores.probabilities, run.prompt.labels, run.config.prompt.positive)
+    return metrics
 
 
 def _test(run: Run, title: str) -> dict[str, Any]:
     """Loss and metrics of the test set, behind a progress bar of its own."""
-    split = run.splits["test"]
-    with tqdm(total=len(split.examples), desc=title, unit="review", leave=False, file=sys.stderr) as bar:
-        prompt = run.prompt if split.labelled else None
-        scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size, bar.update)
-    metrics: dict[str, Any] = {"loss": scores.loss}
-    if scores.probabilities is not None:
-        metrics |= _metrics(run, split, scores.probabilities)
-    return metrics
+    with tqdm(total=len(run.splits["test"].examples), desc=title, unit="review", leave=False, file=sys.stderr) as bar:
+        return _score(run, "test", bar.update)
+
+
+def _check_finite(run: Run, step: int, what: str, value: float) -> None:
+    """Raises UserError for NaN and infinity: from there on every number of the run would be one of them."""
+    if math.isfinite(value):
+        return
+    kept = list_checkpoints(run.checkpoints)
+    train, model = run.config.train, run.config.model
+    raise UserError(
+        f"step {step}: the {what} is {value}, expected a number; begin anew with --restart and a lower "
+        f"train.learning_rate (it is {train.learning_rate:g}) or with another model.compute_dtype (it is "
+        f"{model.compute_dtype}). The newest checkpoint that stays: {kept[-1] if kept else 'none'}"
+    )
 
 
 def _in_words(metrics: dict[str, Any]) -> str:
@@ -169,14 +212,26 @@ def _in_words(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
 
 
+def _load_best(run: Run) -> None:
+    """Puts the adapter of the best checkpoint into the model."""
+    folder = run.checkpoints / f"step-{run.state.best_step:06d}"
+    try:
+        load_adapter_weights(run.model, folder)
+    except UserError as error:
+        what = str(error).partition("; ")[0]
+        raise UserError(
+            f"{folder}: the best checkpoint cannot be read ({what}); put it back, or take the last adapter with "
+            "train.load_best_model_at_end=false"
+        ) from None
+
+
 def _finish(run: Run, final: Path) -> Path:
     """Writes the final folder, from the best checkpoint if so configured, and the plot."""
     train = run.config.train
     step = run.state.step
-    best = run.checkpoints / f"step-{run.state.best_step:06d}"
-    if train.load_best_model_at_end and best.is_dir() and run.state.best_step != step:
-        load_adapter_weights(run.model, best)
+    if train.load_best_model_at_end and run.state.best_step != step:
         step = run.state.best_step
+        _load_best(run)
     after = _test(run, "test after training") if train.do_predict else None
     results = {
         "step": step,
@@ -187,7 +242,7 @@ def _finish(run: Run, final: Path) -> Path:
         "model_sha256": run.state.model_sha256,
     }
     temporary = final.with_name(f".writing-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
     write_json(temporary / "training_args.json", run.config.to_dict())
