@@ -5,6 +5,7 @@ Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --com
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,18 +23,29 @@ from minilora.build import (
     build_prompt,
     choose_device,
     choose_dtype,
+    read_split,
 )
+from minilora.checkpoint import make_folder
 from minilora.config import Config, config_from_dict
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
 from minilora.hub import fetch_model
-from minilora.load import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import read_rows
+from minilora.run import read_saved_config
 
+# Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
+KEYS_READ = (
+    "model.",
+    "prompt.",
+    "data.dir",
+    "data.max_length",
+    "data.max_test_examples",
+    "train.per_device_eval_batch_size",
+)
 EXAMPLES = """\
 examples:
   python scripts/evaluate.py --model_path outputs/checkpoints/final
@@ -56,11 +68,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
 
-    config = read_run_config(arguments.model_path, arguments.base, arguments.overrides)
+    config = read_run_config(arguments.model_path, arguments.base, arguments.data is not None, arguments.overrides)
+    if arguments.output_dir is not None:
+        make_folder(arguments.output_dir, "--output_dir")
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
-    data = arguments.data or Path(config.data.dir) / f"{SPLITS[-1]}.jsonl"
-    examples = build_examples(read_rows(data), prompt, config.prompt.system)
+    if arguments.data is None:
+        data = Path(config.data.dir) / f"{SPLITS[-1]}.jsonl"
+        examples = read_split(config, prompt, SPLITS[-1])
+    else:
+        data = arguments.data
+        examples = build_examples(read_rows(data)[: config.data.max_test_examples], prompt, config.prompt.system)
     if not examples.examples or not examples.labelled:
         raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
     device = choose_device(config)
@@ -81,19 +99,38 @@ def main() -> None:
     print(json.dumps(results, ensure_ascii=False))
 
 
-def read_run_config(model_path: Path, base: str | None, overrides: list[str]) -> Config:
-    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base."""
+def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
+    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base.
+
+    Args:
+        model_path: a final adapter, a checkpoint, or another program's adapter.
+        base: base model to take in place of the adapter's own.
+        other_data: what is scored is not the run's test split, so the run's limit on that does not apply.
+        overrides: `section.key=value` from the command line.
+    """
     if not model_path.is_dir():
         raise UserError(f"{model_path}: is not a folder; give the one that training wrote, as checkpoints/final")
     named = read_adapter_config(model_path)
-    saved = model_path / "training_args.json"
-    content = read_json(saved) if saved.is_file() else {}
-    model: dict[str, Any] = content.get("model", {})
-    if base or not content:
-        model = {**model, "name_or_path": base or named.base_model_name_or_path, "revision": None}
+    files = [path for name in ("training_args.json", "state.json") if (path := model_path / name).is_file()]
+    content = read_saved_config(files[0]) if files else {}
+    where = str(files[0] if files else model_path / "adapter_config.json")
+    model, data = content.get("model", {}), content.get("data", {})
+    if base:
+        model = {**model, "name_or_path": base, "revision": None}
+    elif model.get("name_or_path") is None:
+        model = {**model, "name_or_path": named.base_model_name_or_path, "revision": named.revision}
     if model["name_or_path"] is None:
         raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
-    return config_from_dict({**content, "model": model}, overrides, str(saved))
+    if other_data:
+        data = {**data, "max_test_examples": None}
+    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
+    for override in overrides:
+        if not override.startswith(KEYS_READ):
+            raise UserError(
+                f"{override.partition('=')[0]}: is not read in evaluation, which takes the adapter as its files "
+                "say and trains nothing; leave it away"
+            )
+    return config
 
 
 def evaluate(
@@ -104,6 +141,11 @@ def evaluate(
     with tqdm(total=len(examples.examples), desc=title, unit="review", file=sys.stderr) as bar:
         scores = score(
             model, examples.examples, prompt, config.train.per_device_eval_batch_size, on_progress=bar.update
+        )
+    if not math.isfinite(scores.loss):
+        raise UserError(
+            f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an adapter "
+            "from before its run went astray"
         )
     assert scores.probabilities is not None  # a prompt was given
     seconds = time.perf_counter() - started

@@ -36,9 +36,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
+    path = arguments.data or Path(config.data.dir) / "train.jsonl"
+    if arguments.data is None and not path.exists():
+        raise UserError(
+            f"{path}: is not there yet; prepare it with scripts/preprocess_data.py or scripts/train.py, or give a file "
+            "with --data"
+        )
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
-    path = arguments.data or Path(config.data.dir) / "train.jsonl"
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no record; give another file with --data")

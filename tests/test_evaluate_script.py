@@ -1,0 +1,143 @@
+"""scripts/evaluate.py scores what was asked for, as the adapter's own run did, or says why not."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.config import load_config
+from minilora.errors import UserError
+from minilora.train import fit
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+Evaluate = Callable[..., dict[str, Any]]
+KEYS = (
+    "lora.r=2",
+    "model.compute_dtype=float32",
+    "prompt.instruction=评论：",  # not the default
+    "data.max_test_examples=6",
+    "train.max_steps=2",
+    "train.per_device_train_batch_size=4",
+)
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("evaluate")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_checkpoint: Callable[..., Path], processed_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checkpoints of a finished run."""
+    model, output = tiny_checkpoint(), tmp_path_factory.mktemp("run")
+    places = (f"model.name_or_path={model}", f"data.dir={processed_data}", f"train.output_dir={output}")
+    return fit(load_config(None, [*KEYS, *places]), model).parent
+
+
+@pytest.fixture
+def final(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained / "final", tmp_path / "final"))
+
+
+@pytest.fixture
+def evaluate(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """The results that the script prints for a folder and more arguments."""
+
+    def call(model_path: Path, *arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model_path", str(model_path), *map(str, arguments)])
+        script.main()
+        results: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return results
+
+    return call
+
+
+def test_without_a_data_file_it_scores_what_the_run_scored(trained: Path, evaluate: Evaluate) -> None:
+    test = json.loads((trained / "final" / "metrics.json").read_text("utf-8"))["test"]
+    results = evaluate(trained / "final")
+    assert results["num_examples"] == test["num_examples"] == 6
+    assert results["loss"] == test["loss"]
+
+
+def test_a_checkpoint_is_scored_with_its_runs_configuration(trained: Path, evaluate: Evaluate) -> None:
+    assert evaluate(trained / "step-000002")["loss"] == evaluate(trained / "final")["loss"]
+
+
+def test_the_runs_limit_is_not_for_other_data_and_a_limit_that_is_given_is(
+    trained: Path, evaluate: Evaluate, processed_data: Path
+) -> None:
+    path = processed_data / "validation.jsonl"
+    assert evaluate(trained / "final", "--data", path)["num_examples"] == 12
+    assert evaluate(trained / "final", "--data", path, "data.max_test_examples=5")["num_examples"] == 5
+    assert evaluate(trained / "final", "data.max_test_examples=4")["num_examples"] == 4
+
+
+@pytest.mark.parametrize("override", ["lora.r=4", "train.seed=1", "data.max_train_examples=2"])
+def test_a_key_that_scoring_does_not_read_is_refused(trained: Path, evaluate: Evaluate, override: str) -> None:
+    name = override.partition("=")[0]
+    with pytest.raises(UserError, match=f"{name}: is not read in evaluation, .+; leave it away"):
+        evaluate(trained / "final", override)
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    trained: Path, evaluate: Evaluate, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "fetch_model", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("a file", "utf-8")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot be written to \(.+\); choose another --output_dir"):
+            evaluate(trained / "final", "--output_dir", path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"model": {}}', '{"train": {}}', '{"model": 3}'])
+def test_a_configuration_that_is_none_is_named(final: Path, evaluate: Evaluate, content: str) -> None:
+    (final / "training_args.json").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"training_args\.json: holds no run's configuration, expected model, lora"):
+        evaluate(final)
+
+
+def test_without_a_configuration_the_base_is_the_one_that_the_adapter_names(
+    final: Path, evaluate: Evaluate, processed_data: Path
+) -> None:
+    (final / "training_args.json").unlink()
+    results = evaluate(final, "--data", processed_data / "test.jsonl", "model.compute_dtype=float32")
+    assert results["num_examples"] == 12
+    config = json.loads((final / "adapter_config.json").read_text("utf-8"))
+    (final / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}), "utf-8")
+    with pytest.raises(UserError, match=r"adapter_config\.json names no base model; give it with --base"):
+        evaluate(final, "--data", processed_data / "test.jsonl")
+
+
+def test_a_loss_that_is_no_number_is_said(final: Path, evaluate: Evaluate) -> None:
+    path = final / "adapter_model.safetensors"
+    save_file({name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"evaluate: the loss is nan, expected a number; use model\.compute_dtype"):
+        evaluate(final)
+
+
+def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"data.dir={tmp_path / 'absent'}", f"model.name_or_path={tiny_checkpoint()}"]
+    monkeypatch.setattr(sys, "argv", ["inspect_batch.py", *keys])
+    with pytest.raises(UserError, match=r"train\.jsonl: is not there yet; prepare it with .+ or scripts/train\.py, or"):
+        load_script("inspect_batch").main()
