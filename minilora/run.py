@@ -6,10 +6,9 @@ old nor the new.
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
     content = read_json(path)
     if path.name == "state.json" and isinstance(content, dict):
         content = content.get("config")
-    sections = [section.name for section in dataclasses.fields(Config)]
+    sections = [section.name for section in fields(Config)]
     if (
         not isinstance(content, dict)
         or sorted(content) != sorted(sections)
