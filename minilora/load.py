@@ -3,7 +3,8 @@
 The model is built on PyTorch's meta device, where a tensor is a shape without memory. Then one tensor at a
 time is read into a buffer of its own, checked, converted, put in its place, and the buffer is forgotten: the
 peak is the finished model plus its largest tensor. (Mapping the file, as is usual, counts every page that
-was touched as used memory until the file is closed.)
+was touched as used memory until the file is closed. And the C library keeps what it was given back, unless it is
+told to take large buffers from the system one by one: without that the peak was seen to double.)
 
 Every tensor of the file must have a place in the model and every place must be filled. The exceptions are
 stated by the format: a tied model may carry `lm_head.weight`, which must then equal the embedding's shape and
@@ -12,9 +13,11 @@ is not used; `rotary_emb.inv_freq` of old files is a constant.
 Source: https://huggingface.co/docs/safetensors, section Format. Left out: pickled checkpoints, on purpose.
 """
 
+import ctypes
 import json
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +191,21 @@ def load_model(
         model = Qwen2ForCausalLM(config)
     entries = read_checkpoint_entries(folder)
     _check_entries(model, entries, folder)
+    with _freed_memory_returned():
+        _fill(model, entries, compute_dtype, quantization, double_quantization, device, on_progress)
+    return model.eval()
+
+
+def _fill(
+    model: Qwen2ForCausalLM,
+    entries: dict[str, TensorEntry],
+    compute_dtype: torch.dtype,
+    quantization: str,
+    double_quantization: bool,
+    device: torch.device | str,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Puts every tensor in its place."""
     names = [name for name, _ in model.named_parameters()]
     for done, name in enumerate(names, start=1):
         weight = read_tensor(entries[name]).to(device)
@@ -202,7 +220,30 @@ def load_model(
             setattr(module, attribute, nn.Parameter(weight.to(compute_dtype), requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
-    return model.eval()
+
+
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """Makes glibc give large freed buffers back to the system at once; does nothing on other systems.
+
+    By itself it keeps freed buffers of up to 32 MB, and small tensors that settle between them keep them from being
+    returned. Afterwards that is what it does again, because training needs the same buffers in every layer, and a page
+    that comes from the system costs as much as the numbers on it. One arena for all threads, so that backward, which
+    runs in a thread of its own, fills the places that forward has freed.
+    """
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # malloc.h
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # macOS, Windows, musl
+        yield
+        return
+    set_option(arena_max, 1)
+    set_option(mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        set_option(mmap_threshold, 32 << 20)
+        set_option(trim_threshold, 64 << 20)
 
 
 def _replace(
