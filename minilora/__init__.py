@@ -1,6 +1,7 @@
 """QLoRA for Qwen2.5, written by hand in PyTorch. This page is the map: read the modules in this order.
 
     errors      the one exception that a user's mistake raises
+    fields      a value from a file -> the type and range of the field that takes it
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
     rows        data files -> rows

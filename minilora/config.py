@@ -8,24 +8,26 @@ text and `no` as False. There is no interpolation, and no environment variable h
 import dataclasses
 import difflib
 import json
-import math
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 from minilora.errors import UserError
+from minilora.fields import coerce, limits, takes_text, type_name
 
 
-def key(default: Any, meaning: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A configuration key: default, one-line meaning for --help, and the range of a number (both ends allowed)."""
-    metadata = {"help": meaning, "minimum": minimum, "maximum": maximum}
+def key(default: Any, meaning: str, **within: float) -> Any:
+    """A configuration key: default, one-line meaning for --help, and the `fields.limits` of a number."""
+    metadata = {"help": meaning, **limits(**within)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+MAX_SEED = 2**63 - 1  # what PyTorch's generators take
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ModelSection:
 @dataclass(frozen=True)
 class LoraSection:
     r: int = key(8, "rank of the adapter", minimum=1)
-    alpha: float = key(16, "the adapter's product is scaled by alpha / r", minimum=0)
+    alpha: float = key(16, "the adapter's product is scaled by alpha / r", above=0)
     dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.9)
     target_modules: str | list[str] = key(
         "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
@@ -84,7 +86,7 @@ class PromptSection:
 @dataclass(frozen=True)
 class TrainSection:
     output_dir: str = key("outputs", "metrics, plot and checkpoints/ go here")
-    learning_rate: float = key(2e-4, "peak learning rate", minimum=0)
+    learning_rate: float = key(2e-4, "peak learning rate", above=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "course of the rate after warm-up")
     warmup_ratio: float = key(0.03, "share of all steps in which the rate rises from 0", minimum=0, maximum=1)
     num_train_epochs: int = key(3, "passes over the training data", minimum=1)
@@ -98,7 +100,7 @@ class TrainSection:
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 leaves them alone", minimum=0)
-    seed: int = key(42, "of data order, initial adapter and dropout", minimum=0)
+    seed: int = key(42, "of data order, initial adapter and dropout", minimum=0, maximum=MAX_SEED)
     logging_steps: int = key(1, "write a line of metrics.jsonl every so many steps", minimum=1)
     eval_steps: int = key(100, "validate every so many steps, and at the end", minimum=1)
     save_steps: int = key(100, "save a checkpoint every so many steps, and at the end", minimum=1)
@@ -150,16 +152,37 @@ HARMLESS_KEYS = frozenset(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML would keep the last one without a word."""
+    """SafeLoader that refuses a key given twice, of which YAML would keep the last one, and names every bad value.
+
+    SafeLoader's own ValueErrors and the like (a month 13) say neither line nor value.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            name = self.construct_object(key_node, deep=deep)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", key_node.start_mark)
-            seen.add(name)
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise _yaml_error(f"key {key_node.value!r} is given twice", key_node)
+                seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise _yaml_error(f"{node.value!r} cannot be read; quote it if it is text", node) from None
+
+
+def _yaml_error(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _parse_yaml(text: str) -> Any:
+    """What a YAML text holds; YAMLError whatever is wrong with it."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError("brackets are nested too deep") from None
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -167,7 +190,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
 
     Args:
         path: YAML file, or None for the defaults alone.
-        overrides: `section.key=value` from the command line; the value is read as YAML.
+        overrides: `section.key=value` from the command line; see `_read_override`.
 
     Raises:
         UserError: all unknown keys, wrong types and impossible values in one message.
@@ -175,8 +198,11 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
 
 
-def config_from_dict(content: Mapping[str, Any], overrides: Sequence[str], where: str) -> Config:
+def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Config:
     """`load_config` for content that is read already, such as a run's `training_args.json`."""
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: holds a {type(content).__name__}, expected sections such as 'lora:' with keys")
+    known = {f"{s.name}.{k.name}": k for s in dataclasses.fields(Config) for k in dataclasses.fields(s.type)}  # type: ignore[arg-type]
     problems: list[str] = []
     given: dict[str, Any] = {}
     for section, keys in content.items():
@@ -190,22 +216,35 @@ def config_from_dict(content: Mapping[str, Any], overrides: Sequence[str], where
         if not equals:
             problems.append(f"{override}: expected section.key=value (command line)")
             continue
-        try:
-            given[name] = yaml.load(text, _StrictLoader)
-        except yaml.YAMLError:
-            given[name] = text  # a regular expression or an instruction need not be YAML
+        given[name] = _read_override(text, known[name].type) if name in known else text
         sources[name] = "command line"
-    return _build(given, problems, sources)
+    return _build(given, known, problems, sources)
+
+
+def _read_override(text: str, kind: Any) -> Any:
+    """The value in `section.key={text}`, for a key of the type `kind`: YAML, or the text as it stands.
+
+    A key that takes text takes `A # B`, `1e4` and `a: b` as they stand, because YAML would cut or convert them. There
+    only quotes are YAML ("\\n" is a line break), and null and [a, b] where the key takes them.
+    """
+    try:
+        value = _parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+    if not takes_text(kind) or not text:
+        return value
+    others = tuple(get_origin(a) or a for a in get_args(kind) if a is not str)
+    is_quoted = isinstance(value, str) and text.startswith(("'", '"'))
+    return value if is_quoted or isinstance(value, others) else text
 
 
 def describe_keys() -> str:
     """The table of all keys for --help: name, type, default, meaning."""
     lines = []
     for section in dataclasses.fields(Config):
-        types_of = get_type_hints(section.type)
         for item in dataclasses.fields(section.type):  # type: ignore[arg-type]
             default = json.dumps(_default(item), ensure_ascii=False)
-            lines.append(f"  {section.name}.{item.name}={default}  ({_type_name(types_of[item.name])})")
+            lines.append(f"  {section.name}.{item.name}={default}  ({type_name(item.type)})")
             lines.append(f"      {item.metadata['help']}")
     return "\n".join(lines)
 
@@ -223,44 +262,36 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     return lines
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Any:
     try:
-        content = yaml.load(path.read_text("utf-8-sig"), _StrictLoader)
+        content = _parse_yaml(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML; {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, expected sections such as 'lora:' with keys")
-    return content
+    return {} if content is None else content
 
 
-def _build(given: Mapping[str, Any], problems: list[str], sources: Mapping[str, str]) -> Config:
+def _build(
+    given: Mapping[str, Any],
+    known: Mapping[str, "dataclasses.Field[Any]"],
+    problems: list[str],
+    sources: Mapping[str, str],
+) -> Config:
     sections = {f.name: f.type for f in dataclasses.fields(Config)}
-    known = {
-        f"{section}.{item.name}": (item, get_type_hints(kind)[item.name])
-        for section, kind in sections.items()
-        for item in dataclasses.fields(kind)  # type: ignore[arg-type]
-    }
     values: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in given.items():
         where = sources[name]
         if name not in known:
             problems.append(f"{name}: unknown key{_suggestion(name, known)} ({where})")
             continue
-        item, kind = known[name]
+        section, _, attribute = name.partition(".")
         try:
-            coerced = _coerce(value, kind)
-            _check_range(coerced, item)
+            values[section][attribute] = coerce(_number_in(value, known[name].type), known[name])
         except ValueError as error:
             problems.append(f"{name}: got {value!r}, expected {error} ({where})")
-            continue
-        section, _, attribute = name.partition(".")
-        values[section][attribute] = coerced
     if not problems:
         config = Config(**{name: kind(**values[name]) for name, kind in sections.items()})  # type: ignore[operator]
         problems += _iter_contradictions(config)
@@ -280,77 +311,21 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
         yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
 
 
+def _number_in(value: Any, kind: Any) -> Any:
+    """A number that YAML took for text, for a key of the type `kind`: PyYAML reads 1e-4 so."""
+    is_numeric = {int, float} & {kind, *get_args(kind)}
+    try:
+        return float(value) if is_numeric and isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)  # "train." alone makes two names 0.67 alike
     if not close:  # right key, wrong section
         close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
     return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
 
 
-def _coerce(value: Any, kind: Any) -> Any:
-    """`value` as the field's type; ValueError with what was expected.
-
-    A YAML bool is never taken for a number or a word: `no` for a label word would become "False".
-    """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        if isinstance(value, list) and any(get_origin(a) is list for a in arguments):
-            return _coerce(value, next(a for a in arguments if get_origin(a) is list))
-        return _coerce(value, next(a for a in arguments if a is not type(None) and get_origin(a) is not list))
-    if origin is Literal:
-        # YAML reads an unquoted `none` as text but `null` and `~` as None.
-        if value in arguments and isinstance(value, str):
-            return value
-        raise ValueError(f"one of {', '.join(arguments)}")
-    if origin is list:
-        if not isinstance(value, list):
-            raise ValueError("a list, such as [a, b]")
-        return [_coerce(item, arguments[0]) for item in value]
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise ValueError("true or false")
-    if kind in (int, float):
-        return _coerce_number(value, kind)
-    if isinstance(value, str):
-        return value
-    raise ValueError("text (quote it if it looks like a number or a yes/no word)")
-
-
-def _coerce_number(value: Any, kind: Any) -> Any:
-    expected = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(expected)
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(expected) from None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        raise ValueError(expected)
-    return int(value) if kind is int and isinstance(value, int) else kind(number)
-
-
-def _check_range(value: Any, item: "dataclasses.Field[Any]") -> None:
-    minimum, maximum = item.metadata["minimum"], item.metadata["maximum"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if minimum is not None and value < minimum:
-            raise ValueError(f"{minimum} or more")
-        if maximum is not None and value > maximum:
-            raise ValueError(f"{maximum} or less")
-
-
 def _default(item: "dataclasses.Field[Any]") -> Any:
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
-def _type_name(kind: Any) -> str:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return ", ".join(arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _type_name(a) for a in arguments)
-    if origin is list:
-        return f"list of {_type_name(arguments[0])}"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]

@@ -2,8 +2,9 @@
 
     rows -> strip, drop empty -> drop contradictions -> drop duplicates -> 8:1:1 -> JSONL + report
 
-Two reviews are the same if they are equal after NFKC and without white space and punctuation. Duplicates go **before** the split and **across** all files. In the standard ChnSentiCorp files 28 % of the
-test reviews stand in the training file too, and every published accuracy includes them.
+Two reviews are the same if they are equal after NFKC and without white space and punctuation. Duplicates go **before**
+the split and **across** all files. In the standard ChnSentiCorp files 28 % of the test reviews stand in the training
+file too, and every published accuracy includes them.
 
 Labelled texts and free-form conversations take the same path; a row is one or the other.
 

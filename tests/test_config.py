@@ -75,6 +75,8 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
         ("train.learning_rat=1e-4", "did you mean train.learning_rate?"),
         ("lora.learning_rate=1e-4", "did you mean train.learning_rate?"),
         ("learning_rate=1e-4", "did you mean train.learning_rate?"),
+        ("train.epochs=3", "did you mean train.num_train_epochs?"),
+        ("train.lr=1e-4", "--help lists all keys"),
         ("zzz.qqq=1", "--help lists all keys"),
     ],
 )
@@ -108,8 +110,10 @@ def test_a_number_may_be_written_as_people_write_it(text: str, tmp_path: Path) -
         ("model.quantization=int8", "one of nf4, fp4, none"),
         ("prompt.labels=[no, yes]", "text (quote it if it looks like a number or a yes/no word)"),
         ("prompt.labels=正面", "a list, such as [a, b]"),
-        ("train.output_dir=2024", "text (quote it"),
-        ("lora.target_modules=3", "text (quote it"),
+        ("train.output_dir=", "text (quote it"),
+        ("train.seed=" + "9" * 5000, "a whole number"),
+        ("train.seed=!!int x", "a whole number"),
+        ("lora.r={[a]: b}", "a whole number"),
         ("lora.target_modules=[q_proj, 3]", "text (quote it"),
     ],
 )
@@ -145,10 +149,67 @@ def test_traps_of_yaml_that_mean_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "A # B",
+        "a: b: c",
+        "1e4",
+        "2024-13-45",
+        "true",
+        "null",
+        " a ",
+        "{[a]: b}",
+        "? [a]",
+        "!!int x",
+        "'a' b",
+        "[" * 3000,
+    ],
+)
+def test_a_key_that_takes_text_takes_it_as_it_stands(text: str) -> None:
+    assert load_config(None, [f"prompt.system={text}"]).prompt.system == text
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        (r'prompt.instruction="判断\n评论："', "判断\n评论："),
+        ("prompt.instruction='判断\\n'", r"判断\n"),
+        ("prompt.instruction=''", ""),
+        ("prompt.positive_label=null", None),
+        ("model.revision=1234567", "1234567"),
+        ("lora.target_modules=[q_proj]", ["q_proj"]),
+        ("lora.target_modules=[kq]_proj", "[kq]_proj"),
+    ],
+)
+def test_in_a_text_quotes_are_yaml_and_null_and_lists_where_the_key_takes_them(override: str, value: object) -> None:
+    section, _, name = override.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(None, [override]), section), name) == value
+
+
+def test_a_merge_key_brings_the_keys_of_another_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora:\n  <<: {r: 4, alpha: 8}\n  r: 2\n", "utf-8")
+    config = load_config(path)
+    assert (config.lora.r, config.lora.alpha) == (2, 8)
+
+
+@pytest.mark.parametrize("content", [[], None, 3, "lora"])
+def test_a_written_configuration_that_holds_no_sections_is_named(content: object) -> None:
+    kind = type(content).__name__
+    with pytest.raises(UserError, match=rf"training_args\.json: holds a {kind}, expected sections such as 'lora:'"):
+        config_from_dict(content, [], "training_args.json")
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("lora.r=0", "1 or more"),
-        ("lora.alpha=-1", "0 or more"),
+        ("lora.alpha=0", "more than 0"),
+        ("lora.alpha=-1", "more than 0"),
+        ("train.learning_rate=0", "more than 0"),
+        ("train.seed=1e30", "9223372036854775807 or less"),
+        ("train.seed=18446744073709551616", "9223372036854775807 or less"),
+        ("train.seed=" + "9" * 400, "9223372036854775807 or less"),
         ("lora.dropout=0.95", "0.9 or less"),
         ("data.max_length=8", "16 or more"),
         ("train.warmup_ratio=1.5", "1 or less"),
@@ -200,6 +261,11 @@ def test_the_positive_class() -> None:
         (b"- lora\n", r"holds a list, expected sections such as 'lora:' with keys"),
         (b"lora", r"holds a str, expected sections"),
         ("prompt: {system: 好}".encode("gbk"), r"is not UTF-8 \(byte \d+\); save it as UTF-8"),
+        (b"prompt:\n  system: 2024-13-45\n", r"is not valid YAML; '2024-13-45' cannot be read; quote it .* line 2"),
+        (b"lora: {r: !!int x}", r"is not valid YAML; 'x' cannot be read; quote it if it is text .* line 1"),
+        (b"lora: {r: !!bool x}", r"is not valid YAML; 'x' cannot be read"),
+        (b"lora: {? [a] : b}", r"is not valid YAML; .*found unhashable key.* line 1"),
+        (b"lora: " + b"[" * 3000, r"is not valid YAML; brackets are nested too deep"),
         (b"lora: !!python/object/apply:os.system ['true']\n", r"is not valid YAML; could not determine a constructor"),
     ],
 )

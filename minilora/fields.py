@@ -1,0 +1,133 @@
+"""A value as a file holds it -> the value that a dataclass field takes, or what was expected instead.
+
+The one check of types and ranges, for the keys of a configuration, config.json and adapter_config.json: a field's
+annotation is its type, its metadata the range of a number. A bool is never taken for a number, a text neither for a
+number nor for a bool: `"no"` would count as true.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from minilora.errors import UserError
+
+T = TypeVar("T")
+
+
+def limits(*, minimum: float | None = None, maximum: float | None = None, above: float | None = None) -> dict[str, Any]:
+    """Metadata of a field that takes a number: both ends are allowed, `above` is not."""
+    return {"minimum": minimum, "maximum": maximum, "above": above}
+
+
+def coerce(value: Any, item: "dataclasses.Field[Any]") -> Any:
+    """`value` as the field's type, within its limits.
+
+    Raises:
+        ValueError: with what was expected.
+    """
+    coerced = _as_type(value, item.type)
+    if isinstance(coerced, int | float) and not isinstance(coerced, bool):
+        minimum, maximum, above = (item.metadata.get(name) for name in ("minimum", "maximum", "above"))
+        if minimum is not None and coerced < minimum:
+            raise ValueError(f"{minimum} or more")
+        if maximum is not None and coerced > maximum:
+            raise ValueError(f"{maximum} or less")
+        if above is not None and coerced <= above:
+            raise ValueError(f"more than {above}")
+    return coerced
+
+
+def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: str) -> T:
+    """The dataclass `kind` from a JSON object that holds its fields and may hold others; null counts as absent.
+
+    Args:
+        kind: the dataclass.
+        content: the object.
+        where: file, for messages.
+        advice: what to do about a missing or wrong value.
+
+    Raises:
+        UserError: all missing fields, or all values of a wrong type or out of range.
+    """
+    given = {item: content.get(item.name) for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    given = {item: item.default if value is None else value for item, value in given.items()}
+    missing = [item.name for item, value in given.items() if value is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where}: has no {', '.join(missing)}; {advice}")
+    values: dict[str, Any] = {}
+    problems = []
+    for item, value in given.items():
+        try:
+            values[item.name] = coerce(value, item)
+        except ValueError as error:
+            problems.append(f"{item.name} is {value!r}, expected {error}")
+    if problems:
+        raise UserError(f"{where}: {', '.join(problems)}; {advice}")
+    return kind(**values)
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether a field of the type `kind` takes text, and not only a choice of words."""
+    return kind is str or (_is_union(kind) and str in get_args(kind))
+
+
+def type_name(kind: Any) -> str:
+    """The type in words, for --help."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return ", ".join(arguments)
+    if _is_union(kind):
+        return " or ".join("null" if a is type(None) else type_name(a) for a in arguments)
+    if get_origin(kind) is list:
+        return f"list of {type_name(arguments[0])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if _is_union(kind):
+        if value is None and type(None) in arguments:
+            return None
+        is_list = [a for a in arguments if get_origin(a) in (list, tuple)]
+        if isinstance(value, list) and is_list:
+            return _as_type(value, is_list[0])
+        return _as_type(value, next(a for a in arguments if a is not type(None) and a not in is_list))
+    if origin is Literal:
+        # YAML reads an unquoted `none` as text but `null` and `~` as None.
+        if value in arguments and isinstance(value, str):
+            return value
+        raise ValueError(f"one of {', '.join(arguments)}")
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise ValueError("a list, such as [a, b]")
+        return origin(_as_type(item, arguments[0]) for item in value)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("true or false")
+    if kind in (int, float):
+        return _as_number(value, kind)
+    if isinstance(value, str):
+        return value
+    raise ValueError("text (quote it if it looks like a number or a yes/no word)")
+
+
+def _as_number(value: Any, kind: Any) -> Any:
+    expected = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(expected)
+    if kind is int and isinstance(value, int):
+        return value  # of any length: float() refuses more than 308 digits
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(expected) from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise ValueError(expected)
+    return kind(number)
