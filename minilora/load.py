@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); write or download it again") from None
 
 
@@ -91,21 +92,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length).decode("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{broken} (header: {error}); {again}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{broken} (header: holds a {type(header).__name__}); {again}")
     entries = {}
     for name, value in header.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = value["data_offsets"]
+            begin, end = map(index, value["data_offsets"])
             dtype, shape = DTYPES[value["dtype"]], torch.Size(value["shape"])
+            num_bytes = shape.numel() * dtype.itemsize
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: tensor {name} has an entry that cannot be read ({error}); {again}") from None
-        if not 0 <= begin <= end <= size - 8 - length or end - begin != shape.numel() * dtype.itemsize:
+        if not 0 <= begin <= end <= size - 8 - length or end - begin != num_bytes:
             raise UserError(
                 f"{path}: tensor {name} stands at bytes {begin} to {end} of {size - 8 - length}, "
-                f"its shape {tuple(shape)} takes {shape.numel() * dtype.itemsize}; the file is cut off, {again}"
+                f"its shape {tuple(shape)} takes {num_bytes}; the file is cut off, {again}"
             )
         entries[name] = TensorEntry(path, 8 + length + begin, end - begin, dtype, shape)
     return entries
@@ -144,10 +148,10 @@ def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
             f"{folder}: holds neither model.safetensors nor model.safetensors.index.json; "
             "give a folder with a Hugging Face checkpoint (.bin files are not read: they can run code)"
         )
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index_path}: has no weight_map; download it again")
+    content = read_json(index_path)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{index_path}: has no weight_map with a file for each tensor; download it again")
     entries: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:

@@ -23,8 +23,7 @@ Source: arXiv 2412.15115 and, for rounding, transformers' modeling_qwen2.py, wit
 Left out, with an error that says so: sliding-window attention, scaled rotary embeddings, mixture of experts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -36,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from minilora import ops
 from minilora.batch import MicroBatch, SegmentGroup
 from minilora.errors import UserError
+from minilora.fields import limits, read_fields
 from minilora.lora import Again, project
 
 
@@ -43,15 +43,15 @@ from minilora.lora import Again, project
 class Qwen2Config:
     """The fields of config.json that the model reads, under their own names."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
+    vocab_size: int = field(metadata=limits(minimum=1))
+    hidden_size: int = field(metadata=limits(minimum=1))
+    intermediate_size: int = field(metadata=limits(minimum=1))
+    num_hidden_layers: int = field(metadata=limits(minimum=1))
+    num_attention_heads: int = field(metadata=limits(minimum=1))
+    num_key_value_heads: int = field(metadata=limits(minimum=1))
+    rms_norm_eps: float = field(metadata=limits(above=0))
+    rope_theta: float = field(metadata=limits(above=0))
+    tie_word_embeddings: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -59,20 +59,24 @@ class Qwen2Config:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = "config.json") -> "Qwen2Config":
+    def from_dict(cls, content: Any, where: str = "config.json") -> "Qwen2Config":
         """Reads either dialect: `rope_theta` at the top, or in `rope_parameters` as transformers 5 writes it.
 
         Nothing has a default but what Hugging Face's own files may leave out (tied: false).
 
         Raises:
-            UserError: another architecture, a missing field, or something that the model does not do.
+            UserError: another architecture, a missing or impossible field, or something that the model does not do.
         """
+        if not isinstance(content, dict):
+            raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
         if content.get("model_type") != "qwen2":
             raise UserError(
                 f"{where}: model_type is {content.get('model_type')!r}, expected 'qwen2'; "
                 "minilora trains the dense Qwen2.5 models"
             )
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: rope scaling is {rope!r}, expected an object; download it again")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         unsupported = {
             "use_sliding_window": (content.get("use_sliding_window", False), False),
@@ -82,13 +86,18 @@ class Qwen2Config:
         for name, (found, expected) in unsupported.items():
             if found != expected:
                 raise UserError(f"{where}: {name} is {found!r}, only {expected!r} is supported; use a model without it")
-        if set(content.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-            raise UserError(f"{where}: layer_types has sliding attention, which is not supported; use another model")
-        found_values = {"tie_word_embeddings": False, "rope_theta": rope.get("rope_theta"), **content}
-        missing = [f.name for f in fields(cls) if found_values.get(f.name) is None]
-        if missing:
-            raise UserError(f"{where}: has no {', '.join(missing)}; download config.json of the model again")
-        config = cls(**{f.name: found_values[f.name] for f in fields(cls)})
+        layer_types = content.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(name != "full_attention" for name in layer_types):
+            raise UserError(
+                f"{where}: layer_types is {layer_types!r}, only a list of 'full_attention' is supported; "
+                "use another model"
+            )
+        config = read_fields(
+            cls,
+            {"rope_theta": rope.get("rope_theta"), **content},
+            where,
+            "download config.json of the model again",
+        )
         if config.hidden_size % config.num_attention_heads or config.head_dim % 2:
             raise UserError(
                 f"{where}: hidden_size {config.hidden_size} does not divide into "

@@ -132,7 +132,21 @@ def test_all_mismatches_are_in_one_message(write: Callable[..., Path]) -> None:
         ({"model_type": "llama"}, r"model_type is 'llama', expected 'qwen2'"),
         ({"use_sliding_window": True}, r"use_sliding_window is True, only False is supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling is 'yarn'"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types has sliding attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types is .*'sliding_attention'\], only a list of",
+        ),
+        ({"layer_types": 5}, r"layer_types is 5, only a list of 'full_attention' is supported; use another model"),
+        ({"rope_scaling": "x"}, r"rope scaling is 'x', expected an object; download it again"),
+        ({"rope_theta": "1e6"}, r"rope_theta is '1e6', expected a number; download config\.json"),
+        ({"rope_theta": 0}, r"rope_theta is 0, expected more than 0"),
+        ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps is '1e-6', expected a number"),
+        ({"hidden_size": "64"}, r"hidden_size is '64', expected a whole number"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0, expected 1 or more"),
+        ({"num_key_value_heads": -1}, r"num_key_value_heads is -1, expected 1 or more"),
+        ({"num_key_value_heads": 0}, r"num_key_value_heads is 0, expected 1 or more"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers is True, expected a whole number"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings is 'no', expected true or false"),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
         ({"rms_norm_eps": None}, r"has no rms_norm_eps"),
         ({"num_key_value_heads": 3}, r"4 query heads cannot share 3 key/value heads"),
@@ -142,6 +156,24 @@ def test_all_mismatches_are_in_one_message(write: Callable[..., Path]) -> None:
 def test_what_is_not_supported_is_said(write: Callable[..., Path], changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_config(write(**changes))
+
+
+def test_a_whole_number_may_be_written_with_a_point(write: Callable[..., Path]) -> None:
+    layers = read_config(write(num_hidden_layers=2.0)).num_hidden_layers
+    assert (layers, type(layers)) == (2, int)
+
+
+@pytest.mark.parametrize(("content", "kind"), [("[]", "list"), ("null", "NoneType")])
+def test_a_config_that_is_no_object_is_refused(content: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=rf"config\.json: holds a {kind}, expected an object; download it again"):
+        read_config(tmp_path)
+
+
+def test_json_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000, "utf-8")
+    with pytest.raises(UserError, match=r"config\.json: is not JSON \(.*recursion"):
+        read_config(tmp_path)
 
 
 def test_both_dialects_of_config_are_read(write: Callable[..., Path]) -> None:
@@ -180,6 +212,31 @@ def test_a_huge_header_length_is_refused_before_it_is_read(tmp_path: Path) -> No
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(UserError, match="header of 4611686018427387904 bytes in a file of 10"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"[1, 2]", r"is not a complete safetensors file \(header: holds a list\); download or copy it again"),
+        (b"[" * 100_000, r"is not a complete safetensors file \(header: .*recursion"),
+        (b'{"a": null}', r"tensor a has an entry that cannot be read"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}', r"tensor a has an entry that cannot be"),
+        (b'{"a": {"dtype": "F32", "shape": [1e30], "data_offsets": [0, 4]}}', r"tensor a has an entry that cannot be"),
+        (b'{"a": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 4]}}' % 10**30, r"tensor a has an entry that"),
+    ],
+)
+def test_a_header_that_is_no_table_of_tensors_is_refused(header: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"data")
+    with pytest.raises(UserError, match=rf"model\.safetensors: {message}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("weight_map", ['["a"]', '{"a": 5, "b": "c"}', '{"a": null}'])
+def test_an_index_without_a_file_for_each_tensor_is_refused(weight_map: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}', "utf-8")
+    with pytest.raises(UserError, match=r"index\.json: has no weight_map with a file for each tensor; download it"):
+        read_checkpoint_entries(tmp_path)
 
 
 def test_a_folder_without_weights_says_what_is_looked_for(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ ALLOWED = {
     "errors": set(),
     "nf4": {"errors"},
     "lora": {"nf4", "errors"},
-    "model": {"ops", "batch", "lora", "errors"},
+    "model": {"ops", "batch", "lora", "fields", "errors"},
     "load": {"model", "nf4", "errors"},
-    "adapter": {"load", "lora", "model", "errors"},
+    "adapter": {"load", "lora", "model", "fields", "errors"},
     "memory": {"loss", "lora", "model", "errors"},
 }
 
