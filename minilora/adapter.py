@@ -10,11 +10,12 @@ slot, every slot a tensor, and nothing has a default: without `target_modules` p
 v_proj and drops the rest of the file, without `lora_alpha` it scales by 8 / r.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py and save_and_load.py (behaviour, tests/parity/test_adapter.py).
-Left out: what peft adds to LoRA (DoRA, biases, rank patterns, modules_to_save), refused by name.
+Left out: what peft adds to LoRA (DoRA, biases, rank patterns, modules_to_save), refused by name, as is every key that
+is not known to leave the forward pass alone: peft adds some with every release.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,35 @@ import torch
 from safetensors.torch import save_file
 
 from minilora.errors import UserError
+from minilora.fields import limits, read_fields
 from minilora.load import read_header, read_json, read_tensor
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 
 KEY_PREFIX = "base_model.model."
+# Keys that never change what an adapter does; layers_pattern and ensure_weight_tying need others, which are refused.
+NEUTRAL_KEYS = frozenset(
+    (
+        "auto_mapping",
+        "ensure_weight_tying",
+        "eva_config",
+        "inference_mode",
+        "layers_pattern",
+        "loftq_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+        "task_type",
+    )
+)
+# What other keys may hold when they are not empty. The other ways to initialise (pissa, olora, corda, loftq, lora_ga)
+# change the base model's weights, so that on the plain base model their adapter is wrong.
+PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,20 +60,20 @@ class AdapterConfig:
 
     Attributes:
         r: rank.
-        alpha: `lora_alpha`.
-        dropout: `lora_dropout`, used in training alone.
+        lora_alpha: the scale is lora_alpha / r.
+        lora_dropout: used in training alone.
         target_modules: names, or a text: "all-linear" or a regular expression.
         use_rslora: scale by alpha / sqrt(r).
         base_model_name_or_path: what the adapter belongs to.
         revision: of the base model on the hub.
     """
 
-    r: int
-    alpha: float
-    dropout: float
+    r: int = field(metadata=limits(minimum=1, maximum=65_536))
+    lora_alpha: float
+    lora_dropout: float = field(metadata=limits(minimum=0, maximum=1))
     target_modules: str | tuple[str, ...]
     use_rslora: bool
-    base_model_name_or_path: str | None
+    base_model_name_or_path: str | None = None
     revision: str | None = None
 
     def to_dict(self, matched_paths: list[str]) -> dict[str, Any]:
@@ -57,7 +82,7 @@ class AdapterConfig:
         "all-linear" and regular expressions are written as the names they matched: vLLM and llama.cpp read
         nothing else.
         """
-        alpha = int(self.alpha) if self.alpha == int(self.alpha) else self.alpha
+        alpha = int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha
         return {
             "alpha_pattern": {},
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -68,7 +93,7 @@ class AdapterConfig:
             "layers_pattern": None,
             "layers_to_transform": None,
             "lora_alpha": alpha,
-            "lora_dropout": self.dropout,
+            "lora_dropout": self.lora_dropout,
             "modules_to_save": None,
             "peft_type": "LORA",
             "r": self.r,
@@ -127,41 +152,27 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """What adapter_config.json says, its own or peft's.
 
     Raises:
-        UserError: a required key is missing, or the adapter is of a kind that is not applied here in full.
+        UserError: a key is missing or impossible, or the adapter is of a kind that is not applied here in full.
     """
     path = folder / "adapter_config.json"
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
-    missing = [name for name in ("peft_type", "r", "lora_alpha", "target_modules") if content.get(name) is None]
-    if missing:
-        raise UserError(
-            f"{path}: has no {', '.join(missing)}; without it the adapter would be applied wrongly, so take the "
-            "file that was written with the weights"
-        )
-    plain = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "lora_bias": False,
-    }
-    for name, expected in plain.items():
-        if content.get(name, expected) != expected:
-            raise UserError(f"{path}: {name} is {content[name]!r}, only {expected!r} can be applied")
-    empty = ("modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules")
-    for name in (*empty, "target_parameters", "trainable_token_indices", "layer_replication"):
-        if content.get(name):
-            raise UserError(f"{path}: {name} is {content[name]!r}, which cannot be applied; train without it")
-    targets = content["target_modules"]
-    return AdapterConfig(
-        r=content["r"],
-        alpha=content["lora_alpha"],
-        dropout=content.get("lora_dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=content.get("use_rslora", False),
-        base_model_name_or_path=content.get("base_model_name_or_path"),
-        revision=content.get("revision"),
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {content.get('peft_type')!r}, expected 'LORA'; give a LoRA adapter")
+    for name in sorted(set(content) - {item.name for item in fields(AdapterConfig)} - NEUTRAL_KEYS):
+        value = content[name]
+        if value and value not in PLAIN_VALUES.get(name, ()):
+            raise UserError(
+                f"{path}: {name} is {value!r}, which is more than plain LoRA and would be applied wrongly; train "
+                "without it, or convert the adapter with peft"
+            )
+    given = {name: value for name, value in content.items() if value is not None}
+    return read_fields(
+        AdapterConfig,
+        {"lora_dropout": 0.0, "use_rslora": False, **given},
+        str(path),
+        "without it the adapter would be applied wrongly, so take the file that was written with the weights",
     )
 
 
@@ -171,8 +182,8 @@ def attach_adapter(model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0
     return attach(
         model,
         r=config.r,
-        alpha=config.alpha,
-        dropout=config.dropout,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=config.use_rslora,
         seed=seed,
@@ -195,7 +206,7 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
     """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
 
     Raises:
-        UserError: missing, unexpected, misshapen or non-finite tensors, named.
+        UserError: missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
     path, tensors = _read_adapter_tensors(folder)
     slots = {
@@ -211,6 +222,8 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
             problems.append(
                 f"{name}: file has {tuple(tensors[name].shape)}, model and adapter_config.json ask {expected}"
             )
+        elif not tensors[name].is_floating_point():
+            problems.append(f"{name}: file has {tensors[name].dtype}, expected a floating-point type")
         elif not torch.isfinite(tensors[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:
@@ -235,8 +248,10 @@ def _read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a bad or hostile file
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: refused, it is not a file of plain tensors ({reason}); use safetensors") from None
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise UserError(f"{path}: refused, it is not a table of tensors; use safetensors")
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UserError(f"{path}: refused, it is not a table of named tensors; use safetensors")
+    if not all(isinstance(v, torch.Tensor) and v.layout is torch.strided for v in tensors.values()):
+        raise UserError(f"{path}: refused, it holds something else than dense tensors; use safetensors")
     return path, tensors

@@ -156,8 +156,8 @@ def adapter_config(config: Config) -> AdapterConfig:
     targets = config.lora.target_modules
     return AdapterConfig(
         r=config.lora.r,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         use_rslora=config.lora.use_rslora,
         base_model_name_or_path=config.model.name_or_path,

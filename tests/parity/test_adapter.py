@@ -158,6 +158,19 @@ def test_an_adapter_that_peft_trained_gives_the_same_logits_here(
     assert largest_difference(theirs, untrained) > 0.1
 
 
+@pytest.mark.parametrize("init_lora_weights", ["gaussian", "orthogonal", "mica", False])
+def test_an_initialisation_that_leaves_the_base_alone_gives_the_same_logits_here(
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    init_lora_weights: str | bool,
+) -> None:
+    base = reference_checkpoint()
+    targets = ["q_proj", "v_proj"]
+    theirs = train_in_peft(base, tmp_path, examples, target_modules=targets, init_lora_weights=init_lora_weights)
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+
+
 def test_a_bin_file_that_peft_wrote_gives_the_same_logits_here(
     reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path
 ) -> None:
@@ -205,6 +218,10 @@ def test_what_peft_guesses_is_refused_here(
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,0 +1,153 @@
+"""An adapter folder is applied as it says or refused, with the key and what to do.
+
+Agreement with peft stands in tests/parity/test_adapter.py.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, read_adapter_config, save_adapter
+from minilora.errors import UserError
+from minilora.model import Qwen2ForCausalLM
+
+ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")
+LoadModel = Callable[..., Qwen2ForCausalLM]
+
+
+@pytest.fixture
+def folder(tiny_model: LoadModel, tmp_path: Path) -> Path:
+    """An adapter as training writes it."""
+    model = tiny_model()
+    attach_adapter(model, ADAPTER)
+    save_adapter(model, tmp_path, ADAPTER)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
+def test_a_written_configuration_reads_back_with_names_for_all_linear(folder: Path) -> None:
+    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert read_adapter_config(folder) == AdapterConfig(4, 8, 0.1, names, False, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r is 0, expected 1 or more; without it the adapter would be applied wrongly"),
+        ({"r": -1}, "r is -1, expected 1 or more"),
+        ({"r": "16"}, "r is '16', expected a whole number"),
+        ({"r": True}, "r is True, expected a whole number"),
+        ({"r": 10**12}, "r is 1000000000000, expected 65536 or less"),
+        ({"lora_alpha": "32"}, "lora_alpha is '32', expected a number"),
+        ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a number"),
+        ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', expected a number"),
+        ({"target_modules": 5}, "target_modules is 5, expected text"),
+        ({"target_modules": [5]}, r"target_modules is \[5\], expected text"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', expected true or false"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected text"),
+        ({"r": 0, "lora_alpha": "8"}, "r is 0, expected 1 or more, lora_alpha is '8', expected a number"),
+        ({"r": None, "target_modules": None}, "has no r, target_modules; without it the adapter would be applied"),
+        ({"peft_type": None}, "peft_type is None, expected 'LORA'; give a LoRA adapter"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_out_of_range_is_refused(
+    changes: dict[str, Any], message: str, folder: Path
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(UserError, match=rf"adapter_config\.json: {message}"):
+        read_adapter_config(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_a_configuration_that_is_no_object_is_refused(content: str, folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"adapter_config\.json: holds a \w+, expected an object; write the adapter"):
+        read_adapter_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("init_lora_weights", value) for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("use_bdlora", {"target_modules_bd_a": ["q_proj"]}),
+        ("arrow_config", {"top_k": 3}),
+        ("velora_config", {"rank": 1}),
+        ("monteclora_config", {"num_samples": 2}),
+        ("kasa_config", {"beta": 1}),
+        ("target_parameters", ["experts"]),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("use_dora", True),
+        ("a_key_of_a_later_release", 1),
+    ],
+)
+def test_more_than_plain_lora_is_refused_by_name(name: str, value: object, folder: Path) -> None:
+    change_config(folder, **{name: value})
+    with pytest.raises(UserError) as caught:
+        read_adapter_config(folder)
+    assert f"adapter_config.json: {name} is {value!r}, which is more than plain LoRA" in str(caught.value)
+    assert str(caught.value).endswith("; train without it, or convert the adapter with peft")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("init_lora_weights", value) for value in (True, False, None, "gaussian", "orthogonal", "eva", "mica")),
+        ("task_type", "SEQ_CLS"),
+        ("peft_version", "0.21.2"),
+        ("auto_mapping", {"base_model_class": "Qwen2ForCausalLM"}),
+        ("lora_dropout", None),
+        ("use_rslora", None),
+        ("a_key_of_a_later_release", None),
+    ],
+)
+def test_a_key_that_leaves_the_forward_pass_alone_is_accepted(name: str, value: object, folder: Path) -> None:
+    before = read_adapter_config(folder)
+    change_config(folder, **{name: value})
+    after = read_adapter_config(folder)
+    assert (after.r, after.lora_alpha, after.use_rslora) == (before.r, before.lora_alpha, before.use_rslora)
+
+
+def test_whole_number_tensors_are_refused(folder: Path, tiny_model: LoadModel) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name].to(torch.int32)}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=rf"{name}: file has torch\.int32, expected a floating-point type"):
+        load_adapter(tiny_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"refused, it is not a file of plain tensors \(\w+.*\); use safetensors"),
+        ([1], "refused, it is not a table of named tensors; use safetensors"),
+        ({1: torch.zeros(1)}, "refused, it is not a table of named tensors"),
+        ({"a": 1}, "refused, it holds something else than dense tensors; use safetensors"),
+        ({"a": torch.eye(2).to_sparse()}, "refused, it holds something else than dense tensors"),
+    ],
+    ids=["empty", "list", "whole number as a name", "no tensor", "sparse"],
+)
+def test_a_bin_file_of_anything_but_dense_named_tensors_is_refused(
+    content: Any, message: str, folder: Path, tiny_model: LoadModel
+) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    if isinstance(content, bytes):
+        (folder / "adapter_model.bin").write_bytes(content)
+    else:
+        torch.save(content, folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=rf"adapter_model\.bin: {message}"):
+        load_adapter(tiny_model(), folder)
