@@ -91,7 +91,9 @@ def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
     for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
         if len(group) < 3:
             what = "conversations: there are" if group[0].messages is not None else f"label {label!r}: has"
-            raise UserError(f"{what} {len(group)} distinct rows, at least 3 are needed for three splits; add rows")
+            raise UserError(
+                f"{group[0].where}: {what} {len(group)} distinct rows, at least 3 are needed for three splits; add rows"
+            )
         random.Random(f"{seed}-{label}").shuffle(group)
         tenth = max(1, round(len(group) / 10))
         splits["validation"] += group[:tenth]
@@ -163,7 +165,7 @@ def prepare(
     for path in files:
         if path.resolve() in written:
             raise UserError(f"{path}: the output would replace this input; choose another --output")
-        if str(path) in rows:
+        if any(path.resolve() == Path(earlier).resolve() for earlier in rows):
             raise UserError(f"{path}: given twice; name each file once")
         rows[str(path)] = read_rows(path, text_column, label_column)
     return _prepare_rows(rows, {str(path): sha256(path) for path in files}, directory, seed, keep_splits, drop_leaks)
@@ -261,7 +263,7 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
     and a new training file never stands beside an old test file that it leaks into.
 
     Raises:
-        UserError: the folder cannot be written, or a row is no valid Unicode.
+        UserError: the folder cannot be written.
     """
     contents = {f"{name}.jsonl": _encode_rows(rows) for name, rows in splits.items()}
     report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
@@ -273,14 +275,8 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
         for name in contents:
             (directory / f".writing-{name}").replace(directory / name)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _encode_rows(rows: Sequence[Row]) -> bytes:
-    lines = []
-    for row in rows:
-        try:
-            lines.append(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8") + b"\n")
-        except UnicodeEncodeError as error:  # JSON's \ud83d alone: half of a character, which no file can hold
-            raise UserError(f"{row.where}: holds half a character ({error.reason}); correct the row") from None
-    return b"".join(lines)
+    return b"".join(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8") + b"\n" for row in rows)

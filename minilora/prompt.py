@@ -21,6 +21,7 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
@@ -67,6 +68,7 @@ class ChatTokenizer:
         Raises:
             UserError: the file is missing or unreadable, or knows no ChatML tokens.
         """
+        self.folder = folder
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = Tokenizer.from_buffer(path.read_bytes())
@@ -140,7 +142,8 @@ class ClassificationPrompt:
         tokenizer: the model's tokenizer.
         system: text of the system turn.
         instruction: opens the user turn; the review follows it directly.
-        labels: the label words; a label's index is its class.
+        labels: the label words; a label's index is its class. None begins another: a word is scored without the
+            closing token, so that the one that goes on could never win.
         max_length: longest example in tokens, the answer included.
     """
 
@@ -160,6 +163,12 @@ class ClassificationPrompt:
         object.__setattr__(self, "prefix", prefix)
         object.__setattr__(self, "suffix", tokenizer.close_turn() + tokenizer.open_turn("assistant"))
         object.__setattr__(self, "label_ids", [tokenizer.encode(label) for label in self.labels])
+        for (word, ids), (longer, longer_ids) in permutations(zip(self.labels, self.label_ids, strict=True), 2):
+            if longer_ids[: len(ids)] == ids:
+                raise UserError(
+                    f"prompt.labels: the tokens of {longer!r} begin with those of {word!r}, so {word!r} would always "
+                    "be the more probable answer; choose words of which none begins another"
+                )
         fixed = len(self.prefix) + len(self.suffix) + max(map(len, self.label_ids)) + 1
         if fixed >= self.max_length:
             raise UserError(
@@ -192,6 +201,19 @@ class ClassificationPrompt:
         return Example(question + answer, [False] * len(question) + [True] * len(answer), label)
 
 
+def check_turns(messages: Sequence[tuple[str, str]], where: str) -> None:
+    """Refuses a conversation that no example can be made of; data preparation asks too, before it writes a file.
+
+    Raises:
+        UserError: an unknown role, or no assistant turn.
+    """
+    for role, _ in messages:
+        if role not in ROLES:
+            raise UserError(f"{where}: role {role!r} is not one of {list(ROLES)}; remove the turn or the record")
+    if not any(role == "assistant" for role, _ in messages):
+        raise UserError(f"{where}: no assistant turn, so nothing to learn; remove the record or add an answer")
+
+
 def chat_example(
     tokenizer: ChatTokenizer,
     messages: Sequence[tuple[str, str]],
@@ -215,11 +237,7 @@ def chat_example(
     """
     if not messages or messages[0][0] != "system":
         messages = [("system", default_system), *messages]
-    for role, _ in messages:
-        if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is not one of {list(ROLES)}")
-    if not any(role == "assistant" for role, _ in messages):
-        raise UserError(f"{where}: no assistant turn, so nothing to learn; remove the record or add an answer")
+    check_turns(messages, where)
 
     contents = [tokenizer.encode(content) for _, content in messages]
     fixed = sum(len(tokenizer.open_turn(role)) + len(tokenizer.close_turn()) for role, _ in messages)

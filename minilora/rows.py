@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
+from minilora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
 TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
@@ -61,7 +62,7 @@ def read_rows(path: Path, text_column: str | None = None, label_column: str | No
         label_column: the same for the label.
 
     Raises:
-        UserError: unreadable file, unknown kind, missing column, or a line that is not a record.
+        UserError: unreadable file, unknown kind, missing column, or a line that is not a record to learn from.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
         ".tsv": _iter_tsv,
@@ -72,7 +73,21 @@ def read_rows(path: Path, text_column: str | None = None, label_column: str | No
     }
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
-    return [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
+    rows = [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
+    for row in rows:
+        try:
+            f"{row.content}{row.label}".encode()
+        except UnicodeEncodeError as error:  # JSON's \ud83d alone: half of a character, which no file can hold
+            raise UserError(f"{row.where}: holds half a character ({error.reason}); correct the row") from None
+    return rows
+
+
+def as_label(found: Any) -> Any:
+    """A label as rows hold it: text without white space around it, and as a number where it is a whole one."""
+    if not isinstance(found, str):
+        return found
+    found = found.strip()  # 18 digits: int() refuses thousands of them, as a label they are a word
+    return int(found) if re.fullmatch(r"-?\d{1,18}", found, re.ASCII) else found
 
 
 def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
@@ -82,12 +97,9 @@ def _row(where: str, record: dict[str, Any], text_column: str | None, label_colu
         turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
         return Row(where, messages=_messages(where, turns))
     text = record[_find_column(where, record, text_column, TEXT_COLUMNS, "text")]
-    label = record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")]
+    label = as_label(record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")])
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
-    if isinstance(label, str):
-        label = label.strip()  # 18 digits: int() refuses thousands of them, as a label they are a word
-        label = int(label) if re.fullmatch(r"-?\d{1,18}", label, re.ASCII) else label
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
     return Row(where, text or "", label)
@@ -100,7 +112,9 @@ def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
         known = isinstance(message, dict) and {"role", "content"} <= set(message)
         if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
             raise UserError(f"{where}: message {message!r} has no role and content as text; correct the record")
-    return tuple((message["role"], message["content"]) for message in messages)
+    turns = tuple((message["role"], message["content"]) for message in messages)
+    check_turns(turns, where)
+    return turns
 
 
 def _find_column(where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str) -> str:
@@ -109,7 +123,10 @@ def _find_column(where: str, record: dict[str, Any], chosen: str | None, usual: 
             return name
     found = ", ".join(map(str, record))
     expected = repr(chosen) if chosen else " or ".join(usual)
-    raise UserError(f"{where}: no {what} column {expected}; the file has {found}; name it with --{what}-column")
+    raise UserError(
+        f"{where}: no {what} column {expected}; the file has {found}; rename the column, or prepare the file with "
+        f"scripts/preprocess_data.py --{what}-column NAME"
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -155,11 +172,15 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records after the first, which names the columns; blank lines are none."""
     header: list[str] | None = None
+    is_empty = True
     for line, fields in records:
         if not fields or fields == [""]:
             continue
         if header is None:
             header = [name.strip() for name in fields]
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise UserError(f"{path}:{line}: column {', '.join(twice)} is there twice; rename or remove one")
         elif len(fields) != len(header):
             raise UserError(
                 f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({', '.join(header)}); "
@@ -167,6 +188,9 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
             )
         else:
             yield f"{path}:{line}", dict(zip(header, fields, strict=True))
+            is_empty = False
+    if is_empty:
+        raise UserError(f"{path}: has a line of column names and no record; add records, or end each line with \\n")
 
 
 def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -196,11 +220,14 @@ def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 is_stream = source.read(6) != b"ARROW1"  # datasets writes streams, pandas and polars the file format
                 source.seek(0)
                 table = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).read_all()
+        records = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: holds text that is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
+    for number, record in enumerate(records, start=1):
         yield f"{path}:{number}", record
 
 

@@ -131,6 +131,29 @@ def test_a_label_too_rare_to_split_is_named() -> None:
         split_rows(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
 
 
+def test_a_file_with_too_few_rows_is_named_with_a_line_of_it(tmp_path: Path) -> None:
+    source = write_tsv(tmp_path / "one.tsv", [("好", 1)])
+    with pytest.raises(UserError, match=r"one\.tsv:2: label 1: has 1 distinct rows, at least 3 are needed for three"):
+        prepare([source], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "tool", "content": "3"}, r"role 'tool' is not one of .*; remove the turn or the record"),
+        ({"role": "user", "content": "再问"}, r"no assistant turn, so nothing to learn; remove the record or add an"),
+    ],
+)
+def test_a_conversation_that_cannot_be_learnt_from_is_refused_before_a_file_is_written(
+    turn: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps({"messages": [{"role": "user", "content": "问"}, turn]}), "utf-8")
+    with pytest.raises(UserError, match=rf"chat\.jsonl:1: {message}"):
+        prepare([source], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
     orders = [epoch_order(50, 42, epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
@@ -201,6 +224,9 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     source = write_tsv(tmp_path / "a.tsv", [("好", 1)])
     with pytest.raises(UserError, match=r"a\.tsv: given twice; name each file once"):
         prepare([source, source], tmp_path / "out")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match=r"x/\.\./a\.tsv: given twice; name each file once"):
+        prepare([source, tmp_path / "x" / ".." / "a.tsv"], tmp_path / "out")
 
 
 @pytest.fixture
@@ -289,7 +315,7 @@ def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path)
 def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "chat.jsonl"
     source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n', "utf-8")
-    with pytest.raises(UserError, match="conversations: there are 2 distinct rows, at least 3"):
+    with pytest.raises(UserError, match=r"chat\.jsonl:\d: conversations: there are 2 distinct rows, at least 3"):
         prepare([source], tmp_path / "out")
 
 
@@ -344,7 +370,7 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(official: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(UserError, match=r"file: cannot be written \(.+\); choose another --output"):
+    with pytest.raises(UserError, match=r"file: cannot be written \(.+\); choose another folder"):
         prepare(official, tmp_path / "file")
 
 

@@ -158,6 +158,15 @@ def test_encode_all_equals_encode(chat_tokenizer: ChatTokenizer) -> None:
     assert chat_tokenizer.encode_all(texts) == [chat_tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.parametrize(("short", "long"), [("好", "好评论的人"), ("1", "10")])
+def test_label_words_of_which_one_begins_another_are_refused(
+    chat_tokenizer: ChatTokenizer, short: str, long: str
+) -> None:
+    assert chat_tokenizer.encode(long)[: len(chat_tokenizer.encode(short))] == chat_tokenizer.encode(short)
+    with pytest.raises(UserError, match=rf"prompt\.labels: the tokens of '{long}' begin with those of '{short}', so"):
+        build_prompt(chat_tokenizer, labels=(long, "差", short))
+
+
 def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatTokenizer) -> None:
     needed = len(build_prompt(chat_tokenizer).prefix)
     with pytest.raises(

@@ -142,7 +142,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             "stars\tcomment\n1\t好\n",
-            r"no text column text or .*; the file has stars, comment; name it",
+            r"no text column text or .*; the file has stars, comment; rename the column",
         ),
         (
             "a.tsv",
@@ -157,12 +157,23 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             "text\tstars\n好\t1\n",
-            r"no label column label or labels or sentiment or target; the file has text, stars; name it with --label-c",
+            r"no label column label or labels or sentiment or target; the file has text, stars; rename the column, or "
+            r"prepare the file with scripts/preprocess_data\.py --label-column NAME",
         ),
         ("a.tsv", "label\ttext\n \t好\n", r"a\.tsv:2: label is '', expected a word or a whole number; correct the row"),
         ("a.tsv", b"label\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 13\); save it as UTF-8"),
         ("a.tsv", b"\xef\xbb\xbflabel\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 16\)"),
         ("a.jsonl", '{"label": 1}'.encode("utf-16"), r"a\.jsonl: is not UTF-8 \(byte 0\)"),
+        ("a.tsv", "label\ttext\tlabel\n1\t好\t0\n", r"a\.tsv:1: column label is there twice; rename or remove one"),
+        ("a.csv", "\ntext,label, text\n好,0,坏\n", r"a\.csv:2: column text is there twice; rename or remove one"),
+        ("a.tsv", "label\ttext\n\n", r"a\.tsv: has a line of column names and no record; add records, or end each"),
+        ("a.csv", "label,text\n", r"a\.csv: has a line of column names and no record; add records, or end each"),
+        ("a.tsv", "label\ttext\r1\t好\r", r"a\.tsv: has a line of column names .* end each line with \\n"),
+        ("a.jsonl", '{"label": 1, "text": "坏\\ud83d"}', r"a\.jsonl:1: holds half a character \(.+\); correct the row"),
+        ("a.jsonl", '{"label": "\\ud83d", "text": "坏"}', r"a\.jsonl:1: holds half a character"),
+        ("a.jsonl", '{"prompt": "\\ud83d", "completion": "坏"}', r"a\.jsonl:1: holds half a character"),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "3"}]}', r"a\.jsonl:1: role 'tool' is not one of"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "问"}]}', r"a\.jsonl:1: no assistant turn"),
         ("a.tsv", "", r"a\.tsv: is empty; give a file with records"),
         ("a.csv", "\ufeff", r"a\.csv: is empty"),
         ("a.jsonl", " \n\n", r"a\.jsonl: is empty"),
@@ -198,6 +209,18 @@ def test_a_bad_file_is_named_with_its_line(name: str, content: str | bytes, mess
         read_rows(write(tmp_path / name, content))
 
 
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "label,text,,\n1,好,,\n")
+    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
+
+
+def test_a_parquet_file_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"\xff\xfe"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1], "text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: holds text that is not UTF-8 \(.+\); save it as UTF-8"):
+        read_rows(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "arrow"])
 def test_a_missing_file_is_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"nowhere\.{kind}: cannot be read .*; check the path"):
@@ -206,9 +229,13 @@ def test_a_missing_file_is_named(kind: str, tmp_path: Path) -> None:
 
 def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "label,text\n1,好\n")
-    with pytest.raises(UserError, match=r"a\.csv:2: no text column 'comment'; the file has label, text; name it with"):
+    with pytest.raises(
+        UserError, match=r"a\.csv:2: no text column 'comment'; the file has label, text; rename the column"
+    ):
         read_rows(path, text_column="comment")
-    with pytest.raises(UserError, match=r"a\.csv:2: no label column 'stars'; the file has label, text; name it with"):
+    with pytest.raises(
+        UserError, match=r"a\.csv:2: no label column 'stars'; the file has label, text; rename the column"
+    ):
         read_rows(path, label_column="stars")
 
 
