@@ -15,10 +15,10 @@ from tqdm import tqdm
 from minilora.adapter import AdapterConfig
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.load import load_model
+from minilora.load import load_model, read_config
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from minilora.rows import Row, read_rows
+from minilora.rows import Row, as_label, read_rows
 
 SPLITS = ("train", "validation", "test")
 
@@ -90,7 +90,17 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationPrompt:
-    """The classification prompt of `prompt.*` and `data.max_length`."""
+    """The classification prompt of `prompt.*` and `data.max_length`.
+
+    Raises:
+        UserError: see `ClassificationPrompt`, or the tokenizer belongs to another model.
+    """
+    vocab_size = read_config(tokenizer.folder).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokenizer.folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json vocab_size {vocab_size}; "
+            "the two are from different models, download both again"
+        )
     return ClassificationPrompt(
         tokenizer=tokenizer,
         system=config.prompt.system,
@@ -128,12 +138,16 @@ def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt, system: st
 
 
 def _label_index(row: Row, labels: tuple[str, ...]) -> int:
-    if isinstance(row.label, int) and 0 <= row.label < len(labels):
+    """Class of a row. A label word counts before an index, and where a word is a number no number is an index."""
+    words = [as_label(label) for label in labels]
+    if row.label in words:
+        return words.index(row.label)
+    has_indices = not any(isinstance(word, int) for word in words)
+    if has_indices and isinstance(row.label, int) and 0 <= row.label < len(labels):
         return row.label
-    if row.label in labels:
-        return labels.index(str(row.label))
+    nor_an_index = f" nor an index 0 to {len(labels) - 1}" if has_indices else ""
     raise UserError(
-        f"{row.where}: label {row.label!r} is not one of {list(labels)} nor an index 0 to {len(labels) - 1}; "
+        f"{row.where}: label {row.label!r} is not one of {list(labels)}{nor_an_index}; "
         "correct the file or set prompt.labels"
     )
 

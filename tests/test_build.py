@@ -1,0 +1,72 @@
+"""What a configuration names is built as it says: a label is its class, tokenizer and model belong together."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minilora.build import build_examples, build_prompt
+from minilora.config import load_config
+from minilora.errors import UserError
+from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.rows import Row, as_label
+
+
+def prompt_with(tokenizer: ChatTokenizer, *labels: str) -> ClassificationPrompt:
+    return ClassificationPrompt(tokenizer, "s", "评论：", labels, 128)
+
+
+@pytest.mark.parametrize(
+    ("labels", "found", "index"),
+    [
+        (("负面", "正面"), "正面", 1),
+        (("负面", "正面"), 1, 1),
+        (("负面", "正面"), "0", 0),
+        (("1", "0"), "0", 1),
+        (("1", "0"), 1, 0),
+        (("1", "2", "3", "4", "5"), "5", 4),
+        (("1", "2", "3", "4", "5"), 1, 0),
+        (("01", "02"), "02", 1),
+        (("-1", "1"), -1, 0),
+    ],
+)
+def test_a_label_is_its_word_and_else_an_index(
+    chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, index: int
+) -> None:
+    prompt = prompt_with(chat_tokenizer, *labels)
+    (example,) = build_examples([Row("a.tsv:2", "好", as_label(found))], prompt, "s").examples
+    assert example.label == index
+    answer = example.input_ids[example.answer_start :]
+    assert chat_tokenizer.decode(answer) == f"{labels[index]}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("labels", "found", "message"),
+    [
+        (("负面", "正面"), "postive", r"label 'postive' is not one of \['负面', '正面'\] nor an index 0 to 1; correct"),
+        (("负面", "正面"), 2, r"label 2 is not one of \['负面', '正面'\] nor an index 0 to 1; correct the file or set"),
+        (("1", "2", "3"), 0, r"label 0 is not one of \['1', '2', '3'\]; correct the file or set prompt\.labels"),
+    ],
+)
+def test_a_label_that_is_neither_word_nor_index_is_refused(
+    chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"a\.tsv:2: {message}"):
+        build_examples([Row("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels), "s")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "model"))
+    ids = ChatTokenizer(folder).vocab_size
+    content = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**content, "vocab_size": ids}), "utf-8")
+    build_prompt(load_config(), ChatTokenizer(folder))  # as many are enough
+    (folder / "config.json").write_text(json.dumps({**content, "vocab_size": ids - 1}), "utf-8")
+    with pytest.raises(
+        UserError, match=rf"model: tokenizer\.json has {ids} ids, config\.json vocab_size {ids - 1}; the"
+    ):
+        build_prompt(load_config(), ChatTokenizer(folder))
