@@ -321,9 +321,9 @@ def _number_in(value: Any, kind: Any) -> Any:
 
 
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)  # "train." alone makes two names 0.67 alike
-    if not close:  # right key, wrong section
-        close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
+    close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
+    if not close:  # not the right key in a wrong section; 0.7, because "train." alone makes two names 0.67 alike
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
 
 

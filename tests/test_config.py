@@ -76,6 +76,7 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
         ("lora.learning_rate=1e-4", "did you mean train.learning_rate?"),
         ("learning_rate=1e-4", "did you mean train.learning_rate?"),
         ("train.epochs=3", "did you mean train.num_train_epochs?"),
+        ("train.r=4", "did you mean lora.r?"),
         ("train.lr=1e-4", "--help lists all keys"),
         ("zzz.qqq=1", "--help lists all keys"),
     ],
