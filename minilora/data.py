@@ -26,6 +26,7 @@ from minilora.errors import UserError
 from minilora.rows import Row, read_demo_rows, read_rows, sha256
 
 SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training
+SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
@@ -78,27 +79,33 @@ def clean_rows(
     return clean, dropped
 
 
-def split_rows(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
+def split_rows(rows: Sequence[Row], seed: int, held_out: Sequence[str] = SPLITS[1:]) -> dict[str, list[Row]]:
     """Train, validation and test 8:1:1, each label in the same proportion; a function of rows and seed.
 
+    Args:
+        rows: without duplicates.
+        seed: of the split.
+        held_out: the splits that get a tenth each; train gets the rest.
+
     Raises:
-        UserError: a label with fewer than three reviews, or too few rows to fill three splits.
+        UserError: a label with fewer reviews than there are splits.
     """
     by_label: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    splits: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    splits: dict[str, list[Row]] = {name: [] for name in ("train", *held_out)}
     for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
-        if len(group) < 3:
+        if len(group) < len(splits):
             what = "conversations: there are" if group[0].messages is not None else f"label {label!r}: has"
             raise UserError(
-                f"{group[0].where}: {what} {len(group)} distinct rows, at least 3 are needed for three splits; add rows"
+                f"{group[0].where}: {what} {len(group)} distinct rows to split, at least {len(splits)} are needed for "
+                f"{', '.join(splits)}; add rows"
             )
         random.Random(f"{seed}-{label}").shuffle(group)
         tenth = max(1, round(len(group) / 10))
-        splits["validation"] += group[:tenth]
-        splits["test"] += group[tenth : 2 * tenth]
-        splits["train"] += group[2 * tenth :]
+        for place, name in enumerate(held_out):
+            splits[name] += group[place * tenth : (place + 1) * tenth]
+        splits["train"] += group[len(held_out) * tenth :]
     for name, part in splits.items():
         random.Random(f"{seed}-{name}").shuffle(part)
     return splits
@@ -149,19 +156,21 @@ def prepare(
         files: TSV, CSV, JSONL or parquet.
         directory: made if needed.
         seed: of the split.
-        keep_splits: the files are the splits, by `split_of` their names; several files of one split are its parts.
+        keep_splits: the files are the splits, by `split_of` their names; several files of one split are its parts. A
+            split without a file is carved out of train.
         drop_leaks: with keep_splits, remove training rows that stand in another split.
         text_column: see `read_rows`.
         label_column: see `read_rows`.
 
     Returns:
-        The report: rows in, dropped by cause, leaks, labels and lengths by split, SHA-256 of every file.
+        The report: rows in, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of every
+        file.
 
     Raises:
         UserError: a file cannot be read or would be overwritten, or a split would be empty.
     """
     rows: dict[str, list[Row]] = {}
-    written = {(directory / f"{name}.jsonl").resolve() for name in ("train", "validation", "test")}
+    written = {(directory / f"{name}.jsonl").resolve() for name in SPLITS}
     for path in files:
         if path.resolve() in written:
             raise UserError(f"{path}: the output would replace this input; choose another --output")
@@ -180,9 +189,11 @@ def _prepare_rows(
     drop_leaks: bool,
 ) -> dict[str, Any]:
     given: dict[str, list[Row]] = {}
+    carved: dict[str, int] = {}
     if keep_splits:
         given = _name_splits(rows)
         splits, dropped = clean_rows(given, across_files=False)
+        splits, carved = _carve_missing_splits(splits, seed)
     else:
         clean, dropped = clean_rows(rows)
         merged = [row for part in clean.values() for row in part]
@@ -194,12 +205,13 @@ def _prepare_rows(
             raise UserError(f"{name}: no row is left after cleaning ({dropped}); check the file and its columns")
     leaks = _drop_or_count_leaks(splits, drop_leaks)
     if given:  # the official files' own figure: cleaning takes some of the leaking rows away
-        leaks["as_given"] = {name: _count_leaks(given["train"], given[name]) for name in ("validation", "test")}
+        leaks["as_given"] = {name: _count_leaks(given["train"], given[name]) for name in SPLITS[1:] if name in given}
     report = {
         "seed": seed,
         "keep_splits": keep_splits,
         "rows_in": {name: len(part) for name, part in rows.items()},
         "dropped": dropped,
+        "carved_from_train": carved,
         "leaks": leaks,
         "rows_out": {name: len(part) for name, part in splits.items()},
         "labels": {name: _count_labels(part) for name, part in splits.items()},
@@ -221,15 +233,28 @@ def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
                 "rename it or leave --keep-splits away"
             )
         named.setdefault(split, []).extend(part)
-    missing = [name for name in ("train", "validation", "test") if name not in named]
-    if missing:
-        raise UserError(f"--keep-splits: no file for {', '.join(missing)}; give it too, or leave --keep-splits away")
-    return {name: named[name] for name in ("train", "validation", "test")}
+    if "train" not in named:
+        raise UserError("--keep-splits: no file for train; give it too, or leave --keep-splits away")
+    return {name: named[name] for name in SPLITS if name in named}
+
+
+def _carve_missing_splits(splits: dict[str, list[Row]], seed: int) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """All splits, those without a file carved out of train by `split_rows`, and how many rows each of these got.
+
+    Rows of train that stand in a given split stay behind: a test review that decided which checkpoint is best is none.
+    """
+    missing = [name for name in SPLITS if name not in splits]
+    leaks = set(find_leaks(splits["train"], [row for name in splits if name != "train" for row in splits[name]]))
+    carved = split_rows([row for place, row in enumerate(splits["train"]) if place not in leaks], seed, missing)
+    taken = {row for name in missing for row in carved[name]}
+    splits = {name: carved[name] if name in missing else splits[name] for name in SPLITS}
+    splits["train"] = [row for row in splits["train"] if row not in taken]
+    return splits, {name: len(splits[name]) for name in missing}
 
 
 def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, Any]:
     """How many rows of validation and test stand in train too; takes them out of train if `drop`."""
-    report: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in ("validation", "test")}
+    report: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
     leaks = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
     report["dropped_from_train"] = len(leaks) if drop else 0
     if drop:

@@ -12,7 +12,7 @@ DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
 examples:
   python scripts/preprocess_data.py                                       what download_data.py fetched
-  python scripts/preprocess_data.py --input train.tsv dev.tsv test.tsv --keep-splits --drop-leaks
+  python scripts/preprocess_data.py --input train.tsv dev.tsv --keep-splits --drop-leaks
   python scripts/preprocess_data.py --input mine.csv --text-column comment --label-column stars
 """
 
@@ -25,7 +25,11 @@ def main() -> None:
     parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="TSV, CSV, JSONL or parquet files")
     parser.add_argument("--output", type=Path, default=Path("data/processed"), help="folder for the splits")
     parser.add_argument("--seed", type=int, default=SPLIT_SEED, help="of the split")
-    parser.add_argument("--keep-splits", action="store_true", help="the files are the splits; report what leaks")
+    parser.add_argument(
+        "--keep-splits",
+        action="store_true",
+        help="the files are the splits, a missing dev or test is carved out of train; report what leaks",
+    )
     parser.add_argument("--drop-leaks", action="store_true", help="with --keep-splits: take leaks out of train")
     parser.add_argument("--text-column", help="default: text, text_a, review, sentence or content")
     parser.add_argument("--label-column", help="default: label, labels, sentiment or target")
@@ -53,6 +57,9 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         print(f"read     {count:>7,}  {name}")
     for cause, count in report["dropped"].items():
         print(f"dropped  {count:>7,}  {cause}")
+    for name, count in report["carved_from_train"].items():
+        share = f"a tenth of each label, seed {report['seed']}"
+        print(f"carved   {count:>7,}  of train for {name}, which has no file ({share})")
     leaks_as_given = report["leaks"].get("as_given", {})
     for name, leak in leaks_as_given.items():
         share = leak["also_in_train"] / leak["rows"]

@@ -127,13 +127,16 @@ def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
 
 
 def test_a_label_too_rare_to_split_is_named() -> None:
-    with pytest.raises(UserError, match=r"label 1: has 2 distinct rows, at least 3 are needed"):
+    with pytest.raises(UserError, match=r"label 1: has 2 distinct rows to split, at least 3 are needed"):
         split_rows(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
 
 
 def test_a_file_with_too_few_rows_is_named_with_a_line_of_it(tmp_path: Path) -> None:
     source = write_tsv(tmp_path / "one.tsv", [("好", 1)])
-    with pytest.raises(UserError, match=r"one\.tsv:2: label 1: has 1 distinct rows, at least 3 are needed for three"):
+    with pytest.raises(
+        UserError,
+        match=r"one\.tsv:2: label 1: has 1 distinct rows to split, at least 3 are needed for train, validation, test",
+    ):
         prepare([source], tmp_path / "out")
 
 
@@ -190,6 +193,7 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
         "keep_splits": False,
         "rows_in": {str(source): 44},
         "dropped": {"empty": 1, "contradictory": 2, "duplicate": 1},
+        "carved_from_train": {},
         "leaks": {**none_leaks, "dropped_from_train": 0},
         "rows_out": {"train": 32, "validation": 4, "test": 4},
         "labels": {"train": {"0": 16, "1": 16}, "validation": {"0": 2, "1": 2}, "test": {"0": 2, "1": 2}},
@@ -264,9 +268,38 @@ def test_a_training_file_that_leaks_entirely_is_not_dropped_to_nothing(official:
     assert not (tmp_path / "out").exists()
 
 
-def test_kept_splits_need_all_three_files(official: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file for validation"):
-        prepare([official[0], official[2]], tmp_path / "out", keep_splits=True)
+def test_kept_splits_need_a_training_file(official: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--keep-splits: no file for train; give it too, or leave --keep-splits away"):
+        prepare(official[1:], tmp_path / "out", keep_splits=True)
+
+
+@pytest.mark.parametrize(("given", "carved"), [(1, ["validation", "test"]), (2, ["test"])])
+def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowhere(
+    tmp_path: Path, given: int, carved: list[str]
+) -> None:
+    train = [(f"评论{n}", int(n % 4 == 0)) for n in range(80)]
+    files = [
+        write_tsv(tmp_path / "train.tsv", train * 2),  # a duplicate in the carved part would stand in train too
+        write_tsv(tmp_path / "dev.tsv", [("新的", 1), *train[::2]]),
+    ][:given]
+    report = prepare(files, tmp_path / "out", keep_splits=True)
+    parts = {name: read_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    ones, zeros = (2, 6) if given == 1 else (0, 4)  # tenths of 20 and 60; of what dev leaves, nothing and 40
+    assert report["carved_from_train"] == dict.fromkeys(carved, ones + zeros)
+    for name in carved:
+        assert Counter(row.label for row in parts[name]) == Counter({0: zeros, 1: ones})
+        assert not find_leaks(parts[name], [row for other, part in parts.items() if other != name for row in part])
+    order = {text: place for place, (text, _) in enumerate(train)}
+    places = [order[row.text or ""] for row in parts["train"]]
+    assert places == sorted(places)  # what stays is in the file's order
+    assert len(places) == 80 - (ones + zeros) * len(carved)
+    leaks = report["leaks"]
+    assert leaks["test"]["also_in_train"] == 0
+    assert leaks["as_given"] == ({} if given == 1 else {"validation": {"rows": 41, "also_in_train": 40}})
+    assert prepare(files, tmp_path / "again", keep_splits=True)["sha256_out"] == report["sha256_out"]
+    assert prepare(files, tmp_path / "other", seed=1, keep_splits=True)["sha256_out"] != report["sha256_out"]
+    dropped = prepare(files, tmp_path / "dropped", keep_splits=True, drop_leaks=True)
+    assert dropped["leaks"]["dropped_from_train"] == (0 if given == 1 else 40)
 
 
 def test_a_data_set_that_cleans_to_nothing_says_so(tmp_path: Path) -> None:
@@ -315,7 +348,9 @@ def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path)
 def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "chat.jsonl"
     source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n', "utf-8")
-    with pytest.raises(UserError, match=r"chat\.jsonl:\d: conversations: there are 2 distinct rows, at least 3"):
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl:\d: conversations: there are 2 distinct rows to split, at least 3"
+    ):
         prepare([source], tmp_path / "out")
 
 

@@ -50,6 +50,13 @@ def test_dropped_leaks_are_counted(official: list[Path], tmp_path: Path) -> None
     assert "--drop-leaks removes them" not in done.stdout
 
 
+def test_a_split_that_is_carved_out_of_train_is_announced(official: list[Path], tmp_path: Path) -> None:
+    done = call("preprocess_data.py", "--input", *official[:2], "--keep-splits", "--drop-leaks", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "carved         2  of train for test, which has no file (a tenth of each label, seed 42)" in done.stdout
+    assert "wrote         18  data/processed/train.jsonl" in done.stdout
+
+
 def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path], tmp_path: Path) -> None:
     done = call("preprocess_data.py", "--input", *official, "--output", "out", "--seed", "7", cwd=tmp_path)
     assert "read          20" in done.stdout
@@ -94,10 +101,10 @@ def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_p
         (["--input", "train.tsv", "train.tsv"], "train.tsv: given twice"),
         (["--input", "train.txt"], "train.txt: is not one of .tsv, .csv, .jsonl, .parquet, .arrow"),
         (["--input", "train.tsv", "--label-column", "stars"], "scripts/preprocess_data.py --label-column NAME"),
-        (["--input", "dev.tsv"], "label 1: has 1 distinct rows, at least 3 are needed"),
+        (["--input", "dev.tsv"], "label 1: has 1 distinct rows to split, at least 3 are needed"),
         (["--input", "train.tsv", "--seed", "x"], "argument --seed: invalid int value"),
         (["--input", "train.tsv", "--drop-leaks"], "--drop-leaks goes with --keep-splits"),
-        (["--input", "train.tsv", "--keep-splits"], "no file for validation, test"),
+        (["--input", "dev.tsv", "--keep-splits"], "no file for train"),
         (["--input", "train.tsv", "--text-column", "comment"], "scripts/preprocess_data.py --text-column NAME"),
         (["--input", "train.tsv", "--output", "dev.tsv"], "dev.tsv: cannot be written"),
     ],
