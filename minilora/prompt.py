@@ -169,15 +169,19 @@ class ClassificationPrompt:
                     f"prompt.labels: the tokens of {longer!r} begin with those of {word!r}, so {word!r} would always "
                     "be the more probable answer; choose words of which none begins another"
                 )
+
+    def examples(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
+        """One Example per review, the review cut where it is too long, never instruction or answer.
+
+        Raises:
+            UserError: they leave no room for a review.
+        """
         fixed = len(self.prefix) + len(self.suffix) + max(map(len, self.label_ids)) + 1
-        if fixed >= self.max_length:
+        if texts and fixed >= self.max_length:
             raise UserError(
                 f"data.max_length: {self.max_length} tokens, but instruction and answer alone take {fixed}; "
                 "raise data.max_length or shorten prompt.instruction"
             )
-
-    def examples(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
-        """One Example per review, the review cut where it is too long, never instruction or answer."""
         examples = []
         for review, label in zip(self.tokenizer.encode_all(texts), labels, strict=True):
             answer = [*self.label_ids[label], self.tokenizer.im_end]

@@ -243,7 +243,7 @@ def test_2_6_every_record_teaches_its_answer_and_scoring_asks_the_same_question(
             assert question == example.input_ids[: example.answer_start]
     assert examples[2].truncated_tokens > 0
     with pytest.raises(UserError, match="instruction and answer alone take"):
-        ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 10)
+        ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 10).examples(["好"], [1])
     with pytest.raises(UserError, match="no assistant turn, so nothing to learn"):
         chat_example(chat_tokenizer, [("user", "问")], 128, "f:1")
     assert load_config().prompt.system == DEFAULT_SYSTEM

@@ -169,10 +169,12 @@ def test_label_words_of_which_one_begins_another_are_refused(
 
 def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatTokenizer) -> None:
     needed = len(build_prompt(chat_tokenizer).prefix)
+    prompt = build_prompt(chat_tokenizer, max_length=needed)
+    assert prompt.examples([], []) == []  # conversations have no instruction
     with pytest.raises(
         UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer alone take \d+; raise"
     ):
-        build_prompt(chat_tokenizer, max_length=needed)
+        prompt.examples(["好"], [0])
 
 
 def test_every_assistant_turn_of_a_chat_is_supervised_with_its_end_and_nothing_else(
