@@ -179,7 +179,7 @@ def _score(run: Run, name: str, on_progress: Callable[[int], object] | None = No
     prompt = run.prompt if split.labelled else None
     scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size, on_progress)
     _check_finite(run, run.state.step, f"{name} loss", scores.loss)
-    metrics: dict[str, Any] = {"loss": scores.loss}
+    metrics: dict[str, Any] = {"loss": scores.loss, "num_examples": len(split.examples)}
     if scores.probabilities is not None:
         labels = np.array(split.labels)
         metrics |= classification_metrics(labels, scores.probabilities, run.prompt.labels, run.config.prompt.positive)
@@ -247,7 +247,8 @@ def _finish(run: Run, final: Path) -> Path:
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
     write_json(temporary / "training_args.json", run.config.to_dict())
     write_json(temporary / "metrics.json", results)
-    (temporary / "README.md").write_text(render_model_card(run.config.to_dict(), results), "utf-8", newline="\n")
+    card = render_model_card(run.config.to_dict(), results, run.splits["train"].labelled)
+    (temporary / "README.md").write_text(card, "utf-8", newline="\n")
     plot = plot_metrics(run.directory)
     replace_folder(temporary, final)
     if after is not None:

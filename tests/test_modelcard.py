@@ -18,8 +18,8 @@ AFTER = {
 }
 
 
-def card(results: dict[str, Any], *overrides: str) -> str:
-    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, **results})
+def card(results: dict[str, Any], *overrides: str, labelled: bool = True) -> str:
+    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, **results}, labelled)
 
 
 def test_it_begins_with_the_metadata_of_the_hub() -> None:
@@ -49,12 +49,13 @@ def test_it_shows_the_test_set_before_and_after() -> None:
     assert "| accuracy | 0.5000 | 0.9123 (0.880 to 0.940) |" in text
     assert "| loss | 2.0000 | 0.2100 |" in text
     assert "| f1 | - | 0.9050 |" in text
-    assert "Test set: 400 records" in text
+    assert "Test set: 400 records; the intervals are" in text
 
 
 def test_without_a_test_it_says_so() -> None:
     text = card({"test_before": None, "test": None})
     assert "| test set | not scored | not scored |" in text
+    assert "Test set:" not in text
 
 
 def test_it_shows_the_prompt_that_the_adapter_expects() -> None:
@@ -68,3 +69,14 @@ def test_it_shows_the_prompt_that_the_adapter_expects() -> None:
 
 def test_braces_in_a_prompt_are_text() -> None:
     assert "user: 评论{x}：<review>" in card({"test_before": None, "test": None}, "prompt.instruction=评论{x}：")
+
+
+def test_a_chat_adapters_card_says_nothing_of_labels() -> None:
+    results = {"test_before": {"loss": 2.0, "num_examples": 4}, "test": {"loss": 1.5, "num_examples": 4}}
+    text = card(results, "prompt.system=系统", labelled=False)
+    assert "| loss | 2.0000 | 1.5000 |" in text
+    assert "Test set: 4 records. `metrics.json`" in text
+    assert "conversations, in ChatML. Those without a system turn began with\n\n    system: 系统\n" in text
+    assert yaml.safe_load(text.split("---\n", 2)[1])["tags"] == ["lora", "qlora", "qwen2.5"]
+    for part in ("评论", "正面", "review", "evaluate.py", "classification", "intervals"):
+        assert part not in text

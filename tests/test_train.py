@@ -184,10 +184,17 @@ def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: 
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / f"{split}.jsonl").write_text(lines, "utf-8")
     output = tmp_path / "chat-run"
-    run_script("train.py", *keys, f"data.dir={folder}", f"train.output_dir={output}")
+    # 40 tokens are enough for these conversations, and would not be for the instruction, which they do not have
+    run_script("train.py", *keys, f"data.dir={folder}", f"train.output_dir={output}", "data.max_length=40")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert "eval_loss" in rows[-1]
     assert "eval_accuracy" not in rows[-1]
+    assert "eval_num_examples" not in rows[-1]
+    final = output / "checkpoints" / "final"
+    assert json.loads((final / "metrics.json").read_text("utf-8"))["test"]["num_examples"] == 4
+    card = (final / "README.md").read_text("utf-8")
+    assert "Test set: 4 records." in card
+    assert "正面" not in card
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
