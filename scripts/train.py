@@ -3,18 +3,20 @@
 import argparse
 import re
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from minilora.build import SPLITS
 from minilora.checkpoint import list_checkpoints, make_folder
 from minilora.config import Config, describe_keys, load_config
-from minilora.data import prepare, prepare_demo
+from minilora.data import SPLITS, prepare, prepare_demo
 from minilora.errors import UserError, run_script
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
 from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+DOWNLOADS = "chn_senti_corp"  # beside data.dir
 EXAMPLES = """\
 examples:
   python scripts/train.py                                    the quickstart: two minutes, no download
@@ -41,31 +43,55 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the file")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
-    prepare_data(config)
-    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
     if arguments.dry_run:
-        print_plan(config, model_folder)
+        show_plan(config, arguments.overrides)
         return
+    if not has_data(config, arguments.overrides):
+        prepare_data(config)
+    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
     if arguments.restart:
         set_aside(Path(config.train.output_dir))
     fit(config, model_folder)
 
 
-def prepare_data(config: Config) -> None:
-    """Makes `data.dir` from `data.source` where it is not there."""
+def show_plan(config: Config, overrides: list[str]) -> None:
+    """Prints the plan and leaves nothing behind: data that is not there is prepared in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not has_data(config, overrides):
+            downloads = Path(config.data.dir).parent / DOWNLOADS
+            if downloads.is_dir():
+                shutil.copytree(downloads, Path(folder) / DOWNLOADS)
+            config = replace(config, data=replace(config.data, dir=str(Path(folder) / "processed")))
+            prepare_data(config)
+        print_plan(config, fetch_model(config.model.name_or_path, config.model.revision))
+
+
+def has_data(config: Config, overrides: list[str]) -> bool:
+    """Whether the splits are in `data.dir`, or False where they may be prepared.
+
+    Raises:
+        UserError: only some are there, or none in a folder that the command line names. Whoever mistypes it wants his
+            own data, and would get a model of other data.
+    """
     directory = Path(config.data.dir)
-    present = [split for split in SPLITS if (directory / f"{split}.jsonl").is_file()]
-    if len(present) == len(SPLITS):
-        return
-    if present:
-        missing = ", ".join(f"{split}.jsonl" for split in SPLITS if split not in present)
-        raise UserError(f"{directory}: has no {missing}; run scripts/preprocess_data.py, or remove the folder")
+    missing = [f"{split}.jsonl" for split in SPLITS if not (directory / f"{split}.jsonl").is_file()]
+    named = any(override.startswith("data.dir=") for override in overrides)
+    if missing and (named or len(missing) < len(SPLITS)):
+        raise UserError(
+            f"{directory}: has no {', '.join(missing)}; correct data.dir, or prepare the data with "
+            f"scripts/preprocess_data.py --output {directory}"
+        )
+    return not missing
+
+
+def prepare_data(config: Config) -> None:
+    """Makes `data.dir` from `data.source`."""
+    directory = Path(config.data.dir)
     print(f"preparing {directory} from {config.data.source}")
     if config.data.source == "demo":
         prepare_demo(directory)
     else:
-        files = fetch_dataset(directory.parent / "chn_senti_corp")
-        prepare(files, directory)
+        prepare(fetch_dataset(directory.parent / DOWNLOADS), directory)
 
 
 def set_aside(directory: Path) -> None:

@@ -7,18 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def run_script(name: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_script(
+    name: str, *arguments: str | Path, check: bool = True, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, SCRIPTS / name, *map(str, arguments)],
         capture_output=True,
         encoding="utf-8",
+        cwd=cwd,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     if check:
@@ -204,6 +210,46 @@ def test_dry_run_prints_the_plan_and_writes_nothing(keys: list[str], tmp_path: P
     for part in ("projections (nf4", "activations of", "total", "an epoch:", "<|im_start|>assistant"):
         assert part in done.stdout
     assert not output.exists()
+
+
+@pytest.mark.parametrize("source", ["demo", "chnsenticorp"])
+def test_a_dry_run_without_data_prepares_it_elsewhere_and_leaves_nothing_behind(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, source: str
+) -> None:
+    folder = tmp_path / "data" / "chn_senti_corp"
+    folder.mkdir(parents=True)
+    for split, numbers in (("train", range(40)), ("validation", range(40, 50)), ("test", range(50, 60))):
+        table = pyarrow.table({"label": [n % 2 for n in numbers], "text": [f"评论{n}" for n in numbers]})
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    keys = (f"data.source={source}", f"model.name_or_path={tiny_checkpoint()}", "data.max_train_examples=8")
+    done = run_script("train.py", "--dry-run", *keys, cwd=tmp_path)
+    assert f"/processed from {source}\n" in done.stdout
+    assert "train: 8 examples" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_mistyped_data_folder_is_refused_and_not_filled_with_other_data(
+    keys: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    refused = run_script("train.py", *keys, "data.dir=typo", *more, check=False, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: typo: has no train.jsonl, validation.jsonl, test.jsonl; correct data.dir, or prepare the data with "
+        "scripts/preprocess_data.py --output typo\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_splits_of_which_some_are_missing_are_never_prepared_over(tmp_path: Path) -> None:
+    (tmp_path / "data" / "quickstart").mkdir(parents=True)
+    train = tmp_path / "data" / "quickstart" / "train.jsonl"
+    train.write_text("mine", "utf-8")
+    refused = run_script("train.py", check=False, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "data/quickstart: has no validation.jsonl, test.jsonl; correct data.dir, or prepare" in refused.stderr
+    assert train.read_text("utf-8") == "mine"
 
 
 def test_help_lists_every_key() -> None:
