@@ -38,7 +38,7 @@ from minilora.checkpoint import (
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.lora import adapter_disabled
+from minilora.lora import adapter_disabled, lora_parameters
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
@@ -63,7 +63,7 @@ def fit(config: Config, model_folder: Path) -> Path:
 
     Raises:
         UserError: the output folder belongs to another run or cannot be written, something in the input is wrong,
-            or the loss is no longer a number.
+            the loss is no longer a number, or the final adapter cannot be read back as it was.
     """
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
@@ -225,6 +225,30 @@ def _load_best(run: Run) -> None:
         ) from None
 
 
+def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
+    """Reads the written adapter back into the model: its values are the trained ones in `dtype`, its loss is a number.
+
+    Nobody looks at the file before it is used elsewhere, where a damaged one is only a model that does worse.
+    """
+    trained = [parameter.detach().to(dtype, copy=True) for parameter in lora_parameters(run.model)]
+    what = "its values differ"
+    try:
+        load_adapter_weights(run.model, folder)
+        pairs = zip(lora_parameters(run.model), trained, strict=True)
+        is_equal = all(torch.equal(parameter, value.to(parameter.dtype)) for parameter, value in pairs)
+    except UserError as error:
+        is_equal, what = False, str(error)
+    if not is_equal:
+        raise UserError(
+            f"{folder}: read back, the adapter is not the one that was trained; check the disk, and run the same "
+            f"command again, which writes it from the last checkpoint\n  {what}"
+        )
+    split = run.splits["validation"]
+    few = split.examples[: run.config.train.per_device_eval_batch_size]
+    loss = score(run.model, few, None, len(few)).loss
+    _check_finite(run, run.state.step, "loss of the adapter read back", loss)
+
+
 def _finish(run: Run, final: Path) -> Path:
     """Writes the final folder, from the best checkpoint if so configured, and the plot."""
     train = run.config.train
@@ -245,6 +269,7 @@ def _finish(run: Run, final: Path) -> Path:
     remove(temporary)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
+    _check_saved(run, temporary, dtype)
     write_json(temporary / "training_args.json", run.config.to_dict())
     write_json(temporary / "metrics.json", results)
     card = render_model_card(run.config.to_dict(), results, run.splits["train"].labelled)

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from minilora import train
+from minilora.adapter import save_adapter
 from minilora.config import Config, load_config
 from minilora.errors import UserError
 from minilora.run import read_origin, read_saved_config
@@ -196,6 +199,55 @@ def test_a_damaged_final_folder_is_named(tmp_path: Path, name: str, content: str
     (folder / name).write_text(content, "utf-8")
     with pytest.raises(UserError, match=rf"{name}: {message}"):
         read_origin(folder)
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[min(tensors)]
+
+
+def _perturb(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)].view(-1)[-1] *= 1.01
+
+
+def _spoil(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)].view(-1)[-1] = math.nan
+
+
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, "lora_A.weight: missing from the file"),
+        (_perturb, "its values differ"),
+        (_spoil, "lora_A.weight: holds NaN or infinite values"),
+    ],
+)
+def test_a_final_adapter_that_cannot_be_read_back_as_it_was_is_not_put_in_place(
+    run: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_dtype: str,
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    def save_damaged(model: Any, folder: Path, *more: Any) -> None:
+        save_adapter(model, folder, *more)
+        path = folder / "adapter_model.safetensors"
+        tensors = load_file(path)
+        damage(tensors)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(train, "save_adapter", save_damaged)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(
+        UserError, match=r"\.writing-final: read back, the adapter is not the one that was tra"
+    ) as caught:
+        run(**{"train.save_dtype": save_dtype})
+    assert message in str(caught.value)
+    assert not (checkpoints / "final").exists()
+    monkeypatch.undo()
+    assert (run(**{"train.save_dtype": save_dtype}) / "adapter_model.safetensors").is_file()  # as the message says
+    assert not (checkpoints / ".writing-final").exists()
 
 
 @pytest.mark.parametrize("content", ["null", '{"config": 3}', '{"config": {"train": {}}}'])
