@@ -5,6 +5,8 @@ metrics.jsonl has a line for every logged step, with the keys that apply to it:
     {"step": 20, "epoch": 0.16, "train_loss": 0.41, "learning_rate": 0.0002, "grad_norm": 1.3,
      "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
 
+A step that float16's loss scale left out has "grad_norm": null and "skipped": true.
+
 All of it but the last two of the first group, which are measurements of the machine, is equal to the bit when a
 run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
@@ -65,7 +67,7 @@ class RunLog:
         self._file.flush()
         if self._events is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._events.add_scalar(name, value, row["step"])
 
     def say(self, text: str) -> None:
@@ -81,7 +83,7 @@ class RunLog:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
 
 
 def check_log(directory: Path, report_to: str) -> None:

@@ -144,9 +144,11 @@ def _take_step(run: Run, step: int) -> dict[str, Any]:
         "epoch": round(samples / len(run.splits["train"].examples), 4),
         "train_loss": result.loss,
         "learning_rate": rate,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.grad_norm if result.updated else None,
         "tokens_per_s": round(result.num_real_tokens / (time.perf_counter() - started), 1),
     }
+    if not result.updated:
+        row["skipped"] = True
     peak = peak_memory_bytes(run.device)
     return row if peak is None else {**row, "peak_memory_bytes": peak}
 

@@ -147,7 +147,10 @@ def test_an_infinite_gradient_stops_the_run_unless_float16_left_it_out(
         with pytest.raises(UserError, match="step 1: the gradient norm is inf, expected a number"):
             run()
     else:
-        assert read(run() / "metrics.json")["step"] == 2
+        final = run()
+        assert read(final / "metrics.json")["step"] == 2
+        rows = read_metrics(final.parent.parent)
+        assert [(row["grad_norm"], row["skipped"]) for row in rows] == [(None, True)] * STEPS
 
 
 @pytest.mark.parametrize(

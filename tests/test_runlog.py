@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +79,15 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: bytes) -> None:
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_json_is_never_written(tmp_path: Path, value: float) -> None:
+    log = RunLog(tmp_path, 1, 0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        log.write({**row(1), "train_loss": value})
+    log.close()
+    assert read_metrics(tmp_path) == []
+
+
 def test_no_log_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
@@ -126,6 +136,6 @@ def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path: Path, monkey
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_files_are_written_where_asked_for(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 10, 0, "tensorboard")
-    log.write(row(1))
+    log.write({**row(1), "grad_norm": None, "skipped": True})
     log.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
