@@ -29,7 +29,7 @@ class Row:
     Attributes:
         where: file and line ("data/x.tsv:17"), for messages.
         text: the review.
-        label: as found; text that is a whole number becomes int, so that TSV's "1" equals JSON's 1.
+        label: as found; a whole number becomes int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal.
         messages: (role, content) pairs, in place of text and label.
     """
 
@@ -83,11 +83,16 @@ def read_rows(path: Path, text_column: str | None = None, label_column: str | No
 
 
 def as_label(found: Any) -> Any:
-    """A label as rows hold it: text without white space around it, and as a number where it is a whole one."""
+    """A label as rows hold it: text without white space around it, and as a number where it is a whole one.
+
+    1.0 is one: pandas writes whole numbers so as soon as one of the column is missing.
+    """
+    if isinstance(found, float) and found.is_integer():
+        return int(found)
     if not isinstance(found, str):
         return found
     found = found.strip()  # 18 digits: int() refuses thousands of them, as a label they are a word
-    return int(found) if re.fullmatch(r"-?\d{1,18}", found, re.ASCII) else found
+    return int(found.removesuffix(".0")) if re.fullmatch(r"-?\d{1,18}(\.0)?", found, re.ASCII) else found
 
 
 def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
@@ -211,7 +216,7 @@ def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading it takes pyarrow; pip install 'minilora[data]'") from None
+        raise UserError(f"{path}: reading it takes pyarrow; pip install -e '.[data]'") from None
     try:
         if path.suffix.lower() == ".parquet":
             table = pyarrow.parquet.read_table(path)

@@ -67,7 +67,18 @@ def test_a_line_ends_at_a_newline_alone(name: str, mark: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("found", "label"),
-    [("1", 1), (" 1 ", 1), ("-1", -1), ("01", 1), ("正面", "正面"), ("1.0", "1.0"), ("+1", "+1"), ("１", "１")],
+    [
+        ("1", 1),
+        (" 1 ", 1),
+        ("-1", -1),
+        ("01", 1),
+        ("正面", "正面"),
+        ("1.0", 1),
+        ("1.5", "1.5"),
+        ("1.", "1."),
+        ("+1", "+1"),
+        ("１", "１"),
+    ],
 )
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
 def test_a_label_that_is_a_whole_number_becomes_one(name: str, found: str, label: str | int, tmp_path: Path) -> None:
@@ -79,6 +90,15 @@ def test_a_label_that_is_a_whole_number_becomes_one(name: str, found: str, label
     (row,) = read_rows(write(tmp_path / name, content))
     assert row.label == label
     assert type(row.label) is type(label)
+
+
+def test_whole_numbers_that_pandas_made_floats_are_whole_numbers(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1.0, -0.0], "text": ["好", "差"]}), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", '{"label": 1.0, "text": "好"}\n{"label": 0.0, "text": "差"}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        labels = [row.label for row in read_rows(tmp_path / name)]
+        assert labels == [1, 0]
+        assert all(type(label) is int for label in labels)
 
 
 def test_a_label_of_thousands_of_digits_is_a_word(tmp_path: Path) -> None:
@@ -194,6 +214,8 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": "问"}\n', r"messages is '问', expected a list of role and content; correct"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: holds \[1\], expected an object"),
         ("a.jsonl", '{"label": 1.5, "text": "好"}\n', r"label is 1\.5, expected a word or a whole number"),
+        ("a.jsonl", '{"label": NaN, "text": "好"}\n', r"label is nan, expected a word or a whole number"),
+        ("a.jsonl", '{"label": -Infinity, "text": "好"}\n', r"label is -inf, expected a word or a whole number"),
         ("a.jsonl", '{"label": 1, "text": 3}\n', r"text is 3, expected a string"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', r"has no role and content"),
         ("a.jsonl", '{"messages": []}\n', r"messages is \[\], expected a list"),
@@ -242,7 +264,7 @@ def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_without_pyarrow_its_files_ask_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=rf"{name}: reading it takes pyarrow; pip install 'minilora\[data\]'"):
+    with pytest.raises(UserError, match=rf"{name}: reading it takes pyarrow; pip install -e '\.\[data\]'"):
         read_rows(tmp_path / name)
 
 
