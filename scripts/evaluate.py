@@ -93,7 +93,7 @@ def main() -> None:
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
-    print_table(results)
+    print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     if arguments.output_dir is not None:
         write_results(arguments.output_dir, results, examples, probabilities, prompt)
     print(json.dumps(results, ensure_ascii=False))
@@ -155,11 +155,11 @@ def evaluate(
     return {**metrics, "loss": scores.loss, "reviews_per_s": speed}, scores.probabilities
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_table(results: dict[str, Any], truncated: str) -> None:
     """The main figures with their intervals, and the base model's beside them where it was scored."""
     base = results.get("base")
     intervals = results["confidence_intervals_95"]
-    print(f"{results['num_examples']} reviews of {results['data']}")
+    print(f"{results['num_examples']} reviews of {results['data']}, {truncated}")
     print(f"{'':28}{'adapter':>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
     single = (
         "accuracy",

@@ -53,9 +53,10 @@ def main() -> None:
         chosen = epoch_order(len(rows), config.train.seed, 0)[:size]
     else:
         chosen = list(range(min(size, len(rows))))
-    examples = build_examples([rows[i] for i in chosen], prompt, config.prompt.system).examples
+    built = build_examples([rows[i] for i in chosen], prompt, config.prompt.system)
+    truncated = f"{built.num_truncated} cut to {config.data.max_length} tokens"
 
-    for example in examples:
+    for example in built.examples:
         label = None if example.label is None else prompt.labels[example.label]
         if arguments.json:
             text = tokenizer.decode(example.input_ids)
@@ -70,11 +71,13 @@ def main() -> None:
             cut = f", {example.truncated_tokens} cut" if example.truncated_tokens else ""
             print(f"--- {len(example.input_ids)} tokens, {sum(example.supervised)} supervised{cut}, label {label}")
             print(coloured(tokenizer, example))
-    if not arguments.json:
-        batch = pack(examples)
+    if arguments.json:
+        print(f"{len(built.examples)} examples, {truncated}", file=sys.stderr)
+    else:
+        batch = pack(built.examples)
         print(
-            f"--- {batch.num_examples} examples, {batch.num_real_tokens} tokens in {len(batch.input_ids)} rows "
-            f"(the common prefix is computed once), {batch.num_supervised} supervised"
+            f"--- {batch.num_examples} examples, {truncated}; {batch.num_real_tokens} tokens in "
+            f"{len(batch.input_ids)} rows (the common prefix is computed once), {batch.num_supervised} supervised"
         )
 
 

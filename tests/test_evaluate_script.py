@@ -134,6 +134,44 @@ def test_a_loss_that_is_no_number_is_said(final: Path, evaluate: Evaluate) -> No
         evaluate(final)
 
 
+@pytest.fixture
+def long_review(tmp_path: Path) -> Path:
+    """A file with a review that fits and one that does not."""
+    path = tmp_path / "reviews.tsv"
+    path.write_text(f"label\ttext\n1\t好\n0\t{'很差。' * 400}\n", "utf-8")
+    return path
+
+
+def test_evaluation_says_how_many_reviews_were_cut(
+    script: ModuleType,
+    trained: Path,
+    long_review: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model_path", trained / "final", "--data", long_review, "data.max_length=128"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    script.main()
+    assert f"2 reviews of {long_review}, 1 cut to 128 tokens\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_inspection_says_how_many_examples_were_cut_and_never_between_lines_of_json(
+    tiny_checkpoint: Callable[..., Path],
+    long_review: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:
+    keys = ["data.max_length=128", f"model.name_or_path={tiny_checkpoint()}"]
+    monkeypatch.setattr(sys, "argv", ["inspect_batch.py", "--data", str(long_review), *more, *keys])
+    load_script("inspect_batch").main()
+    printed = capsys.readouterr()
+    assert "2 examples, 1 cut to 128 tokens" in (printed.err if more else printed.out)
+    if more:
+        assert len([json.loads(line) for line in printed.out.splitlines()]) == 2
+
+
 def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
