@@ -94,9 +94,9 @@ def main() -> None:
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
     print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
+    print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
         write_results(arguments.output_dir, results, examples, probabilities, prompt)
-    print(json.dumps(results, ensure_ascii=False))
 
 
 def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
@@ -194,20 +194,33 @@ def write_results(
     probabilities: np.ndarray,
     prompt: ClassificationPrompt,
 ) -> None:
-    """predictions.jsonl, a line a review in the file's order, and evaluation.json."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "predictions.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for index, (row, label, scores) in enumerate(zip(examples.rows, examples.labels, probabilities, strict=True)):
-            line = {
-                "index": index,
-                "text": row.text,
-                "label": prompt.labels[label],
-                "prediction": prompt.labels[int(scores.argmax())],
-                "probabilities": dict(zip(prompt.labels, map(float, scores), strict=True)),
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    content = json.dumps(results, indent=2, ensure_ascii=False)
-    (directory / "evaluation.json").write_text(content + "\n", "utf-8")
+    """predictions.jsonl, a line a review in the file's order, and evaluation.json.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    lines = []
+    for index, (row, label, scores) in enumerate(zip(examples.rows, examples.labels, probabilities, strict=True)):
+        line = {
+            "index": index,
+            "text": row.text,
+            "label": prompt.labels[label],
+            "prediction": prompt.labels[int(scores.argmax())],
+            "probabilities": dict(zip(prompt.labels, map(float, scores), strict=True)),
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    contents = {
+        "predictions.jsonl": "".join(lines),
+        "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, content in contents.items():
+        try:
+            (directory / name).write_text(content, "utf-8", newline="\n")
+        except OSError as error:
+            raise UserError(
+                f"{directory / name}: cannot be written ({error.strerror}); the figures stand above, for the file "
+                "choose another --output_dir"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -108,6 +108,16 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_load
             evaluate(trained / "final", "--output_dir", path)
 
 
+@pytest.mark.parametrize("name", ["predictions.jsonl", "evaluation.json"])
+def test_results_that_cannot_be_written_are_named_and_the_figures_are_not_lost(
+    trained: Path, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{name}: cannot be written \(.+\); the figures stand above, for the file ch"):
+        evaluate(trained / "final", "--output_dir", tmp_path / "out")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_examples"] == 6
+
+
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"model": {}}', '{"train": {}}', '{"model": 3}'])
 def test_a_configuration_that_is_none_is_named(final: Path, evaluate: Evaluate, content: str) -> None:
     (final / "training_args.json").write_text(content, "utf-8")
