@@ -30,11 +30,12 @@ from minilora.config import Config, config_from_dict
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
 from minilora.hub import fetch_model
+from minilora.load import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import read_rows
+from minilora.rows import read_rows, sha256
 from minilora.run import read_saved_config
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
@@ -76,6 +77,7 @@ def main() -> None:
     if arguments.data is None:
         data = Path(config.data.dir) / f"{SPLITS[-1]}.jsonl"
         examples = read_split(config, prompt, SPLITS[-1])
+        warn_of_another_test_set(arguments.model_path, data)
     else:
         data = arguments.data
         examples = build_examples(read_rows(data)[: config.data.max_test_examples], prompt, config.prompt.system)
@@ -131,6 +133,19 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
                 "say and trains nothing; leave it away"
             )
     return config
+
+
+def warn_of_another_test_set(model_path: Path, data: Path) -> None:
+    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+    known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
+    content = read_json(known[0]) if known else None
+    digests = content.get("data_sha256") if isinstance(content, dict) else None
+    if isinstance(digests, dict) and digests.get(data.name) != sha256(data):
+        print(
+            f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
+            "was trained on may be in it",
+            file=sys.stderr,
+        )
 
 
 def evaluate(

@@ -108,6 +108,33 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_load
             evaluate(trained / "final", "--output_dir", path)
 
 
+@pytest.mark.parametrize("folder", ["final", "step-000002"])
+def test_a_test_set_that_is_not_the_runs_own_is_warned_of(
+    trained: Path,
+    script: ModuleType,
+    processed_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+) -> None:
+    shutil.copyfile(processed_data / "train.jsonl", tmp_path / "test.jsonl")
+    own = ["--model_path", str(trained / folder)]
+    for arguments, is_another in ((own, False), ([*own, f"data.dir={tmp_path}"], True)):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        script.main()
+        warning = f"warning: {tmp_path / 'test.jsonl'}: is not the file of the adapter's run, its SHA-256 is another"
+        assert (warning in capsys.readouterr().err) == is_another
+
+
+def test_where_no_run_is_known_there_is_nothing_to_warn_of(
+    final: Path, script: ModuleType, processed_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (final / "metrics.json").unlink()
+    script.warn_of_another_test_set(final, processed_data / "test.jsonl")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["predictions.jsonl", "evaluation.json"])
 def test_results_that_cannot_be_written_are_named_and_the_figures_are_not_lost(
     trained: Path, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
