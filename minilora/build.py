@@ -20,8 +20,6 @@ from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.rows import Row, as_label, read_rows
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class Examples:

@@ -8,7 +8,7 @@ on local files neither waits for it nor needs a network.
 import shutil
 from pathlib import Path
 
-from minilora.data import SPLIT_NAMES, split_of
+from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
 
 MODEL_FILES = [
@@ -60,7 +60,7 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
     """
     if repo is None and revision is None:
         present = downloaded_files(directory)
-        if {split_of(path) for path in present} == set(_SPLITS):
+        if {split_of(path) for path in present} == set(SPLITS):
             return present
     problems = []
     for source in [repo] if repo else CHNSENTICORP_SOURCES:
@@ -85,11 +85,10 @@ def downloaded_files(directory: Path) -> list[Path]:
     One order for everybody: of duplicates the first row stays, and the split is a function of the rows' order.
     """
     named = [(split_of(path), path) for path in directory.glob("*") if path.suffix in _ENDINGS and path.name[0] != "."]
-    return [path for split in _SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
+    return [path for split in SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
 
 
 _ENDINGS = (".parquet", ".arrow")
-_SPLITS = tuple(dict.fromkeys(SPLIT_NAMES.values()))
 
 
 def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:

@@ -6,9 +6,9 @@ import torch
 
 from minilora.adapter import attach_adapter
 from minilora.batch import pack
-from minilora.build import SPLITS, adapter_config, build_prompt, choose_device, choose_dtype, read_split
+from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
-from minilora.data import epoch_order
+from minilora.data import SPLITS, epoch_order
 from minilora.load import read_config
 from minilora.memory import predict_memory
 from minilora.model import Qwen2ForCausalLM

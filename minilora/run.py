@@ -17,7 +17,6 @@ import torch
 from minilora.adapter import attach_adapter
 from minilora.batch import MicroBatch, pack
 from minilora.build import (
-    SPLITS,
     Examples,
     adapter_config,
     build_model,
@@ -28,7 +27,7 @@ from minilora.build import (
 )
 from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint
 from minilora.config import Config, changed_keys
-from minilora.data import epoch_order
+from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.load import read_json
 from minilora.lora import DropoutSeed, lora_parameters

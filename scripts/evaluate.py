@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from minilora.adapter import load_adapter, read_adapter_config
 from minilora.build import (
-    SPLITS,
     Examples,
     build_examples,
     build_model,
@@ -75,8 +74,8 @@ def main() -> None:
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     if arguments.data is None:
-        data = Path(config.data.dir) / f"{SPLITS[-1]}.jsonl"
-        examples = read_split(config, prompt, SPLITS[-1])
+        data = Path(config.data.dir) / "test.jsonl"
+        examples = read_split(config, prompt, "test")
         warn_of_another_test_set(arguments.model_path, data)
     else:
         data = arguments.data
