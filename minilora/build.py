@@ -112,11 +112,11 @@ def read_split(config: Config, prompt: ClassificationPrompt, split: str) -> Exam
     """The examples of one file of `data.dir`, as many as `data.max_{split}_examples` allows."""
     limit = getattr(config.data, f"max_{split}_examples")
     path = Path(config.data.dir) / f"{split}.jsonl"
-    return build_examples(read_rows(path)[:limit], prompt, config.prompt.system)
+    return build_examples(read_rows(path)[:limit], prompt)
 
 
-def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt, system: str) -> Examples:
-    """One example for each row: a labelled text, or a conversation.
+def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt) -> Examples:
+    """One example for each row: a labelled text, or a conversation, which begins with the same system turn.
 
     Raises:
         UserError: a label that is neither a label word nor its index, or a conversation that teaches nothing.
@@ -129,7 +129,7 @@ def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt, system: st
     examples = [
         next(labelled)
         if row.messages is None
-        else chat_example(prompt.tokenizer, row.messages, prompt.max_length, row.where, system)
+        else chat_example(prompt.tokenizer, row.messages, prompt.max_length, row.where, prompt.system)
         for row in rows
     ]
     return Examples(rows, examples, labelled=len(texts) == len(rows))

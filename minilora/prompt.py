@@ -29,7 +29,6 @@ from tokenizers import AddedToken, Tokenizer
 from minilora.errors import UserError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
 
@@ -223,7 +222,7 @@ def chat_example(
     messages: Sequence[tuple[str, str]],
     max_length: int,
     where: str,
-    default_system: str = DEFAULT_SYSTEM,
+    default_system: str,
 ) -> Example:
     """A conversation with every assistant turn supervised.
 
@@ -234,7 +233,7 @@ def chat_example(
         messages: (role, content) pairs; without a system turn at the start, `default_system` is put there.
         max_length: longest example in tokens.
         where: file and line of the record, for messages.
-        default_system: content of the system turn that Qwen's template puts first.
+        default_system: content of that turn.
 
     Raises:
         UserError: an unknown role, no assistant turn, or one that does not fit.

@@ -79,7 +79,7 @@ def main() -> None:
         warn_of_another_test_set(arguments.model_path, data)
     else:
         data = arguments.data
-        examples = build_examples(read_rows(data)[: config.data.max_test_examples], prompt, config.prompt.system)
+        examples = build_examples(read_rows(data)[: config.data.max_test_examples], prompt)
     if not examples.examples or not examples.labelled:
         raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
     device = choose_device(config)

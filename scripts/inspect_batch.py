@@ -53,7 +53,7 @@ def main() -> None:
         chosen = epoch_order(len(rows), config.train.seed, 0)[:size]
     else:
         chosen = list(range(min(size, len(rows))))
-    built = build_examples([rows[i] for i in chosen], prompt, config.prompt.system)
+    built = build_examples([rows[i] for i in chosen], prompt)
     truncated = f"{built.num_truncated} cut to {config.data.max_length} tokens"
 
     for example in built.examples:

@@ -36,7 +36,7 @@ def test_a_label_is_its_word_and_else_an_index(
     chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, index: int
 ) -> None:
     prompt = prompt_with(chat_tokenizer, *labels)
-    (example,) = build_examples([Row("a.tsv:2", "好", as_label(found))], prompt, "s").examples
+    (example,) = build_examples([Row("a.tsv:2", "好", as_label(found))], prompt).examples
     assert example.label == index
     answer = example.input_ids[example.answer_start :]
     assert chat_tokenizer.decode(answer) == f"{labels[index]}<|im_end|>"
@@ -54,7 +54,7 @@ def test_a_label_that_is_neither_word_nor_index_is_refused(
     chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, message: str
 ) -> None:
     with pytest.raises(UserError, match=rf"a\.tsv:2: {message}"):
-        build_examples([Row("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels), "s")
+        build_examples([Row("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels))
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(

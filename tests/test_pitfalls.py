@@ -23,7 +23,7 @@ from minilora.lora import DropoutSeed, attach, iter_lora_layers, lora_parameters
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit
 from minilora.optim import build_optimizer
-from minilora.prompt import DEFAULT_SYSTEM, ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from minilora.step import StepResult, train_step
 from minilora.train import fit
@@ -75,7 +75,7 @@ def test_2_1_gradient_accumulation_is_normalised_by_the_whole_step(
 ) -> None:
     """transformers#34191, #37766: where answers differ in length, 1 x 16 and 4 x 4 examples train differently."""
     turns = [[("user", f"问{i}"), ("assistant", "答案" * (1 + i**2 % 7))] for i in range(16)]
-    examples = [chat_example(chat_tokenizer, messages, 256, "f:1") for messages in turns]
+    examples = [chat_example(chat_tokenizer, messages, 256, "f:1", "s") for messages in turns]
     assert len({sum(example.supervised) for example in examples}) > 3
     model = tiny_model(dtype=torch.float64)  # the adapter and its gradient are float32
     dropout_seed = adapted(model)
@@ -245,8 +245,7 @@ def test_2_6_every_record_teaches_its_answer_and_scoring_asks_the_same_question(
     with pytest.raises(UserError, match="instruction and answer alone take"):
         ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 10).examples(["好"], [1])
     with pytest.raises(UserError, match="no assistant turn, so nothing to learn"):
-        chat_example(chat_tokenizer, [("user", "问")], 128, "f:1")
-    assert load_config().prompt.system == DEFAULT_SYSTEM
+        chat_example(chat_tokenizer, [("user", "问")], 128, "f:1", "s")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

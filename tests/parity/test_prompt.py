@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import minilora
-from minilora.prompt import DEFAULT_SYSTEM, ROLES, ChatTokenizer, chat_example
+from minilora.config import PromptSection
+from minilora.prompt import ROLES, ChatTokenizer, chat_example
 from parity.reference import REVIEWS, build_prompt
 
+DEFAULT_SYSTEM = PromptSection().system
 pytestmark = pytest.mark.parity
 
 # What Qwen2.5's template says where there are no tools.
@@ -111,7 +113,7 @@ def test_chatml_equals_the_template(
     conversation: list[tuple[str, str]],
 ) -> None:
     """An example ends with the last answer's <|im_end|>; the template puts a line break behind it."""
-    example = chat_example(chat_tokenizer, conversation, max_length=4096, where="test")
+    example = chat_example(chat_tokenizer, conversation, 4096, "test", DEFAULT_SYSTEM)
     expected = render(reference_tokenizer, template, conversation)
     assert chat_tokenizer.decode(example.input_ids) + "\n" == expected
 
@@ -126,7 +128,7 @@ def test_chatml_equals_the_template_on_any_text(
     answer: str,
 ) -> None:
     conversation = [*turns, ("assistant", answer)]
-    example = chat_example(chat_tokenizer, conversation, max_length=4096, where="test")
+    example = chat_example(chat_tokenizer, conversation, 4096, "test", DEFAULT_SYSTEM)
     # The normaliser composes characters; what it does is part of the tokenizer, not of the template.
     normalized = [(role, chat_tokenizer.decode(chat_tokenizer.encode(content))) for role, content in conversation]
     expected = render(reference_tokenizer, template, normalized)
