@@ -75,8 +75,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `directory/step-NNNNNN` and returns it; a leftover of the same name is replaced."""
     target = directory / f"step-{state.step:06d}"
-    temporary = directory / f".writing-{target.name}"
-    remove(temporary)
+    temporary = begin_folder(target)
     save_adapter(model, temporary, adapter)
     save_file(optimizer.tensors(), temporary / "optimizer.safetensors")
     write_json(temporary / "state.json", dataclasses.asdict(state))
@@ -169,6 +168,13 @@ def write_json(path: Path, content: Any) -> None:
     """Pretty JSON with sorted keys: equal content, equal bytes."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, "utf-8", newline="\n")
+
+
+def begin_folder(target: Path) -> Path:
+    """The name under which `target` is written until `replace_folder`; what an interrupted write left there goes."""
+    temporary = target.with_name(f".writing-{target.name}")
+    remove(temporary)
+    return temporary
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

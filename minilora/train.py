@@ -27,10 +27,10 @@ from tqdm import tqdm
 from minilora.adapter import load_adapter_weights, save_adapter
 from minilora.build import adapter_config
 from minilora.checkpoint import (
+    begin_folder,
     list_checkpoints,
     make_folder,
     prune_checkpoints,
-    remove,
     replace_folder,
     save_checkpoint,
     write_json,
@@ -267,8 +267,7 @@ def _finish(run: Run, final: Path) -> Path:
         "data_sha256": run.state.data_sha256,
         "model_sha256": run.state.model_sha256,
     }
-    temporary = final.with_name(f".writing-{final.name}")
-    remove(temporary)
+    temporary = begin_folder(final)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
     save_adapter(run.model, temporary, adapter_config(run.config), train.save_format, dtype)
     _check_saved(run, temporary, dtype)
