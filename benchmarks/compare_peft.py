@@ -176,10 +176,9 @@ def print_table(summary: dict[str, Any]) -> None:
     print(f"\n{summary['gpu'] or summary['processor']}, {summary['threads']} threads; {versions}; {summary['commit']}")
     print(f"gate: {json.dumps(summary['gate'])}")
     print(f"matmul at these shapes: {floor:.0f} GFLOP/s\n")
-    print(
-        "| | real tokens/s (slowest to fastest) | computed tokens/s | of the floor | peak, training | peak, loading | load | first step after |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["", "real tokens/s (slowest to fastest)", "computed tokens/s", "of the floor", "peak, training"]
+    columns += ["peak, loading", "load", "first step after"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, row in summary["contestants"].items():
         low, high = row["spread"]
         print(
