@@ -160,6 +160,29 @@ def pack(examples: Sequence[Example], share_prefix: bool = True) -> MicroBatch:
     )
 
 
+def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | None = None) -> list[list[Example]]:
+    """The examples of a step as micro-batches; how they are cut changes the step's result by rounding alone.
+
+    Args:
+        examples: of one optimizer step.
+        size: examples in a micro-batch; the last may have fewer.
+        max_rows: cuts by rows instead: as few micro-batches as hold at most so many each, and even ones, since the
+            largest decides how much memory a run takes. An example that is longer has one to itself.
+    """
+    if max_rows is None:
+        return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
+    prefix = _common_prefix(examples)
+    rows = [len(example.input_ids) - 1 - prefix for example in examples]
+    longest_first = sorted(range(len(examples)), key=lambda place: -rows[place])
+    for count in range(1, len(examples) + 1):
+        bins: list[list[int]] = [[] for _ in range(count)]
+        for place in longest_first:
+            min(bins, key=lambda chosen: sum(rows[i] for i in chosen)).append(place)
+        if max(prefix + sum(rows[i] for i in chosen) for chosen in bins) <= max_rows:
+            break
+    return [[examples[place] for place in sorted(chosen)] for chosen in bins]
+
+
 def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
     """Attention groups of segments that stand one after another and share no prefix (pretraining, tests)."""
     starts = [0]

@@ -96,6 +96,9 @@ class TrainSection:
     per_device_train_batch_size: int = key(8, "examples in a micro-batch", minimum=1)
     per_device_eval_batch_size: int = key(32, "examples in a forward pass of validation and test", minimum=1)
     gradient_accumulation_steps: int = key(1, "micro-batches in an optimizer step", minimum=1)
+    max_tokens_per_micro_batch: int | None = key(
+        None, "cut a step into even micro-batches of at most so many rows, instead of by examples: memory", minimum=16
+    )
     gradient_checkpointing: bool = key(False, "compute activations again in backward: less memory, 50 % more work")
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
     adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)

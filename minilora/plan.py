@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from minilora.adapter import attach_adapter
-from minilora.batch import pack
+from minilora.batch import cut_micro_batches, pack
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data import SPLITS, epoch_order
 from minilora.load import read_config
-from minilora.memory import predict_memory
+from minilora.memory import dtype_name, predict_memory
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer
 
@@ -24,8 +24,17 @@ def print_plan(config: Config, model_folder: Path) -> None:
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
     order = epoch_order(len(examples), config.train.seed, 0)
-    size = config.train.per_device_train_batch_size
-    batches = [pack([examples[i] for i in order[start : start + size]]) for start in range(0, len(order), size)]
+    train = config.train
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    batches = [
+        pack(part)
+        for start in range(0, len(order), per_step)
+        for part in cut_micro_batches(
+            [examples[i] for i in order[start : start + per_step]],
+            train.per_device_train_batch_size,
+            train.max_tokens_per_micro_batch,
+        )
+    ]
     rows = max(len(batch.input_ids) for batch in batches)
     real = sum(batch.num_real_tokens for batch in batches)
     computed = sum(len(batch.input_ids) for batch in batches)
@@ -37,12 +46,13 @@ def print_plan(config: Config, model_folder: Path) -> None:
     ledger = predict_memory(
         model,
         rows,
+        max(batch.num_supervised for batch in batches),
         dtype,
         config.model.quantization,
         config.model.double_quantization,
-        config.train.gradient_checkpointing,
+        train.gradient_checkpointing,
     )
-    print(f"memory ({device}, {str(dtype).removeprefix('torch.')}, largest micro-batch of an epoch):\n{ledger}\n")
+    print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of an epoch):\n{ledger}\n")
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")

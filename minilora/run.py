@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from minilora.adapter import attach_adapter
-from minilora.batch import MicroBatch, pack
+from minilora.batch import MicroBatch, cut_micro_batches, pack
 from minilora.build import (
     Examples,
     adapter_config,
@@ -31,6 +31,7 @@ from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.load import read_json
 from minilora.lora import DropoutSeed, lora_parameters
+from minilora.memory import dtype_name
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import AdamW, build_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
@@ -206,7 +207,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     truncated = sum(split.num_truncated for split in splits.values())
     print(
-        f"{config.model.name_or_path} ({config.model.quantization}, {str(dtype).removeprefix('torch.')}, {device}): "
+        f"{config.model.name_or_path} ({config.model.quantization}, {dtype_name(dtype)}, {device}): "
         f"{sum(p.numel() for p in lora_parameters(model)):,} adapter parameters; examples: {counts}; "
         f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
     )
@@ -227,6 +228,7 @@ def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
     epoch, place = divmod(step - 1, run.steps_per_epoch)
     order = epoch_order(len(examples), run.config.train.seed, epoch)
     chosen = order[place * run.samples_per_step : (place + 1) * run.samples_per_step]
-    size = run.config.train.per_device_train_batch_size
-    for start in range(0, len(chosen), size):
-        yield pack([examples[i] for i in chosen[start : start + size]]).to(run.device)
+    train = run.config.train
+    step_examples = [examples[i] for i in chosen]
+    for part in cut_micro_batches(step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
+        yield pack(part).to(run.device)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, pack, pack_rows
+from minilora.batch import MicroBatch, cut_micro_batches, pack, pack_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -146,6 +146,27 @@ def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
     groups = pack_rows([10] * 8)
     assert [group.keys.rows.shape for group in groups] == [(4, 10)] * 2
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=16), max_rows=st.integers(16, 200))
+@settings(deadline=None)
+def test_micro_batches_by_rows_hold_every_example_once_and_fit(lengths: list[int], max_rows: int) -> None:
+    examples = [answered([1, 2, 3, 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
+    parts = cut_micro_batches(examples, 8, max_rows)
+    assert sorted(id(example) for part in parts for example in part) == sorted(map(id, examples))
+    for part in parts:
+        assert len(part) == 1 or len(pack(part).input_ids) <= max_rows
+
+
+def test_micro_batches_by_rows_are_few_and_even() -> None:
+    examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([40, 30, 20, 10])]
+    parts = cut_micro_batches(examples, 1, 60)
+    assert [[len(example.input_ids) - 4 for example in part] for part in parts] == [[40, 10], [30, 20]]
+    assert cut_micro_batches(examples, 1, 10**6) == [examples]
+
+
+def test_micro_batches_by_examples_are_slices() -> None:
+    assert cut_micro_batches(EXAMPLES, 2) == [EXAMPLES[:2], EXAMPLES[2:]]
 
 
 def test_padding_repeats_the_first_row_of_its_segment() -> None:

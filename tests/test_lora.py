@@ -8,6 +8,7 @@ from torch import nn
 
 from minilora.errors import UserError
 from minilora.lora import (
+    Again,
     DropoutSeed,
     LoRALinear,
     adapter_disabled,
@@ -16,6 +17,7 @@ from minilora.lora import (
     iter_lora_layers,
     lora_parameters,
     lora_scaling,
+    project,
 )
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit, quantize
@@ -77,6 +79,49 @@ def test_gradient_equals_finite_differences(dropout: float) -> None:
 
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(forward, (x, layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_layers_over_one_input_equal_autograd_on_each_formula(dropout: float) -> None:
+    """Two adapters of different rank and one layer without any, as a pattern of targets may leave them."""
+    seed = DropoutSeed()
+    bases = [nn.Linear(6, out, dtype=torch.float64).requires_grad_(False) for out in (4, 5, 3)]
+    first, second = (LoRALinear(bases[i], r, 0.5, dropout, 7, seed).double() for i, r in ((0, 3), (1, 2)))
+    for layer in (first, second):
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
+    found = project(x, (first, bases[2], second))
+    wanted = (by_hand(first, x, bases[0].weight), bases[2](x), by_hand(second, x, bases[1].weight))
+    dys = [torch.randn_like(y) for y in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    pairs = zip(torch.autograd.grad(found, inputs, dys), torch.autograd.grad(wanted, inputs, dys), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_input_that_is_made_again_is_not_kept_and_changes_no_gradient() -> None:
+    layer = layer_over(nn.Linear(64, 10, dtype=torch.float32).requires_grad_(False))
+    source = torch.randn(5, 64, requires_grad=True)
+    dy = torch.randn(5, 10)
+
+    def gradients(again: Again | None) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        kept: list[int] = []
+
+        def remember(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.data_ptr())
+            return tensor
+
+        x = source.detach().exp().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            (y,) = project(x, (layer,), again)
+        return torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy), [x.data_ptr() in kept]
+
+    (kept_grads, kept), (again_grads, kept_again) = gradients(None), gradients(Again(torch.exp, (source.detach(),)))
+    assert (kept, kept_again) == ([True], [False])
+    assert all(torch.equal(a, b) for a, b in zip(kept_grads, again_grads, strict=True))
 
 
 def test_dropout_is_a_function_of_its_seed() -> None:

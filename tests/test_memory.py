@@ -1,5 +1,7 @@
 """The ledger adds up and moves the way memory does."""
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -19,6 +21,7 @@ def ledger(rows: int = 400, tied: bool = True, rank: int = 8, **changes: Any) ->
         model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
         attach(model, rank, 16)
     arguments = {
+        "supervised_rows": 16,
         "compute_dtype": torch.bfloat16,
         "quantization": "nf4",
         "double_quantization": True,
@@ -64,10 +67,10 @@ def test_adapter_takes_sixteen_bytes_a_parameter() -> None:
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_activations_are_linear_in_the_rows(gradient_checkpointing: bool) -> None:
-    one, ten = (
-        part(ledger(rows, gradient_checkpointing=gradient_checkpointing), "activations") for rows in (100, 1000)
+    nothing, one, ten = (
+        part(ledger(rows, gradient_checkpointing=gradient_checkpointing), "activations") for rows in (0, 100, 1000)
     )
-    assert ten == 10 * one > 0
+    assert ten - nothing == 10 * (one - nothing) > 0
 
 
 def test_quantised_is_smaller_than_dense_and_double_quantisation_smaller_still() -> None:
@@ -91,6 +94,49 @@ def test_a_gigabyte_is_enough_for_a_small_model() -> None:
     """Qwen2.5-0.5B: weights, adapter and 400 rows, without Python and PyTorch themselves."""
     found = {name: value for name, value in ledger().parts.items() if not name.startswith("Python")}
     assert 0.6e9 < sum(found.values()) < 1.6e9
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from minilora.batch import pack
+from minilora.load import load_model, read_config
+from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.memory import peak_memory_bytes, predict_memory
+from minilora.model import Qwen2ForCausalLM
+from minilora.optim import build_optimizer
+from minilora.prompt import Example
+from minilora.step import train_step
+
+folder, checkpointing = Path(sys.argv[1]), sys.argv[2] == "True"
+with torch.device("meta"):
+    shapes = Qwen2ForCausalLM(read_config(folder))
+    attach(shapes, 8, 16)
+rows = [640, 480, 720, 600]
+ledger = predict_memory(shapes, max(rows), 16, torch.bfloat16, "nf4", True, checkpointing)
+model = load_model(folder, torch.bfloat16)
+model.model.gradient_checkpointing = checkpointing
+attach(model, 8, 16)
+optimizer = build_optimizer(lora_parameters(model.train()))
+for step, count in enumerate(rows, start=1):
+    ids = [[7 + step] * (count // 8) + [5, 6] for _ in range(8)]
+    batch = pack([Example(row, [False] * (len(row) - 2) + [True, True]) for row in ids], share_prefix=False)
+    train_step(model, [batch], optimizer, 1e-4, 1.0, DropoutSeed(), 0, step)
+print(ledger.total_bytes, peak_memory_bytes(torch.device("cpu")))
+"""
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif("MINILORA_REAL_MODEL" not in os.environ, reason="needs MINILORA_REAL_MODEL")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as on Linux")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_ledger_is_within_ten_percent_of_what_training_takes(checkpointing: bool) -> None:
+    command = [sys.executable, "-c", MEASURE, os.environ["MINILORA_REAL_MODEL"], str(checkpointing)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    predicted, measured = map(int, done.stdout.split())
+    print(f"\ncheckpointing {checkpointing}: {predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured")
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_the_peak_is_in_bytes() -> None:

@@ -1,0 +1,162 @@
+"""How minilora's cost grows: rows of a micro-batch, length of its examples, rank, layers.
+
+    python benchmarks/scaling.py --model path/to/checkpoint
+    python benchmarks/scaling.py --tiny
+
+One quantity moves, the others stay at 8 examples of 64 rows, rank 8, all layers. A point is a process of its own that
+takes `--steps` training steps on random ids after one that warms up. Flat is good: time per row is the work of a row,
+and what does not shrink with the micro-batch (dequantising, starting kernels) shows at its small end. Memory is a
+straight line, whose slope is printed. Writes a plot into `benchmarks/results/`; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_peft import HERE, run_child
+from meter import Meter, environment
+from workload import add_workload_arguments, model_folder, write_adapter
+
+from minilora.adapter import load_adapter
+from minilora.batch import pack
+from minilora.errors import run_script
+from minilora.load import load_model
+from minilora.lora import DropoutSeed, lora_parameters
+from minilora.optim import build_optimizer
+from minilora.prompt import Example
+from minilora.step import train_step
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: `examples` of `length` rows each, nothing shared between them."""
+
+    model: str
+    device: str
+    adapter: str
+    examples: int = 8
+    length: int = 64
+    layers: int | None = None
+    steps: int = 3
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """Seconds of each step, and the peak of memory, in this process."""
+    meter = Meter(point.device)
+    model = load_model(Path(point.model), torch.bfloat16, device=point.device)
+    load_adapter(model, Path(point.adapter))
+    if point.layers is not None:
+        del model.model.layers[point.layers :]
+    optimizer = build_optimizer(lora_parameters(model.train()))
+    generator = torch.Generator().manual_seed(0)
+    size = (point.examples, point.length + 1)
+    ids = torch.randint(model.config.vocab_size, size, generator=generator).tolist()
+    batch = pack([Example(row, [False] * point.length + [True]) for row in ids], share_prefix=False)
+    batch = batch.to(torch.device(point.device))
+    meter.loaded()
+    for number in range(1, point.steps + 2):
+        with meter.step(0, point.examples * point.length):
+            train_step(model, [batch], optimizer, 1e-4, 1.0, DropoutSeed(), 0, number)
+    meter.finish()
+    return meter.results
+
+
+def main() -> None:
+    """Measures one point as a child, or every series."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(Point(**json.loads(sys.argv[1])))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_workload_arguments(parser)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a point")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the plot")
+    arguments = parser.parse_args()
+    folder = model_folder(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        series = measure_series(folder, Path(temporary), arguments)
+    rows = series["rows"]
+    slope = (rows[-1]["peak_bytes"] - rows[0]["peak_bytes"]) / (rows[-1]["rows"] - rows[0]["rows"])
+    costs = [row["ms_per_row"] for row in rows]
+    flatness = max(costs) / min(costs) - 1
+    print(f"\nmemory: {slope / 1e3:.0f} kB a row; cost per row within {flatness:.0%} over the rows measured")
+    plot(series, arguments.output)
+    summary = {"bytes_per_row": slope, "cost_spread": flatness, "series": series, **environment()}
+    print(json.dumps(summary))
+
+
+def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """The four series, a table line printed as each point is done."""
+    ranks = (8, 32) if arguments.tiny else (1, 8, 16, 32, 64)
+    for r in ranks:
+        write_adapter(folder, temporary / f"r{r}", r, b_size=0.01)
+    start = Point(str(folder), arguments.device, str(temporary / "r8"), steps=arguments.steps)
+    counts, lengths, layers = (
+        ((1, 4), (64, 128), (1, 3))
+        if arguments.tiny
+        else ((1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024), (6, 12, 24))
+    )
+    plan = {
+        "rows": [replace(start, examples=count) for count in counts],
+        "length": [replace(start, examples=1024 // length, length=length) for length in lengths],
+        "r": [replace(start, adapter=str(temporary / f"r{r}")) for r in ranks],
+        "layers": [replace(start, layers=count) for count in layers],
+    }
+    series: dict[str, list[dict[str, Any]]] = {}
+    print("| series | rows | length | r | layers | ms per row (fastest to slowest) | peak |")
+    print("|---|---|---|---|---|---|---|")
+    for name, points in plan.items():
+        series[name] = []
+        for point in points:
+            found = run_child("scaling.py", json.dumps(asdict(point)))
+            costs = [1e3 * row["seconds"] / row["computed_tokens"] for row in found["steps"][1:]]
+            row = {
+                "rows": point.examples * point.length,
+                "length": point.length,
+                "r": int(Path(point.adapter).name[1:]),
+                "layers": point.layers or "all",
+                "ms_per_row": statistics.median(costs),
+                "peak_bytes": found["train_peak_bytes"],
+            }
+            series[name].append(row)
+            print(
+                f"| {name} | {row['rows']} | {row['length']} | {row['r']} | {row['layers']} | {row['ms_per_row']:.2f} "
+                f"({min(costs):.2f} to {max(costs):.2f}) | {row['peak_bytes'] / 1e9:.2f} GB |",
+                flush=True,
+            )
+    return series
+
+
+def plot(series: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """scaling.png: cost per row above, peak memory below, a column a series."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(series), figsize=(3.5 * len(series), 6), squeeze=False)
+    for column, (name, points) in enumerate(series.items()):
+        places = [str(point[name]) for point in points]
+        axes[0][column].plot(places, [point["ms_per_row"] for point in points], marker="o")
+        axes[1][column].plot(places, [point["peak_bytes"] / 1e9 for point in points], marker="o", color="tab:orange")
+        for axis in (axes[0][column], axes[1][column]):
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        axes[1][column].set_xlabel(name)
+    axes[0][0].set_ylabel("ms per row")
+    axes[1][0].set_ylabel("peak, GB")
+    figure.tight_layout()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "scaling.png", dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run_script(main)
