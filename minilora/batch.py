@@ -27,7 +27,8 @@ from minilora.prompt import Example
 # Segments of one attention call are padded to the longest of them. A new group starts where that padding
 # would exceed this share of the group: fewer groups mean fewer small kernels, more padding means more work.
 MAX_GROUP_PADDING = 0.25
-# Largest number of rows * keys that one attention call may hold, so that scores stay within a few hundred MB.
+# Largest number of rows * keys of one attention call: times H heads these are the scores, 120 MB in bfloat16 for
+# H = 14. A longer segment is cut into blocks of queries.
 MAX_GROUP_SCORES = 1 << 22
 
 Span = tuple[int, int]  # first row of a segment and the row behind its last
@@ -223,11 +224,15 @@ def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
 def _build_groups(prefix: int, spans: Sequence[Sequence[Span]]) -> tuple[SegmentGroup, ...]:
     """The prefix as a group of its own, then the others, all of their rows as queries."""
     groups = []
-    for length, group in [*([(0, [(0, prefix)])] if prefix else []), *((prefix, group) for group in spans)]:
-        keys = _lay_out([range(*span) for span in group])
-        longest = keys.rows.shape[1]
-        hidden = torch.ones(1, longest, length + longest, dtype=torch.bool).triu(length + 1)
-        groups.append(SegmentGroup(length, keys, keys, hidden))
+    for seen, group in [*([(0, [(0, prefix)])] if prefix else []), *((prefix, group) for group in spans)]:
+        longest = max(end - start for start, end in group)
+        block = longest if len(group) > 1 else max(1, MAX_GROUP_SCORES // (seen + longest))
+        for begin in range(0, longest, block):
+            end = min(begin + block, longest)  # what stands behind a block's last query need not be looked at
+            keys = _lay_out([range(start, min(stop, start + end)) for start, stop in group])
+            queries = keys if block >= longest else _lay_out([range(group[0][0] + begin, group[0][0] + end)])
+            hidden = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
+            groups.append(SegmentGroup(seen, keys, queries, hidden))
     return tuple(groups)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, cut_micro_batches, pack, pack_rows
+from minilora.batch import MicroBatch, SegmentGroup, cut_micro_batches, pack, pack_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -23,17 +23,23 @@ EXAMPLES = [
 ]
 
 
+def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
+    """For each query of a group, the packed rows that it attends to."""
+    found = {}
+    for place, row in zip(group.queries.real_places.tolist(), group.queries.real_rows.tolist(), strict=True):
+        segment, query = divmod(place, group.queries.rows.shape[1])
+        keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
+        hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
+        found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
+    return found
+
+
 def seen_rows(packed: MicroBatch) -> list[list[int]]:
     """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
-        length = group.keys.rows.shape[1]
-        for place in group.keys.real_places.tolist():
-            segment, offset = divmod(place, length)
-            own = group.keys.rows[segment, : offset + 1].tolist()
-            row = own[-1]
-            assert row not in seen
-            seen[row] = [*range(group.prefix), *own]
+        assert not seen.keys() & group.queries.real_rows.tolist()
+        seen |= seen_by_queries(group)
     assert sorted(seen) == list(range(len(packed.input_ids)))
     return [seen[row] for row in range(len(packed.input_ids))]
 
@@ -131,13 +137,7 @@ def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefi
 def test_the_last_layers_queries_are_the_supervised_rows_and_see_what_they_saw(share_prefix: bool) -> None:
     packed = pack(EXAMPLES, share_prefix)
     seen = seen_rows(packed)
-    found = {}
-    for group in packed.last_groups:
-        for place, row in zip(group.queries.real_places.tolist(), group.queries.real_rows.tolist(), strict=True):
-            segment, query = divmod(place, group.queries.rows.shape[1])
-            keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
-            hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
-            found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
+    found = {row: rows for group in packed.last_groups for row, rows in seen_by_queries(group).items()}
     assert found == {place: seen[row] for place, row in enumerate(packed.supervised_rows.tolist())}
 
 
@@ -146,6 +146,14 @@ def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
     groups = pack_rows([10] * 8)
     assert [group.keys.rows.shape for group in groups] == [(4, 10)] * 2
+
+
+def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = seen_rows(pack(EXAMPLES))
+    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 8)
+    packed = pack(EXAMPLES)
+    assert all(group.hidden[0].numel() <= 8 for group in packed.groups)
+    assert seen_rows(packed) == whole
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=16), max_rows=st.integers(16, 200))

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minilora import ops
+from minilora import batch, ops
 from minilora.batch import pack, pack_rows
 from minilora.prompt import Example
 
@@ -85,16 +85,29 @@ def test_attention_over_segments_equals_one_segment_at_a_time(heads: int, kv_hea
     torch.testing.assert_close(ops.attention(q, k, v, pack_rows(lengths)), expected)
 
 
+def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 20)
+    q, k, v = random(12, 4, 4), random(12, 2, 4), random(12, 2, 4)
+    groups = pack_rows([9, 3])
+    assert len(groups) > 2
+    dout = torch.randn(12, 4, 4, dtype=torch.float64)
+    found, expected = ops.attention(q, k, v, groups), attention_by_hand(q, k, v, [(0, 9), (9, 12)], prefix=0)
+    torch.testing.assert_close(found, expected)
+    pairs = zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in (found, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
 def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int, int]], object]:
     examples = []
     for number, length in enumerate(lengths):
         ids = [*range(prefix), *range(100 * (number + 1), 100 * (number + 1) + length + 1)]
         examples.append(Example(ids, [False] * (len(ids) - 1) + [True]))
-    batch = pack(examples)
+    packed = pack(examples)
     starts = [prefix]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return list(pairwise(starts)), batch.groups
+    return list(pairwise(starts)), packed.groups
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [2, 6, 3, 12]])
