@@ -49,6 +49,8 @@ def main() -> None:
     if arguments.tiny and not arguments.only:
         names = TINY
     folder = model_folder(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"compare_peft-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     with tempfile.TemporaryDirectory() as temporary:
         start, trained = Path(temporary) / "start", Path(temporary) / "trained"
         write_adapter(folder, start, arguments.r, b_size=0.0)
@@ -59,11 +61,11 @@ def main() -> None:
         if not gate["passed"]:
             raise UserError(f"the gate did not open, both sides train different things: {json.dumps(gate)}")
         work = Workload(str(folder), data, str(start), *sizes)
-        floors, runs = run_all(work, names, arguments.repeats)
+        floors, runs = run_all(work, names, arguments.repeats, path)
     gate["bfloat16_losses"] = check_losses(runs)
     summary = summarize(runs, floors, gate)
     print_table(summary)
-    write_results(runs, summary, arguments.output)
+    write_results(summary, path)
     print(json.dumps(summary, ensure_ascii=False))
 
 
@@ -83,9 +85,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run_all(work: Workload, names: Sequence[str], repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Everybody in turn, `repeats` times, and the floor before each round."""
-    runs, floors = [], []
+def run_all(
+    work: Workload, names: Sequence[str], repeats: int, path: Path
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Everybody in turn, `repeats` times, and the floor before each round; each run is written as it ends."""
+    runs: list[dict[str, Any]] = []
+    floors = []
     config = read_config(Path(work.model))
     with tqdm(total=repeats * len(names), unit="process") as bar:
         for repeat in range(repeats):
@@ -93,6 +98,8 @@ def run_all(work: Workload, names: Sequence[str], repeats: int) -> tuple[list[di
             for name in names:
                 bar.set_postfix_str(name)
                 runs.append({**run_child("contestants.py", name, work.to_json()), "repeat": repeat})
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(runs[-1], ensure_ascii=False) + "\n")
                 bar.update()
     return floors, runs
 
@@ -118,7 +125,8 @@ def check_losses(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     first = {run["name"]: losses(run) for run in runs if run["repeat"] == 0}
     differences = {}
     for name, found in first.items():
-        reference = first.get("minilora, length-sorted" if "length-sorted" in name else OURS)
+        parts = [part for part in ("length-sorted", "LoRA without 4 bits") if part in name]  # what changes the losses
+        reference = first.get(", ".join([OURS, *parts]))
         if reference is None:
             raise UserError(f"{name}: minilora did not run in the same order; add it to --only")
         differences[name] = max(abs(a - b) / max(b, 0.1) for a, b in zip(found, reference, strict=True))
@@ -189,12 +197,10 @@ def print_table(summary: dict[str, Any]) -> None:
     print()
 
 
-def write_results(runs: Sequence[dict[str, Any]], summary: dict[str, Any], folder: Path) -> None:
-    """compare_peft-DATE.jsonl (a line a process, then the summary) and a bar chart of the same name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"compare_peft-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    lines = [*runs, {**summary, "command": " ".join(sys.argv)}]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+def write_results(summary: dict[str, Any], path: Path) -> None:
+    """Appends the summary to the lines of the runs in `path`, and draws a bar chart of the same name."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**summary, "command": " ".join(sys.argv)}, ensure_ascii=False) + "\n")
     try:
         import matplotlib
     except ImportError:

@@ -44,9 +44,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        show_plan(config, arguments.overrides)
+        show_plan(config)
         return
-    if not has_data(config, arguments.overrides):
+    if not has_data(config):
         prepare_data(config)
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)
     if arguments.restart:
@@ -54,10 +54,10 @@ def main() -> None:
     fit(config, model_folder)
 
 
-def show_plan(config: Config, overrides: list[str]) -> None:
+def show_plan(config: Config) -> None:
     """Prints the plan and leaves nothing behind: data that is not there is prepared in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        if not has_data(config, overrides):
+        if not has_data(config):
             downloads = Path(config.data.dir).parent / DOWNLOADS
             if downloads.is_dir():
                 shutil.copytree(downloads, Path(folder) / DOWNLOADS)
@@ -66,17 +66,15 @@ def show_plan(config: Config, overrides: list[str]) -> None:
         print_plan(config, fetch_model(config.model.name_or_path, config.model.revision))
 
 
-def has_data(config: Config, overrides: list[str]) -> bool:
-    """Whether the splits are in `data.dir`, or False where they may be prepared.
+def has_data(config: Config) -> bool:
+    """Whether the splits are in `data.dir`, or False where they are to be prepared.
 
     Raises:
-        UserError: only some are there, or none in a folder that the command line names. Whoever mistypes it wants his
-            own data, and would get a model of other data.
+        UserError: only some are there.
     """
     directory = Path(config.data.dir)
     missing = [f"{split}.jsonl" for split in SPLITS if not (directory / f"{split}.jsonl").is_file()]
-    named = any(override.startswith("data.dir=") for override in overrides)
-    if missing and (named or len(missing) < len(SPLITS)):
+    if 0 < len(missing) < len(SPLITS):
         raise UserError(
             f"{directory}: has no {', '.join(missing)}; correct data.dir, or prepare the data with "
             f"scripts/preprocess_data.py --output {directory}"
@@ -87,7 +85,7 @@ def has_data(config: Config, overrides: list[str]) -> bool:
 def prepare_data(config: Config) -> None:
     """Makes `data.dir` from `data.source`."""
     directory = Path(config.data.dir)
-    print(f"preparing {directory} from {config.data.source}")
+    print(f"preparing {directory} from {config.data.source}, because it holds no data yet")
     if config.data.source == "demo":
         prepare_demo(directory)
     else:
