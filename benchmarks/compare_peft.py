@@ -113,7 +113,7 @@ def run_child(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def check_losses(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Largest relative difference of each contestant's losses from minilora's in the same order of batches.
+    """Largest difference of each contestant's losses from minilora's in the same order, over minilora's mean loss.
 
     Raises:
         UserError: one is beyond the tolerance, or there is nothing to compare with.
@@ -129,7 +129,8 @@ def check_losses(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         reference = first.get(", ".join([OURS, *parts]))
         if reference is None:
             raise UserError(f"{name}: minilora did not run in the same order; add it to --only")
-        differences[name] = max(abs(a - b) / max(b, 0.1) for a, b in zip(found, reference, strict=True))
+        largest = max(abs(a - b) for a, b in zip(found, reference, strict=True))
+        differences[name] = largest / statistics.mean(reference)
     beyond = {name: value for name, value in differences.items() if not value <= BFLOAT16_LOSS_TOLERANCE}
     if beyond:
         raise UserError(

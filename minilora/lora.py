@@ -100,7 +100,9 @@ class _Projections(torch.autograd.Function):
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         adapted = _adapted(layers)
-        ctx.layers, ctx.again = layers, again
+        # The sources go through `save_for_backward` alone: an attribute would keep them from being freed layer by layer
+        # in backward, and from being made again under gradient checkpointing.
+        ctx.layers, ctx.make = layers, None if again is None else again.make
         ctx.dropout, ctx.seed = adapted[0].dropout_now()
         ys = []
         for layer in layers:
@@ -120,7 +122,7 @@ class _Projections(torch.autograd.Function):
         adapted = _adapted(ctx.layers)
         u, *kept = ctx.saved_tensors
         matrices, sources = kept[: 2 * len(adapted)], kept[2 * len(adapted) :]
-        x = sources[0] if ctx.again is None else ctx.again.make(*sources)
+        x = sources[0] if ctx.make is None else ctx.make(*sources)
         ranks = [len(a) for a in matrices[::2]]
         dus, dbs = [], []
         parts = iter(zip(u.split(ranks, dim=1), matrices[1::2], strict=True))

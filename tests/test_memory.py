@@ -1,5 +1,6 @@
 """The ledger adds up and moves the way memory does."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from minilora.batch import pack
 from minilora.lora import attach
 from minilora.memory import Ledger, peak_memory_bytes, predict_memory
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.prompt import Example
 
 # Qwen2.5-0.5B.
 SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
@@ -94,6 +97,21 @@ def test_a_gigabyte_is_enough_for_a_small_model() -> None:
     """Qwen2.5-0.5B: weights, adapter and 400 rows, without Python and PyTorch themselves."""
     found = {name: value for name, value in ledger().parts.items() if not name.startswith("Python")}
     assert 0.6e9 < sum(found.values()) < 1.6e9
+
+
+def test_checkpointing_keeps_nothing_of_an_mlp() -> None:
+    """A source of `lora.Again` that an attribute held would stay, and all of the memory with it."""
+    model = Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, True))
+    model.model.gradient_checkpointing = True
+    attach(model, 2, 4)
+    batch = pack([Example([*range(38)], [False] * 37 + [True])])
+    hidden = model.train()(batch)
+    rows = len(batch.input_ids)
+    # `type`, not isinstance, which asks lazy module attributes for their class and so makes them import things.
+    held = [tuple(o.shape) for o in gc.get_objects() if type(o) is torch.Tensor and o.shape[:1] == (rows,)]
+    assert hidden.requires_grad
+    assert (rows, 16) in held  # the inputs of the layers
+    assert (rows, 24) not in held
 
 
 MEASURE = """
