@@ -13,7 +13,7 @@ import torch
 
 from minilora.memory import peak_memory_bytes
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "tokenizers", "safetensors", "numpy")
 
 
@@ -29,7 +29,7 @@ class Meter:
         """Ends the loading phase: the peak counts anew from here, where the system can do that."""
         self._wait()
         self.results["load_s"] = time.perf_counter() - self._started
-        self.results["load_peak_bytes"] = peak_bytes(self._device)
+        self.results["load_peak_bytes"] = peak_memory_bytes(self._device)
         self.results["peaks_are_separate"] = reset_peak(self._device)
 
     @contextmanager
@@ -46,19 +46,11 @@ class Meter:
 
     def finish(self) -> None:
         """Ends the training phase."""
-        self.results["train_peak_bytes"] = peak_bytes(self._device)
+        self.results["train_peak_bytes"] = peak_memory_bytes(self._device)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """Peak since the last `reset_peak`: allocated on a GPU, resident on a CPU (Linux; elsewhere since the start)."""
-    if device.type != "cuda" and _STATUS.is_file():
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    return peak_memory_bytes(device)
 
 
 def reset_peak(device: torch.device) -> bool:
