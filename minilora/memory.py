@@ -25,7 +25,7 @@ from minilora.model import Qwen2Config, Qwen2ForCausalLM
 # Steps differ in length and so do their buffers. Seen with glibc on a Qwen2.5-0.5B and micro-batches of 400 to
 # 800 rows: from nothing in the first step to 0.4 of the activations after ten. With gradient checkpointing, whose
 # activations are small, it was 0.3 GB, so that the ledger is too low there.
-HEAP_SLACK = 0.25
+HEAP_SLACK = 0.4
 STATUS = Path("/proc/self/status")
 
 
