@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minilora import evaluate
 from minilora.batch import pack_rows
 from minilora.evaluate import Scores, score
 from minilora.lora import attach, iter_lora_layers
@@ -160,6 +161,20 @@ def test_progress_counts_every_example(tiny_model: LoadModel, chat_tokenizer: Ch
     finished: list[int] = []
     score(tiny_model(), examples, prompt, 3, finished.append)
     assert finished == [3, 3, 1]
+
+
+def test_long_examples_go_in_smaller_passes(
+    tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, examples = build(chat_tokenizer, SINGLE)
+    together = score(tiny_model(), examples, prompt, len(examples)).probabilities
+    longest = max(len(example.input_ids) for example in examples)
+    monkeypatch.setattr(evaluate, "MAX_TOKENS", 2 * longest)
+    finished: list[int] = []
+    apart = score(tiny_model(), examples, prompt, len(examples), finished.append).probabilities
+    assert finished[0] == 2
+    assert sum(finished) == len(examples)
+    np.testing.assert_allclose(apart, together, **ROUNDING)
 
 
 def test_bfloat16_labels_that_are_close_do_not_tie(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
