@@ -24,7 +24,6 @@ from minilora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
 
-
 # Tokens of a forward pass, the prefix counted in each example: 32 of the longest reviews at once took 4 GB in a 0.5B,
 # and larger passes are no faster.
 MAX_TOKENS = 4096
