@@ -8,9 +8,12 @@
     data        rows -> clean, deduplicated, leak-free splits; the order of an epoch
     batch       examples -> one packed, padding-free micro-batch with a shared prefix
     ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
+    bnb         bitsandbytes, imported on first use
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
     lora        the LoRA linear layer, its gradient derived; where it is attached
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
+    tensorfile  safetensors files, one tensor at a time
+    quantized   checkpoints that are in 4 bits already, as transformers reads and writes them
     load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
     adapter     adapter files as peft reads and writes them
     loss        summed negative log-likelihood of the supervised rows, and their count

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
-from minilora.load import read_header, read_json, read_tensor
+from minilora.tensorfile import read_header, read_json, read_tensor
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 

@@ -60,7 +60,8 @@ class SegmentGroup:
     Attributes:
         prefix: P, the rows 0..P-1 that every segment of the group sees.
         keys: (n, L) packed rows of the segments, that keys and values are taken from.
-        queries: (n, Q) rows that look at them; `keys` itself where every row of a segment does.
+        queries: (n, Q) rows that look at them; `keys` itself where every row of a segment does. Rows of a forward pass
+            are counted from its own first one, keys from that of a cached prefix, if there is one.
         hidden: (1, Q, P + L) or (n, Q, P + L) bool, True where a query must not look: what stands behind it.
     """
 
@@ -122,22 +123,24 @@ class MicroBatch:
         )
 
 
-def pack(examples: Sequence[Example], share_prefix: bool = True) -> MicroBatch:
+def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: int = 0) -> MicroBatch:
     """One micro-batch of all examples, in their order.
 
     Args:
         examples: at least one, each with a supervised token that is not its first.
         share_prefix: compute the ids that all examples begin with once. The result is the same either way;
             with dropout the examples then share the prefix's mask.
+        cached_prefix: so many ids that all of them begin with have no rows here, because their keys and values are at
+            hand (`model.run_prefix`); at most `common_prefix`.
     """
-    prefix = _common_prefix(examples) if share_prefix else 0
+    prefix = cached_prefix or (common_prefix(examples) if share_prefix else 0)
     segments = [example.input_ids[prefix:-1] for example in examples]
     starts = [prefix]
     for segment in segments:
         starts.append(starts[-1] + len(segment))
 
-    input_ids = examples[0].input_ids[:prefix]
-    position_ids = list(range(prefix))
+    input_ids = examples[0].input_ids[cached_prefix:prefix]
+    position_ids = list(range(cached_prefix, prefix))
     supervised_rows, targets, owners = [], [], []
     for owner, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
         input_ids = input_ids + segment
@@ -151,9 +154,9 @@ def pack(examples: Sequence[Example], share_prefix: bool = True) -> MicroBatch:
     return MicroBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
-        groups=_build_groups(prefix, spans),
+        groups=_build_groups(prefix, spans, cached_prefix),
         last_groups=tuple(_build_last_group(prefix, group, supervised_rows) for group in spans),
-        supervised_rows=torch.tensor(supervised_rows),
+        supervised_rows=torch.tensor(supervised_rows) - cached_prefix,
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
         num_examples=len(examples),
@@ -172,7 +175,7 @@ def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | No
     """
     if max_rows is None:
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
-    prefix = _common_prefix(examples)
+    prefix = common_prefix(examples)
     rows = [len(example.input_ids) - 1 - prefix for example in examples]
     longest_first = sorted(range(len(examples)), key=lambda place: -rows[place])
     for count in range(1, len(examples) + 1):
@@ -192,7 +195,7 @@ def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
     return _build_groups(0, _group_spans(0, list(pairwise(starts))))
 
 
-def _common_prefix(examples: Sequence[Example]) -> int:
+def common_prefix(examples: Sequence[Example]) -> int:
     """Length of the ids that all examples share, short enough to leave each a row that predicts its answer."""
     if len(examples) == 1:
         return 0
@@ -221,16 +224,21 @@ def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
     return [*groups, pending] if pending else groups
 
 
-def _build_groups(prefix: int, spans: Sequence[Sequence[Span]]) -> tuple[SegmentGroup, ...]:
-    """The prefix as a group of its own, then the others, all of their rows as queries."""
+def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0) -> tuple[SegmentGroup, ...]:
+    """The prefix as a group of its own, unless it is cached, then the others, all of their rows as queries."""
     groups = []
-    for seen, group in [*([(0, [(0, prefix)])] if prefix else []), *((prefix, group) for group in spans)]:
+    prefixes = [(0, [(0, prefix)])] if prefix > cached else []
+    for seen, group in [*prefixes, *((prefix, group) for group in spans)]:
         longest = max(end - start for start, end in group)
         block = longest if len(group) > 1 else max(1, MAX_GROUP_SCORES // (seen + longest))
         for begin in range(0, longest, block):
             end = min(begin + block, longest)  # what stands behind a block's last query need not be looked at
             keys = _lay_out([range(start, min(stop, start + end)) for start, stop in group])
-            queries = keys if block >= longest else _lay_out([range(group[0][0] + begin, group[0][0] + end)])
+            queries = keys
+            if block < longest:
+                queries = _lay_out([range(group[0][0] + begin, group[0][0] + end)])
+            if cached:
+                queries = Places(queries.rows - cached, queries.real_places, queries.real_rows - cached)
             hidden = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
             groups.append(SegmentGroup(seen, keys, queries, hidden))
     return tuple(groups)

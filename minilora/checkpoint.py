@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 
 from minilora.adapter import AdapterConfig, load_adapter_weights, save_adapter
 from minilora.errors import UserError
-from minilora.load import read_header, read_json, read_tensor
+from minilora.tensorfile import read_header, read_json, read_tensor
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import AdamW
+from minilora.optim import Optimizer
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -70,7 +70,7 @@ def save_checkpoint(
     directory: Path,
     model: Qwen2ForCausalLM,
     adapter: AdapterConfig,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     state: RunState,
 ) -> Path:
     """Writes `directory/step-NNNNNN` and returns it; a leftover of the same name is replaced."""
@@ -83,7 +83,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: AdamW) -> RunState:
+def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> RunState:
     """Puts weights and moments back into `model` and `optimizer`, and returns the rest.
 
     Raises:
@@ -93,13 +93,7 @@ def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: AdamW) -> 
     load_adapter_weights(model, folder)
     path = folder / "optimizer.safetensors"
     entries = read_header(path)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    expected = {
-        f"{index}.{name}": torch.Size() if name == "step" else parameter.shape
-        for index, parameter in enumerate(parameters)
-        for name in ("step", "exp_avg", "exp_avg_sq")
-    }
-    if {name: entry.shape for name, entry in entries.items()} != expected:
+    if {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
     optimizer.load_tensors({name: read_tensor(entry) for name, entry in entries.items()})
     return state

@@ -100,6 +100,12 @@ class TrainSection:
         None, "cut a step into even micro-batches of at most so many rows, instead of by examples: memory", minimum=16
     )
     gradient_checkpointing: bool = key(False, "compute activations again in backward: less memory, 50 % more work")
+    offload_checkpoints: bool = key(
+        False, "on a GPU: what gradient_checkpointing keeps waits in the computer's memory"
+    )
+    optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
+        "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"
+    )
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
     adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
@@ -152,6 +158,7 @@ HARMLESS_KEYS = frozenset(
         "do_predict",
         "load_best_model_at_end",
         "gradient_checkpointing",
+        "offload_checkpoints",
     )
 )
 
@@ -314,6 +321,8 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
         yield f"prompt.positive_label: {config.prompt.positive_label!r} is not one of {labels}"
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
+    if config.train.offload_checkpoints and not config.train.gradient_checkpointing:
+        yield "train.offload_checkpoints: there is nothing to offload without train.gradient_checkpointing=true"
 
 
 def _number_in(value: Any, kind: Any) -> Any:

@@ -9,6 +9,9 @@ hidden states and the sum is that row's logit (the normalising constant is commo
 every review is run once with each word. Logits are computed in float32: in bfloat16 two labels closer than
 0.8 % tie. Sampling settings in generation_config.json (temperature, repetition penalty) play no part.
 
+All prompts begin alike, so the keys and values of what they share are computed once for a whole run of reviews, and no
+batch has rows for it.
+
 Validation uses the training examples' own layout, so `eval_loss` comes out of the same pass: a row sees only
 what stands before it, and the answer stands behind the row that predicts it.
 """
@@ -19,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minilora.batch import MicroBatch, pack
+from minilora.batch import MicroBatch, common_prefix, pack
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
-from minilora.model import Qwen2ForCausalLM
+from minilora.model import KeyValues, Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
 
 # Tokens of a forward pass, the prefix counted in each example: 32 of the longest reviews at once took 4 GB in a 0.5B,
@@ -40,6 +43,32 @@ class Scores:
 
     loss: float
     probabilities: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What all examples of a run begin with, computed once.
+
+    Attributes:
+        rows: how many ids that is; 0 with a single example.
+        past: its keys and values by layer.
+    """
+
+    rows: int
+    past: Sequence[KeyValues] | None
+
+    @classmethod
+    def of(cls, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> "Prefix":
+        """Runs the ids that `examples` have in common."""
+        rows = common_prefix(examples)
+        if rows == 0:
+            return cls(0, None)
+        return cls(rows, model.run_prefix(torch.tensor(examples[0].input_ids[:rows], device=model.head_weight.device)))
+
+    def run(self, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> tuple[MicroBatch, torch.Tensor]:
+        """Some of the examples as a micro-batch behind the prefix, and its (S, C) hidden states."""
+        batch = pack(examples, cached_prefix=self.rows).to(model.head_weight.device)
+        return batch, model(batch, self.past)
 
 
 @torch.inference_mode()
@@ -66,14 +95,15 @@ def score(
         total = 0.0
         num_tokens = 0
         log_scores = None if prompt is None else torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-        for places, batch in _iter_batches(model, examples, batch_size):
-            hidden = model(batch)
+        prefix = Prefix.of(model, examples)
+        for places in _iter_batches(examples, batch_size):
+            chosen = [examples[place] for place in places]
+            batch, hidden = prefix.run(model, chosen)
             nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
             total += nll.item()
             num_tokens += count
             if prompt is not None and log_scores is not None:
-                chosen = [examples[place] for place in places]
-                log_scores[places] = _label_scores(model, hidden, batch, chosen, prompt).double().cpu()
+                log_scores[places] = _label_scores(model, prefix, hidden, batch, chosen, prompt).double().cpu()
             if on_progress is not None:
                 on_progress(len(places))
         probabilities = None if log_scores is None else torch.softmax(log_scores, dim=-1).numpy()
@@ -82,20 +112,18 @@ def score(
         model.train(was_training)
 
 
-def _iter_batches(
-    model: Qwen2ForCausalLM, examples: Sequence[Example], batch_size: int
-) -> Iterator[tuple[list[int], MicroBatch]]:
-    """(places in `examples`, micro-batch), longest first, so that a lack of memory shows at once."""
+def _iter_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+    """Places in `examples`, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
-    device = model.head_weight.device
     while order:
         size = max(1, min(batch_size, MAX_TOKENS // len(examples[order[0]].input_ids)))
-        places, order = order[:size], order[size:]
-        yield places, pack([examples[place] for place in places]).to(device)
+        yield order[:size]
+        order = order[size:]
 
 
 def _label_scores(
     model: Qwen2ForCausalLM,
+    prefix: Prefix,
     hidden: torch.Tensor,
     batch: MicroBatch,
     examples: Sequence[Example],
@@ -109,7 +137,7 @@ def _label_scores(
     head_weight = model.head_weight.float()
     columns = []
     for label in range(len(prompt.labels)):
-        variant = pack([prompt.with_answer(example, label) for example in examples]).to(hidden.device)
-        tokens = token_log_probabilities(model(variant).float(), variant.targets, head_weight)
+        variant, states = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
+        tokens = token_log_probabilities(states.float(), variant.targets, head_weight)
         columns.append(torch.zeros(len(examples), device=hidden.device).index_add_(0, variant.owners, tokens))
     return torch.stack(columns, dim=1)

@@ -23,17 +23,17 @@ Source: arXiv 2412.15115 and, for rounding, transformers' modeling_qwen2.py, wit
 Left out, with an error that says so: sliding-window attention, scaled rotary embeddings, mixture of experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from minilora import ops
-from minilora.batch import MicroBatch, SegmentGroup
+from minilora.batch import MicroBatch, SegmentGroup, pack_rows
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
 from minilora.lora import Again, project
@@ -128,6 +128,66 @@ class RMSNorm(nn.Module):
         return Again(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
 
 
+class KeyValues:
+    """Keys and values of one layer for the rows that stand before those of a forward pass.
+
+    A prompt's common prefix is run once and then stands before every batch of an evaluation.
+
+    Attributes:
+        keys: (rows, K, D) compute dtype, positions turned in; None before the first pass.
+        values: (rows, K, D) compute dtype.
+        growing: whether a pass adds its own rows for the next one.
+    """
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.growing = True
+
+    def before(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that this pass may look at: the earlier ones, then its own, (T, K, D) each."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys)), torch.cat((self.values, values))
+        if self.growing:
+            self.keys, self.values = keys, values
+        return keys, values
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps its input alone and runs again in backward: gradient checkpointing, arXiv 1604.06174.
+
+    Its second run gets the same dropout masks: they are a function of a seed that stays set until the next micro-batch
+    (`lora.DropoutSeed`). The trained parameters are inputs too, because the first layer's rows need no gradient, and a
+    function of which no input needs one has no backward. torch.utils.checkpoint would import the compiler, 70 MB.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: nn.Module,
+        offload: bool,
+        arguments: Sequence[Any],
+        hidden: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.layer, ctx.arguments, ctx.parameters, ctx.device = layer, arguments, parameters, hidden.device
+        output: torch.Tensor = layer(hidden, *arguments)
+        if offload and hidden.is_cuda:  # pinned, so that neither copy makes the processor wait
+            hidden = torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
+        ctx.save_for_backward(hidden)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs_dhidden = ctx.needs_input_grad[3]
+        hidden = ctx.saved_tensors[0].to(ctx.device, non_blocking=True).detach().requires_grad_(needs_dhidden)
+        with torch.enable_grad():
+            output = ctx.layer(hidden, *ctx.arguments)
+        inputs = (*((hidden,) if needs_dhidden else ()), *ctx.parameters)
+        found = torch.autograd.grad(output, inputs, grads, allow_unused=True)
+        return None, None, None, *(() if needs_dhidden else (None,)), *found
+
+
 class Embedding(nn.Embedding):
     """PyTorch's, but for first values on the meta device: there are none, and to draw them it imports its compiler."""
 
@@ -157,6 +217,7 @@ class Attention(nn.Module):
         sin: torch.Tensor,
         groups: tuple[SegmentGroup, ...],
         rows: torch.Tensor | None = None,
+        past: KeyValues | None = None,
     ) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`."""
         if rows is None:
@@ -166,7 +227,10 @@ class Attention(nn.Module):
             k, v = project(x, (self.k_proj, self.v_proj), again)
             (q,) = project(x.index_select(0, rows), (self.q_proj,))
             q = ops.rotary(self._heads(q), cos.index_select(0, rows), sin.index_select(0, rows))
-        mixed = ops.attention(q, ops.rotary(self._heads(k), cos, sin), self._heads(v), groups)
+        keys, values = ops.rotary(self._heads(k), cos, sin), self._heads(v)
+        if past is not None:
+            keys, values = past.before(keys, values)
+        mixed = ops.attention(q, keys, values, groups)
         return project(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,22 +269,29 @@ class DecoderLayer(nn.Module):
         sin: torch.Tensor,
         groups: tuple[SegmentGroup, ...],
         rows: torch.Tensor | None = None,
+        past: KeyValues | None = None,
     ) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) of `rows` alone."""
         norm = self.input_layernorm
-        mixed = self.self_attn(norm(hidden), norm.again(hidden), cos, sin, groups, rows)
+        mixed = self.self_attn(norm(hidden), norm.again(hidden), cos, sin, groups, rows, past)
         hidden = mixed + (hidden if rows is None else hidden.index_select(0, rows))
         norm = self.post_attention_layernorm
         return hidden + self.mlp(norm(hidden), norm.again(hidden))
 
 
 class Qwen2Model(nn.Module):
-    """Embedding, layers and last norm: what a checkpoint calls `model`."""
+    """Embedding, layers and last norm: what a checkpoint calls `model`.
+
+    Attributes:
+        gradient_checkpointing: a layer keeps its input alone and runs again in backward.
+        offload_checkpoints: on a GPU, those inputs wait in the computer's memory.
+    """
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.offload_checkpoints = False
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -232,24 +303,24 @@ class Qwen2Model(nn.Module):
         groups: tuple[SegmentGroup, ...],
         last_groups: tuple[SegmentGroup, ...] | None = None,
         rows: torch.Tensor | None = None,
+        past: Sequence[KeyValues] | None = None,
     ) -> torch.Tensor:
         """(T,) ids -> hidden states after the last norm: (T, C), or with `last_groups` (S, C) of `rows` alone."""
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        for layer in self.layers[:-1]:
-            hidden = self._run(layer, hidden, cos, sin, groups)
-        hidden = self._run(self.layers[-1], hidden, cos, sin, last_groups or groups, rows)
+        pasts: Sequence[KeyValues | None] = [None] * len(self.layers) if past is None else past
+        for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
+            hidden = self._run(layer, hidden, cos, sin, groups, None, layer_past)
+        hidden = self._run(self.layers[-1], hidden, cos, sin, last_groups or groups, rows, pasts[-1])
         return self.norm(hidden)
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """`layer(hidden, ...)`, its activations kept for backward or computed again there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # The layer runs again in backward with the same dropout masks: they are a function of a seed that
-            # stays set until the next micro-batch (`lora.DropoutSeed`), so no generator is restored.
-            output = checkpoint(layer, hidden, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            output = layer(hidden, *arguments)
-        return cast(torch.Tensor, output)
+            trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
+            return _Recomputed.apply(layer, self.offload_checkpoints, arguments, hidden, *trained)
+        output: torch.Tensor = layer(hidden, *arguments)
+        return output
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -268,9 +339,23 @@ class Qwen2ForCausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states of the rows that predict a supervised token: (S, C) compute dtype."""
+    def forward(self, batch: MicroBatch, past: Sequence[KeyValues] | None = None) -> torch.Tensor:
+        """Hidden states of the rows that predict a supervised token: (S, C) compute dtype.
+
+        Args:
+            batch: packed; with a `past`, by `pack(..., cached_prefix=rows of the past)`.
+            past: by layer, of the rows that stand before the batch's.
+        """
         hidden: torch.Tensor = self.model(
-            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_rows
+            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_rows, past
         )
         return hidden
+
+    def run_prefix(self, input_ids: torch.Tensor) -> list[KeyValues]:
+        """Keys and values, by layer, of (P,) ids that all later batches begin with."""
+        past = [KeyValues() for _ in self.model.layers]
+        positions = torch.arange(len(input_ids), device=input_ids.device)
+        self.model(input_ids, positions, tuple(g.to(input_ids.device) for g in pack_rows([len(input_ids)])), past=past)
+        for layer in past:
+            layer.growing = False
+        return past

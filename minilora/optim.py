@@ -1,15 +1,25 @@
 """AdamW over the adapter, and the learning rate as a pure function of the step.
 
-PyTorch's own AdamW (decoupled weight decay, arXiv 1711.05101) does the update. There is no scheduler object:
-its state would be one more thing to save, and the rate of any step can be asked for at any time.
+PyTorch's own AdamW (decoupled weight decay, arXiv 1711.05101) does the update, or one of bitsandbytes' with moments in
+8 bits (arXiv 2110.02861) or in memory that a GPU may page out. There is no scheduler object: its state would be one more
+thing to save, and the rate of any step can be asked for at any time.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim.adamw import adamw
+
+from minilora import bnb
+
+# Names as in transformers' `optim`. bitsandbytes' optimizers by name: bits of a moment, and whether it may be paged out.
+BITSANDBYTES_OPTIMIZERS = {
+    "adamw_bnb_8bit": (8, False),
+    "paged_adamw_8bit": (8, True),
+    "paged_adamw_32bit": (32, True),
+}
 
 
 def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", warmup_ratio: float = 0.0) -> float:
@@ -34,14 +44,36 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", wa
     return peak * remaining if schedule == "linear" else peak
 
 
+class Optimizer(Protocol):
+    """What training asks of an optimizer.
+
+    Attributes:
+        param_groups: one group, `params` and `lr`; what `step.py` and `torch.amp.GradScaler` ask for.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> None:
+        """Moves every parameter by its gradient, which it must have."""
+
+    def zero_grad(self) -> None:
+        """Frees all gradients."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state as `{i}.{name}`, i the parameter's place, on the CPU; nothing before the first step."""
+
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """Name and shape of all that `tensors` gives after a step."""
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Puts back what `tensors` gave, of those shapes."""
+
+
 class AdamW:
     """PyTorch's fused AdamW over all parameters, and its state as plain lists of tensors.
 
     The update is PyTorch's. Its `torch.optim.Optimizer` around it is not used: constructing one imports the compiler,
     70 MB and a second or two for nothing, and its state is harder to name than these lists.
-
-    Attributes:
-        param_groups: one group, `params` and `lr`; what `step.py` and `torch.amp.GradScaler` ask for.
     """
 
     def __init__(
@@ -52,7 +84,7 @@ class AdamW:
         self._moments: dict[str, list[torch.Tensor]] = {}
 
     def step(self) -> None:
-        """Moves every parameter by its gradient, which it must have."""
+        """See `Optimizer`."""
         (group,) = self.param_groups
         parameters = group["params"]
         if not self._moments:
@@ -77,21 +109,101 @@ class AdamW:
             )
 
     def zero_grad(self) -> None:
-        """Frees all gradients."""
+        """See `Optimizer`."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`{i}.exp_avg`, `{i}.exp_avg_sq`, `{i}.step`, i the parameter's place; nothing before the first step."""
+        """See `Optimizer`; the names are exp_avg, exp_avg_sq and step."""
         named = ((f"{i}.{name}", t) for name, moments in self._moments.items() for i, t in enumerate(moments))
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named}
 
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """See `Optimizer`."""
+        return {
+            f"{i}.{name}": torch.Size() if name == "step" else parameter.shape
+            for i, parameter in enumerate(self.param_groups[0]["params"])
+            for name in ("exp_avg", "exp_avg_sq", "step")
+        }
+
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `tensors` gave."""
+        """See `Optimizer`."""
         parameters = self.param_groups[0]["params"]
         names = ("exp_avg", "exp_avg_sq", "step") if tensors else ()
         self._moments = {
             name: [tensors[f"{i}.{name}"].to(p.device) for i, p in enumerate(parameters)] for name in names
+        }
+
+
+class BitsAndBytesAdamW:
+    """bitsandbytes' AdamW, its state by the same kind of names: state1, state2, step, and the scales of 8-bit moments.
+
+    A tensor of fewer than 4,096 numbers keeps its moments in 32 bits. On a CPU nothing is paged.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        bits: int,
+        paged: bool,
+    ):
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        paged = paged and parameters[0].is_cuda
+        self._adamw = bnb.adamw()(list(parameters), optim_bits=bits, is_paged=paged, **options)
+        self.param_groups: list[dict[str, Any]] = self._adamw.param_groups
+
+    def step(self) -> None:
+        """See `Optimizer`."""
+        self._adamw.step()
+
+    def zero_grad(self) -> None:
+        """See `Optimizer`."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """See `Optimizer`."""
+        return {
+            name: torch.as_tensor(value).detach().to("cpu", copy=True)
+            for name, value in self._named_state().items()
+            if self._adamw.state
+        }
+
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """See `Optimizer`."""
+        if not self._adamw.state:
+            self._initialise()
+        return {name: torch.as_tensor(value).shape for name, value in self._named_state().items()}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """See `Optimizer`."""
+        self._adamw.state.clear()
+        if not tensors:
+            return
+        self._initialise()
+        for name, value in self._named_state().items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(tensors[name])  # in place: paged memory stays paged
+            else:
+                self._states()[int(name.partition(".")[0])]["step"] = int(tensors[name])
+
+    def _initialise(self) -> None:
+        (group,) = self.param_groups
+        for index, parameter in enumerate(group["params"]):
+            self._adamw.init_state(group, parameter, 0, index)
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [self._adamw.state[parameter] for parameter in self.param_groups[0]["params"]]
+
+    def _named_state(self) -> dict[str, Any]:
+        """Everything but the levels of 8-bit numbers, which are constants."""
+        return {
+            f"{i}.{name}": value
+            for i, state in enumerate(self._states())
+            for name, value in state.items()
+            if not name.startswith("qmap")
         }
 
 
@@ -100,6 +212,14 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-) -> AdamW:
-    """AdamW over all of `parameters`; `step.py` sets the rate."""
+    optim: str = "adamw_torch_fused",
+) -> Optimizer:
+    """AdamW over all of `parameters`; `step.py` sets the rate.
+
+    Raises:
+        UserError: an optimizer of bitsandbytes, which cannot be imported.
+    """
+    if optim in BITSANDBYTES_OPTIMIZERS:
+        bits, paged = BITSANDBYTES_OPTIMIZERS[optim]
+        return BitsAndBytesAdamW(parameters, betas, eps, weight_decay, bits, paged)
     return AdamW(parameters, betas, eps, weight_decay)

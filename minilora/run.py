@@ -29,11 +29,11 @@ from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint
 from minilora.config import Config, changed_keys
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.load import read_json
+from minilora.tensorfile import read_json
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.memory import dtype_name
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import AdamW, build_optimizer
+from minilora.optim import Optimizer, build_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import sha256
 
@@ -49,7 +49,7 @@ class Run:
     splits: dict[str, Examples]
     model: Qwen2ForCausalLM
     dropout_seed: DropoutSeed
-    optimizer: AdamW
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     state: RunState
 
@@ -188,12 +188,14 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
     optimizer = build_optimizer(
         lora_parameters(model),
         (config.train.adam_beta1, config.train.adam_beta2),
         config.train.adam_epsilon,
         config.train.weight_decay,
+        config.train.optim,
     )
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     state = RunState(0, 0, 0, None, 0, None, origin.data_sha256, origin.model_sha256, {}, origin.config)

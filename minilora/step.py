@@ -17,7 +17,7 @@ from minilora.batch import MicroBatch
 from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import AdamW
+from minilora.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepResult:
 def train_step(
     model: Qwen2ForCausalLM,
     micro_batches: Sequence[MicroBatch],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     learning_rate: float,
     max_grad_norm: float,
     dropout_seed: DropoutSeed,

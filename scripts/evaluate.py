@@ -29,7 +29,7 @@ from minilora.config import Config, config_from_dict
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
 from minilora.hub import fetch_model
-from minilora.load import read_json
+from minilora.tensorfile import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM

@@ -86,7 +86,7 @@ def main() -> None:
     """Reads the command line and makes the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ASSET, help="folder to write")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of about 4,000 tokens")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of about 4,000 tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after 5 %% warm-up, cosine to zero")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

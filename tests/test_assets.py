@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from minilora.hub import fetch_model
-from minilora.load import load_model, read_header
+from minilora.load import load_model
+from minilora.tensorfile import read_header
 from minilora.prompt import ChatTokenizer
 from minilora.rows import sha256
 

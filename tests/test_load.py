@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
-from minilora.load import load_model, read_checkpoint_entries, read_config, read_header, read_tensor
+from minilora.load import load_model, read_config
+from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
 from minilora.nf4 import Linear4bit
 
 CONFIG = {

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from minilora import nf4
-from minilora.nf4 import Linear4bit, QuantizedTensor, quantize, uses_bitsandbytes
+from minilora import bnb, nf4
+from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
 
 TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ pytest.importorskip("bitsandbytes", reason="the comparison needs bitsandbytes")
 def without_bitsandbytes() -> Iterator[None]:
     """bitsandbytes cannot be imported here, and its absence has been noticed."""
     missing = pytest.MonkeyPatch()
-    missing.setattr(nf4, "_bitsandbytes", lambda: None)
+    missing.setattr(bnb, "functional", lambda: None)
     try:
         yield
     finally:
@@ -48,10 +48,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def assert_same_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantization: bool) -> None:
     """Every stored byte and every dequantised value of the PyTorch path equal those of bitsandbytes."""
-    assert uses_bitsandbytes()
-    expected = quantize(weight, quant_type, double_quantization)
-    with without_bitsandbytes():
-        got = quantize(weight, quant_type, double_quantization)
+    assert bnb.is_available()
+    expected = nf4._quantize_with_bitsandbytes(weight, quant_type, double_quantization)
+    got = quantize(weight, quant_type, double_quantization)
     assert got.shape == expected.shape == weight.shape
     assert got.quant_type == expected.quant_type == quant_type
     assert got.tensors().keys() == expected.tensors().keys()
@@ -137,7 +136,7 @@ def test_midway_between_two_levels_rounds_as_in_bitsandbytes(quant_type: str) ->
 
 
 def test_scales_at_every_place_and_midway_round_as_in_bitsandbytes() -> None:
-    functional = nf4._bitsandbytes()
+    functional = bnb.functional()
     assert functional is not None
     places = torch.arange(2**16, dtype=torch.float64)
     points = torch.cat([(places + shift) * 2 / 65535 - 1 for shift in (0, 0.5)]).clamp(-1, 1).float()
@@ -319,13 +318,14 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 STEP = """
 import logging, sys, torch
-from minilora.nf4 import Linear4bit, quantize, uses_bitsandbytes
+from minilora import bnb
+from minilora.nf4 import Linear4bit, quantize
 torch.manual_seed(0)
 for _ in range(2):
     layer = Linear4bit(quantize(torch.randn(64, 64)), None)
     x = torch.randn(2, 64, requires_grad=True)
     layer(x).sum().backward()
-assert uses_bitsandbytes() is {expected}
+assert bnb.is_available() is {expected}
 """
 
 
@@ -336,11 +336,11 @@ def test_bitsandbytes_says_nothing_to_users() -> None:
 
 def test_only_the_one_notice_is_hidden_and_only_during_the_import() -> None:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    assert uses_bitsandbytes()
+    assert bnb.is_available()
     assert logger.filters == []
     notice = logger.makeRecord(logger.name, logging.WARNING, "", 0, "from kernels-community: %s", ("x",), None)
     other = logger.makeRecord(logger.name, logging.WARNING, "", 0, "another warning", (), None)
-    assert (nf4._is_worth_showing(notice), nf4._is_worth_showing(other)) == (False, True)
+    assert (bnb._is_worth_showing(notice), bnb._is_worth_showing(other)) == (False, True)
 
 
 def test_absence_of_bitsandbytes_is_noticed_once_and_changes_no_result() -> None:

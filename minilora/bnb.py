@@ -1,0 +1,81 @@
+"""bitsandbytes, imported when it is first used, without the compiler and the notice that it brings along.
+
+No other module imports it. `nf4.py` takes its 4-bit kernels from here and `optim.py` its optimizers; where it cannot be
+imported, 4 bits are done in PyTorch, and its optimizers are refused.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from minilora.errors import UserError
+
+
+@functools.cache
+def functional() -> ModuleType | None:
+    """bitsandbytes.functional, or None with one notice; imported on first use, for it takes a second."""
+    source = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    source.addFilter(_is_worth_showing)
+    try:
+        with _compiler_left_out():
+            import bitsandbytes.functional
+    except Exception as error:  # a broken installation fails with whatever its loader meets
+        logging.getLogger("minilora").warning(
+            "nf4: bitsandbytes cannot be imported (%s); equal but slower PyTorch code takes over; "
+            "for speed: pip install bitsandbytes",
+            error,
+        )
+        return None
+    finally:
+        source.removeFilter(_is_worth_showing)
+    return bitsandbytes.functional
+
+
+@contextmanager
+def _compiler_left_out() -> Iterator[None]:
+    """Keeps PyTorch's compiler out of memory while bitsandbytes is imported.
+
+    It decorates functions that nothing here calls with `torch.compile`, and PyTorch marks its kernels as not to be
+    compiled; either imports the whole compiler, 185 MB and five seconds, for a program that never compiles.
+    """
+
+    def unchanged(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    names = [name for name in ("compile", "_disable_dynamo") if hasattr(torch, name)]
+    before = {name: getattr(torch, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch, name, unchanged)
+        yield
+    finally:
+        for name in names:
+            setattr(torch, name, before[name])
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    """False for the notice about an optional inference kernel, which nothing here would call."""
+    return "kernels-community" not in record.getMessage()
+
+
+def is_available() -> bool:
+    """Whether bitsandbytes does the work; False, after one notice, where it cannot be imported."""
+    return functional() is not None
+
+
+def adamw() -> Any:
+    """The class `bitsandbytes.optim.AdamW`.
+
+    Raises:
+        UserError: bitsandbytes cannot be imported.
+    """
+    if not is_available():
+        raise UserError("train.optim: needs bitsandbytes; pip install bitsandbytes, or use adamw_torch_fused")
+    with _compiler_left_out():
+        from bitsandbytes.optim import AdamW
+    return AdamW
