@@ -40,17 +40,15 @@ class Places:
 
     Attributes:
         rows: (n, L) int64, the row of each place; padding repeats the segment's first row.
-        real_places: (M,) int64, the places of the flattened (n * L) that are no padding.
-        real_rows: (M,) int64, the rows of those places.
+        is_real: (n, L) bool, False for padding.
     """
 
     rows: torch.Tensor
-    real_places: torch.Tensor
-    real_rows: torch.Tensor
+    is_real: torch.Tensor
 
     def to(self, device: torch.device) -> "Places":
         """The same places on `device`."""
-        return Places(self.rows.to(device), self.real_places.to(device), self.real_rows.to(device))
+        return Places(self.rows.to(device), self.is_real.to(device))
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
             if block < longest:
                 queries = _lay_out([range(group[0][0] + begin, group[0][0] + end)])
             if cached:
-                queries = Places(queries.rows - cached, queries.real_places, queries.real_rows - cached)
+                queries = Places(queries.rows - cached, queries.is_real)
             hidden = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
             groups.append(SegmentGroup(seen, keys, queries, hidden))
     return tuple(groups)
@@ -259,5 +257,4 @@ def _lay_out(segments: Sequence[Sequence[int]]) -> Places:
     """Rows of segments, one or more each, side by side."""
     longest = max(map(len, segments))
     rows = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
-    real = torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments])
-    return Places(rows, real.flatten().nonzero().squeeze(1), rows[real])
+    return Places(rows, torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments]))

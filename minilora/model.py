@@ -37,6 +37,7 @@ from minilora.batch import MicroBatch, SegmentGroup, pack_rows
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
 from minilora.lora import Again, project
+from minilora.ops import HeadGroup
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Attention(nn.Module):
         again: Again,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        groups: tuple[SegmentGroup, ...],
+        groups: tuple[HeadGroup, ...],
         rows: torch.Tensor | None = None,
         past: KeyValues | None = None,
     ) -> torch.Tensor:
@@ -267,7 +268,7 @@ class DecoderLayer(nn.Module):
         hidden: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        groups: tuple[SegmentGroup, ...],
+        groups: tuple[HeadGroup, ...],
         rows: torch.Tensor | None = None,
         past: KeyValues | None = None,
     ) -> torch.Tensor:
@@ -308,10 +309,15 @@ class Qwen2Model(nn.Module):
         """(T,) ids -> hidden states after the last norm: (T, C), or with `last_groups` (S, C) of `rows` alone."""
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
+        seen = ops.split_heads(groups, *heads, len(hidden), hidden.dtype)
+        last_seen = seen
+        if last_groups is not None and rows is not None:
+            last_seen = ops.split_heads(last_groups, *heads, len(rows), hidden.dtype)
         pasts: Sequence[KeyValues | None] = [None] * len(self.layers) if past is None else past
         for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
-            hidden = self._run(layer, hidden, cos, sin, groups, None, layer_past)
-        hidden = self._run(self.layers[-1], hidden, cos, sin, last_groups or groups, rows, pasts[-1])
+            hidden = self._run(layer, hidden, cos, sin, seen, None, layer_past)
+        hidden = self._run(self.layers[-1], hidden, cos, sin, last_seen, rows, pasts[-1])
         return self.norm(hidden)
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:

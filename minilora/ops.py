@@ -10,12 +10,13 @@ Upper-case sizes are explained in `model.py`. dy means the gradient of the loss 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from minilora.batch import Places, SegmentGroup
+from minilora.batch import SegmentGroup
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -28,16 +29,17 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * (wide * inverse_rms).to(x.dtype)
+        return weight * (x.to(wide) * inverse_rms).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
         x, weight, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
+        normed = x.to(inverse_rms.dtype) * inverse_rms
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             g = (dy * weight).to(normed.dtype)
@@ -139,6 +141,67 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return _Rotary.apply(x, cos, sin)
 
 
+@dataclass(frozen=True)
+class HeadGroup:
+    """A `SegmentGroup` for n segments, as places in q, k and v with rows and heads flattened together.
+
+    Attributes:
+        prefix: P.
+        shape: n, K, G, Q, P + L.
+        queries: (n * K * G * Q,) int64, places in (T * H, D); padding repeats the segment's first query.
+        outputs: the same, but padding points behind the end.
+        padding: which of `queries` are padding.
+        keys: (n * K * (P + L),) int64, places in (T * K, D), prefix first; padding repeats the segment's first row.
+        own: (n * K * L,) int64, those of the segment itself.
+        mask: (n or 1, 1, 1, Q, P + L) compute dtype, -inf where a query must not look, else 0.
+    """
+
+    prefix: int
+    shape: tuple[int, int, int, int, int]
+    queries: torch.Tensor
+    outputs: torch.Tensor
+    padding: torch.Tensor
+    keys: torch.Tensor
+    own: torch.Tensor
+    mask: torch.Tensor
+
+
+def split_heads(
+    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int, dtype: torch.dtype
+) -> tuple[HeadGroup, ...]:
+    """What all layers' attention needs to know of a micro-batch, computed once.
+
+    Args:
+        groups: every query stands in exactly one of them.
+        heads: H.
+        kv_heads: K.
+        num_queries: rows of q.
+        dtype: of q.
+    """
+    return tuple(_split_group(group, heads, kv_heads, num_queries, dtype) for group in groups)
+
+
+def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int, dtype: torch.dtype) -> HeadGroup:
+    query_rows, key_rows, device = group.queries.rows, group.keys.rows, group.keys.rows.device
+    n, num_seen = len(key_rows), group.prefix + key_rows.shape[1]
+    head = torch.arange(heads, device=device).view(1, kv_heads, -1, 1)
+    queries = query_rows[:, None, None, :] * heads + head
+    is_real = group.queries.is_real[:, None, None, :].expand_as(queries)
+    seen = torch.cat((torch.arange(group.prefix, device=device).expand(n, -1), key_rows), dim=1)
+    keys = seen[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
+    mask = torch.zeros(group.hidden.shape, dtype=dtype, device=device).masked_fill_(group.hidden, -torch.inf)
+    return HeadGroup(
+        prefix=group.prefix,
+        shape=(n, kv_heads, heads // kv_heads, query_rows.shape[1], num_seen),
+        queries=queries.flatten(),
+        outputs=torch.where(is_real, queries, num_queries * heads).flatten(),
+        padding=is_real.logical_not().flatten().nonzero().squeeze(1),
+        keys=keys.flatten(),
+        own=keys[:, :, group.prefix :].flatten(),
+        mask=mask[:, None, None],
+    )
+
+
 class _Attention(torch.autograd.Function):
     """O = A V with A = softmax(Q K^T / sqrt(D)), row by row over the keys that a row may see.
 
@@ -155,97 +218,76 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[SegmentGroup]
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[HeadGroup]
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.groups = groups
-        out = torch.empty_like(q)
+        out = _with_spare_row(q)
         for group in groups:
-            mixed = torch.bmm(_weights(q, k, group), _keys(v, group))
-            out.index_copy_(0, group.queries.real_rows, _unfold(mixed, q, group.queries))
-        return out
+            mixed = torch.bmm(_weights(q, k, group), _take(v, group.keys, group))
+            out.index_copy_(0, group.outputs, mixed.view(-1, q.shape[-1]))
+        return out[:-1].view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout,) = grads
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = _with_spare_row(q), torch.zeros_like(k), torch.zeros_like(v)
         scale = q.shape[-1] ** -0.5
         for group in ctx.groups:
             weights = _weights(q, k, group)
-            dmixed = _fold(dout, k.shape[1], group.queries, zero_padding=True)
+            dmixed = _take(dout, group.queries, group)
+            dmixed.view(-1, q.shape[-1]).index_fill_(0, group.padding, 0)
             _add_keys(dv, torch.bmm(weights.mT, dmixed), group)
-            dscores = torch.bmm(dmixed, _keys(v, group).mT)
+            dscores = torch.bmm(dmixed, _take(v, group.keys, group).mT)
             dscores = torch._softmax_backward_data(dscores, weights, -1, weights.dtype).mul_(scale)
-            dq.index_copy_(0, group.queries.real_rows, _unfold(torch.bmm(dscores, _keys(k, group)), q, group.queries))
-            _add_keys(dk, torch.bmm(dscores.mT, _fold(q, k.shape[1], group.queries)), group)
-        return dq, dk, dv, None
+            dqueries = torch.bmm(dscores, _take(k, group.keys, group))
+            dq.index_copy_(0, group.outputs, dqueries.view(-1, q.shape[-1]))
+            _add_keys(dk, torch.bmm(dscores.mT, _take(q, group.queries, group)), group)
+        return dq[:-1].view(q.shape), dk, dv, None
 
 
-def _fold(x: torch.Tensor, kv_heads: int, places: Places, zero_padding: bool = False) -> torch.Tensor:
-    """Rows of a group's queries: (T, H, D) -> (n * K, G * Q, D)."""
-    n, length = places.rows.shape
-    gathered = x.index_select(0, places.rows.flatten())
-    if zero_padding and gathered.shape[0] != places.real_places.shape[0]:
-        kept = torch.zeros_like(gathered)
-        gathered = kept.index_copy_(0, places.real_places, gathered.index_select(0, places.real_places))
-    heads, dim = x.shape[1:]
-    folded = gathered.view(n, length, kv_heads, heads // kv_heads, dim).permute(0, 2, 3, 1, 4)
-    return folded.reshape(n * kv_heads, heads // kv_heads * length, dim)
+def _with_spare_row(q: torch.Tensor) -> torch.Tensor:
+    """(T * H + 1, D), for results whose padding goes to the last row."""
+    return q.new_empty(q.shape[0] * q.shape[1] + 1, q.shape[2])
 
 
-def _unfold(folded: torch.Tensor, like: torch.Tensor, places: Places) -> torch.Tensor:
-    """The inverse of `_fold` without padding: (n * K, G * Q, D) -> (M, H, D)."""
-    n, length = places.rows.shape
-    heads, dim = like.shape[1:]
-    kv_heads = folded.shape[0] // n
-    rows = folded.view(n, kv_heads, heads // kv_heads, length, dim).permute(0, 3, 1, 2, 4)
-    return rows.reshape(n * length, heads, dim).index_select(0, places.real_places)
+def _take(x: torch.Tensor, places: torch.Tensor, group: HeadGroup) -> torch.Tensor:
+    """Rows of a group, folded: (T, H or K, D) -> (n * K, G * Q or P + L, D)."""
+    n, kv_heads = group.shape[:2]
+    return x.reshape(-1, x.shape[-1]).index_select(0, places).view(n * kv_heads, -1, x.shape[-1])
 
 
-def _keys(x: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
-    """What a group's rows may see, prefix first: (T, K, D) -> (n * K, P + L, D)."""
-    n, length = group.keys.rows.shape
-    kv_heads, dim = x.shape[1:]
-    own = x.index_select(0, group.keys.rows.flatten()).view(n, length, kv_heads, dim)
+def _add_keys(total: torch.Tensor, dkeys: torch.Tensor, group: HeadGroup) -> None:
+    """Adds a gradient of a group's keys to `total` (T, K, D); the prefix gets the sum over the segments."""
+    n, kv_heads = group.shape[:2]
+    by_segment = dkeys.view(n, kv_heads, -1, dkeys.shape[-1])
     if group.prefix:
-        own = torch.cat((x[: group.prefix].expand(n, -1, -1, -1), own), dim=1)
-    return own.transpose(1, 2).reshape(n * kv_heads, group.prefix + length, dim)
+        total[: group.prefix] += by_segment[:, :, : group.prefix].sum(0).transpose(0, 1)
+    own = by_segment[:, :, group.prefix :].reshape(-1, dkeys.shape[-1])
+    total.view(-1, dkeys.shape[-1]).index_add_(0, group.own, own)
 
 
-def _add_keys(total: torch.Tensor, dkeys: torch.Tensor, group: SegmentGroup) -> None:
-    """Adds a gradient of `_keys` to `total` (T, K, D); the prefix gets the sum over the segments."""
-    n, length = group.keys.rows.shape
-    kv_heads, dim = total.shape[1:]
-    by_segment = dkeys.view(n, kv_heads, group.prefix + length, dim).transpose(1, 2)
-    if group.prefix:
-        total[: group.prefix] += by_segment[:, : group.prefix].sum(0)
-    own = by_segment[:, group.prefix :].reshape(n * length, kv_heads, dim)
-    total.index_add_(0, group.keys.real_rows, own.index_select(0, group.keys.real_places))
-
-
-def _weights(q: torch.Tensor, k: torch.Tensor, group: SegmentGroup) -> torch.Tensor:
+def _weights(q: torch.Tensor, k: torch.Tensor, group: HeadGroup) -> torch.Tensor:
     """A of a group: (n * K, G * Q, P + L) in the dtype of q, each row summing to 1.
 
     The mask is the start value that the product is added to, 0 or -inf: one pass in place of three. The softmax
     computes in float32 whatever the dtype, and rounds its result once.
     """
-    folded, keys = _fold(q, k.shape[1], group.queries), _keys(k, group)
-    masked = torch.zeros(group.hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(group.hidden, -torch.inf)
-    n, (query_rows, seen) = group.keys.rows.shape[0], masked.shape[1:]
-    by_head = q.new_empty(n, k.shape[1], q.shape[1] // k.shape[1], query_rows, seen)
-    scores = by_head.copy_(masked[:, None, None]).view(*folded.shape[:2], seen)
-    return torch.softmax(scores.baddbmm_(folded, keys.mT, alpha=q.shape[-1] ** -0.5), dim=-1)
+    n, kv_heads, per_kv_head, num_queries, num_seen = group.shape
+    scores = q.new_empty(group.shape).copy_(group.mask).view(n * kv_heads, per_kv_head * num_queries, num_seen)
+    queries, keys = _take(q, group.queries, group), _take(k, group.keys, group)
+    return torch.softmax(scores.baddbmm_(queries, keys.mT, alpha=q.shape[-1] ** -0.5), dim=-1)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[SegmentGroup]) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[HeadGroup]) -> torch.Tensor:
     """Causal grouped-query attention within the segments of a packed micro-batch.
 
     Args:
         q: (T, H, D) compute dtype, or (S, H, D) with the micro-batch's `last_groups`.
         k: (T, K, D) compute dtype.
         v: (T, K, D) compute dtype.
-        groups: which rows see which; every row of q stands in exactly one group.
+        groups: which rows see which, from `split_heads`.
 
     Returns:
         The shape and dtype of q. Source: arXiv 1706.03762, grouped queries arXiv 2305.13245.

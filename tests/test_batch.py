@@ -26,8 +26,8 @@ EXAMPLES = [
 def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
     """For each query of a group, the packed rows that it attends to."""
     found = {}
-    for place, row in zip(group.queries.real_places.tolist(), group.queries.real_rows.tolist(), strict=True):
-        segment, query = divmod(place, group.queries.rows.shape[1])
+    for segment, query in group.queries.is_real.nonzero().tolist():
+        row = int(group.queries.rows[segment, query])
         keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
         hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
         found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
@@ -38,7 +38,7 @@ def seen_rows(packed: MicroBatch) -> list[list[int]]:
     """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
-        assert not seen.keys() & group.queries.real_rows.tolist()
+        assert not seen.keys() & seen_by_queries(group).keys()
         seen |= seen_by_queries(group)
     assert sorted(seen) == list(range(len(packed.input_ids)))
     return [seen[row] for row in range(len(packed.input_ids))]
@@ -125,11 +125,10 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
 def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefix: int) -> None:
     examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
     packed = pack(examples)
-    rows = torch.cat([group.keys.real_rows for group in packed.groups])
+    rows = torch.cat([group.keys.rows[group.keys.is_real] for group in packed.groups])
     assert sorted(rows.tolist()) == list(range(len(packed.input_ids)))
     for group in packed.groups:
-        assert torch.equal(group.keys.rows.flatten()[group.keys.real_places], group.keys.real_rows)
-        assert len(group.keys.real_rows) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
+        assert group.keys.is_real.sum() >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
     seen_rows(packed)
 
 
@@ -177,11 +176,24 @@ def test_micro_batches_by_examples_are_slices() -> None:
     assert cut_micro_batches(EXAMPLES, 2) == [EXAMPLES[:2], EXAMPLES[2:]]
 
 
+def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -> None:
+    whole, behind = pack(EXAMPLES), pack(EXAMPLES, cached_prefix=3)
+    assert behind.input_ids.tolist() == whole.input_ids.tolist()[3:]
+    assert behind.position_ids.tolist() == whole.position_ids.tolist()[3:]
+    assert behind.supervised_rows.tolist() == [row - 3 for row in whole.supervised_rows.tolist()]
+    seen = seen_rows(whole)
+    found = {row: rows for group in behind.groups for row, rows in seen_by_queries(group).items()}
+    assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
+    last, last_behind = (
+        [seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind)
+    )
+    assert last_behind == last
+
+
 def test_padding_repeats_the_first_row_of_its_segment() -> None:
     (group,) = pack_rows([3, 4])
     assert group.keys.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert group.keys.real_places.tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert group.keys.real_rows.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert group.keys.is_real.tolist() == [[True, True, True, False], [True, True, True, True]]
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
@@ -195,7 +207,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
         return [tensor for part in parts for tensor in tensors(part)]
 
     everything = tensors(moved)
-    assert len(everything) == len(tensors(packed)) == 5 + 7 * (len(packed.groups) + len(packed.last_groups))
+    assert len(everything) == len(tensors(packed)) == 5 + 5 * (len(packed.groups) + len(packed.last_groups))
     assert all(tensor.device.type == "meta" for tensor in everything)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]

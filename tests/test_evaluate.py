@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minilora import evaluate
-from minilora.batch import pack_rows
+from minilora.batch import common_prefix, pack_rows
+
 from minilora.evaluate import Scores, score
 from minilora.lora import attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
@@ -127,6 +128,26 @@ def test_chat_has_a_loss_and_no_probabilities(tiny_model: LoadModel, chat_tokeni
     losses = [-logs[i - 1, example.input_ids[i]].item() for i, counts in enumerate(example.supervised) if counts]
     assert scores.probabilities is None
     assert scores.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [SINGLE, SEVERAL])
+def test_the_common_prefix_is_run_once_for_all_batches(
+    tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, labels: tuple[str, ...]
+) -> None:
+    model = tiny_model()
+    prompt, examples = build(chat_tokenizer, labels)
+    prefix = common_prefix(examples)
+    rows: list[int] = []
+    hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    score(model, examples, prompt, 2)
+    hook.remove()
+    own = sum(len(example.input_ids) - 1 - prefix for example in examples)
+    assert prefix > 3
+    assert rows[0] == prefix
+    variants = 0 if labels == SINGLE else len(labels)
+    answers = [len(e.input_ids) - e.answer_start for e in examples]
+    again = sum(own + len(examples) * len(ids) - sum(answers) for ids in prompt.label_ids[:variants])
+    assert sum(rows) == prefix + own + again
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minilora import batch, ops
-from minilora.batch import pack, pack_rows
+from minilora.batch import SegmentGroup, pack, pack_rows
 from minilora.prompt import Example
 
 
@@ -17,6 +17,10 @@ def random(*shape: int, requires_grad: bool = True) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: tuple[SegmentGroup, ...]) -> torch.Tensor:
+    return ops.attention(q, k, v, ops.split_heads(groups, q.shape[1], k.shape[1], len(q), q.dtype))
 
 
 def attention_by_hand(
@@ -82,7 +86,7 @@ def test_attention_over_segments_equals_one_segment_at_a_time(heads: int, kv_hea
     ends = torch.tensor(lengths).cumsum(0).tolist()
     segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     expected = attention_by_hand(q, k, v, segments, prefix=0)
-    torch.testing.assert_close(ops.attention(q, k, v, pack_rows(lengths)), expected)
+    torch.testing.assert_close(attention(q, k, v, pack_rows(lengths)), expected)
 
 
 def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +95,14 @@ def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch
     groups = pack_rows([9, 3])
     assert len(groups) > 2
     dout = torch.randn(12, 4, 4, dtype=torch.float64)
-    found, expected = ops.attention(q, k, v, groups), attention_by_hand(q, k, v, [(0, 9), (9, 12)], prefix=0)
+    found, expected = attention(q, k, v, groups), attention_by_hand(q, k, v, [(0, 9), (9, 12)], prefix=0)
     torch.testing.assert_close(found, expected)
     pairs = zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in (found, expected)), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
 
 
-def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int, int]], object]:
+def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int, int]], tuple[SegmentGroup, ...]]:
     examples = []
     for number, length in enumerate(lengths):
         ids = [*range(prefix), *range(100 * (number + 1), 100 * (number + 1) + length + 1)]
@@ -115,7 +119,7 @@ def test_attention_with_a_shared_prefix_equals_one_segment_at_a_time(lengths: li
     segments, groups = shared_prefix_batch(lengths, prefix=4)
     rows = segments[-1][1]
     q, k, v = random(rows, 4, 4), random(rows, 2, 4), random(rows, 2, 4)
-    torch.testing.assert_close(ops.attention(q, k, v, groups), attention_by_hand(q, k, v, segments, prefix=4))
+    torch.testing.assert_close(attention(q, k, v, groups), attention_by_hand(q, k, v, segments, prefix=4))
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
@@ -126,4 +130,4 @@ def test_attention_gradient(prefix: int) -> None:
         segments, groups = [(0, 4), (4, 6)], pack_rows([4, 2])
     rows = segments[-1][1]
     inputs = (random(rows, 4, 2), random(rows, 2, 2), random(rows, 2, 2))
-    assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, groups), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, groups), inputs)
