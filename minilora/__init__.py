@@ -20,6 +20,7 @@
     optim       AdamW; the learning rate as a function of the step
     step        one optimizer step: micro-batches -> loss -> gradient -> clip -> update
     checkpoint  everything that a run needs to go on, there as a whole or not at all
+    cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
     runlog      metrics.jsonl, progress bar, plot

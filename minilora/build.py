@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 from minilora.adapter import AdapterConfig
+from minilora.cache import load_through_cache
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.model import Qwen2ForCausalLM
+from minilora.nf4 import Linear4bit
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.rows import Row, as_label, read_rows
 
@@ -158,9 +160,15 @@ def build_model(config: Config, folder: Path, device: torch.device, dtype: torch
             bar.total = total
             bar.update(done - bar.n)
 
-        return load_model(
-            folder, dtype, config.model.quantization, config.model.double_quantization, device, on_progress
-        )
+        settings = (dtype, config.model.quantization, config.model.double_quantization, device, on_progress)
+        if config.model.quantized_cache is None:
+            model = load_model(folder, *settings)
+        else:
+            model = load_through_cache(folder, Path(config.model.quantized_cache), *settings)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.cache_dequantized = config.model.cache_dequantized
+    return model
 
 
 def adapter_config(config: Config) -> AdapterConfig:

@@ -39,6 +39,12 @@ class ModelSection:
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "type of activations; auto is bfloat16 where the device multiplies it natively, else float32"
     )
+    quantized_cache: str | None = key(
+        None, "folder for a 4-bit copy of the base model, checked by SHA-256: the next run loads it in a second"
+    )
+    cache_dequantized: bool = key(
+        False, "keep the projections in full beside their 4 bits once they are used: faster, for 2 bytes a number"
+    )
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
 
@@ -145,7 +151,7 @@ class Config:
 
 
 # Keys that may differ between a run and its continuation: none of them changes what is computed.
-HARMLESS_KEYS = frozenset(
+HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) | frozenset(
     f"train.{name}"
     for name in (
         "output_dir",

@@ -143,14 +143,14 @@ class _FrozenLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+    def forward(ctx: Any, x: torch.Tensor, layer: "Linear4bit", bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense_weight(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
-        return dy @ ctx.weight.dequantize(dy.dtype), None, None
+        return dy @ ctx.layer.dense_weight(dy.dtype), None, None
 
 
 class Linear4bit(nn.Module):
@@ -160,6 +160,7 @@ class Linear4bit(nn.Module):
 
     Attributes:
         bias: (out,) compute dtype, or None.
+        cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes a number in bfloat16.
     """
 
     bias: torch.Tensor | None
@@ -168,6 +169,8 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.quant_type = weight.quant_type
+        self.cache_dequantized = False
+        self._dense: torch.Tensor | None = None
         self._shape = weight.shape
         self._weight_names = tuple(weight.tensors())
         for name, tensor in weight.tensors().items():
@@ -187,11 +190,16 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        return _FrozenLinear.apply(x, self.weight, self.bias)
+        return _FrozenLinear.apply(x, self, self.bias)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) `dtype`, made anew."""
-        return self.weight.dequantize(dtype)
+        """(out, in) `dtype`, constant: made anew, unless it is kept."""
+        if self._dense is not None and self._dense.dtype == dtype:
+            return self._dense
+        dense = self.weight.dequantize(dtype)
+        if self.cache_dequantized:
+            self._dense = dense
+        return dense
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
         """Moves everything and casts the bias alone: a scale in bfloat16 would be another weight."""
@@ -200,6 +208,7 @@ class Linear4bit(nn.Module):
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
+        self._dense = None
         return super()._apply(move, recurse)
 
 

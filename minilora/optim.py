@@ -165,17 +165,19 @@ class BitsAndBytesAdamW:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """See `Optimizer`."""
-        return {
-            name: torch.as_tensor(value).detach().to("cpu", copy=True)
-            for name, value in self._named_state().items()
-            if self._adamw.state
-        }
+        if not self._adamw.state:
+            return {}
+        return {name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in self._named_state().items()}
 
     def state_shapes(self) -> dict[str, torch.Size]:
         """See `Optimizer`."""
-        if not self._adamw.state:
+        is_new = not self._adamw.state
+        if is_new:
             self._initialise()
-        return {name: torch.as_tensor(value).shape for name, value in self._named_state().items()}
+        shapes = {name: torch.as_tensor(value).shape for name, value in self._named_state().items()}
+        if is_new:
+            self._adamw.state.clear()
+        return shapes
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """See `Optimizer`."""

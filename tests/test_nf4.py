@@ -149,6 +149,29 @@ def test_scales_at_every_place_and_midway_round_as_in_bitsandbytes() -> None:
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 130, 1000])
+def test_quantising_piece_by_piece_changes_no_bit(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    weight = torch.randn(3, length)
+    whole = quantize(weight).tensors()
+    monkeypatch.setattr(nf4, "PIECE", 128)
+    pieces = quantize(weight).tensors()
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
+
+
+def test_a_kept_dense_weight_is_made_once_and_changes_nothing() -> None:
+    x = torch.randn(5, 64, requires_grad=True)
+    plain, kept = (Linear4bit(quantize(torch.randn(32, 64, generator=torch.Generator().manual_seed(0))), None) for _ in (0, 1))
+    kept.cache_dequantized = True
+    with torch.inference_mode():  # as in a test before training
+        kept(torch.randn(1, 64))
+    assert kept.dense_weight(torch.float32) is kept.dense_weight(torch.float32)
+    assert plain.dense_weight(torch.float32) is not plain.dense_weight(torch.float32)
+    gradients = [torch.autograd.grad(layer(x).sum(), x)[0] for layer in (plain, kept)]
+    assert torch.equal(*gradients)
+    assert kept.dense_weight(torch.bfloat16).dtype == torch.bfloat16
+    assert kept.dense_weight(torch.float32).dtype == torch.float32
+
+
 def test_nf4_levels_are_quantiles_of_a_normal_distribution() -> None:
     # QLoRA, section 3: eight steps up to the quantile 0.9677083 above 0 and seven below, scaled to [-1, 1].
     normal, last = NormalDist(), 0.9677083

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.optim import AdamW, build_optimizer, lr_at
+from minilora import bnb
+from minilora.errors import UserError
+from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:
@@ -45,17 +47,23 @@ def test_the_rate_scales_with_the_peak() -> None:
     assert lr_at(3, 10, 2e-4, "linear", 0.0) == pytest.approx(2e-4 * 0.8)
 
 
-def stepped(steps: int) -> tuple[list[torch.nn.Parameter], AdamW]:
-    """Two parameters after some steps of AdamW with a gradient that differs from step to step."""
+def build(parameters: list[torch.nn.Parameter], optim: str) -> Optimizer:
+    if optim in BITSANDBYTES_OPTIMIZERS:
+        pytest.importorskip("bitsandbytes")
+    return build_optimizer(parameters, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, optim=optim)
+
+
+def stepped(steps: int, optim: str = "adamw_torch_fused") -> tuple[list[torch.nn.Parameter], Optimizer]:
+    """Three parameters, one large enough for 8-bit moments, after some steps with gradients that differ."""
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
-    optimizer = build_optimizer(parameters, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((3, 4), (5,), (64, 80))]
+    optimizer = build(parameters, optim)
     for step in range(1, steps + 1):
         take_step(parameters, optimizer, step)
     return parameters, optimizer
 
 
-def take_step(parameters: list[torch.nn.Parameter], optimizer: AdamW, step: int) -> None:
+def take_step(parameters: list[torch.nn.Parameter], optimizer: Optimizer, step: int) -> None:
     for parameter in parameters:
         parameter.grad = torch.sin(parameter.detach() * step)
     optimizer.param_groups[0]["lr"] = 0.01
@@ -78,24 +86,53 @@ def test_the_update_is_adamw_by_hand() -> None:
         torch.testing.assert_close(parameters[0].detach(), value, rtol=1e-6, atol=1e-7)
 
 
-def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: Path) -> None:
-    parameters, optimizer = stepped(3)
+OPTIMIZERS = ["adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS]
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: Path, optim: str) -> None:
+    parameters, optimizer = stepped(3, optim)
     save_file(optimizer.tensors(), tmp_path / "optimizer.safetensors")
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
-    restored = build_optimizer(copies, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    restored.load_tensors(load_file(tmp_path / "optimizer.safetensors"))
+    restored = build(copies, optim)
+    saved = load_file(tmp_path / "optimizer.safetensors")
+    assert {name: tensor.shape for name, tensor in saved.items()} == restored.state_shapes()
+    restored.load_tensors(saved)
     for step in (4, 5):
         take_step(parameters, optimizer, step)
         take_step(copies, restored, step)
     assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
     first, second = optimizer.tensors(), restored.tensors()
-    assert first.keys() == second.keys() == {f"{i}.{n}" for i in (0, 1) for n in ("exp_avg", "exp_avg_sq", "step")}
+    assert first.keys() == second.keys() == restored.state_shapes().keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["0.step"].item() == 5
 
 
-def test_before_the_first_step_there_are_no_moments() -> None:
-    _, optimizer = stepped(0)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_before_the_first_step_there_are_no_moments(optim: str) -> None:
+    _, optimizer = stepped(0, optim)
+    assert optimizer.state_shapes()
     assert optimizer.tensors() == {}
     optimizer.load_tensors({})
     assert optimizer.tensors() == {}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_gradients_are_freed(optim: str) -> None:
+    parameters, optimizer = stepped(1, optim)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize(("optim", "tolerance"), [("paged_adamw_32bit", 1e-6), ("adamw_bnb_8bit", 2e-3)])
+def test_bitsandbytes_updates_are_pytorchs_within_the_bits_of_a_moment(optim: str, tolerance: float) -> None:
+    (expected, _), (found, optimizer) = stepped(5), stepped(5, optim)
+    differences = [(a - b).abs().max().item() for a, b in zip(expected, found, strict=True)]
+    assert max(differences) < tolerance  # five steps of 0.01
+    assert optimizer.tensors()["2.state1"].dtype == (torch.uint8 if "8bit" in optim else torch.float32)
+
+
+def test_an_optimizer_of_bitsandbytes_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "functional", lambda: None)
+    with pytest.raises(UserError, match=r"train\.optim: needs bitsandbytes.* adamw_torch_fused"):
+        build_optimizer([torch.nn.Parameter(torch.zeros(2))], optim="adamw_bnb_8bit")

@@ -1,0 +1,141 @@
+"""4-bit checkpoints: written, read, and refused in words where something is wrong with them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.errors import UserError
+from minilora.load import load_model
+from minilora.quantized import save_quantized
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture
+def quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    source, folder = tiny_checkpoint(), tmp_path / "quantized"
+    save_quantized(load_model(source, torch.bfloat16), source, folder, torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_written_checkpoint_is_read_as_it_was(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, quant_type: str, double: bool, tie: bool
+) -> None:
+    source = tiny_checkpoint(tie=tie, sharded=True)
+    model = load_model(source, torch.bfloat16, quant_type, double)
+    save_quantized(model, source, tmp_path / "q", torch.bfloat16)
+    found, expected = load_model(tmp_path / "q", torch.bfloat16, quant_type, double).state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in found)
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == quant_type
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is double
+
+
+def test_a_projection_that_is_held_in_full_stays_in_full(quantized: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    dense = load_file(tiny_checkpoint() / "model.safetensors")[NAME].bfloat16()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(NAME)}
+    save_file({**kept, NAME: dense}, quantized / "model.safetensors")
+    layer = load_model(quantized, torch.bfloat16).get_submodule("model.layers.1.mlp.up_proj")
+    assert isinstance(layer, torch.nn.Linear)
+    assert torch.equal(layer.weight, dense)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("none", True), "model.quantization=nf4 model.double_quantization=true"),
+        (("fp4", True), "is quantised already, as nf4 with double quantisation"),
+        (("nf4", False), "model.double_quantization=true"),
+    ],
+)
+def test_another_quantisation_than_the_files_is_refused(quantized: Path, asked: tuple[str, bool], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_model(quantized, torch.bfloat16, *asked)
+
+
+def changed_state(quantized: Path, **changes: object) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    state = json.loads(bytes(tensors[STATE].tolist())) | changes
+    tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, quantized / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocksize": 128}, "blocksize is 128, expected 64"),
+        ({"nested_blocksize": 64}, "nested_blocksize is 64, expected 256"),
+        ({"quant_type": "fp4"}, "quant_type is 'fp4', expected 'nf4'"),
+        ({"nested_offset": "x"}, "nested_offset is 'x', expected a number"),
+        ({"nested_offset": None}, "absmax is .* expected"),
+        ({"shape": [128, 32]}, "packed is .* expected"),
+        ({"shape": [64, 128]}, r"file has \(64, 128\) in 4 bits, config.json asks \(128, 64\)"),
+        ({"shape": "128x64"}, r"has the shape '128x64', expected \[out, in\]"),
+        ({"shape": [128, -64]}, r"expected \[out, in\]"),
+        ({"shape": [True, 64]}, r"expected \[out, in\]"),
+    ],
+)
+def test_a_weight_that_cannot_be_used_is_named(quantized: Path, changes: dict[str, object], message: str) -> None:
+    changed_state(quantized, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(quantized, torch.bfloat16)
+    assert "up_proj" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement", "message"),
+    [
+        (NAME, None, "packed is None, expected"),
+        (f"{NAME}.absmax", None, "absmax is None, expected"),
+        (f"{NAME}.nested_quant_map", torch.zeros(16), "nested_quant_map is .*16.* expected .*256"),
+        (f"{NAME}.quant_map", torch.linspace(-1, 1, 16), "other levels than nf4"),
+        (STATE, torch.tensor([1, 2, 3], dtype=torch.uint8), "is not JSON"),
+        (STATE, torch.tensor(list(b"[]"), dtype=torch.uint8), "holds a list"),
+        (f"{NAME}.extra", torch.zeros(1), "unknown to a Qwen2.5 model"),
+    ],
+)
+def test_a_missing_or_wrong_part_is_named(
+    quantized: Path, part: str, replacement: torch.Tensor | None, message: str
+) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    tensors.pop(part, None)
+    if replacement is not None:
+        tensors[part] = replacement
+    save_file(tensors, quantized / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_model(quantized, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq', only bitsandbytes in 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+        ("awq", "quantised by 'awq'"),
+    ],
+)
+def test_other_compressed_formats_are_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, found: object, message: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": found}))
+    with pytest.raises(UserError, match=message):
+        load_model(folder, torch.float32)
