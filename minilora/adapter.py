@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
-from minilora.tensorfile import read_header, read_json, read_tensor
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
+from minilora.tensorfile import read_header, read_json, read_tensor
 
 KEY_PREFIX = "base_model.model."
 # Keys that never change what an adapter does; layers_pattern and ensure_weight_tying need others, which are refused.

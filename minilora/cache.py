@@ -1,10 +1,10 @@
 """4-bit copies of base models on disk, so that the next run has nothing to quantise and loads in a second.
 
-    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `quantized.py` writes it: transformers opens it too
+    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `quantized.py` writes it; transformers opens it
     {cache}/{key}/manifest.json                          SHA-256 of its files, and of what it was made from
 
-The key is a hash of the base model's files and of how they are quantised, so a changed model has another copy, and a copy
-is never out of date. Its own files are hashed before they are used: a damaged copy is made again.
+The key is a hash of the base model's files and of how they are quantised, so a changed model has another copy, and a
+copy is never out of date. Its own files are hashed before they are used: a damaged copy is made again.
 """
 
 import hashlib

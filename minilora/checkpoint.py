@@ -25,14 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from minilora.adapter import AdapterConfig, load_adapter_weights, save_adapter
 from minilora.errors import UserError
-from minilora.tensorfile import read_header, read_json, read_tensor
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer
+from minilora.tensorfile import read_header, read_json, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 

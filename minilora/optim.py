@@ -1,8 +1,8 @@
 """AdamW over the adapter, and the learning rate as a pure function of the step.
 
-PyTorch's own AdamW (decoupled weight decay, arXiv 1711.05101) does the update, or one of bitsandbytes' with moments in
-8 bits (arXiv 2110.02861) or in memory that a GPU may page out. There is no scheduler object: its state would be one more
-thing to save, and the rate of any step can be asked for at any time.
+PyTorch's own AdamW (decoupled weight decay, arXiv 1711.05101) does the update, or one of bitsandbytes' with moments
+in 8 bits (arXiv 2110.02861) or in memory that a GPU may page out. There is no scheduler object: its state would be one
+more thing to save, and the rate of any step can be asked for at any time.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from minilora import bnb
 
-# Names as in transformers' `optim`. bitsandbytes' optimizers by name: bits of a moment, and whether it may be paged out.
+# bitsandbytes' optimizers, by transformers' names: bits of a moment, and whether it may be paged out.
 BITSANDBYTES_OPTIMIZERS = {
     "adamw_bnb_8bit": (8, False),
     "paged_adamw_8bit": (8, True),
@@ -167,7 +167,9 @@ class BitsAndBytesAdamW:
         """See `Optimizer`."""
         if not self._adamw.state:
             return {}
-        return {name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in self._named_state().items()}
+        return {
+            name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in self._named_state().items()
+        }
 
     def state_shapes(self) -> dict[str, torch.Size]:
         """See `Optimizer`."""

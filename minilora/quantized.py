@@ -64,9 +64,9 @@ class QuantizedEntry:
                 f"{self.parts['packed'].path}: {self.name} has other levels than {self.quant_type}; "
                 "use the original checkpoint"
             )
-        nested = ()
-        if self.offset is not None:
-            nested = (found["nested_absmax"], found["nested_quant_map"], torch.tensor([self.offset]))
+        if self.offset is None:
+            return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type)
+        nested = (found["nested_absmax"], found["nested_quant_map"], torch.tensor([self.offset]))
         return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type, *nested)
 
 
@@ -120,7 +120,9 @@ def _check(
     sizes = {"blocksize": BLOCK_SIZE, "quant_type": quant_type} | (
         {"nested_blocksize": ABSMAX_BLOCK_SIZE} if nested else {}
     )
-    problems = [f"{key} is {state.get(key)!r}, expected {value!r}" for key, value in sizes.items() if state.get(key) != value]
+    problems = [
+        f"{key} is {state.get(key)!r}, expected {value!r}" for key, value in sizes.items() if state.get(key) != value
+    ]
     if nested and not isinstance(offset, float):
         problems.append(f"nested_offset is {offset!r}, expected a number")
     for part in sorted(expected.keys() | parts.keys()):
@@ -184,7 +186,11 @@ def _named_parts(weight: QuantizedTensor, compute_dtype: torch.dtype) -> Iterato
         assert weight.nested_code is not None
         yield "weight.nested_absmax", weight.nested_absmax
         yield "weight.nested_quant_map", weight.nested_code.clone()  # one tensor for all weights, which a file cannot
-        state |= {"nested_blocksize": ABSMAX_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
+        state |= {
+            "nested_blocksize": ABSMAX_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": weight.offset.item(),
+        }
     content = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     yield f"weight.quant_state.bitsandbytes__{weight.quant_type}", content
 

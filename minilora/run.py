@@ -7,6 +7,7 @@ old nor the new.
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minilora import ops
 from minilora.adapter import attach_adapter
 from minilora.batch import MicroBatch, cut_micro_batches, pack
 from minilora.build import (
@@ -29,13 +31,13 @@ from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint
 from minilora.config import Config, changed_keys
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.tensorfile import read_json
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.memory import dtype_name
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import sha256
+from minilora.tensorfile import read_json
 
 
 @dataclass
@@ -187,6 +189,11 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype)
+    problem = ops.compile_swiglu(dtype, device) if config.train.torch_compile else None
+    if problem is not None:
+        print(
+            f"train.torch_compile: goes on without, because nothing can be compiled here ({problem})", file=sys.stderr
+        )
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)

@@ -1,7 +1,7 @@
 """safetensors files, one tensor at a time: 8 bytes of length, a JSON header with names and places, then the data.
 
-A tensor is read into memory of its own. Mapping the file, as is usual, counts every page that was touched as used memory
-until the file is closed.
+A tensor is read into memory of its own. Mapping the file, as is usual, counts every page that was touched as used
+memory until the file is closed.
 
 Source: https://huggingface.co/docs/safetensors, section Format. Left out: pickled checkpoints, on purpose.
 """

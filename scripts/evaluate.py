@@ -29,13 +29,13 @@ from minilora.config import Config, config_from_dict
 from minilora.errors import UserError, run_script
 from minilora.evaluate import score
 from minilora.hub import fetch_model
-from minilora.tensorfile import read_json
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import read_rows, sha256
 from minilora.run import read_saved_config
+from minilora.tensorfile import read_json
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
 KEYS_READ = (

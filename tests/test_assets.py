@@ -9,9 +9,9 @@ import torch
 
 from minilora.hub import fetch_model
 from minilora.load import load_model
-from minilora.tensorfile import read_header
 from minilora.prompt import ChatTokenizer
 from minilora.rows import sha256
+from minilora.tensorfile import read_header
 
 FOLDER = fetch_model("minilora/assets/tiny-qwen2.5")
 

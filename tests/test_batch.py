@@ -184,9 +184,7 @@ def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -
     seen = seen_rows(whole)
     found = {row: rows for group in behind.groups for row, rows in seen_by_queries(group).items()}
     assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
-    last, last_behind = (
-        [seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind)
-    )
+    last, last_behind = ([seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind))
     assert last_behind == last
 
 

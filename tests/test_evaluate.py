@@ -8,7 +8,6 @@ import torch
 
 from minilora import evaluate
 from minilora.batch import common_prefix, pack_rows
-
 from minilora.evaluate import Scores, score
 from minilora.lora import attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM

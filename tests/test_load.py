@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
-from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
 from minilora.nf4 import Linear4bit
+from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
 
 CONFIG = {
     "model_type": "qwen2",

@@ -160,7 +160,9 @@ def test_quantising_piece_by_piece_changes_no_bit(monkeypatch: pytest.MonkeyPatc
 
 def test_a_kept_dense_weight_is_made_once_and_changes_nothing() -> None:
     x = torch.randn(5, 64, requires_grad=True)
-    plain, kept = (Linear4bit(quantize(torch.randn(32, 64, generator=torch.Generator().manual_seed(0))), None) for _ in (0, 1))
+    plain, kept = (
+        Linear4bit(quantize(torch.randn(32, 64, generator=torch.Generator().manual_seed(0))), None) for _ in (0, 1)
+    )
     kept.cache_dequantized = True
     with torch.inference_mode():  # as in a test before training
         kept(torch.randn(1, 64))

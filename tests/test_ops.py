@@ -1,5 +1,6 @@
 """Every hand-derived gradient against finite differences, every function against its formula in plain PyTorch."""
 
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -58,6 +59,41 @@ def test_swiglu_equals_its_formula_and_gradient() -> None:
     gate, up = random(5, 6), random(5, 6)
     torch.testing.assert_close(ops.swiglu(gate, up), gate * torch.sigmoid(gate) * up)
     assert torch.autograd.gradcheck(ops.swiglu, (gate, up))
+
+
+def test_swiglu_gradients_in_one_pass_are_the_same() -> None:
+    dh, gate, up = (random(5, 6, requires_grad=False) for _ in range(3))
+    found, expected = (f(dh, gate, up) for f in (ops._swiglu_gradients_in_one_pass, ops._swiglu_gradients))
+    torch.testing.assert_close(found, expected)
+    rounded = ops._swiglu_gradients_in_one_pass(*(x.bfloat16() for x in (dh, gate, up)))
+    assert {x.dtype for x in rounded} == {torch.bfloat16}
+    torch.testing.assert_close([x.double() for x in rounded], list(expected), rtol=0.05, atol=0.05)
+
+
+def test_what_cannot_be_compiled_is_said_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> object:
+        def fail(*_: object) -> None:
+            raise RuntimeError("no C++ compiler found\nsecond line")
+
+        return fail
+
+    before = ops._SwiGLU.gradients
+    monkeypatch.setattr(torch, "compile", broken)
+    assert ops.compile_swiglu(torch.float32, torch.device("cpu")) == "no C++ compiler found"
+    assert ops._SwiGLU.gradients is before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_swiglu_gradient() -> None:
+    before = ops._SwiGLU.gradients
+    try:
+        problem = ops.compile_swiglu(torch.float64, torch.device("cpu"))
+        if problem is not None:
+            pytest.skip(problem)
+        assert ops._SwiGLU.gradients is not before
+        assert torch.autograd.gradcheck(ops.swiglu, (random(5, 6), random(5, 6)))
+    finally:
+        ops._SwiGLU.gradients = staticmethod(before)
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:

@@ -28,9 +28,7 @@ def test_what_transformers_saved_loads_as_the_weights_that_we_make(
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=how
-    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
     reference.save_pretrained(tmp_path / "saved")
     found = load_model(tmp_path / "saved", torch.float32, quant_type, double).state_dict()
     expected = load_model(folder, torch.float32, quant_type, double).state_dict()
@@ -52,5 +50,7 @@ def test_transformers_computes_the_same_with_what_we_saved(
     pairs = zip(our_logits(model, examples), reference_logits(theirs, examples), strict=True)
     for mine, other in pairs:
         torch.testing.assert_close(mine, other, rtol=0, atol=3e-5)
-    same = zip(reference_logits(load_reference(folder, nf4=True), examples), reference_logits(theirs, examples), strict=True)
+    same = zip(
+        reference_logits(load_reference(folder, nf4=True), examples), reference_logits(theirs, examples), strict=True
+    )
     assert all(torch.equal(a, b) for a, b in same)
