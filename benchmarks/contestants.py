@@ -33,16 +33,26 @@ def run_minilora(
     quantization: str = "nf4",
     share_prefix: bool = True,
     gradient_checkpointing: bool = False,
+    cache_dequantized: bool = False,
+    compiled: bool = False,
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
+    from minilora import ops
     from minilora.adapter import load_adapter
     from minilora.batch import pack
     from minilora.load import load_model
     from minilora.lora import DropoutSeed, lora_parameters
+    from minilora.nf4 import Linear4bit
     from minilora.optim import build_optimizer
     from minilora.step import train_step
 
+    problem = ops.compile_swiglu(work.dtype, torch.device(work.device)) if compiled else None
+    if problem is not None:
+        raise UserError(f"minilora, compiled: nothing can be compiled here ({problem}); leave it out with --only")
     model = load_model(Path(work.model), work.dtype, quantization, device=work.device)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.cache_dequantized = cache_dequantized
     load_adapter(model, Path(work.adapter))
     model.train()
     model.model.gradient_checkpointing = gradient_checkpointing
@@ -229,6 +239,8 @@ CONTESTANTS: dict[str, Callable[[Workload, Meter], None]] = {
     "minilora, length-sorted": variant(run_minilora, sort=True),
     "minilora, checkpointing": variant(run_minilora, gradient_checkpointing=True),
     "minilora, prefix not shared": variant(run_minilora, share_prefix=False),
+    "minilora, dense weights kept": variant(run_minilora, cache_dequantized=True),
+    "minilora, compiled": variant(run_minilora, compiled=True),
     "minilora, length-sorted, LoRA without 4 bits": variant(run_minilora, sort=True, quantization="none"),
     "peft loop, padded, checkpointing": variant(run_peft_loop, sort=False, gradient_checkpointing=True),
     "peft loop, padded": variant(run_peft_loop, sort=False, gradient_checkpointing=False),

@@ -1,10 +1,10 @@
 """The memory ledger: bytes predicted from a configuration, and bytes measured.
 
     weights      projections in 4 bits (4.5 with their scales, 4.13 with scales of scales), all else dense
-    adapter      A and B in float32, their gradients, and AdamW's two moments: 16 bytes a parameter
+    adapter      A and B in float32, their gradients, and AdamW's two moments: 16 bytes a parameter, 10 in 8 bits
     activations  what the backward passes of `ops.py` and `lora.py` keep, per packed row
     transient    the largest weight in dense form, one chunk of logits, one layer's gradients
-    heap         on a CPU, places between buffers that no other buffer fits
+    heap         on a CPU, places between buffers that no other buffer fits, and the products that oneDNN has compiled
 
 Activations are linear in the packed rows T. A layer keeps the two sums that its norms read, q, k, v and what
 attention makes of them, gate and up: 4 C + 2 K D + 2 F numbers a row, 27 kB in a Qwen2.5-0.5B in bfloat16. All
@@ -23,9 +23,10 @@ from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 
 # Steps differ in length and so do their buffers. Seen with glibc on a Qwen2.5-0.5B and micro-batches of 400 to
-# 800 rows: from nothing in the first step to 0.4 of the activations after ten. With gradient checkpointing, whose
-# activations are small, it was 0.3 GB, so that the ledger is too low there.
-HEAP_SLACK = 0.4
+# 800 rows after some steps: 0.1 of the activations, and eleven times one layer's gradients, which come and go.
+HEAP_SLACK = 0.1
+HEAP_SLACK_LAYERS = 11
+COMPILED_BYTES = 100_000_000  # what oneDNN compiles for each shape of a product and keeps; seen after 24 steps
 STATUS = Path("/proc/self/status")
 
 
@@ -53,6 +54,8 @@ def predict_memory(
     quantization: str,
     double_quantization: bool,
     gradient_checkpointing: bool,
+    cache_dequantized: bool = False,
+    moment_bits: int = 32,
 ) -> Ledger:
     """The ledger of training with micro-batches of up to `rows` packed rows.
 
@@ -64,6 +67,8 @@ def predict_memory(
         quantization: "nf4", "fp4" or "none".
         double_quantization: scales of the 4-bit blocks in 8 bits.
         gradient_checkpointing: as in training.
+        cache_dequantized: the projections are kept in full beside their 4 bits.
+        moment_bits: of each of AdamW's two moments.
     """
     config = model.config
     width = compute_dtype.itemsize
@@ -78,19 +83,24 @@ def predict_memory(
         activations = rows * (config.num_hidden_layers * config.hidden_size * width + layer)
     else:
         activations = (rows * (config.num_hidden_layers - 1) + supervised_rows) * layer
+    layer_gradients = rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width
+    kept_dense = projections * width if cache_dequantized and quantization != "none" else 0
     largest = config.intermediate_size * config.hidden_size * width
     parts = {
         f"projections ({quantization}, {bits:.2f} bits)": round(projections * bits / 8),
         f"embedding, head, norms, biases ({dtype_name(compute_dtype)})": dense * width,
-        "adapter, gradients, moments (float32)": adapter * 16,
+        f"adapter, gradients, moments ({moment_bits} bits)": adapter * (8 + moment_bits // 4),
         f"activations of {rows} rows": activations,
-        "one dense weight": largest if quantization != "none" else 0,
+        "one dense weight": largest if quantization != "none" and not kept_dense else 0,
         "one chunk of logits (float32)": 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4,
-        "one layer's gradients": rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width,
+        "one layer's gradients": layer_gradients,
     }
+    if kept_dense:
+        parts["dense weights that are kept"] = kept_dense
     peak = peak_memory_bytes(torch.device("cpu"))
     if peak is not None and not torch.cuda.is_available():
-        parts["unused places in the heap"] = round(HEAP_SLACK * activations)
+        unused = HEAP_SLACK * activations + HEAP_SLACK_LAYERS * layer_gradients
+        parts["unused places in the heap, compiled products"] = round(unused) + COMPILED_BYTES
         parts["Python and PyTorch themselves (measured now)"] = peak
     return Ledger(parts)
 

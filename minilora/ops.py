@@ -202,7 +202,7 @@ def split_heads(
     """What all layers' attention needs to know of a micro-batch, computed once.
 
     Args:
-        groups: every query stands in exactly one of them.
+        groups: every query that is no padding stands in exactly one of them.
         heads: H.
         kv_heads: K.
         num_queries: rows of q.
@@ -278,8 +278,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _with_spare_row(q: torch.Tensor) -> torch.Tensor:
-    """(T * H + 1, D), for results whose padding goes to the last row."""
-    return q.new_empty(q.shape[0] * q.shape[1] + 1, q.shape[2])
+    """(T * H + 1, D) zeros: the result of rows in no group, and one more row that a group's padding goes to."""
+    return q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2])
 
 
 def _take(x: torch.Tensor, places: torch.Tensor, group: HeadGroup) -> torch.Tensor:

@@ -12,6 +12,7 @@ from minilora.data import SPLITS, epoch_order
 from minilora.load import read_config
 from minilora.memory import dtype_name, predict_memory
 from minilora.model import Qwen2ForCausalLM
+from minilora.optim import BITSANDBYTES_OPTIMIZERS
 from minilora.prompt import ChatTokenizer
 
 
@@ -51,6 +52,8 @@ def print_plan(config: Config, model_folder: Path) -> None:
         config.model.quantization,
         config.model.double_quantization,
         train.gradient_checkpointing,
+        config.model.cache_dequantized,
+        BITSANDBYTES_OPTIMIZERS.get(train.optim, (32, False))[0],
     )
     print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of an epoch):\n{ledger}\n")
     for name, split in splits.items():

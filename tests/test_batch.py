@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, SegmentGroup, cut_micro_batches, pack, pack_rows
+from minilora.batch import MicroBatch, SegmentGroup, cut_micro_batches, pack, pack_rows, round_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -40,8 +40,9 @@ def seen_rows(packed: MicroBatch) -> list[list[int]]:
     for group in packed.groups:
         assert not seen.keys() & seen_by_queries(group).keys()
         seen |= seen_by_queries(group)
-    assert sorted(seen) == list(range(len(packed.input_ids)))
-    return [seen[row] for row in range(len(packed.input_ids))]
+    assert sorted(seen) == list(range(len(seen)))
+    assert len(packed.input_ids) == round_rows(len(seen))  # what is in no group is padding
+    return [seen[row] for row in range(len(seen))]
 
 
 def test_the_common_prefix_stands_once_and_the_segments_follow() -> None:
@@ -126,7 +127,7 @@ def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefi
     examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
     packed = pack(examples)
     rows = torch.cat([group.keys.rows[group.keys.is_real] for group in packed.groups])
-    assert sorted(rows.tolist()) == list(range(len(packed.input_ids)))
+    assert sorted(rows.tolist()) == list(range(prefix + sum(lengths)))
     for group in packed.groups:
         assert group.keys.is_real.sum() >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
     seen_rows(packed)
@@ -186,6 +187,13 @@ def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -
     assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
     last, last_behind = ([seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind))
     assert last_behind == last
+
+
+def test_row_counts_repeat_and_little_is_added() -> None:
+    rounded = [round_rows(rows) for rows in range(1, 4097)]
+    assert rounded[:32] == list(range(1, 33))
+    assert all(rows <= found <= rows * 17 / 16 for rows, found in enumerate(rounded, start=1))
+    assert sorted(set(rounded[512:1024])) == list(range(544, 1025, 32))
 
 
 def test_padding_repeats_the_first_row_of_its_segment() -> None:

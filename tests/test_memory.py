@@ -95,6 +95,13 @@ def test_a_wider_compute_type_takes_more() -> None:
     assert ledger(compute_dtype=torch.float32).total_bytes > ledger().total_bytes
 
 
+def test_what_is_kept_in_full_and_moments_in_8_bits_are_counted() -> None:
+    projections = part(ledger(quantization="none"), "projections")
+    assert part(ledger(cache_dequantized=True), "dense weights") == projections
+    assert ledger(quantization="none", cache_dequantized=True).parts == ledger(quantization="none").parts
+    assert part(ledger(moment_bits=8), "adapter") == part(ledger(), "adapter") * 10 // 16
+
+
 def test_a_gigabyte_is_enough_for_a_small_model() -> None:
     """Qwen2.5-0.5B: weights, adapter and 400 rows, without Python and PyTorch themselves."""
     found = {name: value for name, value in ledger().parts.items() if not name.startswith("Python")}
@@ -133,8 +140,10 @@ with torch.device("meta"):
     shapes = Qwen2ForCausalLM(read_config(folder))
     attach(shapes, 8, 16)
 rows = [640, 480, 720, 600]
-ledger = predict_memory(shapes, max(rows), 16, torch.bfloat16, "nf4", True, False)
+checkpointing = sys.argv[2] == "True"
+ledger = predict_memory(shapes, max(rows), 16, torch.bfloat16, "nf4", True, checkpointing)
 model = load_model(folder, torch.bfloat16)
+model.model.gradient_checkpointing = checkpointing
 attach(model, 8, 16)
 optimizer = build_optimizer(lora_parameters(model.train()))
 for step, count in enumerate(rows, start=1):
@@ -149,8 +158,9 @@ print(ledger.total_bytes, peak_memory_bytes(torch.device("cpu")))
 @pytest.mark.slow
 @pytest.mark.skipif("MINILORA_REAL_MODEL" not in os.environ, reason="needs MINILORA_REAL_MODEL")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as on Linux")
-def test_the_ledger_is_within_ten_percent_of_what_training_takes() -> None:
-    command = [sys.executable, "-c", MEASURE, os.environ["MINILORA_REAL_MODEL"]]
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_ledger_is_within_ten_percent_of_what_training_takes(gradient_checkpointing: bool) -> None:
+    command = [sys.executable, "-c", MEASURE, os.environ["MINILORA_REAL_MODEL"], str(gradient_checkpointing)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     predicted, measured = map(int, done.stdout.split())
     print(f"\n{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured")

@@ -84,6 +84,7 @@ def test_what_cannot_be_compiled_is_said_and_changes_nothing(monkeypatch: pytest
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler deprecates parts of itself
 def test_compiled_swiglu_gradient() -> None:
     before = ops._SwiGLU.gradients
     try:
