@@ -44,15 +44,15 @@ class Places:
 
     Attributes:
         rows: (n, L) int64, the row of each place; padding repeats the segment's first row.
-        is_real: (n, L) bool, False for padding.
+        padding: (M, 2) int64, the places that are padding: segment, and place in it.
     """
 
     rows: torch.Tensor
-    is_real: torch.Tensor
+    padding: torch.Tensor
 
     def to(self, device: torch.device) -> "Places":
         """The same places on `device`."""
-        return Places(self.rows.to(device), self.is_real.to(device))
+        return Places(_move(self.rows, device), _move(self.padding, device))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class SegmentGroup:
         """The same group on `device`."""
         keys = self.keys.to(device)
         queries = keys if self.queries is self.keys else self.queries.to(device)
-        return SegmentGroup(self.prefix, keys, queries, self.hidden.to(device))
+        return SegmentGroup(self.prefix, keys, queries, _move(self.hidden, device))
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,21 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`."""
         return MicroBatch(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
+            input_ids=_move(self.input_ids, device),
+            position_ids=_move(self.position_ids, device),
             groups=tuple(group.to(device) for group in self.groups),
             last_groups=tuple(group.to(device) for group in self.last_groups),
-            supervised_rows=self.supervised_rows.to(device),
-            targets=self.targets.to(device),
-            owners=self.owners.to(device),
+            supervised_rows=_move(self.supervised_rows, device),
+            targets=_move(self.targets, device),
+            owners=_move(self.owners, device),
             num_examples=self.num_examples,
             num_real_tokens=self.num_real_tokens,
         )
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU from pinned memory, so that the processor prepares the next micro-batch and does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: int = 0) -> MicroBatch:
@@ -174,7 +179,8 @@ def round_rows(rows: int) -> int:
 
 
 def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | None = None) -> list[list[Example]]:
-    """The examples of a step as micro-batches; how they are cut changes the step's result by rounding alone.
+    """The examples of a step as micro-batches; how they are cut changes its result by rounding alone,
+    and the dropout masks.
 
     Args:
         examples: of one optimizer step.
@@ -191,7 +197,8 @@ def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | No
         bins: list[list[int]] = [[] for _ in range(count)]
         for place in longest_first:
             min(bins, key=lambda chosen: sum(rows[i] for i in chosen)).append(place)
-        if max(round_rows(prefix + sum(rows[i] for i in chosen)) for chosen in bins) <= max_rows:
+        shared = [chosen for chosen in bins if len(chosen) > 1]
+        if all(round_rows(prefix + sum(rows[i] for i in chosen)) <= max_rows for chosen in shared):
             break
     return [[examples[place] for place in sorted(chosen)] for chosen in bins]
 
@@ -247,7 +254,7 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
             if block < longest:
                 queries = _lay_out([range(group[0][0] + begin, group[0][0] + end)])
             if cached:
-                queries = Places(queries.rows - cached, queries.is_real)
+                queries = Places(queries.rows - cached, queries.padding)
             hidden = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
             groups.append(SegmentGroup(seen, keys, queries, hidden))
     return tuple(groups)
@@ -268,4 +275,4 @@ def _lay_out(segments: Sequence[Sequence[int]]) -> Places:
     """Rows of segments, one or more each, side by side."""
     longest = max(map(len, segments))
     rows = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
-    return Places(rows, torch.arange(longest) < torch.tensor([[len(segment)] for segment in segments]))
+    return Places(rows, (torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])).nonzero())

@@ -76,6 +76,6 @@ def adamw() -> Any:
     """
     if not is_available():
         raise UserError("train.optim: needs bitsandbytes; pip install bitsandbytes, or use adamw_torch_fused")
-    with _compiler_left_out():
-        from bitsandbytes.optim import AdamW
+    from bitsandbytes.optim import AdamW
+
     return AdamW

@@ -1,27 +1,33 @@
-"""4-bit copies of base models on disk, so that the next run has nothing to quantise and loads in a second.
+"""4-bit copies of base models on disk, so that the next run has nothing to quantise and loads in a second or two.
 
     {cache}/{key}/model.safetensors, config.json, ...    the copy, as `quantized.py` writes it; transformers opens it
-    {cache}/{key}/manifest.json                          SHA-256 of its files, and of what it was made from
+    {cache}/{key}/manifest.json                          SHA-256 of its files, and all that it was made from
 
-The key is a hash of the base model's files and of how they are quantised, so a changed model has another copy, and a
-copy is never out of date. Its own files are hashed before they are used: a damaged copy is made again.
+The key is a hash of all that decides what is in a copy: the base model's files, the way of quantising, and who
+quantises, because bits may differ between devices. So a changed model has another copy, and a copy is never out of
+date. Its own files are hashed before they are used: a damaged copy is made again. A cache that cannot be used costs the
+time that it would have saved, and a line that says so, never the run.
 """
 
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minilora.checkpoint import begin_folder, make_folder, replace_folder, write_json
+from minilora import bnb
+from minilora.checkpoint import remove, write_json
 from minilora.errors import UserError
-from minilora.load import load_model, read_config
+from minilora.load import load_model
 from minilora.model import Qwen2ForCausalLM
-from minilora.quantized import save_quantized, split_entries
+from minilora.quantized import COMPANIONS, save_quantized, split_entries
 from minilora.rows import sha256
-from minilora.tensorfile import read_checkpoint_entries, read_json
+from minilora.tensorfile import dtype_name, read_checkpoint_entries, read_json
 
 FORMAT = 1  # raised when the same weights would be quantised to other bits
 MANIFEST = "manifest.json"
@@ -50,41 +56,75 @@ def load_through_cache(
         on_progress: called with (tensors done, tensors in all).
 
     Raises:
-        UserError: as `load_model`, or nothing can be written to `cache`.
+        UserError: as `load_model`.
     """
     settings = (compute_dtype, quantization, double_quantization, device, on_progress)
     if quantization == "none" or split_entries(read_checkpoint_entries(folder))[1]:
         return load_model(folder, *settings)
-    source = {path.name: sha256(path) for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]}
-    how = {"format": FORMAT, "type": quantization, "double": double_quantization, "dtype": str(compute_dtype)}
-    digest = hashlib.sha256(json.dumps([source, how], sort_keys=True).encode()).hexdigest()
-    copy = cache / digest[:16]
-    problem = _problem_of(copy, digest)
-    if problem is None:
-        return load_model(copy, *settings)
-    if copy.exists():
-        print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
-    model = load_model(folder, *settings)
-    make_folder(cache, "model.quantized_cache")
-    temporary = begin_folder(copy)
-    save_quantized(model, folder, temporary, compute_dtype)
-    files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-    write_json(temporary / MANIFEST, {"key": digest, "made_from": source, **how, "files": files})
-    replace_folder(temporary, copy)
-    return model
+    made_from = _made_from(folder, compute_dtype, quantization, double_quantization, device)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    copy = cache / key[:16]
+    try:
+        problem = _problem_of(copy, key) if copy.exists() else "missing"
+        if problem is None:
+            return load_model(copy, *settings)
+        if problem != "missing":
+            print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=cache))  # here a run fails early or not at all
+    except OSError as error:
+        _say_unused(cache, error)
+        return load_model(folder, *settings)
+    try:
+        model = load_model(folder, *settings)
+        _write(model, folder, temporary, copy, {"key": key, "made_from": made_from})
+        return model
+    finally:
+        remove(temporary)
 
 
-def _problem_of(copy: Path, digest: str) -> str | None:
-    """What is wrong with a copy, None if every byte of it is as it was written."""
-    if not copy.is_dir():
-        return "missing"
+def _made_from(
+    folder: Path, compute_dtype: torch.dtype, quantization: str, double_quantization: bool, device: torch.device | str
+) -> dict[str, Any]:
+    """All that decides what is in a copy."""
+    companions = [folder / name for name in ("config.json", *COMPANIONS) if (folder / name).is_file()]
+    kind = torch.device(device).type
+    return {
+        "format": FORMAT,
+        "files": {path.name: sha256(path) for path in [*companions, *sorted(folder.glob("*.safetensors"))]},
+        "quantization": quantization,
+        "double_quantization": double_quantization,
+        "compute_dtype": dtype_name(compute_dtype),
+        "quantizer": "bitsandbytes" if kind == "cuda" and bnb.is_available() else f"minilora on {kind}",
+    }
+
+
+def _write(model: Qwen2ForCausalLM, source: Path, temporary: Path, copy: Path, manifest: dict[str, Any]) -> None:
+    """Writes a copy under another name and puts it in place as a whole; another process may be doing the same."""
+    try:
+        save_quantized(model, source, temporary)
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {**manifest, "files": files})
+        if copy.exists() and _problem_of(copy, manifest["key"]) is None:
+            return  # the other one was faster
+        shutil.rmtree(copy, ignore_errors=True)
+        temporary.replace(copy)
+    except OSError as error:
+        _say_unused(copy.parent, error)
+
+
+def _problem_of(copy: Path, key: str) -> str | None:
+    """What is wrong with a copy, None if every file is as it was written."""
     try:
         manifest = read_json(copy / MANIFEST)
-        files = manifest["files"]
-        if manifest["key"] != digest or "model.safetensors" not in files:
+        if manifest["key"] != key or "model.safetensors" not in manifest["files"]:
             return "its manifest is another one's"
-        differing = [name for name, expected in files.items() if sha256(copy / name) != expected]
-        read_config(copy)
+        differing = [name for name, expected in manifest["files"].items() if sha256(copy / name) != expected]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         return str(error)
     return f"SHA-256 of {', '.join(differing)}" if differing else None
+
+
+def _say_unused(cache: Path, error: OSError) -> None:
+    what = error.strerror or error
+    print(f"model.quantized_cache: {cache} cannot be used ({what}); goes on without", file=sys.stderr)

@@ -92,7 +92,8 @@ def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: Optimizer)
     load_adapter_weights(model, folder)
     path = folder / "optimizer.safetensors"
     entries = read_header(path)
-    if {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
+    # No moments at all: saved before the first update, which float16 may leave out.
+    if entries and {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
     optimizer.load_tensors({name: read_tensor(entry) for name, entry in entries.items()})
     return state

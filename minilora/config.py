@@ -110,7 +110,7 @@ class TrainSection:
     optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
         "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"
     )
-    torch_compile: bool = key(
+    compile_swiglu: bool = key(
         False, "compile SwiGLU's backward pass: 1 or 2 % faster on a CPU; takes a C++ compiler, 20 s and 180 MB"
     )
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
@@ -270,11 +270,11 @@ def describe_keys() -> str:
 
 def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     """`section.key: before -> now` of every key that would change the course of a run that has begun."""
-    now = config.to_dict()
+    now, defaults = config.to_dict(), Config().to_dict()
     lines = []
     for section, keys in now.items():
         for name, value in keys.items():
-            old = before.get(section, {}).get(name)
+            old = before.get(section, {}).get(name, defaults[section][name])  # an older version had no such key
             if f"{section}.{name}" not in HARMLESS_KEYS and old != value:
                 shown = (json.dumps(v, ensure_ascii=False) for v in (old, value))
                 lines.append(f"{section}.{name}: {' -> '.join(shown)}")

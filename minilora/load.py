@@ -106,8 +106,8 @@ def _freed_memory_returned() -> Iterator[None]:
 
     By itself it keeps freed buffers of up to 32 MB, and small tensors that settle between them keep them from being
     returned. Afterwards that is what it does again, because training needs the same buffers in every layer, and a page
-    that comes from the system costs as much as the numbers on it. One arena for all threads, so that backward, which
-    runs in a thread of its own, fills the places that forward has freed.
+    that comes from the system costs as much as the numbers on it. One arena for all threads, so that any of them
+    fills the places that another has freed.
     """
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # malloc.h
     try:
@@ -145,7 +145,7 @@ def _refuse_other_formats(folder: Path) -> None:
     if not found:
         return
     method = found.get("quant_method") if isinstance(found, dict) else found
-    if method != "bitsandbytes" or found.get("load_in_8bit"):
+    if method != "bitsandbytes" or not isinstance(found, dict) or found.get("load_in_8bit"):
         what = f"{method} in 8 bits" if method == "bitsandbytes" else repr(method)
         raise UserError(
             f"{folder}: its weights are quantised by {what}, only bitsandbytes in 4 bits is read; "
@@ -162,7 +162,8 @@ def _check_quantization(
         return
     held, *others = sorted(kinds)
     if others:
-        raise UserError(f"{folder}: its weights are in different 4-bit types, {kinds}; use the original checkpoint")
+        found = ", ".join(f"{kind}{' double' if double else ''}" for kind, double in sorted(kinds))
+        raise UserError(f"{folder}: its weights are quantised in several ways ({found}); use the original checkpoint")
     raise UserError(
         f"{folder}: is quantised already, as {held[0]} {'with' if held[1] else 'without'} double quantisation; set "
         f"model.quantization={held[0]} model.double_quantization={str(held[1]).lower()}, or use the original checkpoint"
@@ -177,7 +178,9 @@ def _check_entries(
     if model.config.tie_word_embeddings and "lm_head.weight" in entries:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     problems = [
-        f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected.get(name, ()))}"
+        f"{name}: is in 4 bits, which only projections can be"
+        if not name.endswith("_proj.weight")
+        else f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected.get(name, ()))}"
         for name, entry in quantized.items()
         if entry.shape != expected.get(name) or not name.endswith("_proj.weight")
     ]

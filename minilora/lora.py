@@ -106,16 +106,18 @@ class _Projections(torch.autograd.Function):
         ctx.dropout, ctx.seed = adapted[0].dropout_now()
         a = torch.cat(matrices[::2]).to(x.dtype)
         u = F.linear(_drop(x, ctx.dropout, ctx.seed), a)
-        parts = iter(zip(u.split([len(a) for a in matrices[::2]], dim=1), matrices[1::2], strict=True))
+        parts = iter(zip(u.split([len(matrix) for matrix in matrices[::2]], dim=1), matrices[1::2], strict=True))
         ys = []
         for layer in layers:
             base = _base(layer)
             if layer in adapted:
                 part, b = next(parts)
-                start = x.new_empty(len(x), base.out_features) if base.bias is None else base.bias
-                beta = 0 if base.bias is None else 1
-                y = torch.addmm(start, part, b.to(x.dtype).T, beta=beta, alpha=layer.scaling / (1 - ctx.dropout))
-                y.addmm_(x, dense_weight(base, x.dtype).T)  # last, because adding a thin product to y reads all of it
+                thin = {"mat1": part, "mat2": b.to(x.dtype).T, "alpha": layer.scaling / (1 - ctx.dropout)}
+                if base.bias is None:
+                    y = x.new_empty(len(x), base.out_features).addmm_(**thin, beta=0)
+                else:
+                    y = torch.addmm(base.bias, **thin)
+                y.addmm_(x, dense_weight(base, x.dtype).T)  # last: to add the thin product to y would read y once more
             else:
                 y = F.linear(x, dense_weight(base, x.dtype), base.bias)
             ys.append(y)

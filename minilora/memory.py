@@ -21,6 +21,7 @@ import torch
 from minilora.lora import iter_lora_layers
 from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.tensorfile import dtype_name
 
 # Steps differ in length and so do their buffers. Seen with glibc on a Qwen2.5-0.5B and micro-batches of 400 to
 # 800 rows after some steps: 0.1 of the activations, and eleven times one layer's gradients, which come and go.
@@ -125,8 +126,3 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")

@@ -310,10 +310,10 @@ class Qwen2Model(nn.Module):
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        seen = ops.split_heads(groups, *heads, len(hidden), hidden.dtype)
+        seen = ops.split_heads(groups, *heads, len(hidden))
         last_seen = seen
         if last_groups is not None and rows is not None:
-            last_seen = ops.split_heads(last_groups, *heads, len(rows), hidden.dtype)
+            last_seen = ops.split_heads(last_groups, *heads, len(rows))
         pasts: Sequence[KeyValues | None] = [None] * len(self.layers) if past is None else past
         for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
             hidden = self._run(layer, hidden, cos, sin, seen, None, layer_past)

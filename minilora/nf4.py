@@ -138,8 +138,8 @@ def _quantize_with_bitsandbytes(weight: torch.Tensor, quant_type: str, double_qu
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b for constant W and b, so dy/dx is W and  dx = dy W.
 
-    x is not needed for that, and W is made again from its 4 bits in place of being kept: what waits for
-    backward is nothing but the quantised weight, which the model holds anyway.
+    x is not needed for that, and W is asked of the layer again, which makes it from its 4 bits: what waits for backward
+    is nothing that the model does not hold anyway.
     """
 
     @staticmethod
@@ -216,7 +216,7 @@ def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantizat
     levels = torch.tensor(LEVELS[quant_type], device=weight.device)
     by_value = torch.argsort(levels, stable=True)  # FP4's codes are bit patterns, not in order of value
     places, absmax = _nearest_levels(weight.flatten(), _midpoints(levels[by_value]))
-    codes = places if torch.equal(by_value, torch.arange(16)) else by_value.to(torch.uint8)[places.int()]
+    codes = places if quant_type == "nf4" else by_value.to(torch.uint8)[places.int()]
     packed = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
     if not double_quantization:
         return QuantizedTensor(packed, absmax, weight.shape, quant_type)

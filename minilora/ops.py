@@ -99,15 +99,19 @@ class _SwiGLU(torch.autograd.Function):
         return _SwiGLU.gradients(*grads, *ctx.saved_tensors)
 
 
-def compile_swiglu(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compiles SwiGLU's backward pass for this process; None, or why that cannot be done and nothing has changed.
+def compile_swiglu(wanted: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Has SwiGLU's backward pass compiled in this process, or not; None, or why it cannot be and is not.
 
     On a CPU it takes half of the time then, 1 or 2 % of a training step, for 20 seconds and 180 MB at the start. Its
     forward pass and the other functions gain nothing.
     """
-    compiled = torch.compile(_swiglu_gradients_in_one_pass, dynamic=True)
+    _SwiGLU.gradients = staticmethod(_swiglu_gradients)
+    if not wanted:
+        return None
     try:
-        compiled(*(torch.ones(3, 64, dtype=dtype, device=device) for _ in range(3)))
+        compiled = torch.compile(_swiglu_gradients_in_one_pass, dynamic=True)
+        with torch.no_grad():  # as in backward: with gradients on it would be compiled a second time there
+            compiled(*(torch.ones(3, 64, dtype=dtype, device=device) for _ in range(3)))
     except Exception as error:  # no C++ compiler, no Triton, a PyTorch without its compiler: whatever it raises
         return str(error).strip().split("\n")[0] or type(error).__name__
     _SwiGLU.gradients = staticmethod(compiled)
@@ -180,10 +184,10 @@ class HeadGroup:
         shape: n, K, G, Q, P + L.
         queries: (n * K * G * Q,) int64, places in (T * H, D); padding repeats the segment's first query.
         outputs: the same, but padding points behind the end.
-        padding: which of `queries` are padding.
+        padding: int64, which of `queries` are padding.
         keys: (n * K * (P + L),) int64, places in (T * K, D), prefix first; padding repeats the segment's first row.
         own: (n * K * L,) int64, those of the segment itself.
-        mask: (n or 1, 1, 1, Q, P + L) compute dtype, -inf where a query must not look, else 0.
+        hidden: (n or 1, 1, 1, Q, P + L) bool, True where a query must not look.
     """
 
     prefix: int
@@ -193,12 +197,10 @@ class HeadGroup:
     padding: torch.Tensor
     keys: torch.Tensor
     own: torch.Tensor
-    mask: torch.Tensor
+    hidden: torch.Tensor
 
 
-def split_heads(
-    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int, dtype: torch.dtype
-) -> tuple[HeadGroup, ...]:
+def split_heads(groups: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int) -> tuple[HeadGroup, ...]:
     """What all layers' attention needs to know of a micro-batch, computed once.
 
     Args:
@@ -206,29 +208,28 @@ def split_heads(
         heads: H.
         kv_heads: K.
         num_queries: rows of q.
-        dtype: of q.
     """
-    return tuple(_split_group(group, heads, kv_heads, num_queries, dtype) for group in groups)
+    return tuple(_split_group(group, heads, kv_heads, num_queries) for group in groups)
 
 
-def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int, dtype: torch.dtype) -> HeadGroup:
+def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int) -> HeadGroup:
     query_rows, key_rows, device = group.queries.rows, group.keys.rows, group.keys.rows.device
     n, num_seen = len(key_rows), group.prefix + key_rows.shape[1]
-    head = torch.arange(heads, device=device).view(1, kv_heads, -1, 1)
-    queries = query_rows[:, None, None, :] * heads + head
-    is_real = group.queries.is_real[:, None, None, :].expand_as(queries)
+    head = torch.arange(heads, device=device)
+    queries = query_rows[:, None, None, :] * heads + head.view(1, kv_heads, -1, 1)
+    segment, place = group.queries.padding.T[:, :, None]
+    padding = ((segment * heads + head) * query_rows.shape[1] + place).flatten()
     seen = torch.cat((torch.arange(group.prefix, device=device).expand(n, -1), key_rows), dim=1)
     keys = seen[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
-    mask = torch.zeros(group.hidden.shape, dtype=dtype, device=device).masked_fill_(group.hidden, -torch.inf)
     return HeadGroup(
         prefix=group.prefix,
         shape=(n, kv_heads, heads // kv_heads, query_rows.shape[1], num_seen),
         queries=queries.flatten(),
-        outputs=torch.where(is_real, queries, num_queries * heads).flatten(),
-        padding=is_real.logical_not().flatten().nonzero().squeeze(1),
+        outputs=queries.flatten().index_fill(0, padding, num_queries * heads),
+        padding=padding,
         keys=keys.flatten(),
         own=keys[:, :, group.prefix :].flatten(),
-        mask=mask[:, None, None],
+        hidden=group.hidden[:, None, None],
     )
 
 
@@ -305,7 +306,8 @@ def _weights(q: torch.Tensor, k: torch.Tensor, group: HeadGroup) -> torch.Tensor
     computes in float32 whatever the dtype, and rounds its result once.
     """
     n, kv_heads, per_kv_head, num_queries, num_seen = group.shape
-    scores = q.new_empty(group.shape).copy_(group.mask).view(n * kv_heads, per_kv_head * num_queries, num_seen)
+    mask = q.new_zeros(group.hidden.shape).masked_fill_(group.hidden, -torch.inf)
+    scores = q.new_empty(group.shape).copy_(mask).view(n * kv_heads, per_kv_head * num_queries, num_seen)
     queries, keys = _take(q, group.queries, group), _take(k, group.keys, group)
     return torch.softmax(scores.baddbmm_(queries, keys.mT, alpha=q.shape[-1] ** -0.5), dim=-1)
 

@@ -44,6 +44,9 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", wa
     return peak * remaining if schedule == "linear" else peak
 
 
+SMALLEST_8BIT = 4096  # numbers; a smaller tensor's moments stay in 32 bits
+
+
 class Optimizer(Protocol):
     """What training asks of an optimizer.
 
@@ -138,7 +141,8 @@ class AdamW:
 class BitsAndBytesAdamW:
     """bitsandbytes' AdamW, its state by the same kind of names: state1, state2, step, and the scales of 8-bit moments.
 
-    A tensor of fewer than 4,096 numbers keeps its moments in 32 bits. On a CPU nothing is paged.
+    A tensor of fewer than SMALLEST_8BIT numbers keeps its moments in 32 bits, and only moments of 100,000 numbers and
+    more are paged: in a 0.5B from r = 32 on. On a CPU nothing is. bitsandbytes waits for the GPU after each parameter.
     """
 
     def __init__(
@@ -151,8 +155,11 @@ class BitsAndBytesAdamW:
         paged: bool,
     ):
         options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._bits = bits
         paged = paged and parameters[0].is_cuda
-        self._adamw = bnb.adamw()(list(parameters), optim_bits=bits, is_paged=paged, **options)
+        self._adamw = bnb.adamw()(
+            list(parameters), optim_bits=bits, min_8bit_size=SMALLEST_8BIT, is_paged=paged, **options
+        )
         self.param_groups: list[dict[str, Any]] = self._adamw.param_groups
 
     def step(self) -> None:
@@ -173,12 +180,12 @@ class BitsAndBytesAdamW:
 
     def state_shapes(self) -> dict[str, torch.Size]:
         """See `Optimizer`."""
-        is_new = not self._adamw.state
-        if is_new:
-            self._initialise()
-        shapes = {name: torch.as_tensor(value).shape for name, value in self._named_state().items()}
-        if is_new:
-            self._adamw.state.clear()
+        shapes: dict[str, torch.Size] = {}
+        for i, parameter in enumerate(self.param_groups[0]["params"]):
+            shapes |= {f"{i}.step": torch.Size(), f"{i}.state1": parameter.shape, f"{i}.state2": parameter.shape}
+            if self._bits == 8 and parameter.numel() >= SMALLEST_8BIT:
+                blocks = torch.Size([-(-parameter.numel() // 256)])
+                shapes |= {f"{i}.absmax1": blocks, f"{i}.absmax2": blocks}
         return shapes
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -209,6 +216,12 @@ class BitsAndBytesAdamW:
             for name, value in state.items()
             if not name.startswith("qmap")
         }
+
+
+def check_optimizer(optim: str) -> None:
+    """Raises UserError for an optimizer of bitsandbytes where that cannot be imported."""
+    if optim in BITSANDBYTES_OPTIMIZERS:
+        bnb.adamw()
 
 
 def build_optimizer(

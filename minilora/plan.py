@@ -10,14 +10,16 @@ from minilora.build import adapter_config, build_prompt, choose_device, choose_d
 from minilora.config import Config
 from minilora.data import SPLITS, epoch_order
 from minilora.load import read_config
-from minilora.memory import dtype_name, predict_memory
+from minilora.memory import predict_memory
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import BITSANDBYTES_OPTIMIZERS
+from minilora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
 from minilora.prompt import ChatTokenizer
+from minilora.tensorfile import dtype_name
 
 
 def print_plan(config: Config, model_folder: Path) -> None:
     """Prints what `--dry-run` shows. Reads config.json, tokenizer.json and the data, and nothing else."""
+    check_optimizer(config.train.optim)
     tokenizer = ChatTokenizer(model_folder)
     prompt = build_prompt(config, tokenizer)
     splits = {name: read_split(config, prompt, name) for name in SPLITS}

@@ -15,6 +15,7 @@ Source: bitsandbytes 0.50.2, QuantState.as_dict; transformers 5.23, quantizer_bn
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,9 +29,19 @@ from safetensors.torch import save_file
 from minilora.errors import UserError
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
-from minilora.tensorfile import TensorEntry, read_json, read_tensor
+from minilora.tensorfile import TensorEntry, dtype_name, read_json, read_tensor
 
 STATE_NAME = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
+COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -92,7 +103,7 @@ def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorE
 
 def _read_state(name: str, entry: TensorEntry) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(read_tensor(entry).view(torch.uint8).flatten().tolist()))
+        state = json.loads(bytes(read_tensor(entry).reshape(-1).view(torch.uint8).tolist()))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{entry.path}: {name} is not JSON ({error}); download the file again") from None
     if not isinstance(state, dict):
@@ -123,7 +134,7 @@ def _check(
     problems = [
         f"{key} is {state.get(key)!r}, expected {value!r}" for key, value in sizes.items() if state.get(key) != value
     ]
-    if nested and not isinstance(offset, float):
+    if offset is not None and not (type(offset) in (int, float) and math.isfinite(offset)):
         problems.append(f"nested_offset is {offset!r}, expected a number")
     for part in sorted(expected.keys() | parts.keys()):
         found = (tuple(parts[part].shape), parts[part].dtype) if part in parts else None
@@ -133,18 +144,18 @@ def _check(
         raise UserError(
             f"{path}: {name} is a 4-bit weight that cannot be used: {'; '.join(problems)}; use the original checkpoint"
         )
-    return QuantizedEntry(name, quant_type, torch.Size(shape), offset, parts)
+    return QuantizedEntry(name, quant_type, torch.Size(shape), offset if offset is None else float(offset), parts)
 
 
-def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path, compute_dtype: torch.dtype) -> None:
+def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
     """Writes a base model in 4 bits as a checkpoint that this program and transformers open.
 
     Args:
         model: loaded in 4 bits, without an adapter.
         source: the checkpoint that it was loaded from; its configuration and tokenizer are copied.
         folder: made, and filled with model.safetensors and what is copied.
-        compute_dtype: of what is not quantised, and what transformers is to compute in.
     """
+    compute_dtype = model.head_weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Linear4bit)]
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -154,9 +165,9 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path, compute_
         tensors |= {f"{path}.{name}": tensor for name, tensor in _named_parts(layer.weight, compute_dtype)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    for path in source.glob("*.json"):
-        if path.name != "config.json" and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     weight = layers[0][1].weight
     config = read_json(source / "config.json")
     config["quantization_config"] = {
@@ -165,7 +176,7 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path, compute_
         "load_in_8bit": False,
         "bnb_4bit_quant_type": weight.quant_type,
         "bnb_4bit_use_double_quant": weight.offset is not None,
-        "bnb_4bit_compute_dtype": _dtype_name(compute_dtype),
+        "bnb_4bit_compute_dtype": dtype_name(compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8", newline="\n")
@@ -175,7 +186,7 @@ def _named_parts(weight: QuantizedTensor, compute_dtype: torch.dtype) -> Iterato
     state = {
         "quant_type": weight.quant_type,
         "blocksize": BLOCK_SIZE,
-        "dtype": _dtype_name(compute_dtype),
+        "dtype": dtype_name(compute_dtype),
         "shape": list(weight.shape),
     }
     yield "weight", weight.packed
@@ -193,7 +204,3 @@ def _named_parts(weight: QuantizedTensor, compute_dtype: torch.dtype) -> Iterato
         }
     content = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     yield f"weight.quant_state.bitsandbytes__{weight.quant_type}", content
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

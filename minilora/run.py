@@ -32,12 +32,11 @@ from minilora.config import Config, changed_keys
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.lora import DropoutSeed, lora_parameters
-from minilora.memory import dtype_name
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import Optimizer, build_optimizer
+from minilora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import sha256
-from minilora.tensorfile import read_json
+from minilora.tensorfile import dtype_name, read_json
 
 
 @dataclass
@@ -183,16 +182,17 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
             before = read_origin(checkpoints[-1])
         refuse_another_run(before, origin, config, directory)
 
+    check_optimizer(config.train.optim)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype)
-    problem = ops.compile_swiglu(dtype, device) if config.train.torch_compile else None
+    problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
     if problem is not None:
         print(
-            f"train.torch_compile: goes on without, because nothing can be compiled here ({problem})", file=sys.stderr
+            f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})", file=sys.stderr
         )
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints

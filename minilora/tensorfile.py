@@ -42,6 +42,11 @@ class TensorEntry:
     shape: torch.Size
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def read_json(path: Path) -> Any:
     """Content of a JSON file.
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, SegmentGroup, cut_micro_batches, pack, pack_rows, round_rows
+from minilora.batch import MicroBatch, Places, SegmentGroup, cut_micro_batches, pack, pack_rows, round_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -23,11 +23,17 @@ EXAMPLES = [
 ]
 
 
+def real_places(places: Places) -> list[tuple[int, int, int]]:
+    """(segment, place, row) of all that is no padding."""
+    padding = {tuple(place) for place in places.padding.tolist()}
+    everywhere = ((s, p, row) for s, rows in enumerate(places.rows.tolist()) for p, row in enumerate(rows))
+    return [(s, p, row) for s, p, row in everywhere if (s, p) not in padding]
+
+
 def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
     """For each query of a group, the packed rows that it attends to."""
     found = {}
-    for segment, query in group.queries.is_real.nonzero().tolist():
-        row = int(group.queries.rows[segment, query])
+    for segment, query, row in real_places(group.queries):
         keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
         hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
         found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
@@ -126,10 +132,10 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
 def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefix: int) -> None:
     examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
     packed = pack(examples)
-    rows = torch.cat([group.keys.rows[group.keys.is_real] for group in packed.groups])
-    assert sorted(rows.tolist()) == list(range(prefix + sum(lengths)))
+    rows = [row for group in packed.groups for _, _, row in real_places(group.keys)]
+    assert sorted(rows) == list(range(prefix + sum(lengths)))
     for group in packed.groups:
-        assert group.keys.is_real.sum() >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
+        assert len(real_places(group.keys)) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
     seen_rows(packed)
 
 
@@ -166,6 +172,12 @@ def test_micro_batches_by_rows_hold_every_example_once_and_fit(lengths: list[int
         assert len(part) == 1 or len(pack(part).input_ids) <= max_rows
 
 
+def test_an_example_beyond_the_limit_has_a_micro_batch_to_itself_and_the_others_share() -> None:
+    examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([90, 20, 20, 10])]
+    parts = cut_micro_batches(examples, 8, 60)
+    assert sorted(len(part) for part in parts) == [1, 3]
+
+
 def test_micro_batches_by_rows_are_few_and_even() -> None:
     examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([40, 30, 20, 10])]
     parts = cut_micro_batches(examples, 1, 60)
@@ -199,7 +211,7 @@ def test_row_counts_repeat_and_little_is_added() -> None:
 def test_padding_repeats_the_first_row_of_its_segment() -> None:
     (group,) = pack_rows([3, 4])
     assert group.keys.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert group.keys.is_real.tolist() == [[True, True, True, False], [True, True, True, True]]
+    assert group.keys.padding.tolist() == [[0, 3]]
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:

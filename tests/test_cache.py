@@ -10,7 +10,6 @@ import torch
 
 from minilora import cache as cache_module
 from minilora.cache import load_through_cache
-from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.quantized import save_quantized
 
@@ -84,7 +83,7 @@ def test_a_damaged_copy_is_made_again(
 def test_what_is_not_quantised_here_is_not_copied(source: Path, tmp_path: Path, loads: list[Path]) -> None:
     load_through_cache(source, tmp_path / "cache", torch.float32, "none", True)
     ready = tmp_path / "ready"
-    save_quantized(load_model(source, torch.bfloat16), source, ready, torch.bfloat16)
+    save_quantized(load_model(source, torch.bfloat16), source, ready)
     load_through_cache(ready, tmp_path / "cache", *NF4)
     assert loads == [source, ready]
     assert not (tmp_path / "cache").exists()
@@ -97,7 +96,7 @@ def test_an_interrupted_copy_is_not_taken_for_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "replace_folder", interrupted)
+        patched.setattr(cache_module, "save_quantized", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_through_cache(source, tmp_path / "cache", *NF4)
     load_through_cache(source, tmp_path / "cache", *NF4)
@@ -105,16 +104,57 @@ def test_an_interrupted_copy_is_not_taken_for_one(
     assert [path.name[0] != "." for path in (tmp_path / "cache").iterdir()] == [True]
 
 
-def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: cannot be written to .*model\.quantized_cache"):
-        load_through_cache(source, tmp_path / "file", *NF4)
+    assert load_through_cache(source, tmp_path / "file", *NF4).model.layers
+    assert "model.quantized_cache" in capsys.readouterr().err
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "save_quantized", full)
+    assert load_through_cache(source, tmp_path / "cache", *NF4).model.layers
+    assert "cannot be used (No space left on device); goes on without" in capsys.readouterr().err
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_copy_that_another_process_wrote_meanwhile_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: object) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(cache_module, "save_quantized", save_quantized)
+            load_through_cache(source, tmp_path / "cache", *NF4)
+        save_quantized(*arguments)
+
+    monkeypatch.setattr(cache_module, "save_quantized", slowly)
+    load_through_cache(source, tmp_path / "cache", *NF4)
+    (copy,) = (tmp_path / "cache").iterdir()
+    assert cache_module._problem_of(copy, json.loads((copy / "manifest.json").read_text())["key"]) is None
+
+
+def test_a_file_of_the_models_folder_that_is_named_manifest_does_no_harm(
+    source: Path, tmp_path: Path, loads: list[Path]
+) -> None:
+    (source / "manifest.json").write_text("{}")
+    for _ in range(2):
+        load_through_cache(source, tmp_path / "cache", *NF4)
+    assert loads[0] == source != loads[1]
+
+
+def test_a_corrected_tokenizer_gets_a_copy_of_its_own(source: Path, tmp_path: Path, loads: list[Path]) -> None:
+    load_through_cache(source, tmp_path / "cache", *NF4)
+    (source / "tokenizer_config.json").write_text("{}")
+    load_through_cache(source, tmp_path / "cache", *NF4)
+    assert loads == [source, source]
 
 
 def test_the_manifest_says_what_the_copy_was_made_from(source: Path, tmp_path: Path) -> None:
     load_through_cache(source, tmp_path / "cache", *NF4)
     (copy,) = (tmp_path / "cache").iterdir()
     manifest = json.loads((copy / "manifest.json").read_text())
-    assert sorted(manifest["made_from"]) == ["config.json", "model.safetensors"]
+    assert sorted(manifest["made_from"]["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert sorted(manifest["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert copy.name == manifest["key"][:16]

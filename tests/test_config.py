@@ -308,13 +308,14 @@ def test_changed_keys_names_old_and_new_value() -> None:
     ]
 
 
-def test_a_key_that_an_older_run_did_not_have_counts_as_changed() -> None:
+def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:
     before = load_config().to_dict()
     del before["lora"]["r"]
     del before["data"]
-    changes = changed_keys(before, load_config())
-    assert "lora.r: null -> 8" in changes
-    assert 'data.dir: null -> "data/processed"' in changes
+    assert changed_keys(before, load_config()) == []
+    changes = changed_keys(before, load_config(overrides=["lora.r=4", "data.max_length=100"]))
+    assert "lora.r: 8 -> 4" in changes
+    assert "data.max_length: 512 -> 100" in changes
 
 
 def test_harmless_keys_exist_and_may_change() -> None:

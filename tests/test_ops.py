@@ -21,7 +21,7 @@ def _seed() -> None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: tuple[SegmentGroup, ...]) -> torch.Tensor:
-    return ops.attention(q, k, v, ops.split_heads(groups, q.shape[1], k.shape[1], len(q), q.dtype))
+    return ops.attention(q, k, v, ops.split_heads(groups, q.shape[1], k.shape[1], len(q)))
 
 
 def attention_by_hand(
@@ -79,7 +79,7 @@ def test_what_cannot_be_compiled_is_said_and_changes_nothing(monkeypatch: pytest
 
     before = ops._SwiGLU.gradients
     monkeypatch.setattr(torch, "compile", broken)
-    assert ops.compile_swiglu(torch.float32, torch.device("cpu")) == "no C++ compiler found"
+    assert ops.compile_swiglu(True, torch.float32, torch.device("cpu")) == "no C++ compiler found"
     assert ops._SwiGLU.gradients is before
 
 
@@ -88,13 +88,14 @@ def test_what_cannot_be_compiled_is_said_and_changes_nothing(monkeypatch: pytest
 def test_compiled_swiglu_gradient() -> None:
     before = ops._SwiGLU.gradients
     try:
-        problem = ops.compile_swiglu(torch.float64, torch.device("cpu"))
+        problem = ops.compile_swiglu(True, torch.float64, torch.device("cpu"))
         if problem is not None:
             pytest.skip(problem)
         assert ops._SwiGLU.gradients is not before
         assert torch.autograd.gradcheck(ops.swiglu, (random(5, 6), random(5, 6)))
     finally:
-        ops._SwiGLU.gradients = staticmethod(before)
+        assert ops.compile_swiglu(False, torch.float64, torch.device("cpu")) is None
+    assert ops._SwiGLU.gradients is before
 
 
 def test_rotary_turns_each_pair_by_its_angle() -> None:
@@ -157,6 +158,17 @@ def test_attention_with_a_shared_prefix_equals_one_segment_at_a_time(lengths: li
     rows = segments[-1][1]
     q, k, v = random(rows, 4, 4), random(rows, 2, 4), random(rows, 2, 4)
     torch.testing.assert_close(attention(q, k, v, groups), attention_by_hand(q, k, v, segments, prefix=4))
+
+
+def test_rows_in_no_group_are_zero_and_send_nothing_back() -> None:
+    q, k, v = random(9, 4, 4), random(9, 2, 4), random(9, 2, 4)
+    groups = pack_rows([4, 3])  # two rows of padding behind them
+    out = attention(q, k, v, groups)
+    torch.testing.assert_close(out[:7], attention_by_hand(q[:7], k[:7], v[:7], [(0, 4), (4, 7)], prefix=0))
+    assert torch.equal(out[7:], torch.zeros_like(out[7:]))
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+        assert gradient[:7].abs().sum() > 0
+        assert torch.equal(gradient[7:], torch.zeros_like(gradient[7:]))
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

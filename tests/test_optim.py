@@ -97,6 +97,7 @@ def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: 
     restored = build(copies, optim)
     saved = load_file(tmp_path / "optimizer.safetensors")
     assert {name: tensor.shape for name, tensor in saved.items()} == restored.state_shapes()
+    assert restored.tensors() == {}
     restored.load_tensors(saved)
     for step in (4, 5):
         take_step(parameters, optimizer, step)

@@ -20,7 +20,7 @@ STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 @pytest.fixture
 def quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     source, folder = tiny_checkpoint(), tmp_path / "quantized"
-    save_quantized(load_model(source, torch.bfloat16), source, folder, torch.bfloat16)
+    save_quantized(load_model(source, torch.bfloat16), source, folder)
     return folder
 
 
@@ -32,7 +32,7 @@ def test_a_written_checkpoint_is_read_as_it_was(
 ) -> None:
     source = tiny_checkpoint(tie=tie, sharded=True)
     model = load_model(source, torch.bfloat16, quant_type, double)
-    save_quantized(model, source, tmp_path / "q", torch.bfloat16)
+    save_quantized(model, source, tmp_path / "q")
     found, expected = load_model(tmp_path / "q", torch.bfloat16, quant_type, double).state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in found)
@@ -84,6 +84,7 @@ def changed_state(quantized: Path, **changes: object) -> None:
         ({"quant_type": "fp4"}, "quant_type is 'fp4', expected 'nf4'"),
         ({"nested_offset": "x"}, "nested_offset is 'x', expected a number"),
         ({"nested_offset": None}, "absmax is .* expected"),
+        ({"nested_offset": float("nan")}, "nested_offset is nan, expected a number"),
         ({"shape": [128, 32]}, "packed is .* expected"),
         ({"shape": [64, 128]}, r"file has \(64, 128\) in 4 bits, config.json asks \(128, 64\)"),
         ({"shape": "128x64"}, r"has the shape '128x64', expected \[out, in\]"),
@@ -107,6 +108,7 @@ def test_a_weight_that_cannot_be_used_is_named(quantized: Path, changes: dict[st
         (f"{NAME}.quant_map", torch.linspace(-1, 1, 16), "other levels than nf4"),
         (STATE, torch.tensor([1, 2, 3], dtype=torch.uint8), "is not JSON"),
         (STATE, torch.tensor(list(b"[]"), dtype=torch.uint8), "holds a list"),
+        (STATE, torch.tensor(1.0), "is not JSON"),
         (f"{NAME}.extra", torch.zeros(1), "unknown to a Qwen2.5 model"),
     ],
 )
@@ -128,6 +130,7 @@ def test_a_missing_or_wrong_part_is_named(
         ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq', only bitsandbytes in 4 bits"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
         ("awq", "quantised by 'awq'"),
+        ("bitsandbytes", "only bitsandbytes in 4 bits is read"),
     ],
 )
 def test_other_compressed_formats_are_refused(

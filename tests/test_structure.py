@@ -25,7 +25,7 @@ ALLOWED = {
     "quantized": {"tensorfile", "model", "nf4", "errors"},
     "load": {"tensorfile", "quantized", "model", "nf4", "errors"},
     "adapter": {"tensorfile", "lora", "model", "fields", "errors"},
-    "memory": {"loss", "lora", "model", "errors"},
+    "memory": {"tensorfile", "loss", "lora", "model", "errors"},
 }
 
 

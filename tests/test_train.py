@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,44 @@ def test_a_run_that_was_killed_twice_ends_in_the_same_bytes(keys: list[str], und
     assert "going on from" in done.stdout
     assert final_files(output) == final_files(undisturbed)
     assert log_without_measurements(output) == log_without_measurements(undisturbed)
+
+
+def test_keys_that_change_no_number_may_change_in_the_middle_of_a_run(
+    keys: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "changed"
+    run_script("train.py", *keys, "train.max_steps=null", f"train.output_dir={output}")
+    final = output / "checkpoints" / "final"
+    removed = ["final", *sorted(path.name for path in final.parent.glob("step-*"))[1:]]
+    for name in removed:  # as if it had been killed after its first checkpoint that is left
+        shutil.rmtree(final.parent / name)
+    harmless = [
+        f"model.quantized_cache={tmp_path / 'cache'}",
+        "model.cache_dequantized=true",
+        "train.gradient_checkpointing=true",
+        "train.offload_checkpoints=true",
+    ]
+    done = run_script("train.py", *keys, *harmless, f"train.output_dir={output}")
+    assert "going on from" in done.stdout
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert final_files(output) == final_files(undisturbed)
+    assert log_without_measurements(output) == log_without_measurements(undisturbed)
+
+
+def test_a_run_with_an_optimizer_of_bitsandbytes_resumes_to_the_bit(keys: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    outputs = [tmp_path / "whole", tmp_path / "resumed"]
+    for output in outputs:  # r 64, so that some moments have the 4,096 numbers from which on they are in 8 bits
+        run_script("train.py", *keys, "lora.r=64", "train.optim=adamw_bnb_8bit", f"train.output_dir={output}")
+    checkpoints = outputs[1] / "checkpoints"
+    for name in ["final", *sorted(path.name for path in checkpoints.glob("step-*"))[1:]]:
+        shutil.rmtree(checkpoints / name)
+    done = run_script("train.py", *keys, "lora.r=64", "train.optim=adamw_bnb_8bit", f"train.output_dir={outputs[1]}")
+    assert "going on from" in done.stdout
+    assert final_files(outputs[1]) == final_files(outputs[0])
+    other = run_script("train.py", *keys, "lora.r=64", f"train.output_dir={outputs[1]}", check=False)
+    assert other.returncode == 2
+    assert 'train.optim: "adamw_bnb_8bit" -> "adamw_torch_fused"' in other.stderr
 
 
 def test_the_final_folder_and_the_log_hold_what_is_promised(undisturbed: Path) -> None:

@@ -43,7 +43,7 @@ def test_transformers_computes_the_same_with_what_we_saved(
 ) -> None:
     folder = reference_checkpoint(tie=tie)
     model = load_model(folder, torch.float32, "nf4")
-    save_quantized(model, folder, tmp_path / "ours", torch.float32)
+    save_quantized(model, folder, tmp_path / "ours")
     # As load_reference: out of training, bitsandbytes multiplies in bfloat16 on some processors.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).train()
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
