@@ -27,7 +27,7 @@ from minilora.tensorfile import dtype_name
 # 800 rows after some steps: 0.1 of the activations, and eleven times one layer's gradients, which come and go.
 HEAP_SLACK = 0.1
 HEAP_SLACK_LAYERS = 11
-COMPILED_BYTES = 100_000_000  # what oneDNN compiles for each shape of a product and keeps; seen after 24 steps
+COMPILED_BYTES = 50_000_000  # the compiled products that `load.py` lets PyTorch and oneDNN keep
 STATUS = Path("/proc/self/status")
 
 
