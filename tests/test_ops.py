@@ -88,9 +88,7 @@ def test_what_cannot_be_compiled_is_said_and_changes_nothing(monkeypatch: pytest
 def test_compiled_swiglu_gradient() -> None:
     before = ops._SwiGLU.gradients
     try:
-        problem = ops.compile_swiglu(True, torch.float64, torch.device("cpu"))
-        if problem is not None:
-            pytest.skip(problem)
+        assert ops.compile_swiglu(True, torch.float64, torch.device("cpu")) is None
         assert ops._SwiGLU.gradients is not before
         assert torch.autograd.gradcheck(ops.swiglu, (random(5, 6), random(5, 6)))
     finally:
