@@ -11,6 +11,7 @@
     bnb         bitsandbytes, imported on first use
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
     lora        the LoRA linear layer, its gradient derived; where it is attached
+    recompute   gradient checkpointing: a layer that runs again in backward
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
     tensorfile  safetensors files, one tensor at a time
     quantized   checkpoints that are in 4 bits already, as transformers reads and writes them

@@ -38,6 +38,7 @@ from minilora.errors import UserError
 from minilora.fields import limits, read_fields
 from minilora.lora import Again, project
 from minilora.ops import HeadGroup
+from minilora.recompute import run_twice
 
 
 @dataclass(frozen=True)
@@ -152,41 +153,6 @@ class KeyValues:
         if self.growing:
             self.keys, self.values = keys, values
         return keys, values
-
-
-class _Recomputed(torch.autograd.Function):
-    """A layer that keeps its input alone and runs again in backward: gradient checkpointing, arXiv 1604.06174.
-
-    Its second run gets the same dropout masks: they are a function of a seed that stays set until the next micro-batch
-    (`lora.DropoutSeed`). The trained parameters are inputs too, because the first layer's rows need no gradient, and a
-    function of which no input needs one has no backward. torch.utils.checkpoint would import the compiler, 70 MB.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        layer: nn.Module,
-        offload: bool,
-        arguments: Sequence[Any],
-        hidden: torch.Tensor,
-        *parameters: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.layer, ctx.arguments, ctx.parameters, ctx.device = layer, arguments, parameters, hidden.device
-        output: torch.Tensor = layer(hidden, *arguments)
-        if offload and hidden.is_cuda:  # pinned, so that neither copy makes the processor wait
-            hidden = torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
-        ctx.save_for_backward(hidden)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_dhidden = ctx.needs_input_grad[3]
-        hidden = ctx.saved_tensors[0].to(ctx.device, non_blocking=True).detach().requires_grad_(needs_dhidden)
-        with torch.enable_grad():
-            output = ctx.layer(hidden, *ctx.arguments)
-        inputs = (*((hidden,) if needs_dhidden else ()), *ctx.parameters)
-        found = torch.autograd.grad(output, inputs, grads, allow_unused=True)
-        return None, None, None, *(() if needs_dhidden else (None,)), *found
 
 
 class Embedding(nn.Embedding):
@@ -323,8 +289,7 @@ class Qwen2Model(nn.Module):
     def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """`layer(hidden, ...)`, its activations kept for backward or computed again there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
-            return _Recomputed.apply(layer, self.offload_checkpoints, arguments, hidden, *trained)
+            return run_twice(layer, hidden, arguments, self.offload_checkpoints)
         output: torch.Tensor = layer(hidden, *arguments)
         return output
 

@@ -98,7 +98,9 @@ def test_a_wider_compute_type_takes_more() -> None:
 def test_what_is_kept_in_full_and_moments_in_8_bits_are_counted() -> None:
     projections = part(ledger(quantization="none"), "projections")
     assert part(ledger(cache_dequantized=True), "dense weights") == projections
-    assert ledger(quantization="none", cache_dequantized=True).parts == ledger(quantization="none").parts
+    kept, plain = (ledger(quantization="none", cache_dequantized=flag).parts for flag in (True, False))
+    assert kept.keys() == plain.keys()  # the process itself may have grown between the two
+    assert all(kept[name] == plain[name] for name in kept if not name.startswith("Python"))
     assert part(ledger(moment_bits=8), "adapter") == part(ledger(), "adapter") * 10 // 16
 
 
