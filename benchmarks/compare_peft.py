@@ -95,13 +95,19 @@ def run_all(
     with tqdm(total=repeats * len(names), unit="process") as bar:
         for repeat in range(repeats):
             floors.append(measure_floor(config, work.dtype, work.device))
+            append_line(path, {"floor": floors[-1], "repeat": repeat})
             for name in names:
                 bar.set_postfix_str(name)
                 runs.append({**run_child("contestants.py", name, work.to_json()), "repeat": repeat})
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(runs[-1], ensure_ascii=False) + "\n")
+                append_line(path, runs[-1])
                 bar.update()
     return floors, runs
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Writes one JSON line at once: a benchmark that stops half-way keeps what it measured."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def run_child(script: str, *arguments: str) -> dict[str, Any]:
@@ -200,8 +206,7 @@ def print_table(summary: dict[str, Any]) -> None:
 
 def write_results(summary: dict[str, Any], path: Path) -> None:
     """Appends the summary to the lines of the runs in `path`, and draws a bar chart of the same name."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**summary, "command": " ".join(sys.argv)}, ensure_ascii=False) + "\n")
+    append_line(path, {**summary, "command": " ".join(sys.argv)})
     try:
         import matplotlib
     except ImportError:
