@@ -12,6 +12,7 @@ as it is.
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,15 +92,27 @@ def _fill(
             _replace(model, module_path, quantized[name].read().to(device), entries, compute_dtype, device)
         elif is_projection and quantization != "none":
             # Quantised from the compute dtype, as transformers does, so that the 4-bit weights are the same.
-            weight = read_tensor(entries[name]).to(device, compute_dtype)
+            weight = _read_finite(name, entries[name]).to(device, compute_dtype)
             _replace(
                 model, module_path, quantize(weight, quantization, double_quantization), entries, compute_dtype, device
             )
         elif not isinstance(module, Linear4bit):  # a Linear4bit took its bias along
-            weight = read_tensor(entries[name]).to(device, compute_dtype)
+            weight = _read_finite(name, entries[name]).to(device, compute_dtype)
             setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
+
+
+def _read_finite(name: str, entry: TensorEntry) -> torch.Tensor:
+    """A tensor whose values are all numbers: one sum over it, which a NaN or an infinity cannot leave finite.
+
+    Raises:
+        UserError: one is not.
+    """
+    tensor = read_tensor(entry)
+    if not math.isfinite(tensor.sum(dtype=torch.float32)):
+        raise UserError(f"{entry.path}: {name} holds NaN or infinite values; download it again or choose another model")
+    return tensor
 
 
 def _bound_compiled_products() -> None:
@@ -148,7 +161,7 @@ def _replace(
 ) -> None:
     """Puts a `Linear4bit` where the meta `nn.Linear` at `path` stood, with its bias."""
     bias_entry = entries.get(f"{path}.bias")
-    bias = None if bias_entry is None else read_tensor(bias_entry).to(device, compute_dtype)
+    bias = None if bias_entry is None else _read_finite(f"{path}.bias", bias_entry).to(device, compute_dtype)
     parent_path, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent_path), name, Linear4bit(quantized, bias))
 

@@ -75,6 +75,12 @@ class QuantizedEntry:
                 f"{self.parts['packed'].path}: {self.name} has other levels than {self.quant_type}; "
                 "use the original checkpoint"
             )
+        scales = found["absmax" if self.offset is None else "nested_absmax"]
+        if not torch.isfinite(scales).all():
+            raise UserError(
+                f"{self.parts['packed'].path}: {self.name} has scales that are NaN or infinite; download it again or "
+                "choose another model"
+            )
         if self.offset is None:
             return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type)
         nested = (found["nested_absmax"], found["nested_quant_map"], torch.tensor([self.offset]))

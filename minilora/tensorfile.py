@@ -3,13 +3,21 @@
 A tensor is read into memory of its own. Mapping the file, as is usual, counts every page that was touched as used
 memory until the file is closed.
 
-Source: https://huggingface.co/docs/safetensors, section Format. Left out: pickled checkpoints, on purpose.
+The header is refused unless all of it makes sense: places that follow each other from the first byte to the last
+without a hole or an overlap, as long as shape and dtype say, under names that occur once. That is what the safetensors
+library asks, and more where it lets things pass that no writer makes: a name that occurs twice, of which it takes the
+last, extra fields, empty names. Legal and unusual are white space before the header and a header of any length.
+Values are looked at by whoever knows what they mean; a shard index's `total_size` is not, because tools disagree about
+what it counts and the headers say all of it.
+
+Source: https://huggingface.co/docs/safetensors, section Format, and safetensors/src/tensor.rs (0.8.0). Left out:
+pickled checkpoints, on purpose.
 """
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000
+MAX_NUMBER = 2**60  # beyond any file, and its bits still fit into 64
 
 
 @dataclass(frozen=True)
@@ -54,69 +63,124 @@ def read_json(path: Path) -> Any:
         UserError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return _parse(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); write or download it again") from None
 
 
+def _parse(text: str) -> Any:
+    """JSON without Python's liberties: no NaN, no key twice; ValueError otherwise."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in content:
+                raise ValueError(f"{name!r} occurs twice")
+            content[name] = value
+        return content
+
+    return json.loads(
+        text,
+        parse_constant=refuse,
+        parse_int=lambda digits: -0.0 if digits == "-0" else int(digits),  # JSON has no integer -0, Python has
+        object_pairs_hook=unique,
+    )
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Names and places of the tensors of one safetensors file: 8 bytes of length, JSON, then the data.
+    """Names and places of the tensors of one safetensors file.
 
     Raises:
-        UserError: the file is cut off or is not a safetensors file.
+        UserError: the file is cut off, or is not a safetensors file to the last byte.
     """
-    broken = f"{path}: is not a complete safetensors file"
-    again = "download or copy it again"
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise UserError(f"{broken} (header of {length} bytes in a file of {size}); {again}")
-            header = json.loads(file.read(length).decode("utf-8"))
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):  # before anything so long is read
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = _parse(file.read(length).decode("utf-8"))
+        return _check_header(path, header, 8 + length, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{broken} (header: {error}); {again}") from None
+        raise UserError(f"{path}: is not a complete safetensors file ({error}); download or copy it again") from None
+
+
+def _check_header(path: Path, header: Any, start: int, size: int) -> dict[str, TensorEntry]:
+    """The entries of a header whose data begins at byte `start` of a file of `size`; ValueError for what is wrong."""
     if not isinstance(header, dict):
-        raise UserError(f"{broken} (header: holds a {type(header).__name__}); {again}")
-    entries = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            begin, end = map(index, value["data_offsets"])
-            dtype, shape = DTYPES[value["dtype"]], torch.Size(value["shape"])
-            num_bytes = shape.numel() * dtype.itemsize
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: tensor {name} has an entry that cannot be read ({error}); {again}") from None
-        if not 0 <= begin <= end <= size - 8 - length or end - begin != num_bytes:
-            raise UserError(
-                f"{path}: tensor {name} stands at bytes {begin} to {end} of {size - 8 - length}, "
-                f"its shape {tuple(shape)} takes {num_bytes}; the file is cut off, {again}"
+        raise ValueError(f"header: holds a {type(header).__name__}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("header: __metadata__ is not a table of texts")
+    for text in (*header, *metadata, *metadata.values()):
+        text.encode()  # half a character, which JSON can write and UTF-8 cannot, is a ValueError
+    entries = {name: _check_entry(path, name, value, start) for name, value in header.items()}
+    end = start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if entry.offset != end:
+            raise ValueError(
+                f"tensor {name} begins at byte {entry.offset - start} of the data, the one before ends at {end - start}"
             )
-        entries[name] = TensorEntry(path, 8 + length + begin, end - begin, dtype, shape)
+        end += entry.num_bytes
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     return entries
+
+
+def _check_entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+    """One entry of a header; ValueError unless it is one to the letter."""
+    if not name or any(character < " " for character in name):
+        raise ValueError(f"tensor {name!r} has no name to print")
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} is described by other things than dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {name} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError(f"tensor {name} has no shape or no two offsets")
+    if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in (*shape, *offsets)):  # True is an int too
+        raise ValueError(f"tensor {name} has a number that is no size: shape {shape}, data_offsets {offsets}")
+    elements = 1
+    for number in shape:
+        elements *= number
+        if elements >= MAX_NUMBER:
+            raise ValueError(f"tensor {name} has the shape {shape}, which no file can hold")
+    num_bytes = elements * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(
+            f"tensor {name} stands at bytes {offsets[0]} to {offsets[1]}, its shape {tuple(shape)} takes {num_bytes}"
+        )
+    return TensorEntry(path, start + offsets[0], num_bytes, DTYPES[dtype], torch.Size(shape))
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """One tensor, in memory of its own.
 
     Raises:
-        UserError: the file ends before the tensor does.
+        UserError: the file ends before the tensor does, cannot be read, or holds a truth value that is none.
     """
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        view = memoryview(buffer.numpy().data)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise UserError(f"{entry.path}: ends within a tensor; download or copy it again")
-            view = view[count:]
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            view = memoryview(buffer.numpy().data)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise UserError(f"{entry.path}: ends within a tensor; download or copy it again")
+                view = view[count:]
+    except OSError as error:
+        raise UserError(f"{entry.path}: cannot be read ({error.strerror}); check the disk") from None
+    if entry.dtype == torch.bool and buffer.numel() and buffer.max() > 1:
+        raise UserError(f"{entry.path}: holds a truth value that is neither 0 nor 1; download or copy it again")
     return buffer.view(entry.dtype).view(entry.shape)
 
 
@@ -143,7 +207,11 @@ def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise UserError(f"{index_path}: names {shard!r}, which is not a file of this folder; download it again")
-        entries |= read_header(folder / shard)
+        found = read_header(folder / shard)
+        twice = sorted(entries.keys() & found.keys())
+        if twice:
+            raise UserError(f"{folder / shard}: holds {twice[0]}, which another shard holds too; download them again")
+        entries |= found
     differing = sorted(set(entries) ^ set(weight_map))
     if differing:
         raise UserError(

@@ -1,6 +1,7 @@
 """The loader is strict both ways, reads either layout, and quantises what it should."""
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.nf4 import Linear4bit
-from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
+from minilora.tensorfile import read_checkpoint_entries, read_header, read_json, read_tensor
 
 CONFIG = {
     "model_type": "qwen2",
@@ -204,7 +205,7 @@ def test_a_file_that_is_cut_off_is_refused_at_every_length(write: Callable[..., 
     content = path.read_bytes()
     for length in range(len(content)):
         path.write_bytes(content[:length])
-        with pytest.raises(UserError, match=r"model\.safetensors: .*(cut off|complete safetensors)"):
+        with pytest.raises(UserError, match=r"model\.safetensors: is not a complete safetensors file \(.+\); download"):
             read_header(path)
 
 
@@ -215,22 +216,162 @@ def test_a_huge_header_length_is_refused_before_it_is_read(tmp_path: Path) -> No
         read_header(path)
 
 
+def write_header(path: Path, header: bytes, data: bytes = b"data") -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def entry(**changes: object) -> dict[str, object]:
+    """One float32 number that takes all of `write_header`'s data."""
+    return {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
+
+
+def test_a_header_may_have_spaces_around_it_metadata_and_empty_tensors(tmp_path: Path) -> None:
+    content = {
+        "__metadata__": {"format": "pt", "": ""},
+        "b": entry(),
+        "a": entry(shape=[2, 0], data_offsets=[0, 0]),
+        "c": entry(shape=[0], data_offsets=[4, 4]),
+    }
+    path = write_header(tmp_path / "model.safetensors", b" \n" + json.dumps(content).encode() + b"   ")
+    entries = read_header(path)
+    assert {name: tuple(found.shape) for name, found in entries.items()} == {"a": (2, 0), "b": (1,), "c": (0,)}
+    assert read_tensor(entries["b"]).numpy().tobytes() == b"data"
+    assert read_tensor(entries["a"]).shape == (2, 0)
+    path = write_header(tmp_path / "model.safetensors", json.dumps({"a": entry(shape=[])}).encode())
+    assert read_tensor(read_header(path)["a"]).shape == ()
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"[1, 2]", r"is not a complete safetensors file \(header: holds a list\); download or copy it again"),
-        (b"[" * 100_000, r"is not a complete safetensors file \(header: .*recursion"),
-        (b'{"a": null}', r"tensor a has an entry that cannot be read"),
-        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}', r"tensor a has an entry that cannot be"),
-        (b'{"a": {"dtype": "F32", "shape": [1e30], "data_offsets": [0, 4]}}', r"tensor a has an entry that cannot be"),
-        (b'{"a": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 4]}}' % 10**30, r"tensor a has an entry that"),
+        (b"[1, 2]", r"header: holds a list"),
+        (b"[" * 100_000, r".*recursion"),
+        (b"\xff\xfe", r".*utf-8"),
+        (b'{"a"', r"Expecting ':'.*"),
+        (b"{}", r"its tensors end at byte 10, the file at 14"),
+        (b'{"__metadata__": 3}', r"header: __metadata__ is not a table of texts"),
+        (b'{"__metadata__": {"a": 3}}', r"header: __metadata__ is not a table of texts"),
+        (b'{"__metadata__": {"a": "\\ud83d"}}', r".*surrogates not allowed"),
+        (b'{"\\ud83d": null}', r".*surrogates not allowed"),
+        (b'{"a": 1, "a": 2}', r"'a' occurs twice"),
+        (b'{"a": NaN}', r"NaN is no JSON"),
+        (b'{"a": null}', r"tensor a is described by other things than dtype, shape and data_offsets"),
+        (b'{"a": {"dtype": "F32"}}', r"tensor a is described by other things than dtype, shape and data_offsets"),
+        ({"a": entry(device="cpu")}, r"tensor a is described by other things than dtype, shape and data_offsets"),
+        ({"": entry()}, r"tensor '' has no name to print"),
+        ({"a\n": entry()}, r"tensor 'a\\n' has no name to print"),
+        ({"a": entry(dtype="F8_E4M3")}, r"tensor a has dtype 'F8_E4M3', expected one of F64, F32, .*, BOOL"),
+        ({"a": entry(dtype=["F32"])}, r"tensor a has dtype \['F32'\], expected one of"),
+        ({"a": entry(shape=1)}, r"tensor a has no shape or no two offsets"),
+        ({"a": entry(data_offsets=None)}, r"tensor a has no shape or no two offsets"),
+        ({"a": entry(data_offsets=[0])}, r"tensor a has no shape or no two offsets"),
+        ({"a": entry(data_offsets=["0", "4"])}, r"tensor a has a number that is no size: shape \[1\], data_offsets"),
+        ({"a": entry(shape=[1e30])}, r"tensor a has a number that is no size: shape \[1e\+30\]"),
+        ({"a": entry(shape=[1.0])}, r"tensor a has a number that is no size: shape \[1\.0\]"),
+        ({"a": entry(shape=[True])}, r"tensor a has a number that is no size: shape \[True\]"),
+        ({"a": entry(shape=[-1])}, r"tensor a has a number that is no size: shape \[-1\]"),
+        ({"a": entry(shape=[10**30])}, r"tensor a has a number that is no size: shape \[1000"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-0, 4]}}', r"tensor a has a number that is no size"),
+        ({"a": entry(shape=[2**40, 2**40])}, r"tensor a has the shape \[.+\], which no file can hold"),
+        ({"a": entry(shape=[2**40, 2**40, 0])}, r"tensor a has the shape \[.+\], which no file can hold"),
+        ({"a": entry(shape=[2])}, r"tensor a stands at bytes 0 to 4, its shape \(2,\) takes 8"),
+        ({"a": entry(data_offsets=[4, 0])}, r"tensor a stands at bytes 4 to 0, its shape \(1,\) takes 4"),
+        ({"a": entry(data_offsets=[1, 5])}, r"tensor a begins at byte 1 of the data, the one before ends at 0"),
+        ({"a": entry(), "b": entry()}, r"tensor [ab] begins at byte 0 of the data, the one before ends at 4"),
+        ({"a": entry(), "b": entry(data_offsets=[4, 8])}, r"its tensors end at byte \d+, the file at \d+"),
     ],
 )
-def test_a_header_that_is_no_table_of_tensors_is_refused(header: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"data")
-    with pytest.raises(UserError, match=rf"model\.safetensors: {message}"):
+def test_a_header_that_is_no_table_of_tensors_is_refused(
+    header: bytes | dict[str, object], message: str, tmp_path: Path
+) -> None:
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = write_header(tmp_path / "model.safetensors", content)
+    with pytest.raises(
+        UserError, match=rf"model\.safetensors: is not a complete safetensors file \({message}.*\); download or copy it"
+    ):
         read_header(path)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent: cannot be read \(.+\); check the path"):
+        read_header(tmp_path / "absent")
+
+
+def test_a_file_that_became_shorter_or_went_is_named(write: Callable[..., Path]) -> None:
+    path = write({"a": torch.arange(4.0)}) / "model.safetensors"
+    found = read_header(path)["a"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors: ends within a tensor; download or copy it again"):
+        read_tensor(found)
+    path.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read \(.+\); check the disk"):
+        read_tensor(found)
+
+
+@pytest.mark.parametrize("data", [b"\0\1\1\0", b"\0\1\2\0"])
+def test_a_truth_value_is_0_or_1(data: bytes, tmp_path: Path) -> None:
+    header = json.dumps({"a": entry(dtype="BOOL", shape=[4])}).encode()
+    found = read_header(write_header(tmp_path / "model.safetensors", header, data))["a"]
+    if max(data) == 1:
+        assert read_tensor(found).tolist() == [False, True, True, False]
+    else:
+        with pytest.raises(UserError, match=r"holds a truth value that is neither 0 nor 1; download or copy it again"):
+            read_tensor(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "b": {"c": 2, "c": 2}}', "'c' occurs twice"),
+        ('{"a": NaN}', "NaN is no JSON"),
+        ("[-Infinity]", "-Infinity is no JSON"),
+        ('{"a"', "Expecting .*"),
+        (b"\xff", ".*utf-8.*"),
+    ],
+)
+def test_json_is_read_without_pythons_liberties(content: str | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf"config\.json: is not JSON \({message}.*\); write or download it again"):
+        read_json(path)
+
+
+def test_json_without_mistakes_is_read_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [1, -2, 1.5, "好", null], "b": {"a": true}}', "utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": [1, -2, 1.5, "好", None], "b": {"a": True}}
+
+
+def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
+    for name in ("1.safetensors", "2.safetensors"):
+        save_file({"a": torch.ones(2)}, tmp_path / name)
+    weight_map = {"a": "1.safetensors", "b": "2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(UserError, match=r"2\.safetensors: holds a, which another shard holds too; download them again"):
+        read_checkpoint_entries(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+    ],
+)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_weights_that_are_no_numbers_are_refused(
+    write: Callable[..., Path], quantization: str, name: str, value: float
+) -> None:
+    weights = random_weights()
+    weights[name].view(-1)[-1] = value
+    with pytest.raises(
+        UserError,
+        match=rf"model\.safetensors: {name} holds NaN or infinite values; download it again or choose another",
+    ):
+        load_model(write(weights), torch.float32, quantization)
 
 
 @pytest.mark.parametrize("weight_map", ['["a"]', '{"a": 5, "b": "c"}', '{"a": null}'])
