@@ -3,13 +3,23 @@
 A local folder is taken as it is. Anything else is a name on the hub and goes through huggingface-hub, which brings
 its cache, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN and HF_HOME. It is imported where it is used, so that a run
 on local files neither waits for it nor needs a network.
+
+huggingface-hub looks at the size of what it downloads, and at nothing of what is in the cache already. Here every file
+is hashed whenever it is fetched, and compared with the hash that the hub gave it: the cache keeps a file under that
+name, SHA-256 for the large ones (LFS) and Git's SHA-1 of a blob for the others. One that differs is downloaded once
+more. (Where the system has no symbolic links, as on some Windows, the cache does not keep the hash, and only the size
+is looked at.)
 """
 
+import hashlib
+import re
 import shutil
+import sys
 from pathlib import Path
 
 from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
+from minilora.files import sha256
 
 MODEL_FILES = [
     "config.json",
@@ -133,8 +143,27 @@ def _download(kind: str, name: str, revision: str | None, allow_patterns: list[s
     mirror = f"set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
     # httpx's or requests', by the version of huggingface-hub: a broken connection raises it as it is.
     client_error: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
-    try:
+
+    def download() -> Path:
         return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
+
+    try:
+        snapshot = download()
+        damaged = _damaged_files(snapshot)
+        if damaged:
+            for path, _, _ in damaged:
+                print(f"{path}: is not what the hub has, its hash differs; downloads it once more", file=sys.stderr)
+                path.resolve().unlink()
+                path.unlink()
+            snapshot = download()
+            damaged = _damaged_files(snapshot)
+        if damaged:
+            path, found, expected = damaged[0]
+            raise UserError(
+                f"{path}: is not what the hub has, downloaded twice: its hash is {found}, expected {expected}; check "
+                f"the disk and the connection, {mirror}"
+            )
+        return snapshot
     except errors.HFValidationError:
         raise UserError(f"{name}: is no hub name, expected owner/name; check the name, or {local}") from None
     except errors.GatedRepoError:
@@ -155,6 +184,28 @@ def _download(kind: str, name: str, revision: str | None, allow_patterns: list[s
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             raise UserError(f"{name}: the hub refused your token (401); correct HF_TOKEN or unset it") from None
         raise UserError(f"{name}: download failed ({_reason(error)}); run it again, {mirror}") from None
+
+
+def _damaged_files(snapshot: Path) -> list[tuple[Path, str, str]]:
+    """Files of a downloaded snapshot that are not what the hub has: path, hash found, hash expected."""
+    damaged = []
+    for path in sorted(snapshot.rglob("*")):
+        expected = path.resolve().name if path.is_symlink() and path.is_file() else ""
+        if re.fullmatch(r"[0-9a-f]{64}", expected):
+            found = sha256(path)
+        elif re.fullmatch(r"[0-9a-f]{40}", expected):
+            found = _git_sha1(path)
+        else:
+            continue
+        if found != expected:
+            damaged.append((path, found, expected))
+    return damaged
+
+
+def _git_sha1(path: Path) -> str:
+    """The hash under which Git keeps a file: SHA-1 of "blob", its length, a zero byte, and its content."""
+    content = path.read_bytes()  # small: the hub keeps files of more than 10 MB in LFS
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _reason(error: BaseException) -> str:

@@ -266,6 +266,7 @@ class Hub(BaseHTTPRequestHandler):
 
     mode = "fine"
     tokens: ClassVar[set[str | None]] = set()
+    damaged: ClassVar[set[bytes]] = set()
     files: ClassVar = {f"data/{name}-00000-of-00001.parquet": name.encode() for name in ("train", "validation", "test")}
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -290,7 +291,12 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(status, b"{}", headers)
         elif "/resolve/" in path:
             content = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
-            self.answer(200, content, {"ETag": f'"{self.digest(content)}"', "X-Repo-Commit": COMMIT})
+            etag = self.digest(content)
+            if Hub.mode.startswith("damages ") and self.command != "HEAD" and content in Hub.damaged:
+                if Hub.mode == "damages once":
+                    Hub.damaged.remove(content)
+                content = bytes([content[0] ^ 1]) + content[1:]
+            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
         elif "/tree/" in path:
             sizes = ((name, len(content), self.digest(content)) for name, content in self.files.items())
             entries = [{"type": "file", "path": name, "size": size, "oid": oid} for name, size, oid in sizes]
@@ -309,7 +315,10 @@ class Hub(BaseHTTPRequestHandler):
 
     @staticmethod
     def digest(content: bytes) -> str:
-        return hashlib.sha1(content).hexdigest()
+        """Git's hash of a blob, or what LFS names a large file by."""
+        if content == b"train":
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
@@ -376,6 +385,48 @@ def test_what_a_hub_answers_becomes_one_message(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [b"train", b"test"], ids=["large", "small"])
+def test_a_file_of_the_right_size_and_other_bytes_is_downloaded_again(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(Hub, "mode", "damages once")
+    monkeypatch.setattr(Hub, "damaged", {content})
+    done = download(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is not what the hub has, its hash differs; downloads it once more" in done.stderr
+    assert sorted(path.read_bytes() for path in downloaded_files(tmp_path / "out")) == [
+        b"test",
+        b"train",
+        b"validation",
+    ]
+
+
+def test_a_file_that_comes_damaged_twice_is_refused_with_both_hashes(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "mode", "damages always")
+    monkeypatch.setattr(Hub, "damaged", {b"train"})
+    done = download(hub, tmp_path)
+    assert done.returncode == 2
+    assert "downloaded twice: its hash is " in done.stderr
+    assert hashlib.sha256(b"urain").hexdigest() in done.stderr
+    assert f"expected {hashlib.sha256(b'train').hexdigest()}" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "mode", "fine")
+    assert download(hub, tmp_path).returncode == 0
+    blob = next((tmp_path / "home").rglob(f"blobs/{hashlib.sha256(b'train').hexdigest()}"))
+    blob.write_bytes(b"trail")
+    done = download(hub, tmp_path, "again")
+    assert done.returncode == 0, done.stderr
+    assert "downloads it once more" in done.stderr
+    assert (tmp_path / "again" / "train.parquet").read_bytes() == b"train"
 
 
 @pytest.mark.parametrize(
