@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.rows import Row, read_demo_rows, read_rows, sha256
+from minilora.files import sha256
+from minilora.rows import Row, read_demo_rows, read_rows
 
 SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training
 SPLITS = ("train", "validation", "test")
@@ -149,6 +150,7 @@ def prepare(
     drop_leaks: bool = False,
     text_column: str | None = None,
     label_column: str | None = None,
+    encoding: str = "utf-8",
 ) -> dict[str, Any]:
     """Writes train.jsonl, validation.jsonl, test.jsonl and data_report.json into `directory`.
 
@@ -161,6 +163,7 @@ def prepare(
         drop_leaks: with keep_splits, remove training rows that stand in another split.
         text_column: see `read_rows`.
         label_column: see `read_rows`.
+        encoding: see `read_rows`; what is written is UTF-8.
 
     Returns:
         The report: rows in, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of every
@@ -176,7 +179,7 @@ def prepare(
             raise UserError(f"{path}: the output would replace this input; choose another --output")
         if any(path.resolve() == Path(earlier).resolve() for earlier in rows):
             raise UserError(f"{path}: given twice; name each file once")
-        rows[str(path)] = read_rows(path, text_column, label_column)
+        rows[str(path)] = read_rows(path, text_column, label_column, encoding)
     return _prepare_rows(rows, {str(path): sha256(path) for path in files}, directory, seed, keep_splits, drop_leaks)
 
 
@@ -218,6 +221,8 @@ def _prepare_rows(
         "length_quantiles_characters": {name: _length_quantiles(part) for name, part in splits.items()},
         "sha256_in": digests,
     }
+    accounted = sum(map(len, splits.values())) + sum(dropped.values()) + leaks["dropped_from_train"]
+    assert accounted == sum(map(len, rows.values())), "a row was lost on the way, or came twice"
     write_splits(splits, directory, report)
     return report
 

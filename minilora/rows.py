@@ -5,7 +5,6 @@ worth is decided in `data.py`.
 """
 
 import csv
-import hashlib
 import importlib.util
 import json
 import re
@@ -19,6 +18,7 @@ from minilora.errors import UserError
 from minilora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
+ENCODINGS = ("utf-8", "gb18030", "utf-16")
 TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
 
 
@@ -50,7 +50,9 @@ class Row:
         return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
 
 
-def read_rows(path: Path, text_column: str | None = None, label_column: str | None = None) -> list[Row]:
+def read_rows(
+    path: Path, text_column: str | None = None, label_column: str | None = None, encoding: str = "utf-8"
+) -> list[Row]:
     """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
 
     TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and taking it for an opening quote
@@ -60,14 +62,15 @@ def read_rows(path: Path, text_column: str | None = None, label_column: str | No
         path: the file.
         text_column: name of the text column; by default the first of the usual names that is there.
         label_column: the same for the label.
+        encoding: one of ENCODINGS, for a text file.
 
     Raises:
         UserError: unreadable file, unknown kind, missing column, or a line that is not a record to learn from.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
-        ".tsv": _iter_tsv,
-        ".csv": _iter_csv,
-        ".jsonl": _iter_jsonl,
+        ".tsv": lambda path: _iter_tsv(path, encoding),
+        ".csv": lambda path: _iter_csv(path, encoding),
+        ".jsonl": lambda path: _iter_jsonl(path, encoding),
         ".parquet": _iter_arrow,
         ".arrow": _iter_arrow,
     }
@@ -134,32 +137,56 @@ def _find_column(where: str, record: dict[str, Any], chosen: str | None, usual: 
     )
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, encoding: str = "utf-8") -> str:
     """Content as text; newlines are left alone, because a review may hold any of them."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     try:  # not as utf-8-sig, which counts an error's byte from behind the mark
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        name = {"utf-8": "UTF-8", "gb18030": "GB18030", "utf-16": "UTF-16"}[encoding]
+        guess = _guess_encoding(content) if encoding == "utf-8" else None
+        otherwise = (
+            f"it looks like {guess}: give --encoding {guess} to scripts/preprocess_data.py, or " if guess else ""
+        )
+        raise UserError(f"{path}: is not {name} (byte {error.start}); {otherwise}save it as UTF-8") from None
     if not text.strip():
         raise UserError(f"{path}: is empty; give a file with records")
     return text
 
 
-def _iter_tsv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")  # not splitlines: a review may hold U+2028 or \r
+def _guess_encoding(content: bytes) -> str | None:
+    """What a file that is not UTF-8 was probably written in: a mark says UTF-16, Chinese text GB18030.
+
+    Almost any bytes are valid GB18030, so most of what it makes of them has to be common Chinese characters, which are
+    two bytes above 0xA0 each there (GB2312).
+    """
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    try:
+        text = content.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    foreign = [character for character in text if character > "\x7f"]
+    common = sum("\u4e00" <= c <= "\u9fff" or "\u3000" <= c <= "\u303f" or "\uff00" <= c <= "\uffef" for c in foreign)
+    return "gb18030" if common > 0.9 * len(foreign) else None
+
+
+def _iter_tsv(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = (
+        _read_text(path, encoding).replace("\r\n", "\n").split("\n")
+    )  # not splitlines: a review may hold U+2028 or \r
     return _named_fields(path, ((number, line.split("\t")) for number, line in enumerate(lines, start=1)))
 
 
-def _iter_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    return _named_fields(path, _csv_records(path))
+def _iter_csv(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return _named_fields(path, _csv_records(path, encoding))
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
+    lines = _read_text(path, encoding).replace("\r\n", "\n").split("\n")
     csv.field_size_limit(1 << 30)
     reader = csv.reader((line + "\n" for line in lines), strict=True)
     line = 0
@@ -198,8 +225,8 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
         raise UserError(f"{path}: has a line of column names and no record; add records, or end each line with \\n")
 
 
-def _iter_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def _iter_jsonl(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path, encoding).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -253,19 +280,3 @@ def read_demo_rows() -> list[Row]:
             lines = _read_text(folder / "sentiment" / name).split("\n")
             rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
     return rows
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    return digest.hexdigest()

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data import SPLIT_SEED, prepare
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.hub import downloaded_files
+from minilora.rows import ENCODINGS
+from minilora.script import run_script
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--drop-leaks", action="store_true", help="with --keep-splits: take leaks out of train")
     parser.add_argument("--text-column", help="default: text, text_a, review, sentence or content")
     parser.add_argument("--label-column", help="default: label, labels, sentiment or target")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files; UTF-8 is written")
     arguments = parser.parse_args()
     if arguments.drop_leaks and not arguments.keep_splits:
         parser.error("--drop-leaks goes with --keep-splits: without it nothing leaks")
@@ -47,6 +50,7 @@ def main() -> None:
         arguments.drop_leaks,
         arguments.text_column,
         arguments.label_column,
+        arguments.encoding,
     )
     print_report(report, arguments.output)
 

@@ -22,7 +22,8 @@ from minilora.data import (
     split_rows,
 )
 from minilora.errors import UserError
-from minilora.rows import Row, read_rows, sha256
+from minilora.files import sha256
+from minilora.rows import Row, read_rows
 
 
 def rows_of(*pairs: tuple[str, int]) -> list[Row]:

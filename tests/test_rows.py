@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.errors import UserError
-from minilora.rows import LABEL_COLUMNS, TEXT_COLUMNS, Row, read_demo_rows, read_rows, sha256
+from minilora.rows import LABEL_COLUMNS, TEXT_COLUMNS, Row, read_demo_rows, read_rows
 
 RECORDS = [(1, '很好，"推荐"'), (0, "差")]
 
@@ -271,14 +271,6 @@ def test_without_pyarrow_its_files_ask_for_it(name: str, tmp_path: Path, monkeyp
 def test_without_pyarrow_text_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert len(read_rows(write(tmp_path / "a.tsv", "label\ttext\n1\t好\n"))) == 1
-
-
-def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:
-    # printf abc | sha256sum
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256(write(tmp_path / "a", "abc")) == digest
-    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
-        sha256(tmp_path / "nowhere")
 
 
 def test_the_demo_reviews_are_read_without_running_the_package() -> None:
