@@ -30,8 +30,9 @@ from meter import environment
 from tqdm import tqdm
 from workload import Workload, add_workload_arguments, model_folder, write_adapter
 
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.load import read_config
+from minilora.script import run_script
 
 HERE = Path(__file__).parent
 OURS = "minilora"

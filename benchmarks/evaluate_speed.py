@@ -21,10 +21,11 @@ from contestants import load_base
 from meter import Meter, environment
 from workload import Workload, add_workload_arguments, model_folder, pad
 
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.load import load_model
 from minilora.prompt import Example
+from minilora.script import run_script
 
 OURS = "minilora"
 # Two bfloat16 runs of the same model, padded and packed, differ in the logits' last bits: 0.06 at a logit of 16, and

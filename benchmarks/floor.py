@@ -21,10 +21,10 @@ import torch
 from meter import environment
 from workload import add_workload_arguments, model_folder
 
-from minilora.errors import run_script
 from minilora.load import read_config
 from minilora.model import Qwen2Config
 from minilora.nf4 import quantize
+from minilora.script import run_script
 
 ROWS = 600  # about what 8 reviews and their prompt pack into
 

@@ -19,11 +19,12 @@ from workload import Workload, pad
 
 from minilora.adapter import load_adapter
 from minilora.batch import pack
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.lora import iter_lora_layers
 from minilora.loss import next_token_nll
 from minilora.prompt import Example
+from minilora.script import run_script
 
 LOSS_TOLERANCE = 1e-4  # relative
 GRADIENT_TOLERANCE = 1e-3  # relative, the norm of a tensor's difference

@@ -25,11 +25,11 @@ from workload import add_workload_arguments, model_folder, write_adapter
 
 from minilora.adapter import load_adapter
 from minilora.batch import pack
-from minilora.errors import run_script
 from minilora.load import load_model
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
+from minilora.script import run_script
 from minilora.step import train_step
 
 

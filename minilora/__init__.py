@@ -1,6 +1,8 @@
 """QLoRA for Qwen2.5, written by hand in PyTorch. This page is the map: read the modules in this order.
 
     errors      the one exception that a user's mistake raises
+    script      how a script ends: messages, exit status, signals
+    files       folders that are there as a whole or not at all, verified by SHA-256; locks
     fields      a value from a file -> the type and range of the field that takes it
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
@@ -20,7 +22,7 @@
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step
     step        one optimizer step: micro-batches -> loss -> gradient -> clip -> update
-    checkpoint  everything that a run needs to go on, there as a whole or not at all
+    checkpoint  everything that a run needs to go on, verified before it is trusted
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
@@ -31,6 +33,7 @@
     plan        what --dry-run prints
     modelcard   the README of an adapter
     run         the objects of a run and its state: opened, resumed or refused
+    final       how a run ends: scored, its adapter written and read back
     train       fit(): the only loop
 
 A module imports only modules above it (tests/test_structure.py). Start with `train.fit` if you want to see the

@@ -14,16 +14,18 @@ Left out: what peft adds to LoRA (DoRA, biases, rank patterns, modules_to_save),
 is not known to leave the forward pass alone: peft adds some with every release.
 """
 
-import json
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
+from minilora.files import MANIFEST, json_bytes, verify_folder, write_file
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 from minilora.tensorfile import read_header, read_json, read_tensor
@@ -115,23 +117,20 @@ def _target_names(target_modules: str | tuple[str, ...], matched_paths: list[str
     return sorted(matched_paths)
 
 
-def save_adapter(
+def adapter_files(
     model: Qwen2ForCausalLM,
-    folder: Path,
     config: AdapterConfig,
     save_format: str = "safetensors",
     save_dtype: torch.dtype = torch.float32,
-) -> None:
-    """Writes the adapter's two files into `folder`, which is made if needed.
+) -> Iterator[tuple[str, bytes]]:
+    """The adapter's two files, as (name, content).
 
     Args:
         model: with LoRA layers.
-        folder: where to.
         config: how it was attached.
         save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     paths = []
     for path, layer in iter_lora_layers(model):
@@ -140,12 +139,20 @@ def save_adapter(
             value = getattr(layer, name).detach().to("cpu", save_dtype).contiguous()
             tensors[f"{KEY_PREFIX}{path}.{name}.weight"] = value
     tensors = dict(sorted(tensors.items()))
-    content = json.dumps(config.to_dict(paths), indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "adapter_config.json").write_text(content + "\n", "utf-8", newline="\n")
+    yield "adapter_config.json", json_bytes(config.to_dict(paths))
     if save_format == "bin":
-        torch.save(tensors, folder / "adapter_model.bin")
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        yield "adapter_model.bin", buffer.getvalue()
     else:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        yield "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
+
+
+def save_adapter(model: Qwen2ForCausalLM, folder: Path, config: AdapterConfig) -> None:
+    """Writes `adapter_files` into `folder`, which is made if needed; in a run they go through `write_folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(model, config):
+        write_file(folder / name, content)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -190,25 +197,36 @@ def attach_adapter(model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0
     )
 
 
-def load_adapter(model: Qwen2ForCausalLM, folder: Path) -> AdapterConfig:
+def load_adapter(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False) -> AdapterConfig:
     """Attaches the adapter in `folder` to `model`, a base without LoRA layers.
+
+    Args:
+        model: the base.
+        folder: with the adapter's two files, and maybe a manifest.
+        allow_bin: see `load_adapter_weights`.
 
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     config = read_adapter_config(folder)
     attach_adapter(model, config)
-    load_adapter_weights(model, folder)
+    load_adapter_weights(model, folder, allow_bin)
     return config
 
 
-def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
+def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False) -> None:
     """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
 
+    Args:
+        model: with LoRA layers.
+        folder: with the adapter's two files; where it has a manifest, they are verified first.
+        allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
+            reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
+
     Raises:
-        UserError: missing, unexpected, misshapen, integer or non-finite tensors, named.
+        UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
-    path, tensors = _read_adapter_tensors(folder)
+    path, tensors = _read_adapter_tensors(folder, allow_bin)
     slots = {
         f"{KEY_PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
         for name, layer in iter_lora_layers(model)
@@ -238,13 +256,23 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
             slot.copy_(tensors[name])
 
 
-def _read_adapter_tensors(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    path = folder / "adapter_model.safetensors"
-    if path.is_file():
-        return path, {name: read_tensor(entry) for name, entry in read_header(path).items()}
-    path = folder / "adapter_model.bin"
+def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    path, binary = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not path.is_file():
-        raise UserError(f"{folder}: holds no adapter_model.safetensors; give the folder that training wrote")
+        if not binary.is_file():
+            raise UserError(f"{folder}: holds no adapter_model.safetensors; give the folder that training wrote")
+        if not allow_bin:
+            raise UserError(
+                f"{binary}: is a pickle, which can run code, and is not read unasked; convert it to safetensors, or "
+                "read it with --allow-bin if you trust whoever made it"
+            )
+        path = binary
+    if (folder / MANIFEST).is_file():
+        problem = verify_folder(folder, ("adapter_config.json", path.name))
+        if problem is not None:
+            raise UserError(f"{folder}: is damaged ({problem}); take another copy of it")
+    if path != binary:
+        return path, {name: read_tensor(entry) for name, entry in read_header(path).items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a bad or hostile file

@@ -9,28 +9,35 @@ date. Its own files are hashed before they are used: a damaged copy is made agai
 time that it would have saved, and a line that says so, never the run.
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from minilora import bnb
-from minilora.checkpoint import remove, write_json
 from minilora.errors import UserError
+from minilora.files import (
+    WRITING,
+    finish_folder,
+    lock_folder,
+    read_manifest,
+    recover_folders,
+    remove,
+    sha256,
+    verify_folder,
+)
 from minilora.load import load_model
 from minilora.model import Qwen2ForCausalLM
 from minilora.quantized import COMPANIONS, save_quantized, split_entries
-from minilora.rows import sha256
-from minilora.tensorfile import dtype_name, read_checkpoint_entries, read_json
+from minilora.tensorfile import dtype_name, read_checkpoint_entries
 
 FORMAT = 1  # raised when the same weights would be quantised to other bits
-MANIFEST = "manifest.json"
 
 
 def load_through_cache(
@@ -64,23 +71,25 @@ def load_through_cache(
     made_from = _made_from(folder, compute_dtype, quantization, double_quantization, device)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     copy = cache / key[:16]
-    try:
-        problem = _problem_of(copy, key) if copy.exists() else "missing"
-        if problem is None:
-            return load_model(copy, *settings)
-        if problem != "missing":
-            print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=cache))  # here a run fails early or not at all
-    except OSError as error:
-        _say_unused(cache, error)
-        return load_model(folder, *settings)
-    try:
+    problem = _problem_of(copy, key)
+    if problem is None:
+        return load_model(copy, *settings)
+    with contextlib.ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(cache, "model.quantized_cache"))
+            recover_folders(cache)
+            if copy.exists():
+                print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
+        except (OSError, UserError) as error:
+            _say_unused(cache, error)
+            return load_model(folder, *settings)
         model = load_model(folder, *settings)
-        _write(model, folder, temporary, copy, {"key": key, "made_from": made_from})
+        try:
+            _write(model, folder, copy, {"key": key, "made_from": made_from})
+        except (OSError, UserError, SafetensorError) as error:
+            _say_unused(cache, error)
         return model
-    finally:
-        remove(temporary)
 
 
 def _made_from(
@@ -99,32 +108,25 @@ def _made_from(
     }
 
 
-def _write(model: Qwen2ForCausalLM, source: Path, temporary: Path, copy: Path, manifest: dict[str, Any]) -> None:
-    """Writes a copy under another name and puts it in place as a whole; another process may be doing the same."""
+def _write(model: Qwen2ForCausalLM, source: Path, copy: Path, facts: dict[str, Any]) -> None:
+    """Writes a copy under another name and puts it in place as a whole."""
+    temporary = copy.with_name(WRITING + copy.name)
     try:
+        temporary.mkdir()
         save_quantized(model, source, temporary)
-        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / MANIFEST, {**manifest, "files": files})
-        if copy.exists() and _problem_of(copy, manifest["key"]) is None:
-            return  # the other one was faster
-        shutil.rmtree(copy, ignore_errors=True)
-        temporary.replace(copy)
-    except OSError as error:
-        _say_unused(copy.parent, error)
+        finish_folder(temporary, copy, facts)
+    finally:
+        remove(temporary)
 
 
 def _problem_of(copy: Path, key: str) -> str | None:
     """What is wrong with a copy, None if every file is as it was written."""
-    try:
-        manifest = read_json(copy / MANIFEST)
-        if manifest["key"] != key or "model.safetensors" not in manifest["files"]:
-            return "its manifest is another one's"
-        differing = [name for name, expected in manifest["files"].items() if sha256(copy / name) != expected]
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        return str(error)
-    return f"SHA-256 of {', '.join(differing)}" if differing else None
+    problem = verify_folder(copy)
+    if problem is None and read_manifest(copy)["facts"].get("key") != key:
+        return "its manifest is another one's"
+    return problem
 
 
-def _say_unused(cache: Path, error: OSError) -> None:
-    what = error.strerror or error
+def _say_unused(cache: Path, error: Exception) -> None:
+    what = getattr(error, "strerror", None) or error
     print(f"model.quantized_cache: {cache} cannot be used ({what}); goes on without", file=sys.stderr)

@@ -130,6 +130,11 @@ class TrainSection:
     early_stopping_patience: int | None = key(
         None, "stop after so many validations in a row without a better one", minimum=1
     )
+    max_skipped_steps: int = key(
+        10,
+        "stop after so many steps in a row whose loss or gradient is no number; such a step changes nothing",
+        minimum=1,
+    )
     do_predict: bool = key(True, "score the test set before and after training")
     save_format: Literal["safetensors", "bin"] = key("safetensors", "file of the final adapter; bin for older tools")
     save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors")
@@ -151,6 +156,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
+LENGTHS = ("num_train_epochs", "max_steps")
+LENGTH_KEYS = frozenset(f"train.{name}" for name in LENGTHS)
 # Keys that may differ between a run and its continuation: none of them changes what is computed.
 HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) | frozenset(
     f"train.{name}"
@@ -162,6 +169,7 @@ HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) 
         "save_format",
         "save_dtype",
         "report_to",
+        "max_skipped_steps",
         "do_predict",
         "load_best_model_at_end",
         "gradient_checkpointing",
@@ -269,15 +277,21 @@ def describe_keys() -> str:
 
 
 def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
-    """`section.key: before -> now` of every key that would change the course of a run that has begun."""
+    """`section.key: before -> now` of every key that would change the course of a run that has begun.
+
+    The run's length is no such key where the learning rate does not depend on it.
+    """
     now, defaults = config.to_dict(), Config().to_dict()
+    is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
+    harmless = HARMLESS_KEYS | LENGTH_KEYS if is_constant else HARMLESS_KEYS
     lines = []
     for section, keys in now.items():
         for name, value in keys.items():
             old = before.get(section, {}).get(name, defaults[section][name])  # an older version had no such key
-            if f"{section}.{name}" not in HARMLESS_KEYS and old != value:
+            if f"{section}.{name}" not in harmless and old != value:
                 shown = (json.dumps(v, ensure_ascii=False) for v in (old, value))
-                lines.append(f"{section}.{name}: {' -> '.join(shown)}")
+                why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if name in LENGTHS else ""
+                lines.append(f"{section}.{name}: {' -> '.join(shown)}{why}")
     return lines
 
 

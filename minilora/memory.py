@@ -57,11 +57,12 @@ def predict_memory(
     gradient_checkpointing: bool,
     cache_dequantized: bool = False,
     moment_bits: int = 32,
+    process_bytes: int | None = None,
 ) -> Ledger:
     """The ledger of training with micro-batches of up to `rows` packed rows.
 
     Args:
-        model: with its adapter; may live on the meta device, only shapes are read.
+        model: with its adapter, as it is before a weight is quantised; only shapes are read, on the meta device.
         rows: T of the largest micro-batch.
         supervised_rows: S of the micro-batch that has most of them.
         compute_dtype: of activations and dense weights.
@@ -70,6 +71,7 @@ def predict_memory(
         gradient_checkpointing: as in training.
         cache_dequantized: the projections are kept in full beside their 4 bits.
         moment_bits: of each of AdamW's two moments.
+        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
     """
     config = model.config
     width = compute_dtype.itemsize
@@ -98,11 +100,10 @@ def predict_memory(
     }
     if kept_dense:
         parts["dense weights that are kept"] = kept_dense
-    peak = peak_memory_bytes(torch.device("cpu"))
-    if peak is not None and not torch.cuda.is_available():
+    if process_bytes is not None and not torch.cuda.is_available():
         unused = HEAP_SLACK * activations + HEAP_SLACK_LAYERS * layer_gradients
         parts["unused places in the heap, compiled products"] = round(unused) + COMPILED_BYTES
-        parts["Python and PyTorch themselves (measured now)"] = peak
+        parts["Python and PyTorch themselves (measured)"] = process_bytes
     return Ledger(parts)
 
 
@@ -112,6 +113,15 @@ def _row_elements(config: Qwen2Config) -> int:
     stream = 2 * config.hidden_size  # what the two norms read
     attention = 2 * config.hidden_size + 2 * kv_size  # q, k, v, and what o_proj reads
     return stream + attention + 2 * config.intermediate_size  # gate and up
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is PyTorch's or Python's way to say that memory ran out; on a CPU PyTorch has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory", "std::bad_alloc")
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

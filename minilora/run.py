@@ -5,8 +5,8 @@ newest checkpoint says before anything is loaded: a continuation that differs wo
 old nor the new.
 """
 
-import contextlib
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -27,15 +27,15 @@ from minilora.build import (
     choose_dtype,
     read_split,
 )
-from minilora.checkpoint import RunState, list_checkpoints, load_checkpoint
+from minilora.checkpoint import RunState, damage_of, list_checkpoints, load_checkpoint, new_state, read_state
 from minilora.config import Config, changed_keys
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
+from minilora.files import DAMAGED, explained, make_folder, set_aside, sha256
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import sha256
 from minilora.tensorfile import dtype_name, read_json
 
 
@@ -58,6 +58,11 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.directory / "checkpoints"
+
+    @property
+    def newest_checkpoint(self) -> Path | str:
+        """For messages: "none" where there is none."""
+        return next(iter(reversed(list_checkpoints(self.checkpoints))), "none")
 
     @property
     def samples_per_step(self) -> int:
@@ -161,26 +166,50 @@ def refuse_another_run(before: Origin, now: Origin, config: Config, directory: P
             )
 
 
-@contextlib.contextmanager
-def _as_damage(checkpoint: Path) -> Iterator[None]:
-    """Adds to a UserError what only the run knows: which checkpoint it is about and how to go on without it."""
-    try:
-        yield
-    except UserError as error:
-        what = str(error).partition("; ")[0]
+def _find_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that is sound; damaged ones that are newer are reported and set aside.
+
+    Raises:
+        UserError: there are checkpoints, and none is sound.
+    """
+    checkpoints = list_checkpoints(directory)
+    for checkpoint in reversed(checkpoints):
+        problem = damage_of(checkpoint)
+        if problem is None:
+            return checkpoint
+        print(f"{checkpoint}: is damaged ({problem}); set aside as {set_aside(checkpoint).name}", file=sys.stderr)
+    damaged = sorted(directory.glob(f"{DAMAGED}step-*"))
+    if damaged:
         raise UserError(
-            f"{checkpoint}: is damaged ({what}); remove this folder to go on from the checkpoint before it, or "
-            "begin anew with --restart"
-        ) from None
+            f"{directory}: holds no sound checkpoint, only {', '.join(path.name for path in damaged)}; put a sound "
+            "copy of one back under its own name, or begin anew with --restart"
+        )
+    return None
+
+
+def _check_best(config: Config, directory: Path, state: RunState) -> None:
+    """Raises UserError where the checkpoint that the run is to end with is lost: now, not after all its hours."""
+    best = directory / f"step-{state.best_step:06d}"
+    if state.best_step in (0, state.step) or not config.train.load_best_model_at_end:
+        return
+    problem = damage_of(best)
+    if problem is not None:
+        raise UserError(
+            f"{best}: the best checkpoint so far cannot be read ({problem}); put it back, or take the last adapter "
+            "with train.load_best_model_at_end=false"
+        )
 
 
 def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin) -> Run:
-    """Data, model, adapter and optimizer, as the newest checkpoint left them or as they begin."""
-    checkpoints = list_checkpoints(directory / "checkpoints")
-    if checkpoints:
-        with _as_damage(checkpoints[-1]):
-            before = read_origin(checkpoints[-1])
-        refuse_another_run(before, origin, config, directory)
+    """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
+
+    Raises:
+        UserError: another run's folder, a lost checkpoint, or something in the input is wrong.
+    """
+    checkpoint = _find_checkpoint(directory / "checkpoints")
+    if checkpoint is not None:
+        refuse_another_run(read_origin(checkpoint), origin, config, directory)
+        _check_best(config, directory / "checkpoints", read_state(checkpoint))
 
     check_optimizer(config.train.optim)
     device = choose_device(config)
@@ -205,14 +234,18 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         config.train.optim,
     )
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-    state = RunState(0, 0, 0, None, 0, None, origin.data_sha256, origin.model_sha256, {}, origin.config)
-    if checkpoints:
-        with _as_damage(checkpoints[-1]):
-            state = replace(load_checkpoint(checkpoints[-1], model, optimizer), config=origin.config)
+    state = new_state(origin.config, origin.data_sha256, origin.model_sha256)
+    if checkpoint is not None:
+        state = replace(load_checkpoint(checkpoint, model, optimizer), config=origin.config)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
-        print(f"going on from {checkpoints[-1]}")
+        print(f"going on from {checkpoint}")
     run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
+    if state.step > run.total_steps:
+        raise UserError(
+            f"{checkpoint}: has {state.step} steps behind it, the configuration asks for {run.total_steps}; raise "
+            "train.num_train_epochs or train.max_steps, or begin anew with --restart"
+        )
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     truncated = sum(split.num_truncated for split in splits.values())
     print(
@@ -223,6 +256,26 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     return run
 
 
+def set_run_aside(directory: Path) -> None:
+    """Moves an earlier run into `directory/previous-N`; nothing is deleted."""
+    names = ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard")
+    checkpoints = directory / "checkpoints"
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    earlier = [directory / name for name in names if (directory / name).exists()]
+    if not earlier:
+        return
+    taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
+    target = directory / f"previous-{1 + max(taken, default=0)}"
+    make_folder(target, "train.output_dir")
+    finished = list_checkpoints(checkpoints)
+    for path in earlier:
+        with explained(target):
+            path.rename(target / path.name)
+    (directory / "checkpoints").mkdir()
+    print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
+
+
 def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
     for name, split in splits.items():
         if not split.examples:
@@ -231,13 +284,16 @@ def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
 
 
-def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
-    """The micro-batches of optimizer step `step`: a function of (seed, step), so any step can be made alone."""
-    examples = run.splits["train"].examples
+def step_places(run: Run, step: int) -> list[int]:
+    """Which training examples optimizer step `step` takes: a function of (seed, step)."""
     epoch, place = divmod(step - 1, run.steps_per_epoch)
-    order = epoch_order(len(examples), run.config.train.seed, epoch)
-    chosen = order[place * run.samples_per_step : (place + 1) * run.samples_per_step]
+    order = epoch_order(len(run.splits["train"].examples), run.config.train.seed, epoch)
+    return list(order[place * run.samples_per_step : (place + 1) * run.samples_per_step])
+
+
+def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
+    """The micro-batches of optimizer step `step`; any step can be made alone."""
     train = run.config.train
-    step_examples = [examples[i] for i in chosen]
+    step_examples = [run.splits["train"].examples[place] for place in step_places(run, step)]
     for part in cut_micro_batches(step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
         yield pack(part).to(run.device)

@@ -5,20 +5,24 @@ metrics.jsonl has a line for every logged step, with the keys that apply to it:
     {"step": 20, "epoch": 0.16, "train_loss": 0.41, "learning_rate": 0.0002, "grad_norm": 1.3,
      "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
 
-A step that float16's loss scale left out has "grad_norm": null and "skipped": true.
+A step that changed nothing, because its loss or gradient was no number, has null for it, "skipped": true, and "rows":
+where its records stand.
 
 All of it but the last two of the first group, which are measurements of the machine, is equal to the bit when a
 run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
 
+import contextlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from minilora.errors import UserError
+from minilora.files import WRITING, explained, write_file
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -38,10 +42,11 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(directory) if row["step"] <= step]
-        rewritten = self._path.with_name(".writing-metrics.jsonl")
-        rewritten.write_text("".join(_line(row) for row in kept), "utf-8", newline="\n")
-        rewritten.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        rewritten = self._path.with_name(WRITING + self._path.name)
+        write_file(rewritten, "".join(_line(row) for row in kept).encode())
+        with explained(self._path):
+            rewritten.replace(self._path)
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
         self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
         self._events = None
         if report_to == "tensorboard":
@@ -53,7 +58,7 @@ class RunLog:
         """One step on; shows the numbers of the moment beside the bar."""
         self._bar.set_postfix(
             {
-                "loss": f"{numbers['train_loss']:.4f}",
+                "loss": "no number" if numbers["train_loss"] is None else f"{numbers['train_loss']:.4f}",
                 "lr": f"{numbers['learning_rate']:.2e}",
                 "tok/s": f"{numbers['tokens_per_s']:.0f}",
             },
@@ -63,12 +68,18 @@ class RunLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a line, and makes it survive the end of this process."""
-        self._file.write(_line(row))
-        self._file.flush()
+        with explained(self._path):
+            self._file.write(_line(row))
+            self._file.flush()
         if self._events is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, row["step"])
+
+    def sync(self) -> None:
+        """Makes the lines so far survive a loss of power, as the checkpoint does that is written next."""
+        with explained(self._path):
+            os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
         """A line of text above the progress bar."""
@@ -77,7 +88,8 @@ class RunLog:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed, or its failure was raised already
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -141,7 +153,7 @@ def plot_metrics(directory: Path) -> Path | None:
         ("eval_accuracy", loss, {"marker": "s", "linestyle": "--"}),
         ("learning_rate", rate, {"color": "tab:gray"}),
     ):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axis.plot(*zip(*points, strict=True), label=name, **style)
             axis.legend()

@@ -5,9 +5,13 @@
 The division is by the whole step's count, before the first backward pass. Dividing each micro-batch by its
 own count and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16
 examples then train differently as 1 x 16 and as 4 x 4.
+
+A step whose loss or gradient is NaN or infinite changes nothing: one bad row would otherwise be in every weight, and in
+AdamW's moments for good. With float16 it is how the loss scale is found.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,7 +32,7 @@ class StepResult:
         loss: mean negative log-likelihood of the supervised tokens, in nats.
         grad_norm: global norm of the gradient before clipping.
         num_real_tokens: tokens of all examples, for tokens/s.
-        updated: False where a float16 gradient overflowed and the update was left out.
+        updated: False where loss or gradient was no number: weights and moments are what they were.
     """
 
     loss: float
@@ -47,8 +51,9 @@ def train_step(
     seed: int,
     step: int,
     scaler: torch.amp.GradScaler | None = None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """Moves the adapter by one optimizer step.
+    """Moves the adapter by one optimizer step, or not at all.
 
     Args:
         model: in training mode, adapter attached.
@@ -60,27 +65,32 @@ def train_step(
         seed: of the run.
         step: number of this step, from 1.
         scaler: for float16, whose small gradients would become zero.
+        check_stop: called after each micro-batch; what it raises ends the step as if it had not begun.
     """
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
-    device = model.head_weight.device
-    total = torch.zeros((), device=device)
-    for index, batch in enumerate(micro_batches):
-        dropout_seed.set(seed, step, index)
-        nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
-        loss = nll / num_supervised
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        total += loss.detach()
+    total = torch.zeros((), device=model.head_weight.device)
+    try:
+        for index, batch in enumerate(micro_batches):
+            dropout_seed.set(seed, step, index)
+            nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
+            loss = nll / num_supervised
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            total += loss.detach()
+            check_stop()
 
-    (group,) = optimizer.param_groups
-    if scaler is not None:
-        scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-    grad_norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm or torch.inf, foreach=True)
-    group["lr"] = learning_rate
-    updated = scaler is None or bool(torch.isfinite(grad_norm))
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(cast(torch.optim.Optimizer, optimizer))
-        scaler.update()
-    optimizer.zero_grad()
-    return StepResult(total.item(), grad_norm.item(), sum(b.num_real_tokens for b in micro_batches), updated)
+        (group,) = optimizer.param_groups
+        if scaler is not None:
+            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm or torch.inf, foreach=True)
+        loss_value, grad_norm = total.item(), norm.item()  # the step's only wait for the device
+        updated = math.isfinite(loss_value) and math.isfinite(grad_norm)
+        group["lr"] = learning_rate
+        if scaler is not None:
+            if updated:
+                scaler.step(cast(torch.optim.Optimizer, optimizer))
+            scaler.update()
+        elif updated:
+            optimizer.step()
+    finally:
+        optimizer.zero_grad()
+    return StepResult(loss_value, grad_norm, sum(b.num_real_tokens for b in micro_batches), updated)

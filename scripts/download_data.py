@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from minilora.errors import run_script
 from minilora.hub import fetch_dataset
+from minilora.script import run_script
 
 EXAMPLES = """\
 examples:

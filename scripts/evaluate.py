@@ -24,17 +24,18 @@ from minilora.build import (
     choose_dtype,
     read_split,
 )
-from minilora.checkpoint import make_folder
 from minilora.config import Config, config_from_dict
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.evaluate import score
+from minilora.files import make_folder, sha256
 from minilora.hub import fetch_model
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import read_rows, sha256
+from minilora.rows import ENCODINGS, read_rows
 from minilora.run import read_saved_config
+from minilora.script import run_script
 from minilora.tensorfile import read_json
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
@@ -62,6 +63,8 @@ def main() -> None:
     )
     parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
+    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
     parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl and evaluation.json")
     parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
@@ -79,12 +82,12 @@ def main() -> None:
         warn_of_another_test_set(arguments.model_path, data)
     else:
         data = arguments.data
-        examples = build_examples(read_rows(data)[: config.data.max_test_examples], prompt)
+        examples = build_examples(read_rows(data, encoding=arguments.encoding)[: config.data.max_test_examples], prompt)
     if not examples.examples or not examples.labelled:
         raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
     device = choose_device(config)
     model = build_model(config, model_folder, device, choose_dtype(config, device))
-    load_adapter(model, arguments.model_path)
+    load_adapter(model, arguments.model_path, arguments.allow_bin)
 
     results, probabilities = evaluate(config, model, prompt, examples, "evaluate")
     if arguments.compare_base:

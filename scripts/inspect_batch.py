@@ -10,10 +10,11 @@ from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
 from minilora.data import epoch_order
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
+from minilora.script import run_script
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GREEN, RESET = "\033[1;32m", "\033[0m"

@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 from minilora.batch import pack
 from minilora.data import SPLIT_SEED, clean_rows, split_rows
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_demo_rows
+from minilora.script import run_script
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
 SEED = 42

@@ -1,18 +1,17 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
 
 import argparse
-import re
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from minilora.checkpoint import list_checkpoints, make_folder
 from minilora.config import Config, describe_keys, load_config
 from minilora.data import SPLITS, prepare, prepare_demo
-from minilora.errors import UserError, run_script
+from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
+from minilora.script import run_script
 from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -49,9 +48,7 @@ def main() -> None:
     if not has_data(config):
         prepare_data(config)
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)
-    if arguments.restart:
-        set_aside(Path(config.train.output_dir))
-    fit(config, model_folder)
+    fit(config, model_folder, arguments.restart)
 
 
 def show_plan(config: Config) -> None:
@@ -90,21 +87,6 @@ def prepare_data(config: Config) -> None:
         prepare_demo(directory)
     else:
         prepare(fetch_dataset(directory.parent / DOWNLOADS), directory)
-
-
-def set_aside(directory: Path) -> None:
-    """Moves an earlier run into `directory/previous-N`; nothing is deleted."""
-    names = ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard")
-    earlier = [directory / name for name in names if (directory / name).exists()]
-    if not earlier:
-        return
-    taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
-    target = directory / f"previous-{1 + max(taken, default=0)}"
-    make_folder(target, "train.output_dir")
-    finished = list_checkpoints(directory / "checkpoints")
-    for path in earlier:
-        shutil.move(path, target / path.name)
-    print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
 
 
 if __name__ == "__main__":

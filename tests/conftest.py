@@ -41,6 +41,12 @@ LABEL_WORDS = ("正面", "负面")
 LONG_LABEL_WORDS = ("差评", "好评")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="the fault tests (tests/faults) with a release's counts: hours"
+    )
+
+
 def make_reviews(count: int, seed: int) -> list[tuple[str, int]]:
     """`count` short reviews with their label, 1 where a good word stands in them; half of each."""
     chooser = random.Random(seed)

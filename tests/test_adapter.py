@@ -12,8 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, read_adapter_config, save_adapter
+from minilora.adapter import (
+    AdapterConfig,
+    adapter_files,
+    attach_adapter,
+    load_adapter,
+    load_adapter_weights,
+    read_adapter_config,
+    save_adapter,
+)
 from minilora.errors import UserError
+from minilora.files import write_folder
+from minilora.lora import lora_parameters
 from minilora.model import Qwen2ForCausalLM
 
 ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")
@@ -49,8 +59,8 @@ def test_a_written_configuration_reads_back_with_names_for_all_linear(folder: Pa
         ({"r": 10**12}, "r is 1000000000000, expected 65536 or less"),
         ({"lora_alpha": "32"}, "lora_alpha is '32', expected a number"),
         ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a number"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a number"),
+        ({"lora_alpha": float("nan")}, r"is not JSON \(NaN is no JSON\)"),
+        ({"lora_alpha": float("inf")}, r"is not JSON \(Infinity is no JSON\)"),
         ({"lora_dropout": "0.1"}, "lora_dropout is '0.1', expected a number"),
         ({"target_modules": 5}, "target_modules is 5, expected text"),
         ({"target_modules": [5]}, r"target_modules is \[5\], expected text"),
@@ -150,4 +160,80 @@ def test_a_bin_file_of_anything_but_dense_named_tensors_is_refused(
     else:
         torch.save(content, folder / "adapter_model.bin")
     with pytest.raises(UserError, match=rf"adapter_model\.bin: {message}"):
-        load_adapter(tiny_model(), folder)
+        load_adapter(tiny_model(), folder, allow_bin=True)
+
+
+def adapted(tiny_model: LoadModel) -> Qwen2ForCausalLM:
+    model = tiny_model()
+    attach_adapter(model, ADAPTER)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def is_equal(model: Qwen2ForCausalLM, other: Qwen2ForCausalLM) -> bool:
+    pairs = zip(lora_parameters(model), lora_parameters(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("load", [load_adapter, load_adapter_weights])
+def test_a_bin_file_is_not_read_unasked(tiny_model: LoadModel, tmp_path: Path, load: Callable[..., object]) -> None:
+    trained, model = adapted(tiny_model), tiny_model()
+    write_folder(tmp_path / "bin", adapter_files(trained, ADAPTER, "bin"), {})
+    if load is load_adapter_weights:
+        attach_adapter(model, ADAPTER)
+    with pytest.raises(
+        UserError, match=r"adapter_model\.bin: is a pickle, which can run code, and is not read unasked; convert it to"
+    ):
+        load(model, tmp_path / "bin")
+    fresh = tiny_model()
+    load_adapter(fresh, tmp_path / "bin", allow_bin=True)
+    assert is_equal(fresh, trained)
+
+
+def test_where_both_are_there_the_bin_file_is_not_touched(folder: Path, tiny_model: LoadModel) -> None:
+    (folder / "adapter_model.bin").write_bytes(b"no pickle")
+    model = tiny_model()
+    load_adapter(model, folder, allow_bin=True)
+    assert len(lora_parameters(model)) == 2 * 7 * 2
+
+
+def test_a_folder_without_weights_says_what_is_looked_for(folder: Path, tiny_model: LoadModel) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors; give the folder that training wrote"):
+        load_adapter(tiny_model(), folder, allow_bin=True)
+
+
+@pytest.mark.parametrize("save_format", ["safetensors", "bin"])
+@pytest.mark.parametrize("weights_are_damaged", [True, False])
+def test_where_there_is_a_manifest_the_files_are_verified_first(
+    tiny_model: LoadModel, tmp_path: Path, save_format: str, weights_are_damaged: bool
+) -> None:
+    trained, folder = adapted(tiny_model), tmp_path / "final"
+    notes = ("README.md", b"notes")
+    write_folder(folder, [*adapter_files(trained, ADAPTER, save_format), notes], {})
+    (folder / "README.md").write_text("changed by hand", "utf-8")
+    model = tiny_model()
+    load_adapter(model, folder, allow_bin=True)
+    assert is_equal(model, trained)
+    name = f"adapter_model.{save_format}" if weights_are_damaged else "adapter_config.json"
+    content = bytearray((folder / name).read_bytes())
+    place = len(content) - 1 if weights_are_damaged else content.index(b'"lora_alpha": 8') + len(b'"lora_alpha": ')
+    content[place] ^= 1  # another number, in a file that reads as well as before
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"final: is damaged \({name} has SHA-256 .+\); take another copy of it"):
+        load_adapter(tiny_model(), folder, allow_bin=True)
+
+
+@pytest.mark.parametrize("save_dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_written_in_the_type_that_is_asked_for(
+    tiny_model: LoadModel, tmp_path: Path, save_dtype: torch.dtype
+) -> None:
+    trained, model = adapted(tiny_model), tiny_model()
+    write_folder(tmp_path / "final", adapter_files(trained, ADAPTER, "safetensors", save_dtype), {})
+    tensors = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {save_dtype}
+    load_adapter(model, tmp_path / "final")
+    assert is_equal(model, trained) == (save_dtype == torch.float32)
+    for loaded, written in zip(lora_parameters(model), lora_parameters(trained), strict=True):
+        assert torch.equal(loaded, written.to(save_dtype).float())

@@ -1,6 +1,5 @@
 """The cache of 4-bit copies: used when it is whole, made again when it is not, never out of date."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from minilora import cache as cache_module
 from minilora.cache import load_through_cache
+from minilora.files import lock_folder, read_manifest, verify_folder
 from minilora.load import load_model
 from minilora.quantized import save_quantized
 
@@ -30,11 +30,16 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
+def copies(cache: Path) -> list[Path]:
+    """What is in the cache, but for its lock."""
+    return sorted(path for path in cache.iterdir() if path.name != ".lock")
+
+
 def test_the_second_load_comes_from_the_copy_and_is_the_same_model(
     source: Path, tmp_path: Path, loads: list[Path]
 ) -> None:
     first, second = (load_through_cache(source, tmp_path / "cache", *NF4).state_dict() for _ in range(2))
-    (copy,) = (tmp_path / "cache").iterdir()
+    (copy,) = copies(tmp_path / "cache")
     assert loads == [source, copy]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -44,7 +49,7 @@ def test_every_way_of_quantising_has_a_copy_of_its_own(source: Path, tmp_path: P
     ways: list[How] = [NF4, (torch.bfloat16, "nf4", False), (torch.bfloat16, "fp4", True), (torch.float32, "nf4", True)]
     for how in ways:
         load_through_cache(source, tmp_path / "cache", *how)
-    assert len(list((tmp_path / "cache").iterdir())) == len(ways)
+    assert len(copies(tmp_path / "cache")) == len(ways)
 
 
 def test_a_changed_model_is_quantised_anew(source: Path, tmp_path: Path, loads: list[Path]) -> None:
@@ -55,7 +60,7 @@ def test_a_changed_model_is_quantised_anew(source: Path, tmp_path: Path, loads: 
     weights.write_bytes(content)
     load_through_cache(source, tmp_path / "cache", *NF4)
     assert loads == [source, source]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(copies(tmp_path / "cache")) == 2
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
@@ -64,7 +69,7 @@ def test_a_damaged_copy_is_made_again(
     source: Path, tmp_path: Path, loads: list[Path], capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
     load_through_cache(source, tmp_path / "cache", *NF4)
-    (copy,) = (tmp_path / "cache").iterdir()
+    (copy,) = copies(tmp_path / "cache")
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     content = bytearray(before[name])
     if damage == "missing":
@@ -101,7 +106,7 @@ def test_an_interrupted_copy_is_not_taken_for_one(
             load_through_cache(source, tmp_path / "cache", *NF4)
     load_through_cache(source, tmp_path / "cache", *NF4)
     assert loads == [source, source]
-    assert [path.name[0] != "." for path in (tmp_path / "cache").iterdir()] == [True]
+    assert [path.name[0] != "." for path in copies(tmp_path / "cache")] == [True]
 
 
 def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
@@ -117,22 +122,52 @@ def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
     monkeypatch.setattr(cache_module, "save_quantized", full)
     assert load_through_cache(source, tmp_path / "cache", *NF4).model.layers
     assert "cannot be used (No space left on device); goes on without" in capsys.readouterr().err
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert copies(tmp_path / "cache") == []
 
 
-def test_a_copy_that_another_process_wrote_meanwhile_stays(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_while_another_process_writes_a_copy_it_goes_on_without(
+    source: Path, tmp_path: Path, loads: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def slowly(*arguments: object) -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr(cache_module, "save_quantized", save_quantized)
-            load_through_cache(source, tmp_path / "cache", *NF4)
-        save_quantized(*arguments)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with lock_folder(cache, "model.quantized_cache"):
+        assert load_through_cache(source, cache, *NF4).model.layers
+    assert loads == [source]
+    assert copies(cache) == []
+    said = capsys.readouterr().err
+    assert f"model.quantized_cache: {cache} cannot be used ({cache}: another run is writing there (process " in said
+    assert said.endswith("; goes on without\n")
 
-    monkeypatch.setattr(cache_module, "save_quantized", slowly)
-    load_through_cache(source, tmp_path / "cache", *NF4)
-    (copy,) = (tmp_path / "cache").iterdir()
-    assert cache_module._problem_of(copy, json.loads((copy / "manifest.json").read_text())["key"]) is None
+
+def test_a_copy_that_is_there_is_used_while_another_one_is_written(
+    source: Path, tmp_path: Path, loads: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    load_through_cache(source, cache, *NF4)
+    with lock_folder(cache, "model.quantized_cache"):
+        load_through_cache(source, cache, *NF4)
+    assert loads == [source, *copies(cache)]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sound_copy_under_the_key_of_another_model_is_not_used(
+    source: Path, tmp_path: Path, loads: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    load_through_cache(source, cache, *NF4)
+    (copy,) = copies(cache)
+    (source / "tokenizer_config.json").write_text("{}")
+    load_through_cache(source, cache, *NF4)
+    (other,) = set(copies(cache)) - {copy}
+    shutil.rmtree(other)
+    shutil.copytree(copy, other)
+    load_through_cache(source, cache, *NF4)
+    assert loads == [source] * 3
+    assert f"{other}: the 4-bit copy is damaged (its manifest is another one's); it is made again" in (
+        capsys.readouterr().err
+    )
+    load_through_cache(source, cache, *NF4)
+    assert loads[-1] == other
 
 
 def test_a_file_of_the_models_folder_that_is_named_manifest_does_no_harm(
@@ -153,8 +188,10 @@ def test_a_corrected_tokenizer_gets_a_copy_of_its_own(source: Path, tmp_path: Pa
 
 def test_the_manifest_says_what_the_copy_was_made_from(source: Path, tmp_path: Path) -> None:
     load_through_cache(source, tmp_path / "cache", *NF4)
-    (copy,) = (tmp_path / "cache").iterdir()
-    manifest = json.loads((copy / "manifest.json").read_text())
-    assert sorted(manifest["made_from"]["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(manifest["files"]) == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert copy.name == manifest["key"][:16]
+    (copy,) = copies(tmp_path / "cache")
+    manifest = read_manifest(copy)
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(manifest["facts"]) == ["key", "made_from"]
+    assert sorted(manifest["facts"]["made_from"]["files"]) == sorted(manifest["files"]) == names
+    assert copy.name == manifest["facts"]["key"][:16]
+    assert verify_folder(copy) is None

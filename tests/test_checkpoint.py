@@ -1,28 +1,32 @@
-"""A checkpoint is there as a whole or not at all, and holds all that a run needs to go on."""
+"""A checkpoint holds all that a run needs to go on, and is verified before it is trusted.
+
+That it is there as a whole or not at all is shown in test_files.py.
+"""
 
 import dataclasses
+import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from minilora import checkpoint
+from minilora import __version__, checkpoint
 from minilora.adapter import AdapterConfig, attach_adapter
 from minilora.batch import pack
 from minilora.checkpoint import (
     RunState,
+    damage_of,
     list_checkpoints,
     load_checkpoint,
+    new_state,
     prune_checkpoints,
     read_state,
-    replace_folder,
     save_checkpoint,
-    write_json,
 )
 from minilora.errors import UserError
+from minilora.files import StorageError, json_bytes, read_manifest, write_folder
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer
@@ -37,9 +41,12 @@ def state_at(step: int) -> RunState:
     return RunState(
         step=step,
         samples_seen=step * 8,
+        unfinished_row={"step": step, "train_loss": None, "rows": ["数据.jsonl:3"]},
         best_step=1,
         best_metric=0.1 + 0.2,  # no short decimal: it has to come back to the bit
         evals_without_improvement=2,
+        skipped_steps=3,
+        skipped_in_a_row=1,
         test_before={"loss": 0.7, "accuracy": 0.5},
         data_sha256={"train.jsonl": "ab"},
         model_sha256={"model.safetensors": "cd"},
@@ -110,7 +117,13 @@ def test_equal_runs_write_equal_bytes(tiny_model: LoadModel, tmp_path: Path) -> 
         trainee.step(1)
         folders.append(trainee.save(tmp_path / name, 1))
     names = sorted(path.name for path in folders[0].iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+    assert names == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
@@ -123,6 +136,26 @@ def test_a_folder_that_is_being_written_is_not_listed(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "absent") == []
 
 
+def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: LoadModel, tmp_path: Path) -> None:
+    folder = Trainee(tiny_model).save(tmp_path, 7)
+    assert read_manifest(folder)["facts"] == {
+        "step": 7,
+        "config_sha256": hashlib.sha256(json_bytes(state_at(7).config)).hexdigest(),
+        "minilora_version": __version__,
+    }
+
+
+def test_a_run_that_has_not_begun_has_done_nothing() -> None:
+    state = new_state({"a": {}}, {"train.jsonl": "ab"}, {"model.safetensors": "cd"})
+    assert (state.config, state.data_sha256, state.model_sha256) == (
+        {"a": {}},
+        {"train.jsonl": "ab"},
+        {"model.safetensors": "cd"},
+    )
+    rest = [value for name, value in vars(state).items() if name not in ("config", "data_sha256", "model_sha256")]
+    assert not any(rest)
+
+
 def test_an_interrupted_write_leaves_the_older_checkpoint_alone(
     tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,15 +166,14 @@ def test_an_interrupted_write_leaves_the_older_checkpoint_alone(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for function in ("save_file", "write_json", "replace_folder"):
+    for function in ("adapter_files", "save", "json_bytes"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, function, stop)
             with pytest.raises(KeyboardInterrupt):
                 trainee.save(tmp_path, 2)
-        assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
-    trainee.save(tmp_path, 2)  # over the leftover
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    trainee.save(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001", "step-000002"]
-    assert not list(tmp_path.glob(".writing-*"))
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -156,59 +188,57 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tiny_model: LoadModel, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001"]
 
 
-def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    temporary, target = tmp_path / ".writing-x", tmp_path / "x"
-    (temporary / "inner").mkdir(parents=True)
-    for name in ("a", "inner/b"):
-        (temporary / name).write_text(name, "utf-8")
-    synced: list[tuple[str, bool]] = []
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: synced.append((path.name, target.exists())))
-    replace_folder(temporary, target)
-    assert {name for name, renamed in synced if not renamed} == {"a", "b", "inner", ".writing-x"}
-    assert [name for name, renamed in synced if renamed] == [tmp_path.name]
-    assert (target / "inner" / "b").read_text("utf-8") == "inner/b"
-
-
-def make_checkpoints(directory: Path, *steps: int) -> None:
-    for step in steps:
-        (directory / f"step-{step:06d}").mkdir(parents=True)
-        (directory / f"step-{step:06d}" / "state.json").write_text("{}", "utf-8")
+def make_checkpoints(directory: Path, best_steps: dict[int, int]) -> None:
+    """Checkpoints that hold a state and nothing else: step -> its best step."""
+    for step, best_step in best_steps.items():
+        state = dataclasses.asdict(dataclasses.replace(state_at(step), best_step=best_step))
+        write_folder(directory / f"step-{step:06d}", [("state.json", json_bytes(state))], {"step": step})
 
 
 @pytest.mark.parametrize(
-    ("keep", "best_step", "left"),
-    [(1, 4, [4]), (2, 4, [3, 4]), (2, 1, [1, 3, 4]), (1, 2, [2, 4]), (9, 0, [1, 2, 3, 4]), (2, 0, [3, 4])],
+    ("keep", "best_steps", "left"),
+    [
+        (1, {1: 1, 2: 2, 3: 3, 4: 4}, [4]),
+        (2, {1: 1, 2: 2, 3: 3, 4: 4}, [3, 4]),
+        (2, {1: 1, 2: 1, 3: 1, 4: 1}, [1, 3, 4]),
+        (1, {1: 1, 2: 2, 3: 2, 4: 2}, [2, 4]),
+        (2, {1: 1, 2: 1, 3: 1, 4: 4}, [1, 3, 4]),  # should 4 turn out to be damaged, 3 still has its best
+        (9, {1: 0, 2: 0, 3: 0, 4: 0}, [1, 2, 3, 4]),
+        (2, {1: 0, 2: 0, 3: 0, 4: 0}, [3, 4]),
+    ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, best_step: int, left: list[int]) -> None:
-    make_checkpoints(tmp_path, 1, 2, 3, 4)
-    prune_checkpoints(tmp_path, keep, best_step)
+def test_the_newest_and_their_best_are_kept(
+    tmp_path: Path, keep: int, best_steps: dict[int, int], left: list[int]
+) -> None:
+    make_checkpoints(tmp_path, best_steps)
+    prune_checkpoints(tmp_path, keep)
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == left
 
 
-def test_pruning_removes_leftovers_and_nothing_else(tmp_path: Path) -> None:
-    make_checkpoints(tmp_path, 1)
-    for name in (".writing-step-000002", ".writing-old-step-000001", "final"):
+def test_a_damaged_state_does_not_keep_others_from_being_pruned(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, {1: 1, 2: 1, 3: 1, 4: 1})
+    (tmp_path / "step-000003" / "state.json").write_text('{"step": 3', "utf-8")
+    prune_checkpoints(tmp_path, 2)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [1, 3, 4]
+
+
+def test_pruning_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, {1: 0, 2: 0})
+    others = ["damaged-step-000001-1", "final", "notes"]
+    for name in others:
         (tmp_path / name).mkdir()
-    (tmp_path / ".writing-notes").write_text("a file", "utf-8")
-    prune_checkpoints(tmp_path, 1, 0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "step-000001"]
+    prune_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "step-000002"]
 
 
-def test_files_in_the_way_of_a_checkpoint_are_replaced(tiny_model: LoadModel, tmp_path: Path) -> None:
-    for name in (".writing-step-000001", ".writing-old-step-000001", "step-000001"):
-        (tmp_path / name).write_text("a file", "utf-8")
-    trainee = Trainee(tiny_model)
-    trainee.step(1)
-    trainee.save(tmp_path, 1)
-    assert list(tmp_path.iterdir()) == list_checkpoints(tmp_path) == [tmp_path / "step-000001"]
+def test_a_checkpoint_that_cannot_be_removed_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
 
-
-def test_json_is_the_same_bytes_for_the_same_content(tmp_path: Path) -> None:
-    write_json(tmp_path / "a", {"b": 1, "a": "好"})
-    write_json(tmp_path / "b", {"a": "好", "b": 1})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert "好" in (tmp_path / "a").read_text("utf-8")
-    assert b"\r" not in (tmp_path / "a").read_bytes()
+    make_checkpoints(tmp_path, {1: 0, 2: 0})
+    monkeypatch.setattr(checkpoint, "remove", refuse)
+    with pytest.raises(StorageError, match=r"step-000001: cannot be written \(Read-only file system\)"):
+        prune_checkpoints(tmp_path, 1)
 
 
 @pytest.mark.parametrize("change", ["missing key", "unknown key", "a list"])
@@ -234,28 +264,59 @@ def test_a_cut_off_or_missing_state_is_named(tmp_path: Path) -> None:
         read_state(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors"])
-def test_a_cut_off_file_is_named_not_loaded(tiny_model: LoadModel, tmp_path: Path, name: str) -> None:
+FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut off", "flipped bit", "missing"])
+def test_a_damaged_file_is_named_and_nothing_is_loaded(
+    tiny_model: LoadModel, tmp_path: Path, name: str, damage: str
+) -> None:
     trainee = Trainee(tiny_model)
     trainee.step(1)
     folder = trainee.save(tmp_path, 1)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+    trainee.step(2)
+    before = [parameter.detach().clone() for parameter in lora_parameters(trainee.model)]
+    content = bytearray((folder / name).read_bytes())
+    if damage == "missing":
+        (folder / name).unlink()
+    elif damage == "cut off":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    else:
+        content[-3] ^= 1
+        (folder / name).write_bytes(content)
+    problem = damage_of(folder)
+    assert problem is not None
+    assert name in problem
+    with pytest.raises(UserError) as caught:
         load_checkpoint(folder, trainee.model, trainee.optimizer)
+    assert str(caught.value) == f"{folder}: is damaged ({problem}); start anew with --restart"
+    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(trainee.model), strict=True))
 
 
-def test_moments_of_another_adapter_are_refused(tiny_model: LoadModel, tmp_path: Path) -> None:
-    trainee = Trainee(tiny_model)
-    trainee.step(1)
-    folder = trainee.save(tmp_path, 1)
-    other = tmp_path / "other"
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tiny_model: LoadModel, tmp_path: Path) -> None:
+    folder = Trainee(tiny_model).save(tmp_path, 1)
+    assert damage_of(folder) is None
+    assert damage_of(folder.rename(tmp_path / "step-000002")) == "its manifest is that of step 1"
+
+
+def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "step-000001"
+    write_folder(folder, [("model.safetensors", b"x")], {"key": "of a 4-bit copy"})
+    assert damage_of(folder) == "its manifest is that of step None"
+
+
+def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model: LoadModel, tmp_path: Path) -> None:
     narrow = Trainee(tiny_model)
     narrow.model = tiny_model().train()
     narrow.seed = attach_adapter(narrow.model, dataclasses.replace(ADAPTER, target_modules=("q_proj",)), seed=1)
     narrow.optimizer = build_optimizer(lora_parameters(narrow.model))
     narrow.step(1)
-    moments = narrow.save(other, 1) / "optimizer.safetensors"
-    shutil.copy(moments, folder / "optimizer.safetensors")
-    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+    folder = narrow.save(tmp_path, 1)
+    trainee = Trainee(tiny_model)
+    before = [parameter.detach().clone() for parameter in lora_parameters(trainee.model)]
+    with pytest.raises(
+        UserError, match=r"optimizer\.safetensors: its moments do not fit the adapter's parameters; start anew with"
+    ):
         load_checkpoint(folder, trainee.model, trainee.optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(trainee.model), strict=True))

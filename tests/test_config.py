@@ -218,6 +218,7 @@ def test_a_written_configuration_that_holds_no_sections_is_named(content: object
         ("train.eval_steps=0", "1 or more"),
         ("train.adam_beta2=1", "0.999999 or less"),
         ("train.early_stopping_patience=0", "1 or more"),
+        ("train.max_skipped_steps=0", "1 or more"),
     ],
 )
 def test_a_value_out_of_range_is_refused(override: str, problem: str) -> None:
@@ -304,8 +305,23 @@ def test_changed_keys_names_old_and_new_value() -> None:
     assert changed_keys(before, now) == [
         "lora.r: 8 -> 4",
         'prompt.labels: ["负面", "正面"] -> ["差评", "好评"]',
-        "train.max_steps: null -> 3",
+        "train.max_steps: null -> 3  (free with lr_scheduler_type=constant, warmup_ratio=0)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "is_free"), [("constant", 0, True), ("constant", 0.1, False), ("linear", 0, False)]
+)
+def test_a_run_may_become_longer_where_its_learning_rate_does_not_depend_on_it(
+    schedule: str, warmup: float, is_free: bool
+) -> None:
+    keys = [f"train.lr_scheduler_type={schedule}", f"train.warmup_ratio={warmup}"]
+    before = load_config(None, keys).to_dict()
+    changes = changed_keys(before, load_config(None, [*keys, "train.num_train_epochs=9", "train.max_steps=9"]))
+    assert [line.partition(":")[0] for line in changes] == (
+        [] if is_free else ["train.num_train_epochs", "train.max_steps"]
+    )
+    assert changed_keys(before, load_config(None, [*keys, "train.seed=1"])) == ["train.seed: 42 -> 1"]
 
 
 def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:

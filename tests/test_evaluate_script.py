@@ -171,9 +171,21 @@ def test_without_a_configuration_the_base_is_the_one_that_the_adapter_names(
 
 
 def test_a_loss_that_is_no_number_is_said(final: Path, evaluate: Evaluate) -> None:
+    (final / "manifest.json").unlink()  # as another program's adapter
     path = final / "adapter_model.safetensors"
     save_file({name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}, path)
     with pytest.raises(UserError, match=r"evaluate: the loss is nan, expected a number; use model\.compute_dtype"):
+        evaluate(final)
+
+
+def test_a_damaged_adapter_is_not_scored(final: Path, evaluate: Evaluate) -> None:
+    path = final / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"final: is damaged \(adapter_model\.safetensors has SHA-256 .+\); take another"
+    ):
         evaluate(final)
 
 

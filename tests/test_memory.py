@@ -13,7 +13,7 @@ import torch
 from minilora import memory
 from minilora.batch import pack
 from minilora.lora import attach
-from minilora.memory import Ledger, peak_memory_bytes, predict_memory
+from minilora.memory import Ledger, is_out_of_memory, peak_memory_bytes, predict_memory
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import Example
 
@@ -143,7 +143,10 @@ with torch.device("meta"):
     attach(shapes, 8, 16)
 rows = [640, 480, 720, 600]
 checkpointing = sys.argv[2] == "True"
-ledger = predict_memory(shapes, max(rows), 16, torch.bfloat16, "nf4", True, checkpointing)
+process = peak_memory_bytes(torch.device("cpu"))
+ledger = predict_memory(
+    shapes, max(rows), 16, torch.bfloat16, "nf4", True, checkpointing, process_bytes=process
+)
 model = load_model(folder, torch.bfloat16)
 model.model.gradient_checkpointing = checkpointing
 attach(model, 8, 16)
@@ -167,6 +170,31 @@ def test_the_ledger_is_within_ten_percent_of_what_training_takes(gradient_checkp
     predicted, measured = map(int, done.stdout.split())
     print(f"\n{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured")
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_what_pytorch_raises_for_too_large_a_tensor_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
 
 
 def test_the_peak_is_in_bytes() -> None:

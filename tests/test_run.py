@@ -4,21 +4,29 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
+from minilora import final as final_module
+from minilora import run as run_module
+from minilora import step as step_module
 from minilora import train
-from minilora.adapter import save_adapter
+from minilora.adapter import adapter_files
+from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.errors import UserError
+from minilora.files import StorageError, json_bytes, lock_folder, read_manifest, verify_folder, write_folder
 from minilora.run import read_origin, read_saved_config
-from minilora.runlog import read_metrics
+from minilora.runlog import MEASURED_KEYS, read_metrics
+from minilora.script import Interrupted
 from minilora.step import StepResult
 from minilora.train import fit
 
@@ -64,9 +72,40 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text("utf-8"))
 
 
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    """Changes a file of a folder together with its manifest, as if it had been written so."""
+    files = {path: (folder / path).read_bytes() for path in read_manifest(folder)["files"]}
+    write_folder(folder, {**files, name: content}.items(), read_manifest(folder)["facts"])
+
+
 def change_best_step(checkpoint: Path, step: int) -> None:
-    content = read(checkpoint / "state.json")
-    (checkpoint / "state.json").write_text(json.dumps({**content, "best_step": step}), "utf-8")
+    rewrite(checkpoint, "state.json", json_bytes({**read(checkpoint / "state.json"), "best_step": step}))
+
+
+def lasting(directory: Path) -> list[dict[str, Any]]:
+    """The log without what is measured."""
+    return [{k: v for k, v in row.items() if k not in MEASURED_KEYS} for row in read_metrics(directory)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def spoil_steps(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Makes the losses of these optimizer steps NaN."""
+    plain, plain_step = step_module.next_token_nll, step_module.train_step
+
+    def spoiled(*arguments: Any) -> tuple[torch.Tensor, int]:
+        nll, count = plain(*arguments)
+        return nll * math.nan, count
+
+    def take(*arguments: Any) -> StepResult:
+        with monkeypatch.context() as patch:
+            if arguments[7] in steps:
+                patch.setattr(step_module, "next_token_nll", spoiled)
+            return plain_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", take)
 
 
 def test_the_test_before_training_is_the_base_models_whenever_it_is_asked_for(final: Path, run: Fit) -> None:
@@ -110,27 +149,232 @@ def test_what_only_the_final_folder_shows_is_not_ignored_on_a_finished_run(
     assert read(final / "training_args.json")["train"][key] == value
 
 
-def test_a_best_checkpoint_that_is_gone_is_named_and_the_last_one_can_be_taken(final: Path, run: Fit) -> None:
+def test_a_best_checkpoint_that_is_gone_is_named_at_once_and_the_last_one_can_be_taken(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.rmtree(final)
     change_best_step(final.with_name(f"step-{STEPS:06d}"), 2)
     shutil.rmtree(final.with_name("step-000002"))
-    with pytest.raises(UserError, match=r"step-000002: the best checkpoint cannot be read \(.+\); put it back, or"):
-        run()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "build_model", lambda *_: pytest.fail("too late"))
+        with pytest.raises(
+            UserError, match=r"step-000002: the best checkpoint so far cannot be read \(.+\); put it back, or"
+        ):
+            run()
     assert not final.exists()
     run(**{"train.load_best_model_at_end": False})
     assert read(final / "metrics.json")["step"] == STEPS
 
 
+def test_a_best_checkpoint_that_is_lost_on_the_way_is_named_too(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(final)
+    change_best_step(final.with_name(f"step-{STEPS:06d}"), 2)
+    flip_bit(final.with_name("step-000002") / "adapter_model.safetensors")
+    monkeypatch.setattr(run_module, "_check_best", lambda *_: None)
+    with pytest.raises(
+        UserError, match=r"step-000002: the best checkpoint cannot be read \(.+: is damaged \(.+\)\); put it back, or"
+    ):
+        run()
+    assert not final.exists()
+
+
+def flip_bit(path: Path) -> None:
+    """Flips a bit."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.json", "adapter_model.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("how", ["flipped bit", "missing", "cut off"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before_it(
+    final: Path, run: Fit, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    expected = contents(final)
+    log = lasting(final.parent.parent)
+    shutil.rmtree(final)
+    newest = final.with_name(f"step-{STEPS:06d}")
+    before = final.with_name(f"step-{STEPS - 1:06d}")
+    if how == "missing":
+        (newest / name).unlink()
+    elif how == "cut off":
+        (newest / name).write_bytes((newest / name).read_bytes()[:-1])
+    else:
+        flip_bit(newest / name)
+    capsys.readouterr()
+    assert contents(run()) == expected
+    printed = capsys.readouterr()
+    assert f"{newest}: is damaged (" in printed.err
+    assert f"); set aside as damaged-{newest.name}-1\n" in printed.err
+    assert name in printed.err.partition(f"{newest}: is damaged (")[2]
+    assert f"going on from {before}\n" in printed.out
+    assert newest.with_name(f"damaged-{newest.name}-1").is_dir()
+    assert verify_folder(newest) is None
+    assert lasting(final.parent.parent) == log
+
+
+def test_where_no_checkpoint_is_sound_the_run_does_not_begin_anew_by_itself(final: Path, run: Fit) -> None:
+    shutil.rmtree(final)
+    steps = list_checkpoints(final.parent)
+    for checkpoint in steps:
+        flip_bit(checkpoint / "state.json")
+    names = ", ".join(f"damaged-{checkpoint.name}-1" for checkpoint in steps)
+    for _ in range(2):  # the second time they have been set aside already
+        with pytest.raises(UserError) as caught:
+            run()
+        assert str(caught.value) == (
+            f"{final.parent}: holds no sound checkpoint, only {names}; put a sound copy of one back under its own "
+            "name, or begin anew with --restart"
+        )
+    assert read_metrics(final.parent.parent)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "training_args.json", "metrics.json", "manifest.json"])
+def test_a_damaged_final_folder_is_refused_and_written_again_once_it_is_away(final: Path, run: Fit, name: str) -> None:
+    expected = contents(final)
+    flip_bit(final / name)
+    with pytest.raises(UserError, match=r"final: is damaged \(.+\); move that folder away to have it written again"):
+        run()
+    shutil.rmtree(final)
+    assert contents(run()) == expected
+
+
+def test_a_model_card_may_be_changed_by_hand(final: Path, run: Fit) -> None:
+    (final / "README.md").write_text("mine", "utf-8")
+    assert run() == final
+    assert (final / "README.md").read_text("utf-8") == "mine"
+
+
+CONSTANT = {"train.lr_scheduler_type": "constant", "train.warmup_ratio": 0}
+
+
+def test_a_run_with_a_constant_rate_may_become_longer(run: Fit, tmp_path: Path) -> None:
+    run(**CONSTANT, **{"train.output_dir": tmp_path / "whole", "train.max_steps": 6})
+    final = run(**CONSTANT)
+    with pytest.raises(UserError, match=r"train\.max_steps: 6 comes too late, .+ was written with 4; move that folder"):
+        run(**CONSTANT, **{"train.max_steps": 6})
+    shutil.rmtree(final)
+    final = run(**CONSTANT, **{"train.max_steps": 6})
+    assert read(final / "training_args.json")["train"]["max_steps"] == 6
+    whole = tmp_path / "whole" / "checkpoints" / "final"
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert (final / name).read_bytes() == (whole / name).read_bytes()
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+
+
+def test_a_run_is_not_shorter_than_what_is_done(run: Fit) -> None:
+    final = run(**CONSTANT)
+    shutil.rmtree(final)
+    with pytest.raises(
+        UserError,
+        match=r"step-000004: has 4 steps behind it, the configuration asks for 3; raise train\.num_train_epoc",
+    ):
+        run(**CONSTANT, **{"train.max_steps": 3})
+
+
+def test_a_run_with_another_schedule_may_not_change_its_length(final: Path, run: Fit) -> None:
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"train\.max_steps: 4 -> 6  \(free with lr_scheduler_type=constant, warmup_"
+        ):
+            run(**{"train.max_steps": 6})
+        shutil.rmtree(final, ignore_errors=True)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run: Fit, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with lock_folder(tmp_path / "run", "train.output_dir"):
+        with pytest.raises(
+            UserError, match=rf"run: another run is writing there \(process {os.getpid()} on .+ another t"
+        ):
+            run()
+        assert read_metrics(tmp_path / "run") == []
+    assert run().is_dir()
+
+
+def test_restart_sets_everything_aside_and_begins_anew(
+    final: Path, tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    expected, log = contents(final), lasting(tmp_path / "run")
+    assert fit(make_config(data, tmp_path / "run"), tiny_checkpoint(), restart=True) == final
+    assert [path.name for path in (tmp_path / "run").glob("previous-*")] == ["previous-1"]
+    previous = tmp_path / "run" / "previous-1"
+    assert contents(final) == contents(previous / "checkpoints" / "final") == expected
+    assert lasting(tmp_path / "run") == lasting(previous) == log
+
+
+def test_restart_where_there_is_nothing_sets_nothing_aside(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    fit(make_config(data, tmp_path / "run"), tiny_checkpoint(), restart=True)
+    assert not list((tmp_path / "run").glob("previous-*"))
+
+
+def test_a_step_whose_loss_is_no_number_is_skipped_logged_and_counted(
+    run: Fit, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_steps(monkeypatch, 3)
+    final = run()
+    assert read(final / "metrics.json")["skipped_steps"] == 1
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "skipped" in row] == [3]
+    assert (rows[2]["train_loss"], rows[2]["grad_norm"], rows[2]["skipped"]) == (None, None, True)
+    places = [re.fullmatch(rf"{re.escape(str(data))}/train\.jsonl:(\d+)", where) for where in rows[2]["rows"]]
+    assert all(places)
+    assert len({place[1] for place in places if place}) == 4
+    assert "step 3: loss nan, gradient norm nan: skipped, it changed nothing (1 skipped so far)" in (
+        capsys.readouterr().out
+    )
+    assert [path.name[-1] for path in list_checkpoints(final.parent)] == ["1", "2", "4"]
+    state = read(final.with_name("step-000004") / "state.json")
+    assert (state["skipped_steps"], state["skipped_in_a_row"], state["samples_seen"]) == (1, 0, 16)
+
+
+def test_a_run_that_skipped_a_step_goes_on_to_the_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, 3)
+    final = run()
+    expected, log = contents(final), lasting(tmp_path / "run")
+    for names in (["step-000004"], ["step-000004", "step-000002"]):
+        for name in ("final", *names):
+            shutil.rmtree(final.with_name(name))
+        assert contents(run()) == expected
+        assert lasting(tmp_path / "run") == log
+
+
 @pytest.mark.parametrize("save_steps", [1, 100])
-def test_a_loss_that_is_no_number_stops_the_run(run: Fit, tmp_path: Path, save_steps: int) -> None:
+def test_too_many_steps_in_a_row_that_are_no_number_stop_the_run(run: Fit, tmp_path: Path, save_steps: int) -> None:
+    keys = {"train.learning_rate": 1e30, "train.warmup_ratio": 0, "train.eval_steps": 100, "train.max_skipped_steps": 3}
     with pytest.raises(UserError) as caught:
-        run(**{"train.learning_rate": 1e30, "train.save_steps": save_steps, "train.eval_steps": 100})
+        run(**keys, **{"train.max_steps": 9, "train.save_steps": save_steps})
     message = str(caught.value)
-    assert "the training loss is nan, expected a number; begin anew with --restart and a lower" in message
-    assert "train.learning_rate (it is 1e+30)" in message
-    left = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    assert bool(left) == (save_steps == 1)
-    assert f"The newest checkpoint that stays: {left[-1] if left else 'none'}" in message
+    skipped = [row.get("skipped", False) for row in read_metrics(tmp_path / "run")]
+    last_sound = len(skipped) - 3
+    assert last_sound >= 1
+    assert skipped == [False] * last_sound + [True] * 3
+    assert message.startswith(f"step {last_sound + 3}: the loss or its gradient is no number, 3 steps in a row")
+    assert f"(the last one's rows: {tmp_path / 'data' / 'train.jsonl'}:" in message
+    assert (
+        "; begin anew with --restart and a lower train.learning_rate (it is 1e+30) or another model.compute" in message
+    )
+    left = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in left][-1:] == ([f"step-{last_sound:06d}"] if save_steps == 1 else [])
+    assert message.endswith(f"The newest checkpoint, from before: {left[-1] if left else 'none'}")
+
+
+def test_of_many_rows_the_first_few_are_named(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 2, 3)
+    with pytest.raises(UserError, match=r"train\.jsonl:\d+ and 4 more\); begin anew"):
+        run(**{"train.gradient_accumulation_steps": 3, "train.max_skipped_steps": 2})
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_the_run(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 3, 5)
+    final = run(**{"train.max_steps": 6, "train.max_skipped_steps": 2})
+    assert read(final / "metrics.json")["skipped_steps"] == 3
 
 
 def test_a_validation_that_is_no_number_stops_the_run(run: Fit) -> None:
@@ -138,50 +382,194 @@ def test_a_validation_that_is_no_number_stops_the_run(run: Fit) -> None:
         run(**{"train.learning_rate": 1e30, "train.eval_steps": 1})
 
 
-@pytest.mark.parametrize("updated", [True, False])
-def test_an_infinite_gradient_stops_the_run_unless_float16_left_it_out(
-    run: Fit, monkeypatch: pytest.MonkeyPatch, updated: bool
-) -> None:
-    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, 10, updated))
-    if updated:
-        with pytest.raises(UserError, match="step 1: the gradient norm is inf, expected a number"):
-            run()
-    else:
-        final = run()
-        assert read(final / "metrics.json")["step"] == 2
-        rows = read_metrics(final.parent.parent)
-        assert [(row["grad_norm"], row["skipped"]) for row in rows] == [(None, True)] * STEPS
+def test_an_infinite_gradient_is_skipped_as_well(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, 10, False))
+    final = run()
+    assert read(final / "metrics.json")["step"] == 2
+    rows = read_metrics(final.parent.parent)
+    assert [(row["train_loss"], row["grad_norm"], row["skipped"]) for row in rows] == [(0.5, None, True)] * STEPS
+    assert [path.name for path in list_checkpoints(final.parent)] == ["step-000002"]  # the first validation
+
+
+LACKING = RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+)
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("keys", "shown", "hidden"),
     [
-        ("state.json", b'{"step": 1'),
-        ("state.json", b"[]"),
-        ("adapter_model.safetensors", b"\0" * 40),
-        ("optimizer.safetensors", None),
+        (
+            {},
+            "set train.gradient_checkpointing=true and run it again, it goes on from {newest}; or begin anew with "
+            "--restart and, what helps most first, train.max_tokens_per_micro_batch=320, data.max_length=256\n",
+            "model.quantization=nf4",
+        ),
+        ({"train.gradient_checkpointing": True}, "bytes.); begin anew with --restart", "goes on from"),
+        ({"model.cache_dequantized": True}, "=true, model.cache_dequantized=false and run it again", "=nf4"),
+        (
+            {"model.quantization": "none", "lora.r": 32, "train.max_tokens_per_micro_batch": 100},
+            "train.max_tokens_per_micro_batch=50, data.max_length=256, model.quantization=nf4, train.optim=adamw_bnb",
+            "cache_dequantized",
+        ),
     ],
-    ids=["state cut off", "no state", "adapter of zeros", "moments gone"],
 )
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
-    final: Path, run: Fit, name: str, content: bytes | None
+@pytest.mark.parametrize("error", [LACKING, MemoryError()], ids=["PyTorch", "Python"])
+def test_a_lack_of_memory_says_what_it_takes_and_what_helps(
+    run: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    keys: dict[str, Any],
+    shown: str,
+    hidden: str,
 ) -> None:
-    expected = (final / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(final)
-    newest = final.with_name(f"step-{STEPS:06d}")
-    if content is None:
-        (newest / name).unlink()
-    else:
-        (newest / name).write_bytes(content)
+    def take(*arguments: Any) -> StepResult:
+        if arguments[7] == 2:
+            raise error
+        return step_module.train_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", take)
     with pytest.raises(UserError) as caught:
-        run()
-    message = str(caught.value)
-    assert message.startswith(f"{newest}: is damaged ({newest / name}: ")
-    assert message.endswith(
-        "); remove this folder to go on from the checkpoint before it, or begin anew with --restart"
+        run(**keys)
+    message = str(caught.value).replace("MemoryError)", "bytes.)")
+    assert message.startswith("after step 1: memory ran out (")
+    assert "more" not in message.partition(")")[0]
+    newest = tmp_path / "run" / "checkpoints" / "step-000001"
+    assert shown.format(newest=newest) in message
+    assert hidden not in message
+    assert re.search(
+        r"what this configuration takes, by the largest micro-batch of an epoch:\n  projections \(", message
     )
-    shutil.rmtree(newest)
-    assert (run() / "adapter_model.safetensors").read_bytes() == expected
+    assert re.search(r"\n  total +\d+\.\d MB$", message)
+    assert list_checkpoints(newest.parent) == [newest]
+
+
+def test_another_error_of_pytorch_is_not_taken_for_a_lack_of_memory(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> StepResult:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run()
+
+
+def test_a_full_disk_says_that_what_is_saved_is_intact(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train.save_checkpoint
+
+    def fill(*arguments: Any) -> Path:
+        if arguments[4].step == 2:
+            raise StorageError("step-000002: cannot be written (No space left on device); make room")
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", fill)
+        with pytest.raises(StorageError) as caught:
+            run()
+    newest = tmp_path / "run" / "checkpoints" / "step-000001"
+    assert str(caught.value) == (
+        "step-000002: cannot be written (No space left on device); make room\n"
+        f"  what is saved is intact; the newest checkpoint: {newest}"
+    )
+    expected = contents(run(**{"train.output_dir": tmp_path / "whole"}))
+    resumed = contents(run())
+    assert resumed["adapter_model.safetensors"] == expected["adapter_model.safetensors"]
+    assert resumed["metrics.json"] == expected["metrics.json"]
+
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="a process of Windows cannot send itself a signal")
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["first step", "step", "validation", "last validation"])
+def test_a_signal_ends_the_run_where_it_can_go_on_to_the_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: signal.Signals
+) -> None:
+    expected = run(**{"train.output_dir": tmp_path / "whole", "train.eval_steps": 3})
+    calls: Iterator[int] = iter(range(100))
+    when = {"first step": 0, "step": 2, "validation": 1, "last validation": 2}[moment]  # a test comes before all
+    done = {"first step": 0, "step": 2, "validation": 3, "last validation": 4}[moment]
+    module, name = (final_module, "score") if "validation" in moment else (train, "train_step")
+    plain = getattr(module, name)
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == when:
+            os.kill(os.getpid(), number)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(Interrupted) as caught:
+            run(**{"train.eval_steps": 3, "train.save_steps": 100})
+    assert caught.value.signum == number
+    where = f"saved step {done}; the same command goes on from there" if done else "nothing done"
+    assert str(caught.value) == f"stopped by {number.name}: {where}"
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")][-1:] == (
+        [f"step-{done:06d}"] if done else []
+    )
+    final = run(**{"train.eval_steps": 3, "train.save_steps": 100})
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert (final / name).read_bytes() == (expected / name).read_bytes()
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+
+
+@needs_signals
+def test_a_validation_that_is_done_again_is_logged_once(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"train.do_predict": False, "train.save_steps": 100}
+    run(**keys, **{"train.output_dir": tmp_path / "whole"})
+    plain = final_module.score
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    def killed(*_: Any) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(final_module, "score", interrupted)
+        with pytest.raises(Interrupted, match="saved step 2"):
+            run(**keys)
+    with monkeypatch.context() as patch:  # the line is written, the checkpoint behind it is not
+        patch.setattr(train, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(**keys)
+    run(**keys)
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+
+
+@needs_signals
+def test_a_run_that_was_stopped_in_its_last_validation_may_become_longer(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**CONSTANT, "train.max_steps": 3, "train.do_predict": False}
+    plain = final_module.score
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[4] is not None:  # a validation of the run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(final_module, "score", interrupted)
+        with pytest.raises(Interrupted, match="saved step 3"):
+            run(**{**keys, "train.eval_steps": 5})
+    steps: list[int] = []
+    plain_advance = train._advance
+
+    def counted(run: Any, *more: Any) -> bool:
+        steps.append(run.state.step)
+        assert len(steps) < 10, "the same step again and again"
+        return plain_advance(run, *more)
+
+    monkeypatch.setattr(train, "_advance", counted)
+    final = run(**{**keys, "train.eval_steps": 5, "train.max_steps": 6})
+    assert read(final.with_name("step-000006") / "state.json")["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -233,14 +621,15 @@ def test_a_final_adapter_that_cannot_be_read_back_as_it_was_is_not_put_in_place(
     damage: Callable[[dict[str, torch.Tensor]], None],
     message: str,
 ) -> None:
-    def save_damaged(model: Any, folder: Path, *more: Any) -> None:
-        save_adapter(model, folder, *more)
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        damage(tensors)
-        save_file(tensors, path)
+    def files_damaged(*arguments: Any) -> Iterator[tuple[str, bytes]]:
+        for name, content in adapter_files(*arguments):
+            if name == "adapter_model.safetensors":
+                tensors = load(content)
+                damage(tensors)
+                content = save(tensors)
+            yield name, content
 
-    monkeypatch.setattr(train, "save_adapter", save_damaged)
+    monkeypatch.setattr(final_module, "adapter_files", files_damaged)
     checkpoints = tmp_path / "run" / "checkpoints"
     with pytest.raises(
         UserError, match=r"\.writing-final: read back, the adapter is not the one that was tra"

@@ -4,13 +4,16 @@ import builtins
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from minilora import runlog
 from minilora.errors import UserError
+from minilora.files import StorageError
 from minilora.runlog import RunLog, plot_metrics, read_metrics
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
@@ -103,11 +106,74 @@ def test_the_bar_shows_the_numbers_of_the_moment(tmp_path: Path, capsys: pytest.
     assert out == "step 5: loss 0.3\n"
 
 
+def test_a_step_that_was_skipped_has_no_loss_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    skipped = {**row(1), "train_loss": None, "grad_norm": None, "skipped": True, "rows": ["数据.jsonl:3"]}
+    log = RunLog(tmp_path, 10, 0)
+    log.advance(skipped)
+    log.write(skipped)
+    log.close()
+    assert "loss=no number, lr=2.00e-04" in capsys.readouterr().err
+    assert read_metrics(tmp_path) == [skipped]
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    log = RunLog(tmp_path, 10, 0)
+    log.write(row(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        log.sync()
+    log.close()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_size] != [0]
+
+
+def test_the_log_that_was_there_is_never_cut_short_on_the_way_to_a_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path, 1, 2, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            RunLog(tmp_path, 10, 2)
+    assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
+    RunLog(tmp_path, 10, 2).close()
+    assert read_metrics(tmp_path) == [row(1), row(2)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
+def test_a_line_that_cannot_be_written_is_explained_and_closing_says_nothing_more(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 10, 0)
+    log._file.close()
+    log._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        log.write(row(1))
+    log.close()
+
+
+def test_a_log_that_cannot_be_synced_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    log = RunLog(tmp_path, 10, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.os, "fsync", fail)
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
+            log.sync()
+    log.close()
+
+
 def test_the_plot_is_drawn_from_rows_with_different_keys(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     write_rows(tmp_path, 1, 2)
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row(3), "eval_loss": 0.4, "eval_accuracy": 0.9}) + "\n")
+        file.write(json.dumps({**row(4), "train_loss": None, "skipped": True}) + "\n")
     path = plot_metrics(tmp_path)
     assert path == tmp_path / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,12 @@
 """One optimizer step does what its definition says, however it is cut."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
+from minilora import step as step_module
 from minilora.batch import pack
 from minilora.lora import DropoutSeed, attach, lora_parameters
 from minilora.loss import head_logits
@@ -93,3 +97,91 @@ def test_a_scaled_step_equals_an_unscaled_one() -> None:
         moved.append([parameter.detach().clone() for parameter in lora_parameters(model)])
     for ours, theirs in zip(*moved, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # a power of two scales float32 exactly
+
+
+def contents(model: Qwen2ForCausalLM, optimizer: Any) -> list[torch.Tensor]:
+    """Copies of all weights of the adapter and all moments."""
+    return [t.detach().clone() for t in (*lora_parameters(model), *optimizer.tensors().values())]
+
+
+def spoil_micro_batch(monkeypatch: pytest.MonkeyPatch, number: int, factor: float) -> None:
+    """Multiplies the loss of micro-batch `number` of the next step by `factor`."""
+    plain, calls = step_module.next_token_nll, iter(range(100))
+
+    def spoiled(*arguments: Any) -> tuple[torch.Tensor, int]:
+        nll, count = plain(*arguments)
+        return (nll * factor if next(calls) == number else nll), count
+
+    monkeypatch.setattr(step_module, "next_token_nll", spoiled)
+
+
+@pytest.mark.parametrize("has_scaler", [False, True])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_loss_that_is_no_number_in_one_micro_batch_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, number: int, factor: float, has_scaler: bool
+) -> None:
+    model, dropout_seed = build()
+    optimizer = build_optimizer(lora_parameters(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if has_scaler else None
+    micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
+    assert train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 1, scaler).updated
+    before = contents(model, optimizer)
+    with monkeypatch.context() as patch:
+        spoil_micro_batch(patch, number, factor)
+        result = train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 2, scaler)
+    assert not result.updated
+    assert not math.isfinite(result.loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
+    assert all(parameter.grad is None for parameter in lora_parameters(model))
+    assert train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 3, scaler).updated
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_one_gradient_that_is_no_number_changes_nothing(value: float) -> None:
+    model, dropout_seed = build()
+    optimizer = build_optimizer(lora_parameters(model))
+    train_step(model, [pack(examples(6))], optimizer, 1e-2, 1.0, dropout_seed, 0, 1)
+    before = contents(model, optimizer)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        spoiled = gradient.clone()
+        spoiled[-1, -1] = value
+        return spoiled
+
+    hook = lora_parameters(model)[-1].register_hook(spoil)
+    result = train_step(model, [pack(examples(6))], optimizer, 1e-2, 1.0, dropout_seed, 0, 2)
+    hook.remove()
+    assert not result.updated
+    assert math.isfinite(result.loss)
+    assert not math.isfinite(result.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
+    assert all(parameter.grad is None for parameter in lora_parameters(model))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int) -> None:
+    def check_stop() -> None:
+        calls.append(None)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+
+    model, dropout_seed = build(dropout=0.5)
+    optimizer = build_optimizer(lora_parameters(model))
+    micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
+    arguments = (model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0)
+    train_step(*arguments, 1)
+    before = contents(model, optimizer)
+    calls: list[None] = []
+    with pytest.raises(KeyboardInterrupt):
+        train_step(*arguments, 2, None, check_stop)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
+    assert all(parameter.grad is None for parameter in lora_parameters(model))
+
+    loss = train_step(*arguments, 2).loss
+    undisturbed, seed = build(dropout=0.5)
+    other = build_optimizer(lora_parameters(undisturbed))
+    for step in (1, 2):
+        expected = train_step(undisturbed, micro_batches, other, 1e-2, 1.0, seed, 0, step).loss
+    assert loss == expected
+    assert all(torch.equal(a, b) for a, b in zip(contents(model, optimizer), contents(undisturbed, other), strict=True))

@@ -113,7 +113,7 @@ def test_keys_that_change_no_number_may_change_in_the_middle_of_a_run(
     ]
     done = run_script("train.py", *keys, *harmless, f"train.output_dir={output}")
     assert "going on from" in done.stdout
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
     assert final_files(output) == final_files(undisturbed)
     assert log_without_measurements(output) == log_without_measurements(undisturbed)
 
@@ -142,6 +142,7 @@ def test_the_final_folder_and_the_log_hold_what_is_promised(undisturbed: Path) -
         "training_args.json",
         "metrics.json",
         "README.md",
+        "manifest.json",
     }
     assert (undisturbed / "loss.png").stat().st_size > 10_000
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from minilora.adapter import AdapterConfig, adapter_files, attach_adapter, load_adapter, save_adapter
 from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.prompt import Example
@@ -53,12 +53,13 @@ def save_ours(
     config = AdapterConfig(4, 12, 0.05, targets, use_rslora, str(base))
     attach_adapter(model, config)
     randomize_adapter(model)
-    save_adapter(model, folder, config, save_format, save_dtype)
+    for name, content in adapter_files(model, config, save_format, save_dtype):
+        (folder / name).write_bytes(content)
 
 
 def load_ours(base: Path, folder: Path, examples: list[Example]) -> list[torch.Tensor]:
     model = load_model(base, torch.float32, "none")
-    load_adapter(model, folder)
+    load_adapter(model, folder, allow_bin=True)
     return our_logits(model, examples)
 
 

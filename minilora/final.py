@@ -1,0 +1,163 @@
+"""How a run ends: scored on the test set, its adapter in a folder of its own, read back before anybody relies on it.
+
+checkpoints/final/
+    adapter_config.json, adapter_model.safetensors    as peft reads them
+    training_args.json                                the resolved configuration
+    metrics.json                                      test set before and after, best validation, what it was made from
+    README.md, manifest.json                          a model card; size and SHA-256 of each file
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minilora.adapter import adapter_files, load_adapter_weights
+from minilora.build import adapter_config
+from minilora.config import LENGTHS, Config
+from minilora.errors import UserError
+from minilora.evaluate import score
+from minilora.files import explained, json_bytes, verify_folder, write_folder
+from minilora.lora import lora_parameters
+from minilora.metrics import classification_metrics
+from minilora.modelcard import render_model_card
+from minilora.run import Run, current_origin, read_origin, refuse_another_run
+from minilora.runlog import plot_metrics
+
+# Keys that change nothing in the course of a run, and yet what is in its final folder.
+FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype")
+
+
+def check_finished(final: Path, config: Config, model_folder: Path) -> None:
+    """Raises UserError where a finished run is not the one that is asked for, or not as it was written."""
+    problem = verify_folder(final, ("adapter_config.json", "training_args.json", "metrics.json"))
+    if problem is not None:
+        raise UserError(
+            f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
+        )
+    before, now = read_origin(final), current_origin(config, model_folder)
+    refuse_another_run(before, now, config, final.parent.parent)
+    for name in (*FINAL_KEYS, *LENGTHS):
+        old, new = before.config["train"].get(name), now.config["train"][name]
+        if old != new:
+            raise UserError(
+                f"train.{name}: {new!r} comes too late, {final} was written with {old!r}; move that folder away to "
+                "have it written again from the checkpoints, or put the key back"
+            )
+
+
+def finish(run: Run, final: Path) -> Path:
+    """Writes the final folder, from the best checkpoint if so configured, and the plot."""
+    train = run.config.train
+    step = run.state.step
+    if train.load_best_model_at_end and run.state.best_step != step:
+        step = run.state.best_step
+        _load_best(run)
+    after = score_test_set(run, "test after training") if train.do_predict else None
+    base = run.prompt.tokenizer.folder
+    results = {
+        "step": step,
+        "skipped_steps": run.state.skipped_steps,
+        "validation": {run.best_by: run.state.best_metric, "step": run.state.best_step},
+        "test_before": run.state.test_before,
+        "test": after,
+        "data_sha256": run.state.data_sha256,
+        "model_sha256": run.state.model_sha256,
+        "model_bytes": {name: (base / name).stat().st_size for name in run.state.model_sha256},
+        "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
+    }
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield from adapter_files(run.model, adapter_config(run.config), train.save_format, dtype)
+        yield "training_args.json", json_bytes(run.config.to_dict())
+        yield "metrics.json", json_bytes(results)
+        yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()
+
+    write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
+    with explained(run.directory / "loss.png"):
+        plot = plot_metrics(run.directory)
+    if after is not None:
+        print(f"test after training:  {in_words(after)}")
+    print(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
+    return final
+
+
+def _load_best(run: Run) -> None:
+    """Puts the adapter of the best checkpoint into the model."""
+    folder = run.checkpoints / f"step-{run.state.best_step:06d}"
+    try:
+        load_adapter_weights(run.model, folder)
+    except UserError as error:
+        what = str(error).partition("; ")[0]
+        raise UserError(
+            f"{folder}: the best checkpoint cannot be read ({what}); put it back, or take the last adapter with "
+            "train.load_best_model_at_end=false"
+        ) from None
+
+
+def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
+    """Reads the written adapter back into the model: its values are the trained ones in `dtype`, its loss is a number.
+
+    Nobody looks at the file before it is used elsewhere, where a damaged one is only a model that does worse.
+    """
+    trained = [parameter.detach().to(dtype, copy=True) for parameter in lora_parameters(run.model)]
+    what = "its values differ"
+    try:
+        load_adapter_weights(run.model, folder, allow_bin=True)  # just written by this process
+        pairs = zip(lora_parameters(run.model), trained, strict=True)
+        is_equal = all(torch.equal(parameter, value.to(parameter.dtype)) for parameter, value in pairs)
+    except UserError as error:
+        is_equal, what = False, str(error)
+    if not is_equal:
+        raise UserError(
+            f"{folder}: read back, the adapter is not the one that was trained; check the disk, and run the same "
+            f"command again, which writes it from the last checkpoint\n  {what}"
+        )
+    split = run.splits["validation"]
+    few = split.examples[: run.config.train.per_device_eval_batch_size]
+    loss = score(run.model, few, None, len(few)).loss
+    check_finite(run, "loss of the adapter read back", loss)
+
+
+def score_split(run: Run, name: str, on_progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+    """Loss of a split, and its metrics where it is labelled."""
+    split = run.splits[name]
+    prompt = run.prompt if split.labelled else None
+    scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size, on_progress)
+    check_finite(run, f"{name} loss", scores.loss)
+    metrics: dict[str, Any] = {"loss": scores.loss, "num_examples": len(split.examples)}
+    if scores.probabilities is not None:
+        labels = np.array(split.labels)
+        metrics |= classification_metrics(labels, scores.probabilities, run.prompt.labels, run.config.prompt.positive)
+    return metrics
+
+
+def score_test_set(run: Run, title: str) -> dict[str, Any]:
+    """Loss and metrics of the test set, behind a progress bar of its own."""
+    with tqdm(total=len(run.splits["test"].examples), desc=title, unit="review", leave=False, file=sys.stderr) as bar:
+        return score_split(run, "test", bar.update)
+
+
+def check_finite(run: Run, what: str, value: float) -> None:
+    """Raises UserError for a loss that is no number: the weights are finite, so it is they that are bad."""
+    if math.isfinite(value):
+        return
+    train, model = run.config.train, run.config.model
+    raise UserError(
+        f"step {run.state.step}: the {what} is {value}, expected a number; begin anew with --restart and a lower "
+        f"train.learning_rate (it is {train.learning_rate:g}) or with another model.compute_dtype (it is "
+        f"{model.compute_dtype}). The newest checkpoint that stays: {run.newest_checkpoint}"
+    )
+
+
+def in_words(metrics: dict[str, Any]) -> str:
+    """The few numbers that a line on the screen has room for."""
+    names = ("loss", "accuracy", "f1")
+    shown = ((name, metrics.get(name, metrics.get(f"eval_{name}"))) for name in names)
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)

@@ -1,0 +1,1 @@
+"""Faults for real: processes killed, disks full, bits flipped, files cut off, input that nobody expected."""

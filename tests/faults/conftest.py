@@ -1,0 +1,120 @@
+"""What the fault tests share: the runner, one configuration, what an undisturbed run ends in, and a count of faults."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.runner import Runs
+
+COUNTS = pytest.StashKey[list[str]]()
+
+if os.name != "posix":
+    pytest.skip("kills, forks and signals of POSIX", allow_module_level=True)
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig: pytest.Config) -> bool:
+    """Whether a release's counts are asked for."""
+    return bool(pytestconfig.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def count(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Notes a line for the end of the test session: what was tried, and what came of it."""
+    lines = pytestconfig.stash.setdefault(COUNTS, [])
+    return lines.append
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    lines = config.stash.get(COUNTS, [])
+    if lines:
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Runs]:
+    """Starts runs of scripts/train.py in processes of their own."""
+    server = Runs()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def keys(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> list[str]:
+    """A run of six steps in three validations and three checkpoints, with dropout and accumulation."""
+    return [
+        f"model.name_or_path={tiny_checkpoint(layers=1)}",
+        "model.quantization=none",
+        "model.compute_dtype=float32",
+        f"data.dir={processed_data}",
+        "data.max_length=128",
+        "lora.r=2",
+        "lora.dropout=0.1",
+        "train.max_steps=6",
+        "train.per_device_train_batch_size=3",
+        "train.gradient_accumulation_steps=2",
+        "train.learning_rate=5e-3",
+        "train.eval_steps=2",
+        "train.save_steps=2",
+        "train.save_total_limit=2",
+        "train.do_predict=false",
+    ]
+
+
+def outcome(output: Path) -> dict[str, Any]:
+    """All that two equal runs have in common: adapter, moments, log without what is measured."""
+    checkpoints = output / "checkpoints"
+    files = {
+        f"{folder}/{name}": (checkpoints / folder / name).read_bytes()
+        for folder, name in (
+            ("final", "adapter_model.safetensors"),
+            ("final", "adapter_config.json"),
+            ("step-000006", "adapter_model.safetensors"),
+            ("step-000006", "optimizer.safetensors"),
+        )
+    }
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for row in rows:
+        for name in ("tokens_per_s", "peak_memory_bytes"):
+            row.pop(name)
+    return {**files, "log": rows}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run ends in when nothing happens to it; "seconds" says how long it took from its first file on."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    seconds = []
+    for name in ("first", "second", "third"):
+        pid = runs.start(keys, folder / name)
+        while not (folder / name).exists():
+            time.sleep(0.001)
+        started = time.perf_counter()
+        assert runs.wait(pid) == 0, (folder / f"{name}.err").read_text("utf-8")
+        seconds.append(time.perf_counter() - started)
+    assert outcome(folder / "first") == outcome(folder / "second")
+    return {"outcome": outcome(folder / "third"), "seconds": min(seconds)}
+
+
+@pytest.fixture
+def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Callable[[Path], None]:
+    """Runs the same command again and holds that it ends as if nothing had happened; removes the folder."""
+
+    def check(output: Path) -> None:
+        status = runs.run(keys, output)
+        errors = Path(f"{output}.err").read_text("utf-8")
+        assert status == 0, errors
+        assert outcome(output) == undisturbed["outcome"]
+        left = {path.name for path in (output / "checkpoints").iterdir()}
+        assert not {name for name in left if name.startswith(".")}, left
+        shutil.rmtree(output)
+
+    return check

@@ -1,0 +1,90 @@
+"""SIGKILL at every file operation of a run and at random instants, also while it resumes: nothing is lost."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.runner import Runs
+
+Count = Callable[[str], None]
+Finishes = Callable[[Path], None]
+
+
+def operations_of_a_run(runs: Runs, keys: list[str], folder: Path) -> list[dict[str, Any]]:
+    """All file operations of an undisturbed run."""
+    assert runs.run(keys, folder / "logged", {"log": str(folder / "operations")}) == 0
+    return [json.loads(line) for line in (folder / "operations").read_text("utf-8").splitlines()]
+
+
+def is_within_a_save(output: Path) -> bool:
+    checkpoints = output / "checkpoints"
+    return checkpoints.is_dir() and any(
+        path.name.startswith((".writing-", ".replaced-")) for path in checkpoints.iterdir()
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_file_operation_ends_in_the_same_bytes(
+    runs: Runs, keys: list[str], finishes: Finishes, tmp_path: Path, count: Count
+) -> None:
+    operations = operations_of_a_run(runs, keys, tmp_path)
+    within = 0
+    for number in range(1, len(operations) + 1):
+        output = tmp_path / f"kill-{number}"
+        assert runs.run(keys, output, {"kill": number}) == -signal.SIGKILL
+        within += is_within_a_save(output)
+        finishes(output)
+    count(f"kill -9 at each of {len(operations)} file operations of a run: {within} within a save, lost: 0")
+    assert within >= 0.3 * len(operations)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_while_it_resumes_ends_in_the_same_bytes(
+    runs: Runs, keys: list[str], finishes: Finishes, tmp_path: Path, count: Count, is_long: bool
+) -> None:
+    operations = operations_of_a_run(runs, keys, tmp_path)
+    chooser = random.Random(0)
+    pairs = [(chooser.randint(1, len(operations)), chooser.randint(1, 40)) for _ in range(500 if is_long else 12)]
+    second_kills = 0
+    for place, (first, second) in enumerate(pairs):
+        output = tmp_path / f"twice-{place}"
+        assert runs.run(keys, output, {"kill": first}) == -signal.SIGKILL
+        second_kills += runs.run(keys, output, {"kill": second}) == -signal.SIGKILL
+        finishes(output)
+    count(f"kill -9, and again while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
+    assert second_kills > len(pairs) / 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
+    runs: Runs,
+    keys: list[str],
+    finishes: Finishes,
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    count: Count,
+    is_long: bool,
+) -> None:
+    chooser = random.Random(1)
+    kills, within, late = 1000 if is_long else 25, 0, 0
+    for place in range(kills):
+        output = tmp_path / f"random-{place}"
+        pid = runs.start(keys, output)
+        while not output.exists():
+            time.sleep(0.001)
+        time.sleep(chooser.random() * undisturbed["seconds"])
+        os.kill(pid, signal.SIGKILL)
+        status = runs.wait(pid)
+        assert status in (-signal.SIGKILL, 0)
+        late += status == 0
+        within += is_within_a_save(output)
+        finishes(output)
+    count(f"kill -9 at a random instant: {kills}, {within} within a save, {late} after the end, lost: 0")
+    assert late < kills / 2

@@ -1,0 +1,93 @@
+"""What must not matter does not: how a batch is cut, ordered and packed; an adapter of zeros; the names of labels."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from minilora.adapter import AdapterConfig, attach_adapter
+from minilora.batch import pack
+from minilora.evaluate import score
+from minilora.lora import lora_parameters
+from minilora.loss import next_token_nll
+from minilora.model import Qwen2ForCausalLM
+from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from tests.conftest import make_reviews
+
+ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")
+
+
+@pytest.fixture
+def prompt(chat_tokenizer: ChatTokenizer) -> ClassificationPrompt:
+    return ClassificationPrompt(chat_tokenizer, "system text", "评论：", ("负面", "正面"), 256)
+
+
+@pytest.fixture
+def examples(prompt: ClassificationPrompt) -> list[Example]:
+    texts, labels = zip(*make_reviews(12, seed=3), strict=True)
+    return prompt.examples(texts, labels)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Qwen2ForCausalLM]) -> Qwen2ForCausalLM:
+    """In float64, with a trained-looking adapter."""
+    made = tiny_model(dtype=torch.float64)
+    attach_adapter(made, ADAPTER, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora_parameters(made):
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return made.train()
+
+
+def loss_and_gradients(
+    model: Qwen2ForCausalLM, parts: list[list[Example]], share_prefix: bool = True
+) -> tuple[float, list[torch.Tensor]]:
+    total = 0.0
+    for part in parts:
+        batch = pack(part, share_prefix=share_prefix)
+        nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
+        nll.backward()
+        total += nll.item()
+    gradients = [parameter.grad for parameter in lora_parameters(model)]
+    model.zero_grad()
+    assert all(gradient is not None for gradient in gradients)
+    return total, [gradient for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize("way", ["split", "one by one", "reordered", "prefix not shared"])
+def test_how_a_batch_is_made_changes_nothing(model: Qwen2ForCausalLM, examples: list[Example], way: str) -> None:
+    shuffled = random.Random(0).sample(examples, len(examples))
+    parts = {
+        "split": [examples[:5], examples[5:]],
+        "one by one": [[one] for one in examples],
+        "reordered": [shuffled],
+        "prefix not shared": [examples],
+    }[way]
+    expected, expected_gradients = loss_and_gradients(model, [examples])
+    loss, gradients = loss_and_gradients(model, parts, share_prefix=way != "prefix not shared")
+    assert loss == pytest.approx(expected, rel=1e-12)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_an_adapter_of_zeros_changes_nothing(
+    tiny_model: Callable[..., Qwen2ForCausalLM], examples: list[Example], prompt: ClassificationPrompt
+) -> None:
+    base, adapted = tiny_model(), tiny_model()
+    attach_adapter(adapted, ADAPTER)  # B = 0
+    plain, zero = (score(model, examples, prompt, 4) for model in (base, adapted))
+    assert plain.loss == zero.loss
+    np.testing.assert_array_equal(plain.probabilities, zero.probabilities)
+
+
+def test_swapped_labels_mirror_the_probabilities(
+    model: Qwen2ForCausalLM, examples: list[Example], prompt: ClassificationPrompt
+) -> None:
+    mirrored = replace(prompt, labels=prompt.labels[::-1])
+    plain, swapped = (score(model, examples, one, 4).probabilities for one in (prompt, mirrored))
+    assert plain is not None
+    assert swapped is not None
+    np.testing.assert_array_equal(plain, swapped[:, ::-1])

@@ -1,0 +1,173 @@
+"""The log of a run's file operations replayed as a loss of power: whatever was not synced may be gone, torn or late.
+
+What a file system promises without fsync is nothing, so a state after the loss is made of the operations before it so:
+each change of a folder's names that was not followed by an fsync of that folder is kept or dropped by chance, and each
+file that was not synced holds nothing, a part of what was written, or noise of that length.
+"""
+
+import base64
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from minilora.files import recover_folders
+from minilora.run import _find_checkpoint
+from tests.faults.runner import Runs
+
+ROOT = PurePosixPath("checkpoints")
+
+
+@dataclass
+class File:
+    """Content as written, and as it was when it was last synced."""
+
+    content: bytes = b""
+    synced: bytes | None = None
+
+
+@dataclass
+class Tree:
+    """Names to files; None is a folder."""
+
+    names: dict[PurePosixPath, File | None] = field(default_factory=lambda: {ROOT: None})
+
+    def apply(self, row: dict[str, Any], files: dict[int, File]) -> None:
+        """One change of names; one whose objects are not there, because an earlier one was dropped, does nothing."""
+        path = PurePosixPath(row["path"])
+        if path.parent not in self.names:
+            return
+        if row["name"] == "open":
+            self.names[path] = files[row["number"]]
+        elif row["name"] == "mkdir":
+            self.names.setdefault(path, None)
+        elif row["name"] in ("unlink", "rmdir"):
+            for name in [name for name in self.names if name == path or path in name.parents]:
+                del self.names[name]
+        else:
+            to = PurePosixPath(row["to"])
+            if path not in self.names:
+                return
+            moved = [name for name in self.names if name == path or path in name.parents]
+            for name in [name for name in self.names if name == to or to in name.parents]:
+                del self.names[name]
+            for name in moved:
+                self.names[to / name.relative_to(path)] = self.names.pop(name)
+
+
+def crash(operations: list[dict[str, Any]], chooser: random.Random | None) -> dict[PurePosixPath, bytes | None]:
+    """What is on the disk after these operations and a loss of power; with no chooser, after an orderly end."""
+    files: dict[int, File] = {}
+    opened: dict[str, File] = {}  # the last file that was opened under a name
+    changes: list[dict[str, Any]] = []
+    is_durable: dict[int, bool] = {}
+    for row in operations:
+        name, path = row["name"], row["path"]
+        if name == "open" and row["flags"] & os.O_CREAT:
+            opened[path] = files[row["number"]] = File()
+            changes.append(row)
+        elif name == "write":
+            opened[path].content += base64.b64decode(row["content"])
+        elif name == "fsync" and path in opened:
+            opened[path].synced = opened[path].content
+        elif name == "fsync":
+            for change in changes:  # all names in this folder so far
+                if str(PurePosixPath(change["path"]).parent) == path or change.get("moved_parent") == path:
+                    is_durable[change["number"]] = True
+        elif name in ("mkdir", "unlink", "rmdir", "rename", "replace"):
+            changes.append(row)
+    tree = Tree()
+    for change in changes:
+        if chooser is None or is_durable.get(change["number"]) or chooser.random() < 0.5:
+            tree.apply(change, files)
+    return {name: None if file is None else _content(file, chooser) for name, file in tree.names.items()}
+
+
+def _content(file: File, chooser: random.Random | None) -> bytes:
+    if chooser is None or file.synced == file.content:
+        return file.content
+    kind = chooser.randrange(4)
+    if kind == 0:
+        return file.synced or b""
+    if kind == 1:
+        return file.content[: chooser.randrange(len(file.content) + 1)]
+    if kind == 2:
+        return bytes(len(file.content))
+    return file.content
+
+
+def write_tree(tree: dict[PurePosixPath, bytes | None], folder: Path) -> Path:
+    for name in sorted(tree):
+        content = tree[name]
+        if content is None:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        else:
+            (folder / name).write_bytes(content)
+    return folder / ROOT
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_loss_of_power_leaves_the_last_checkpoint_or_the_next_one(
+    runs: Runs, keys: list[str], tmp_path: Path, count: Callable[[str], None], is_long: bool
+) -> None:
+    # One checkpoint is kept, so that the next one removes it. Each step is one.
+    more = ["train.save_total_limit=1", "train.save_steps=1", "train.load_best_model_at_end=false"]
+    assert runs.run([*keys, *more], tmp_path / "run", {"log": str(tmp_path / "operations")}) == 0
+    rows = [json.loads(line) for line in (tmp_path / "operations").read_text("utf-8").splitlines()]
+    rows = [row for row in rows if row["path"].startswith("checkpoints/") or row["path"] == "checkpoints"]
+    writing = [place for place, row in enumerate(rows) if ".writing-step-000004" in row["path"]]
+    begin, end = writing[0], next(p for p, row in enumerate(rows) if ".writing-step-000005" in row["path"])
+    in_place = next(
+        p
+        for p in range(begin, end)
+        if rows[p]["name"] in ("rename", "replace") and rows[p].get("to", "").endswith("step-000004")
+    )
+    synced = next(p for p in range(in_place, end) if rows[p]["name"] == "fsync" and rows[p]["path"] == "checkpoints")
+
+    before = write_tree(crash(rows[:begin], None), tmp_path / "before")
+    after = write_tree(crash(rows[: synced + 1], None), tmp_path / "after")
+    sound = {"step-000003": contents(before / "step-000003"), "step-000004": contents(after / "step-000004")}
+
+    chooser = random.Random(3)
+    states, found_new = 5000 if is_long else 300, 0
+    for number in range(states):
+        length = begin + number % (end - begin) + 1
+        folder = tmp_path / "state"
+        checkpoints = write_tree(crash(rows[:length], chooser), folder)
+        recover_folders(checkpoints)
+        found = _find_checkpoint(checkpoints)
+        assert found is not None, f"after {length} operations: nothing is left"
+        assert contents(found) == sound[found.name]
+        if length > synced:
+            assert found.name == "step-000004", "a checkpoint that was said to be saved is gone"
+        found_new += found.name == "step-000004"
+        shutil.rmtree(folder)
+    count(
+        f"loss of power within a save, {states} states: {found_new} had the new checkpoint, the others the old, lost: 0"
+    )
+    assert 0 < found_new < states
+
+
+def test_the_replay_notices_a_missing_fsync() -> None:
+    """The same model without the fsyncs loses files: it is not the replay that is kind."""
+    create = {"number": 1, "name": "open", "path": "checkpoints/a", "flags": os.O_CREAT}
+    write = {"number": 2, "name": "write", "path": "checkpoints/a", "content": base64.b64encode(b"text").decode()}
+    sync = {"number": 3, "name": "fsync", "path": "checkpoints/a"}
+    sync_folder = {"number": 4, "name": "fsync", "path": "checkpoints"}
+    chooser = random.Random(4)
+    path = PurePosixPath("checkpoints/a")
+    unsynced = [crash([create, write], chooser).get(path) for _ in range(50)]
+    assert None in unsynced
+    assert b"" in unsynced
+    assert bytes(4) in unsynced
+    assert all(crash([create, write, sync, sync_folder], chooser)[path] == b"text" for _ in range(50))

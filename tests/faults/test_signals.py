@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT wherever they come: saved, said, the right status; a second one within a save tears nothing."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minilora.checkpoint import damage_of, list_checkpoints
+from tests.faults.runner import Runs
+from tests.faults.test_kill import operations_of_a_run
+
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.slow
+def test_a_signal_at_a_random_instant_loses_nothing(
+    runs: Runs,
+    keys: list[str],
+    finishes: Callable[[Path], None],
+    undisturbed: dict[str, Any],
+    tmp_path: Path,
+    count: Callable[[str], None],
+    is_long: bool,
+) -> None:
+    chooser = random.Random(2)
+    signals, slowest, saved, late = 1000 if is_long else 20, 0.0, 0, 0
+    for place in range(signals):
+        output = tmp_path / f"signal-{place}"
+        signum = (signal.SIGTERM, signal.SIGINT)[place % 2]
+        pid = runs.start(keys, output)
+        while not output.exists():  # the program has begun
+            time.sleep(0.001)
+        time.sleep(chooser.random() * undisturbed["seconds"])
+        sent = time.perf_counter()
+        try:
+            os.kill(pid, signum)
+        finally:
+            status = runs.wait(pid)
+        slowest = max(slowest, time.perf_counter() - sent)
+        errors = Path(f"{output}.err").read_text("utf-8")
+        assert status in (STATUS[signum], 0), errors
+        assert "Traceback" not in errors
+        if status:
+            assert f"stopped by {signum.name}" in errors
+            saved += "the same command goes on from there" in errors
+        late += status == 0
+        finishes(output)
+    assert late < signals / 2
+    count(
+        f"SIGTERM, SIGINT at a random instant: {signals}, {saved} saved on the way, {late} late, lost: 0, "
+        f"slowest {slowest:.2f} s"
+    )
+    assert slowest < 5
+
+
+@pytest.mark.slow
+def test_a_second_signal_within_a_save_tears_nothing(
+    runs: Runs, keys: list[str], finishes: Callable[[Path], None], tmp_path: Path, count: Callable[[str], None]
+) -> None:
+    saving = [
+        row["number"]
+        for row in operations_of_a_run(runs, keys, tmp_path)
+        if row["path"].startswith(("checkpoints/.writing-step-000004", "checkpoints/step-000004"))
+    ]
+    assert len(saving) > 10
+    for number in saving:
+        output = tmp_path / f"twice-{number}"
+        fault = {"signal": number, "signum": int(signal.SIGTERM), "twice": True}
+        assert runs.run(keys, output, fault) == 143
+        assert "SIGTERM again: stopped at once" in Path(f"{output}.err").read_text("utf-8")
+        kept = list_checkpoints(output / "checkpoints")
+        assert kept
+        assert all(damage_of(path) is None for path in kept)
+        finishes(output)
+    count(f"a second SIGTERM at each of {len(saving)} operations of a save: lost: 0")

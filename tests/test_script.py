@@ -1,0 +1,234 @@
+"""A script ends with a message and a status, its output arrives whatever reads it, and signals find it ready."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from minilora.errors import UserError
+from minilora.script import Interrupted, run_script, safe_points
+
+TEXT = "负面 é 😀"
+HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
+HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, run_script, safe_points\n"
+
+no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
+
+
+def program(body: str) -> list[str]:
+    """A command that runs `body` as the main of a script."""
+    lines = "\n    ".join(["def main():", *body.splitlines()])
+    return [sys.executable, "-c", f"{HEAD}{lines}\nrun_script(main)\n"]
+
+
+def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`body` as the main of a script, in a process of its own; what it printed is read as ASCII."""
+    return subprocess.run(
+        program(body), capture_output=True, encoding="ascii", env={**os.environ, **environment}, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("a.tsv: is empty; add rows"), 2, "error: a.tsv: is empty; add rows\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Interrupted(signal.SIGINT), 130, "stopped by SIGINT\n"),
+        (Interrupted(signal.SIGTERM, "stopped by SIGTERM: saved step 3"), 143, "stopped by SIGTERM: saved step 3\n"),
+    ],
+)
+def test_a_mistake_and_an_interruption_have_a_status_of_their_own(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_script_that_is_done_ends_without_a_status_and_handlers_are_what_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    during: list[object] = []
+    run_script(lambda: during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not set(during) & set(before)
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped_and_json_stays_json() -> None:
+    done = run(f"print(json.dumps({TEXT!r}, ensure_ascii=False))", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == TEXT
+
+
+def test_bytes_that_are_no_text_are_not_escaped_into_some() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        b"\xff".decode("utf-8", "json_escape")
+
+
+def test_a_message_that_the_terminal_cannot_show_is_escaped() -> None:
+    done = run(f"raise UserError({TEXT!r})", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert done.stderr.startswith(r"error: \u8d1f\u9762")
+
+
+@no_windows
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "on the way"])
+def test_a_reader_that_goes_ends_the_script_without_a_word(lines: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(program(f"print('x\\n' * {lines})"), stdout=writer, stderr=subprocess.PIPE, encoding="utf-8")
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@needs_full
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "on the way"])
+def test_an_output_that_is_full_is_said_and_once(lines: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            program(f"print('x\\n' * {lines})"), stdout=full, stderr=subprocess.PIPE, encoding="utf-8"
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: the output: cannot be read or written (No space left on device); make room or mend the disk\n"
+
+
+@needs_full
+def test_a_message_that_cannot_be_written_does_not_change_the_status() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(program("raise UserError('a')"), stderr=full, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_disk_error_is_a_message_with_the_file() -> None:
+    done = run("raise OSError(errno.ENOSPC, 'No space left on device', 'out/a.json')")
+    assert done.returncode == 2
+    assert done.stderr == "error: out/a.json: cannot be read or written (No space left on device); make room or mend the disk\n"
+
+
+def test_another_error_of_the_system_is_a_traceback() -> None:
+    done = run("open('no such file')")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "FileNotFoundError" in done.stderr
+
+    def main() -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    with pytest.raises(OSError, match="No such device"):
+        run_script(main)
+
+
+@no_windows
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_a_script_at_once(name: str, status: int) -> None:
+    done = run(f"os.kill(os.getpid(), signal.{name})\ntime.sleep(30)\nprint('not stopped')")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", f"stopped by {name}\n")
+
+
+@no_windows
+def test_a_signal_from_outside_ends_a_script_and_what_it_printed_is_there() -> None:
+    process = subprocess.Popen(
+        program("print('printed')\nos.write(2, b'begun\\n')\ntime.sleep(30)"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="ascii",
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("printed\n", "stopped by SIGTERM\n")
+    assert process.returncode == 143
+
+
+@no_windows
+def test_a_second_signal_does_not_wait_for_what_the_first_one_began() -> None:
+    done = run(
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n"
+        "finally:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)"
+    )
+    assert (done.returncode, done.stderr) == (143, "\nSIGTERM again: stopped at once\n")
+
+
+@no_windows
+def test_a_script_that_does_not_end_by_itself_is_ended() -> None:
+    done = run(
+        "script.GRACE_S = 0.1\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n"
+        "finally:\n    time.sleep(30)"
+    )
+    assert done.returncode == 143
+
+
+@no_windows
+def test_an_ignored_signal_stays_ignored() -> None:
+    body = "os.kill(os.getpid(), signal.SIGINT)\nwith safe_points() as check:\n"
+    body += "    os.kill(os.getpid(), signal.SIGINT)\n    check()\nprint('done')"
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *program(body)]
+    done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@no_windows
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_between_safe_points_a_signal_waits(name: str, status: int) -> None:
+    done = run(
+        f"with safe_points() as check:\n    check()\n    os.kill(os.getpid(), signal.{name})\n    print('waited')\n"
+        "    check()\n    print('not stopped')"
+    )
+    assert (done.returncode, done.stdout) == (status, "waited\n")
+    first, last = done.stderr.strip().split("\n")
+    assert first == f"{name}: stops after this micro-batch and saves; a second one stops at once"
+    assert last == f"stopped by {name}"
+
+
+@no_windows
+def test_a_signal_behind_the_last_safe_point_is_not_lost() -> None:
+    done = run(
+        "with safe_points() as check:\n    check()\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('waited')\n"
+        "print('not stopped')"
+    )
+    assert (done.returncode, done.stdout) == (143, "waited\n")
+    assert done.stderr.endswith("\nstopped by SIGTERM\n")
+
+
+@no_windows
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_between_safe_points_a_second_signal_ends_it_at_once(name: str, status: int) -> None:
+    done = run(
+        f"with safe_points() as check:\n    os.kill(os.getpid(), signal.{name})\n"
+        f"    os.kill(os.getpid(), signal.{name})\n    time.sleep(30)"
+    )
+    assert done.returncode == status
+    assert done.stderr.endswith(f"\n{name} again: stopped at once\n")
+    assert "stopped by" not in done.stderr
+
+
+@no_windows
+def test_an_error_between_safe_points_is_not_hidden_by_a_signal() -> None:
+    done = run("with safe_points() as check:\n    os.kill(os.getpid(), signal.SIGTERM)\n    raise UserError('no room')")
+    assert done.returncode == 2
+    assert done.stderr.endswith("\nerror: no room\n")
+
+
+def test_in_another_thread_there_are_no_signals_and_the_work_is_done() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with safe_points() as check:
+            check()
+            done.append("safe points")
+        run_script(lambda: done.append("script"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["safe points", "script"]
