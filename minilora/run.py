@@ -125,10 +125,13 @@ class Origin:
 def current_origin(config: Config, model_folder: Path) -> Origin:
     """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
     data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
-    model = sorted([model_folder / "config.json", model_folder / "tokenizer.json", *model_folder.glob("*.safetensors")])
-    return Origin(
-        config.to_dict(), {path.name: sha256(path) for path in data}, {path.name: sha256(path) for path in model}
-    )
+    return Origin(config.to_dict(), {path.name: sha256(path) for path in data}, model_digests(model_folder))
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that make a base model what it is, by name."""
+    names = ("config.json", "tokenizer.json")
+    return {path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])}
 
 
 def read_origin(folder: Path) -> Origin:

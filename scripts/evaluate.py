@@ -34,7 +34,7 @@ from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import ENCODINGS, read_rows
-from minilora.run import read_saved_config
+from minilora.run import model_digests, read_saved_config
 from minilora.script import run_script
 from minilora.tensorfile import read_json
 
@@ -75,6 +75,7 @@ def main() -> None:
     if arguments.output_dir is not None:
         make_folder(arguments.output_dir, "--output_dir")
     model_folder = fetch_model(config.model.name_or_path, config.model.revision)
+    refuse_another_base(arguments.model_path, model_folder, arguments.base is not None)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     if arguments.data is None:
         data = Path(config.data.dir) / "test.jsonl"
@@ -135,12 +136,35 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
     return config
 
 
-def warn_of_another_test_set(model_path: Path, data: Path) -> None:
-    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
+    """SHA-256 by file name of the "data" or "model" that the adapter's run was made from, None where it is unknown."""
     known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
     content = read_json(known[0]) if known else None
-    digests = content.get("data_sha256") if isinstance(content, dict) else None
-    if isinstance(digests, dict) and digests.get(data.name) != sha256(data):
+    digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
+    return digests if isinstance(digests, dict) else None
+
+
+def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:
+    """Says that a base model is not the one that the adapter was trained on, where its run is known.
+
+    Raises:
+        UserError: it is not, and nobody asked for it with --base.
+    """
+    before = run_digests(model_path, "model")
+    now = model_digests(model_folder) if before is not None else {}
+    changed = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
+    if not changed:
+        return
+    problem = f"{model_path}: was trained on another base model than {model_folder} (SHA-256 of {', '.join(changed)})"
+    if not is_asked_for:
+        raise UserError(f"{problem}; name its own with --base, or this one to have it scored all the same")
+    print(f"warning: {problem}", file=sys.stderr)
+
+
+def warn_of_another_test_set(model_path: Path, data: Path) -> None:
+    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+    digests = run_digests(model_path, "data")
+    if digests is not None and digests.get(data.name) != sha256(data):
         print(
             f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
             "was trained on may be in it",

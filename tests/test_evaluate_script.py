@@ -133,6 +133,25 @@ def test_a_test_set_that_is_not_the_runs_own_is_warned_of(
         assert (warning in capsys.readouterr().err) == is_another
 
 
+def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
+    final: Path,
+    script: ModuleType,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tiny_checkpoint(seed=1)
+    message = f"{final}: was trained on another base model than {other} (SHA-256 of model.safetensors)"
+    command = ["evaluate.py", "--model_path", str(final)]
+    monkeypatch.setattr(sys, "argv", [*command, f"model.name_or_path={other}"])
+    with pytest.raises(UserError) as caught:
+        script.main()
+    assert str(caught.value).startswith(f"{message}; name its own with --base, or this one")
+    monkeypatch.setattr(sys, "argv", [*command, "--base", str(other)])
+    script.main()
+    assert f"warning: {message}\n" in capsys.readouterr().err
+
+
 def test_where_no_run_is_known_there_is_nothing_to_warn_of(
     final: Path, script: ModuleType, processed_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from minilora.errors import UserError
 from minilora.script import Interrupted, run_script, safe_points
 
 TEXT = "负面 é 😀"
+FULL = "cannot be read or written (No space left on device); make room or mend the disk"
 HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
 HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, run_script, safe_points\n"
 
@@ -99,7 +100,7 @@ def test_an_output_that_is_full_is_said_and_once(lines: int) -> None:
             program(f"print('x\\n' * {lines})"), stdout=full, stderr=subprocess.PIPE, encoding="utf-8"
         )
     assert done.returncode == 2
-    assert done.stderr == "error: the output: cannot be read or written (No space left on device); make room or mend the disk\n"
+    assert done.stderr == f"error: the output: {FULL}\n"
 
 
 @needs_full
@@ -112,7 +113,7 @@ def test_a_message_that_cannot_be_written_does_not_change_the_status() -> None:
 def test_a_disk_error_is_a_message_with_the_file() -> None:
     done = run("raise OSError(errno.ENOSPC, 'No space left on device', 'out/a.json')")
     assert done.returncode == 2
-    assert done.stderr == "error: out/a.json: cannot be read or written (No space left on device); make room or mend the disk\n"
+    assert done.stderr == f"error: out/a.json: {FULL}\n"
 
 
 def test_another_error_of_the_system_is_a_traceback() -> None:
