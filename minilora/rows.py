@@ -160,8 +160,7 @@ def _read_text(path: Path, encoding: str = "utf-8") -> str:
 def _guess_encoding(content: bytes) -> str | None:
     """What a file that is not UTF-8 was probably written in: a mark says UTF-16, Chinese text GB18030.
 
-    Almost any bytes are valid GB18030, so most of what it makes of them has to be common Chinese characters, which are
-    two bytes above 0xA0 each there (GB2312).
+    Almost any bytes are valid GB18030, so nearly all that it makes of them has to be Chinese characters and punctuation.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
@@ -170,7 +169,8 @@ def _guess_encoding(content: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     foreign = [character for character in text if character > "\x7f"]
-    common = sum("\u4e00" <= c <= "\u9fff" or "\u3000" <= c <= "\u303f" or "\uff00" <= c <= "\uffef" for c in foreign)
+    usual = (("\u4e00", "\u9fff"), ("\u2010", "\u2027"), ("\u3000", "\u303f"), ("\uff00", "\uffef"))
+    common = sum(any(first <= character <= last for first, last in usual) for character in foreign)
     return "gb18030" if common > 0.9 * len(foreign) else None
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from huggingface_hub.utils import filter_repo_objects
 from minilora import hub as hub_module
 from minilora.errors import UserError
 from minilora.hub import MODEL_FILES, downloaded_files, fetch_dataset, fetch_model
+from minilora.script import GRACE_S
 
 COMMIT = "0" * 39 + "1"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "download_data.py"
@@ -267,6 +269,7 @@ class Hub(BaseHTTPRequestHandler):
     mode = "fine"
     tokens: ClassVar[set[str | None]] = set()
     damaged: ClassVar[set[bytes]] = set()
+    asked, go_on = threading.Event(), threading.Event()
     files: ClassVar = {f"data/{name}-00000-of-00001.parquet": name.encode() for name in ("train", "validation", "test")}
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -292,6 +295,9 @@ class Hub(BaseHTTPRequestHandler):
         elif "/resolve/" in path:
             content = self.files[path.partition(f"/resolve/{COMMIT}/")[2]]
             etag = self.digest(content)
+            if Hub.mode == "hangs" and self.command != "HEAD":
+                Hub.asked.set()
+                Hub.go_on.wait(60)
             if Hub.mode.startswith("damages ") and self.command != "HEAD" and content in Hub.damaged:
                 if Hub.mode == "damages once":
                     Hub.damaged.remove(content)
@@ -332,8 +338,8 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def download(endpoint: str, folder: Path, output: str = "out", **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {
+def download_environment(endpoint: str, folder: Path, **variables: str) -> dict[str, str]:
+    return {
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(folder / "home"),
@@ -343,6 +349,10 @@ def download(endpoint: str, folder: Path, output: str = "out", **variables: str)
         "PYTHONIOENCODING": "utf-8",
         **variables,
     }
+
+
+def download(endpoint: str, folder: Path, output: str = "out", **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = download_environment(endpoint, folder, **variables)
     command = [sys.executable, SCRIPT, "--output", folder / output, "--repo", "some/reviews"]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=120)
 
@@ -385,6 +395,29 @@ def test_what_a_hub_answers_becomes_one_message(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_signal_ends_a_download_that_hangs(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hub, "mode", "hangs")
+    Hub.asked.clear()
+    Hub.go_on.clear()
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--output", tmp_path / "out", "--repo", "some/reviews"],
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=download_environment(hub, tmp_path),
+    )
+    assert Hub.asked.wait(60)
+    process.terminate()
+    try:
+        _, errors = process.communicate(timeout=GRACE_S + 5)
+    finally:
+        Hub.go_on.set()
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"train", b"test"], ids=["large", "small"])

