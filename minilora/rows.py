@@ -160,7 +160,7 @@ def _read_text(path: Path, encoding: str = "utf-8") -> str:
 def _guess_encoding(content: bytes) -> str | None:
     """What a file that is not UTF-8 was probably written in: a mark says UTF-16, Chinese text GB18030.
 
-    Almost any bytes are valid GB18030, so nearly all that it makes of them has to be Chinese characters and punctuation.
+    Almost any bytes are valid GB18030, so nearly all that it makes of them has to be Chinese text and punctuation.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
