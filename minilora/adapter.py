@@ -25,10 +25,10 @@ from safetensors.torch import save
 
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
-from minilora.files import MANIFEST, json_bytes, verify_folder, write_file
+from minilora.files import MANIFEST, json_bytes, read_json, read_manifest, verify_folder, write_file
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
-from minilora.tensorfile import read_header, read_json, read_tensor
+from minilora.tensorfile import read_header, read_tensor
 
 KEY_PREFIX = "base_model.model."
 # Keys that never change what an adapter does; layers_pattern and ensure_weight_tying need others, which are refused.
@@ -71,7 +71,7 @@ class AdapterConfig:
     """
 
     r: int = field(metadata=limits(minimum=1, maximum=65_536))
-    lora_alpha: float
+    lora_alpha: float = field(metadata=limits(above=0, maximum=1e6))
     lora_dropout: float = field(metadata=limits(minimum=0, maximum=1))
     target_modules: str | tuple[str, ...]
     use_rslora: bool
@@ -209,9 +209,19 @@ def load_adapter(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False)
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     config = read_adapter_config(folder)
+    path, tensors = _read_adapter_tensors(folder, allow_bin)
     attach_adapter(model, config)
-    load_adapter_weights(model, folder, allow_bin)
+    _fill(model, path, tensors)
     return config
+
+
+def damage_of_adapter(folder: Path) -> str | None:
+    """What is wrong with an adapter's folder by its manifest, None if nothing is. A README.md may be edited."""
+    try:
+        names = [name for name in read_manifest(folder)["files"] if name != "README.md"]
+    except UserError as error:
+        return str(error)
+    return verify_folder(folder, names)
 
 
 def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False) -> None:
@@ -226,7 +236,11 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool 
     Raises:
         UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
-    path, tensors = _read_adapter_tensors(folder, allow_bin)
+    _fill(model, *_read_adapter_tensors(folder, allow_bin))
+
+
+def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts the tensors that `path` held into the LoRA layers, all of them or none."""
     slots = {
         f"{KEY_PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
         for name, layer in iter_lora_layers(model)
@@ -268,7 +282,7 @@ def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str
             )
         path = binary
     if (folder / MANIFEST).is_file():
-        problem = verify_folder(folder, ("adapter_config.json", path.name))
+        problem = damage_of_adapter(folder)
         if problem is not None:
             raise UserError(f"{folder}: is damaged ({problem}); take another copy of it")
     if path != binary:

@@ -79,11 +79,14 @@ def load_through_cache(
             cache.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(cache, "model.quantized_cache"))
             recover_folders(cache)
-            if copy.exists():
+            problem = _problem_of(copy, key)  # another process may have made it since
+            if problem is not None and copy.exists():
                 print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
         except (OSError, UserError) as error:
             _say_unused(cache, error)
             return load_model(folder, *settings)
+        if problem is None:
+            return load_model(copy, *settings)
         model = load_model(folder, *settings)
         try:
             _write(model, folder, copy, {"key": key, "made_from": made_from})

@@ -28,10 +28,10 @@ from safetensors.torch import save
 from minilora import __version__
 from minilora.adapter import AdapterConfig, adapter_files, load_adapter_weights
 from minilora.errors import UserError
-from minilora.files import explained, json_bytes, read_manifest, remove, verify_folder, write_folder
+from minilora.files import WRITING, explained, json_bytes, read_json, read_manifest, remove, verify_folder, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer
-from minilora.tensorfile import read_header, read_json, read_tensor
+from minilora.tensorfile import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -44,6 +44,7 @@ class RunState:
         step: optimizer steps done.
         samples_seen: training examples done, over all epochs: the position in the data.
         unfinished_row: log row of a step whose validation was interrupted and is still to be done, None otherwise.
+        validated_step: step of the last validation, 0 before the first.
         best_step: step of the best validation so far, 0 before the first.
         best_metric: its value.
         evals_without_improvement: validations since then, for early stopping.
@@ -53,12 +54,14 @@ class RunState:
         data_sha256: of the split files, by name.
         model_sha256: of the base model's files, by name.
         scaler: state of the float16 loss scale, empty otherwise.
+        machine: device, dtype, threads and library versions that it was computed with.
         config: the resolved configuration.
     """
 
     step: int
     samples_seen: int
     unfinished_row: dict[str, Any] | None
+    validated_step: int
     best_step: int
     best_metric: float | None
     evals_without_improvement: int
@@ -68,15 +71,19 @@ class RunState:
     data_sha256: dict[str, str]
     model_sha256: dict[str, str]
     scaler: dict[str, Any]
+    machine: dict[str, Any]
     config: dict[str, Any]
 
 
-def new_state(config: dict[str, Any], data_sha256: dict[str, str], model_sha256: dict[str, str]) -> RunState:
+def new_state(
+    config: dict[str, Any], data_sha256: dict[str, str], model_sha256: dict[str, str], machine: dict[str, Any]
+) -> RunState:
     """The state of a run that has not begun."""
     return RunState(
         step=0,
         samples_seen=0,
         unfinished_row=None,
+        validated_step=0,
         best_step=0,
         best_metric=None,
         evals_without_improvement=0,
@@ -86,6 +93,7 @@ def new_state(config: dict[str, Any], data_sha256: dict[str, str], model_sha256:
         data_sha256=data_sha256,
         model_sha256=model_sha256,
         scaler={},
+        machine=machine,
         config=config,
     )
 
@@ -182,5 +190,8 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
             kept.add(directory / f"step-{read_state(path).best_step:06d}")
     for path in checkpoints:
         if path not in kept:
+            going = path.with_name(WRITING + path.name)  # a half-removed one must not bear a checkpoint's name
             with explained(path):
-                remove(path)
+                remove(going)
+                path.rename(going)
+                remove(going)

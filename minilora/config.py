@@ -51,7 +51,7 @@ class ModelSection:
 @dataclass(frozen=True)
 class LoraSection:
     r: int = key(8, "rank of the adapter", minimum=1)
-    alpha: float = key(16, "the adapter's product is scaled by alpha / r", above=0)
+    alpha: float = key(16, "the adapter's product is scaled by alpha / r", above=0, maximum=1e6)
     dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.9)
     target_modules: str | list[str] = key(
         "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
@@ -183,6 +183,12 @@ class _StrictLoader(yaml.SafeLoader):
 
     SafeLoader's own ValueErrors and the like (a month 13) say neither line nor value.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for gigabytes
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor} is not read", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

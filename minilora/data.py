@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.files import sha256
+from minilora.files import WRITING, explained, lock_folder, make_folder, read_json, sha256, sync, write_file
 from minilora.rows import Row, read_demo_rows, read_rows
 
 SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training
@@ -289,8 +289,9 @@ def _length_quantiles(rows: Sequence[Row]) -> dict[str, int]:
 def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: dict[str, Any]) -> None:
     """Writes each split as JSONL, and data_report.json with their SHA-256; no file is ever half there.
 
-    All is written under temporary names before the first file is replaced: a full disk leaves the old splits together,
-    and a new training file never stands beside an old test file that it leaks into.
+    All is written and synced under temporary names before the first file is replaced: a full disk leaves the old splits
+    together. The report comes last, and `recover_splits` ends the replacing after a kill: a new training file never
+    stays beside an old test file that it leaks into.
 
     Raises:
         UserError: the folder cannot be written.
@@ -298,14 +299,37 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
     contents = {f"{name}.jsonl": _encode_rows(rows) for name, rows in splits.items()}
     report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     contents["data_report.json"] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory, "folder for the data")
+    with lock_folder(directory, "folder for the data"):
         for name, content in contents.items():
-            (directory / f".writing-{name}").write_bytes(content)
-        for name in contents:
-            (directory / f".writing-{name}").replace(directory / name)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another folder") from None
+            write_file(directory / f"{WRITING}{name}", content)
+        with explained(directory):
+            for name in contents:
+                (directory / f"{WRITING}{name}").replace(directory / name)
+            sync(directory)
+
+
+def recover_splits(directory: Path) -> None:
+    """Ends what a killed `write_splits` left: with all of it written, the new files take their places, else they go.
+
+    Raises:
+        UserError: another process is writing there, or the folder cannot be written.
+    """
+    if not any(directory.glob(f"{WRITING}*")):
+        return
+    with lock_folder(directory, "folder for the data"), explained(directory):
+        try:
+            digests = dict(read_json(directory / f"{WRITING}data_report.json")["sha256_out"])
+        except (UserError, KeyError, TypeError, ValueError):
+            digests = {}
+        places = {name: directory / f"{WRITING}{name}" for name in (*digests, "data_report.json")}
+        written = {name: path if path.is_file() else directory / name for name, path in places.items()}
+        if digests and all(written[name].is_file() and sha256(written[name]) == digests[name] for name in digests):
+            for name, path in written.items():
+                path.replace(directory / name)
+            sync(directory)
+        for leftover in directory.glob(f"{WRITING}*"):
+            leftover.unlink()
 
 
 def _encode_rows(rows: Sequence[Row]) -> bytes:

@@ -28,6 +28,9 @@ def coerce(value: Any, item: "dataclasses.Field[Any]") -> Any:
         ValueError: with what was expected.
     """
     coerced = _as_type(value, item.type)
+    for text in [coerced] if isinstance(coerced, str) else coerced if isinstance(coerced, list) else []:
+        if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError("text without a zero character or half a character")
     if isinstance(coerced, int | float) and not isinstance(coerced, bool):
         minimum, maximum, above = (item.metadata.get(name) for name in ("minimum", "maximum", "above"))
         if minimum is not None and coerced < minimum:

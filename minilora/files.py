@@ -52,19 +52,59 @@ def sha256(path: Path) -> str:
     Raises:
         UserError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return _sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def json_bytes(content: Any) -> bytes:
-    """Pretty JSON with sorted keys: equal content, equal bytes."""
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """Pretty JSON with sorted keys: equal content, equal bytes. ValueError for NaN, which JSON has not."""
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return parse_json(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); write or download it again") from None
+
+
+def parse_json(text: str) -> Any:
+    """JSON without Python's liberties: no NaN, no key twice; ValueError otherwise."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in content:
+                raise ValueError(f"{name!r} occurs twice")
+            content[name] = value
+        return content
+
+    return json.loads(
+        text,
+        parse_constant=refuse,
+        parse_int=lambda digits: -0.0 if digits == "-0" else int(digits),  # JSON has no integer -0, Python has
+        object_pairs_hook=unique,
+    )
 
 
 def make_folder(folder: Path, key: str) -> None:
@@ -78,7 +118,10 @@ def make_folder(folder: Path, key: str) -> None:
         UserError: it is not a folder, or nothing can be written there.
     """
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:  # a loss of power must not take the folder with all that was saved in it
+            sync(path.parent)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -150,7 +193,7 @@ def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> No
     entries = {}
     with explained(temporary):
         for path in sorted(temporary.iterdir()):
-            _sync(path)
+            sync(path)
             entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_file(temporary / MANIFEST, _render_manifest(facts, entries))
     _put_in_place(temporary, target)
@@ -159,7 +202,7 @@ def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> No
 def _put_in_place(temporary: Path, target: Path) -> None:
     replaced = target.with_name(REPLACED + target.name)
     with explained(target):
-        _sync(temporary)
+        sync(temporary)
         if target.exists() or target.is_symlink():
             remove(replaced)
             target.rename(replaced)
@@ -169,7 +212,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             if replaced.exists():
                 replaced.rename(target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
     problem = verify_folder(target)
     if problem is not None:
         with explained(target):
@@ -218,23 +261,35 @@ def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | Non
     Args:
         folder: what is not in the manifest is ignored.
         names: files to verify; all by default.
+
+    Raises:
+        StorageError: a file is there and may not be read, which says nothing about what it holds.
     """
     try:
         entries = read_manifest(folder)["files"]
-        for name in entries if names is None else names:
-            path = folder / name
-            if name not in entries:
-                return f"{name} is not in its manifest"
-            if not path.is_file():
-                return f"{name} is missing"
-            size, expected = path.stat().st_size, entries[name]
-            if size != expected["size"]:
-                return f"{name} has {size} bytes, expected {expected['size']}"
-            found = sha256(path)
-            if found != expected["sha256"]:
-                return f"{name} has SHA-256 {found}, expected {expected['sha256']}"
-    except (UserError, OSError) as error:
+    except StorageError:
+        raise
+    except UserError as error:
         return str(error)
+    for name in entries if names is None else names:
+        path = folder / name
+        if name not in entries:
+            return f"{name} is not in its manifest"
+        if not path.is_file():
+            return f"{name} is missing"
+        expected = entries[name]
+        try:
+            size, found = path.stat().st_size, _sha256(path)
+        except OSError as error:
+            if error.errno == errno.EIO:  # the disk has lost it
+                return f"{name} cannot be read ({error.strerror})"
+            raise StorageError(
+                f"{path}: cannot be read ({error.strerror}); check the rights and run it again"
+            ) from None
+        if size != expected["size"]:
+            return f"{name} has {size} bytes, expected {expected['size']}"
+        if found != expected["sha256"]:
+            return f"{name} has SHA-256 {found}, expected {expected['sha256']}"
     return None
 
 
@@ -252,14 +307,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: is missing, so the folder was not written to its end, or not by this version"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        kind = UserError if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR) else StorageError
+        raise kind(f"{path}: cannot be read ({error.strerror}); check the rights and run it again") from None
     try:
         content = json.loads(text)
-        if text == _render_manifest(content["facts"], content["files"]):
+        if text == _render_manifest(content["facts"], content["files"]) and all(
+            map(_is_entry, content["files"].items())
+        ):
             return dict(content)
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise UserError(f"{path}: is damaged")
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    """Whether a manifest's entry names a file of its own folder, with size and hash."""
+    name, entry = item
+    return Path(name).name == name and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
 
 
 def _render_manifest(facts: Mapping[str, Any], entries: Mapping[str, Any]) -> bytes:
@@ -327,7 +391,7 @@ def explained(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder; its rename is durable with the journal

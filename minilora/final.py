@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minilora.adapter import adapter_files, load_adapter_weights
+from minilora.adapter import adapter_files, damage_of_adapter, load_adapter_weights
 from minilora.build import adapter_config
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import explained, json_bytes, verify_folder, write_folder
+from minilora.files import json_bytes, write_folder
 from minilora.lora import lora_parameters
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
@@ -35,7 +35,7 @@ FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype
 
 def check_finished(final: Path, config: Config, model_folder: Path) -> None:
     """Raises UserError where a finished run is not the one that is asked for, or not as it was written."""
-    problem = verify_folder(final, ("adapter_config.json", "training_args.json", "metrics.json"))
+    problem = damage_of_adapter(final)
     if problem is not None:
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
@@ -80,8 +80,11 @@ def finish(run: Run, final: Path) -> Path:
         yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()
 
     write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
-    with explained(run.directory / "loss.png"):
+    try:
         plot = plot_metrics(run.directory)
+    except OSError as error:  # the run is done, and the numbers are in metrics.jsonl
+        plot = None
+        print(f"note: {run.directory / 'loss.png'} cannot be written ({error.strerror})", file=sys.stderr)
     if after is not None:
         print(f"test after training:  {in_words(after)}")
     print(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))

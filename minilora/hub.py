@@ -144,18 +144,16 @@ def _download(kind: str, name: str, revision: str | None, allow_patterns: list[s
     # httpx's or requests', by the version of huggingface-hub: a broken connection raises it as it is.
     client_error: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
 
-    def download() -> Path:
-        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
-
     try:
-        snapshot = download()
+        snapshot = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
         damaged = _damaged_files(snapshot)
         if damaged:
-            for path, _, _ in damaged:
-                print(f"{path}: is not what the hub has, its hash differs; downloads it once more", file=sys.stderr)
-                path.resolve().unlink()
-                path.unlink()
-            snapshot = download()
+            names = [path.relative_to(snapshot).as_posix() for path, _, _ in damaged]
+            print(
+                f"{snapshot}: {', '.join(names)}: not what the hub has, the hash differs; downloads it once more",
+                file=sys.stderr,
+            )
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=names, force_download=True)
             damaged = _damaged_files(snapshot)
         if damaged:
             path, found, expected = damaged[0]
@@ -190,7 +188,8 @@ def _damaged_files(snapshot: Path) -> list[tuple[Path, str, str]]:
     """Files of a downloaded snapshot that are not what the hub has: path, hash found, hash expected."""
     damaged = []
     for path in sorted(snapshot.rglob("*")):
-        expected = path.resolve().name if path.is_symlink() and path.is_file() else ""
+        # One hop, not all: a blob may in turn be a link into a store that all repositories share (hf-xet).
+        expected = path.readlink().name if path.is_symlink() and path.is_file() else ""
         if re.fullmatch(r"[0-9a-f]{64}", expected):
             found = sha256(path)
         elif re.fullmatch(r"[0-9a-f]{40}", expected):

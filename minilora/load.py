@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from minilora.errors import UserError
+from minilora.files import read_json
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.quantized import QuantizedEntry, split_entries
-from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_json, read_tensor
+from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor
 
 
 def read_config(folder: Path) -> Qwen2Config:

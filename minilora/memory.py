@@ -120,7 +120,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("not enough memory", "can't allocate memory", "std::bad_alloc")
+        words in str(error)
+        for words in ("not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive")
     )
 
 

@@ -45,10 +45,11 @@ from minilora.recompute import run_twice
 class Qwen2Config:
     """The fields of config.json that the model reads, under their own names."""
 
-    vocab_size: int = field(metadata=limits(minimum=1))
-    hidden_size: int = field(metadata=limits(minimum=1))
-    intermediate_size: int = field(metadata=limits(minimum=1))
-    num_hidden_layers: int = field(metadata=limits(minimum=1))
+    # The upper limits are a hundred times the largest Qwen2.5: a mistyped size is named, and takes no memory first.
+    vocab_size: int = field(metadata=limits(minimum=1, maximum=10_000_000))
+    hidden_size: int = field(metadata=limits(minimum=1, maximum=1_000_000))
+    intermediate_size: int = field(metadata=limits(minimum=1, maximum=3_000_000))
+    num_hidden_layers: int = field(metadata=limits(minimum=1, maximum=8_000))
     num_attention_heads: int = field(metadata=limits(minimum=1))
     num_key_value_heads: int = field(metadata=limits(minimum=1))
     rms_norm_eps: float = field(metadata=limits(above=0))

@@ -92,7 +92,7 @@ class ChatTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids in use, the control tokens included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""

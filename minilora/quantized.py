@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import save_file
 
 from minilora.errors import UserError
+from minilora.files import read_json
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
-from minilora.tensorfile import TensorEntry, dtype_name, read_json, read_tensor
+from minilora.tensorfile import TensorEntry, dtype_name, read_tensor
 
 STATE_NAME = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights

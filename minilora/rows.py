@@ -148,9 +148,7 @@ def _read_text(path: Path, encoding: str = "utf-8") -> str:
     except UnicodeDecodeError as error:
         name = {"utf-8": "UTF-8", "gb18030": "GB18030", "utf-16": "UTF-16"}[encoding]
         guess = _guess_encoding(content) if encoding == "utf-8" else None
-        otherwise = (
-            f"it looks like {guess}: give --encoding {guess} to scripts/preprocess_data.py, or " if guess else ""
-        )
+        otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
         raise UserError(f"{path}: is not {name} (byte {error.start}); {otherwise}save it as UTF-8") from None
     if not text.strip():
         raise UserError(f"{path}: is empty; give a file with records")
@@ -257,7 +255,7 @@ def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: holds text that is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
     for number, record in enumerate(records, start=1):
         yield f"{path}:{number}", record

@@ -5,6 +5,7 @@ newest checkpoint says before anything is loaded: a continuation that differs wo
 old nor the new.
 """
 
+import importlib.metadata
 import math
 import re
 import sys
@@ -31,12 +32,15 @@ from minilora.checkpoint import RunState, damage_of, list_checkpoints, load_chec
 from minilora.config import Config, changed_keys
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.files import DAMAGED, explained, make_folder, set_aside, sha256
+from minilora.files import DAMAGED, explained, read_json, set_aside, sha256
 from minilora.lora import DropoutSeed, lora_parameters
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.tensorfile import dtype_name, read_json
+from minilora.tensorfile import dtype_name
+
+RUN_FILES = ("metrics.jsonl", "loss.png", "tensorboard", "checkpoints")
+RESTARTING = ".restarting"
 
 
 @dataclass
@@ -203,6 +207,36 @@ def _check_best(config: Config, directory: Path, state: RunState) -> None:
         )
 
 
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What else decides the bits of a run; `auto` in a configuration does not say it."""
+    versions = {}
+    for name in ("torch", "bitsandbytes"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return {"device": device.type, "dtype": dtype_name(dtype), "threads": torch.get_num_threads(), **versions}
+
+
+def _check_machine(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Says what has changed about the machine.
+
+    Raises:
+        UserError: another kind of device or another dtype, with which a run takes another course.
+    """
+    changes = {
+        name: f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    }
+    serious = [changes[name] for name in ("device", "dtype") if name in changes]
+    if serious:
+        raise UserError(
+            f"{directory}: its run was computed otherwise ({', '.join(serious)}); set model.device and "
+            "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
+        )
+    if changes:
+        print(f"note: {', '.join(changes.values())}; the rest may differ in the last bits", file=sys.stderr)
+
+
 def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin) -> Run:
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
 
@@ -217,6 +251,9 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     check_optimizer(config.train.optim)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
+    machine = describe_machine(device, dtype)
+    if checkpoint is not None:
+        _check_machine(read_state(checkpoint).machine, machine, directory)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
@@ -237,14 +274,15 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         config.train.optim,
     )
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-    state = new_state(origin.config, origin.data_sha256, origin.model_sha256)
+    state = new_state(origin.config, origin.data_sha256, origin.model_sha256, machine)
     if checkpoint is not None:
-        state = replace(load_checkpoint(checkpoint, model, optimizer), config=origin.config)
+        state = replace(load_checkpoint(checkpoint, model, optimizer), config=origin.config, machine=machine)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
         print(f"going on from {checkpoint}")
     run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
-    if state.step > run.total_steps:
+    is_validated = state.step == state.validated_step or state.unfinished_row is not None
+    if state.step > run.total_steps or (state.step == run.total_steps and not is_validated):
         raise UserError(
             f"{checkpoint}: has {state.step} steps behind it, the configuration asks for {run.total_steps}; raise "
             "train.num_train_epochs or train.max_steps, or begin anew with --restart"
@@ -259,23 +297,28 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     return run
 
 
-def set_run_aside(directory: Path) -> None:
-    """Moves an earlier run into `directory/previous-N`; nothing is deleted."""
-    names = ("checkpoints", "metrics.jsonl", "loss.png", "tensorboard")
-    checkpoints = directory / "checkpoints"
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
-    earlier = [directory / name for name in names if (directory / name).exists()]
-    if not earlier:
+def set_run_aside(directory: Path, restart: bool) -> None:
+    """Moves an earlier run into `directory/previous-N`; nothing is deleted.
+
+    It goes into a folder of another name first. One that is there was left by a restart that was killed, which is then
+    ended, whether a restart is asked for or not: half of a run is no run to go on from.
+    """
+    going = directory / RESTARTING
+    if not restart and not going.is_dir():
         return
+    earlier = [directory / name for name in RUN_FILES if (directory / name).exists()]
+    checkpoints = directory / "checkpoints"
+    if not going.is_dir() and earlier in ([], [checkpoints]) and not any(checkpoints.iterdir()):
+        return  # there is none
+    finished = list_checkpoints(checkpoints)
     taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
     target = directory / f"previous-{1 + max(taken, default=0)}"
-    make_folder(target, "train.output_dir")
-    finished = list_checkpoints(checkpoints)
-    for path in earlier:
-        with explained(target):
-            path.rename(target / path.name)
-    (directory / "checkpoints").mkdir()
+    with explained(target):
+        going.mkdir(exist_ok=True)
+        for path in earlier:
+            path.rename(going / path.name)
+        going.rename(target)
+        checkpoints.mkdir()
     print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
 
 
@@ -283,6 +326,11 @@ def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
     for name, split in splits.items():
         if not split.examples:
             raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
+        mute = [
+            row.where for row, found in zip(split.rows, split.examples, strict=True) if True not in found.supervised
+        ]
+        if mute:
+            raise UserError(f"{', '.join(mute[:8])}: {len(mute)} records without one token to learn; remove them")
     if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
 

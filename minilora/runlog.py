@@ -12,7 +12,6 @@ All of it but the last two of the first group, which are measurements of the mac
 run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minilora.errors import UserError
-from minilora.files import WRITING, explained, write_file
+from minilora.files import WRITING, explained, sync, write_file
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -39,14 +38,14 @@ class RunLog:
             step: steps that are done.
             report_to: "tensorboard" writes event files into `directory/tensorboard` as well.
         """
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(directory) if row["step"] <= step]
+        kept = [row for row in read_metrics(directory, step) if row["step"] <= step]
         rewritten = self._path.with_name(WRITING + self._path.name)
         write_file(rewritten, "".join(_line(row) for row in kept).encode())
         with explained(self._path):
             rewritten.replace(self._path)
-            self._file = self._path.open("a", encoding="utf-8", newline="\n")
+            sync(directory)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
         self._events = None
         if report_to == "tensorboard":
@@ -68,9 +67,10 @@ class RunLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a line, and makes it survive the end of this process."""
-        with explained(self._path):
-            self._file.write(_line(row))
-            self._file.flush()
+        line = _line(row).encode()
+        with explained(self._path, len(line)):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
         if self._events is not None:
             for name, value in row.items():
                 if name != "step" and value is not None:
@@ -79,7 +79,7 @@ class RunLog:
     def sync(self) -> None:
         """Makes the lines so far survive a loss of power, as the checkpoint does that is written next."""
         with explained(self._path):
-            os.fsync(self._file.fileno())
+            os.fsync(self._descriptor)
 
     def say(self, text: str) -> None:
         """A line of text above the progress bar."""
@@ -88,8 +88,7 @@ class RunLog:
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        with contextlib.suppress(OSError):  # every line was flushed, or its failure was raised already
-            self._file.close()
+        os.close(self._descriptor)
         if self._events is not None:
             self._events.close()
 
@@ -98,19 +97,23 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
 
 
-def check_log(directory: Path, report_to: str) -> None:
-    """Raises what `RunLog` would, without a run: before the first hour, not after it.
+def check_log(directory: Path, report_to: str, step: int) -> None:
+    """Raises what `RunLog` would at `step`, without a run: before the first hour, not after it.
 
     Raises:
         UserError: metrics.jsonl is not a log, or TensorBoard is not installed.
     """
-    read_metrics(directory)
+    read_metrics(directory, step)
     if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise UserError("train.report_to: tensorboard is not installed; pip install tensorboard, or use none")
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that was cut off in writing is left out.
+
+    Args:
+        directory: where it is.
+        step: where a checkpoint is: lines behind it are written again, whatever a loss of power made of them.
 
     Raises:
         UserError: another line is not a row, or the file cannot be read.
@@ -127,7 +130,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line.decode("utf-8"))
         except ValueError:
-            if number == len(lines):
+            if number == len(lines) or (step is not None and rows and rows[-1]["step"] >= step):
                 break
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):

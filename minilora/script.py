@@ -2,12 +2,13 @@
 
     0     done
     2     UserError: what is wrong and what to do, or a disk that is full
+    129   SIGHUP: the terminal was closed
     130   SIGINT (Ctrl-C)
     141   whoever read the output has enough and went, as `head` does
     143   SIGTERM
 
-A signal ends a script at once, or in a training run at the next safe point, where nothing is lost (`safe_points`). A
-second one does not wait for anything; what is being written is then left unfinished under its temporary name.
+A signal ends a script at once; in a training run it waits while weights change or something is written, a second or so
+(`SafePoints`). A second signal waits for nothing; what is being written is left unfinished under its temporary name.
 """
 
 import codecs
@@ -25,8 +26,14 @@ from types import FrameType
 from minilora.errors import UserError
 
 Handler = Callable[[int, FrameType | None], None]
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
 GRACE_S = 10.0  # SLURM, Kubernetes and torchrun kill 30 s after SIGTERM
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+# What a disk or a path may be to blame for; any other OSError is the program's.
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EFBIG", "ENAMETOOLONG", "ELOOP", "EACCES", "EPERM", "EMFILE")
+    if hasattr(errno, name)
+}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -35,6 +42,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int, text: str = ""):
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
+        self.is_explained = bool(text)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -43,14 +51,18 @@ def run_script(main: Callable[[], None]) -> None:
     Text that the terminal's encoding lacks is escaped, because a label that cannot be shown is no reason to lose a
     result.
     """
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes by itself
         sys.stdout.reconfigure(errors="json_escape")
     try:
         with _handling(_raise):
             try:
                 main()
-            finally:
-                sys.stdout.flush()  # here, not when the interpreter ends, where a closed pipe can no longer be caught
+            except BaseException:
+                with contextlib.suppress(OSError):  # the first reason counts
+                    sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # here, not when the interpreter ends, where a closed pipe can no longer be caught
     except UserError as error:
         _leave(2, f"error: {error}")
     except Interrupted as error:
@@ -65,13 +77,32 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         _discard_output()
         where = error.filename or "the output"
-        _leave(2, f"error: {where}: cannot be read or written ({error.strerror}); make room or mend the disk")
+        _leave(2, f"error: {where}: cannot be read or written ({error.strerror}); check path, room and rights")
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that was closed (`>&-`) leads nowhere from now on, lest the next file that is opened take its
+    number."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _leave(status: int, message: str) -> None:
     """Prints and ends; a standard error that cannot be written either does not change the status."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
     raise SystemExit(status) from None
 
 
@@ -80,32 +111,62 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def safe_points() -> Iterator[Callable[[], None]]:
-    """Within it a signal waits: call what you get wherever it is safe to stop; it raises `Interrupted` if one came."""
-    caught: list[int] = []
+class SafePoints:
+    """Makes signals wait while a run's state changes: a context manager around its loop.
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        if caught:
+    Within it a signal is noted. `check()` raises `Interrupted` if one came; so does, at once, the signal itself within
+    `anywhere()`, which stands around what may be thrown away at any moment: forward, backward, validation.
+    """
+
+    def __init__(self) -> None:
+        self._caught: int | None = None
+        self._is_anywhere = False
+        self._handling = _handling(self._note)
+
+    def __enter__(self) -> "SafePoints":
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._handling.__exit__(None, None, None)
+        if error is None:  # one that came behind the last check
+            self.check()
+
+    def check(self) -> None:
+        """A place where it is safe to stop."""
+        if self._caught is not None:
+            raise Interrupted(self._caught)
+
+    @contextlib.contextmanager
+    def anywhere(self) -> Iterator[None]:
+        """A stretch where it is safe to stop in the middle of anything."""
+        self._is_anywhere = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._is_anywhere = False
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._caught is not None:
             _exit_now(signum, frame)
-        caught.append(signum)
-        _write(f"\n{signal.Signals(signum).name}: stops after this micro-batch and saves; a second one stops at once\n")
-
-    def check() -> None:
-        if caught:
-            raise Interrupted(caught[0])
-
-    with _handling(note):
-        yield check
-        check()
+        self._caught = signum
+        _write(f"\n{signal.Signals(signum).name}: saves and stops; a second one stops at once\n")
+        if self._is_anywhere:
+            self.check()
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
     """Ends what is going on, and after GRACE_S the process, whatever its threads still wait for."""
-    timer = threading.Timer(GRACE_S, os._exit, (128 + signum,))
+
+    def give_up() -> None:
+        _write(f"\nstopped by {signal.Signals(signum).name}, without waiting for what does not end\n")
+        os._exit(128 + signum)
+
+    timer = threading.Timer(GRACE_S, give_up)
     timer.daemon = True
     timer.start()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         if signal.getsignal(number) == _raise:
             signal.signal(number, _exit_now)
     raise Interrupted(signum)
@@ -124,11 +185,11 @@ def _write(text: str) -> None:
 
 @contextlib.contextmanager
 def _handling(handler: Handler) -> Iterator[None]:
-    """Sets the handler of SIGINT and SIGTERM, but for those that are ignored, as `nohup` and shells ask for."""
+    """Sets the handler of SIGNALS, but for those that are ignored, as `nohup` and shells ask for."""
     if threading.current_thread() is not threading.main_thread():  # only there may they be set
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     chosen = [number for number, old in before.items() if old != signal.SIG_IGN]
     try:
         for number in chosen:

@@ -12,6 +12,7 @@ AdamW's moments for good. With float16 it is how the loss scale is found.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -51,7 +52,7 @@ def train_step(
     seed: int,
     step: int,
     scaler: torch.amp.GradScaler | None = None,
-    check_stop: Callable[[], None] = lambda: None,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepResult:
     """Moves the adapter by one optimizer step, or not at all.
 
@@ -65,18 +66,19 @@ def train_step(
         seed: of the run.
         step: number of this step, from 1.
         scaler: for float16, whose small gradients would become zero.
-        check_stop: called after each micro-batch; what it raises ends the step as if it had not begun.
+        interruptible: entered around the work that may be thrown away: an exception within it leaves weights and
+            moments as they were.
     """
     num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total = torch.zeros((), device=model.head_weight.device)
     try:
-        for index, batch in enumerate(micro_batches):
-            dropout_seed.set(seed, step, index)
-            nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
-            loss = nll / num_supervised
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            total += loss.detach()
-            check_stop()
+        with interruptible():
+            for index, batch in enumerate(micro_batches):
+                dropout_seed.set(seed, step, index)
+                nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
+                loss = nll / num_supervised
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                total += loss.detach()
 
         (group,) = optimizer.param_groups
         if scaler is not None:

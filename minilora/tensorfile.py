@@ -14,9 +14,7 @@ Source: https://huggingface.co/docs/safetensors, section Format, and safetensors
 pickled checkpoints, on purpose.
 """
 
-import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 from minilora.errors import UserError
+from minilora.files import parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,42 +55,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
-    try:
-        return _parse(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); write or download it again") from None
-
-
-def _parse(text: str) -> Any:
-    """JSON without Python's liberties: no NaN, no key twice; ValueError otherwise."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        content: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in content:
-                raise ValueError(f"{name!r} occurs twice")
-            content[name] = value
-        return content
-
-    return json.loads(
-        text,
-        parse_constant=refuse,
-        parse_int=lambda digits: -0.0 if digits == "-0" else int(digits),  # JSON has no integer -0, Python has
-        object_pairs_hook=unique,
-    )
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Names and places of the tensors of one safetensors file.
 
@@ -105,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):  # before anything so long is read
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = _parse(file.read(length).decode("utf-8"))
+            header = parse_json(file.read(length).decode("utf-8"))
         return _check_header(path, header, 8 + length, size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None

@@ -14,7 +14,6 @@ decides where it begins: nothing, a checkpoint to go on from, or a finished run 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,18 @@ from typing import Any
 import torch
 
 from minilora.build import adapter_config, choose_dtype
-from minilora.checkpoint import prune_checkpoints, save_checkpoint
+from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.files import StorageError, lock_folder, make_folder, recover_folders
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
-from minilora.lora import adapter_disabled
+from minilora.lora import adapter_disabled, lora_parameters
 from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at
 from minilora.plan import run_ledger
 from minilora.run import Run, current_origin, iter_micro_batches, open_run, set_run_aside, step_places
 from minilora.runlog import RunLog, check_log
-from minilora.script import Interrupted, safe_points
+from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
 
 
@@ -63,16 +62,23 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
 
     make_folder(directory / "checkpoints", "train.output_dir")
     with lock_folder(directory, "train.output_dir"):
+        if final.is_dir() and not restart:  # another process finished it while this one waited
+            return fit(config, model_folder)
+        set_run_aside(directory, restart)
         recover_folders(directory / "checkpoints")
-        if restart:
-            set_run_aside(directory)
-        check_log(directory, config.train.report_to)
+        steps = [int(path.name[5:]) for path in list_checkpoints(directory / "checkpoints")]
+        check_log(directory, config.train.report_to, max(steps, default=0))
         run = None
         process_bytes = peak_memory_bytes(torch.device("cpu"))
         try:
             run = open_run(config, directory, model_folder, current_origin(config, model_folder))
             _train(run)
             return finish(run, final)
+        except Interrupted as stop:
+            if stop.is_explained or run is None:
+                raise
+            text = f"{stop}; the newest checkpoint: {run.newest_checkpoint}; the same command goes on from there"
+            raise Interrupted(stop.signum, text) from None
         except StorageError as error:
             newest = "none" if run is None else run.newest_checkpoint
             raise StorageError(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error
@@ -94,17 +100,22 @@ def _train(run: Run) -> None:
     log = RunLog(run.directory, run.total_steps, done, run.config.train.report_to)
     saved = run.state
     try:
-        with safe_points() as check_stop:
+        with SafePoints() as safe_points:
             try:
                 while run.state.unfinished_row is not None or not (_is_at_the_end(run) or _has_stalled(run)):
-                    is_worth_saving = _advance(run, log, check_stop)
-                    if is_worth_saving:
+                    improved = _advance(run, log, safe_points)
+                    if improved or _has_stalled(run) or _is_save_due(run, saved.step):
                         _save(run, log)
                         saved = run.state
-                    check_stop()
-            except Interrupted as stop:
+                    safe_points.check()
+            except (
+                Interrupted,
+                OSError,
+            ) as stop:  # OSError: who read the output has gone, or the output's disk is full
                 if run.state is not saved:
                     _save(run, log)
+                if isinstance(stop, OSError):
+                    raise
                 step = run.state.step
                 where = f"saved step {step}; the same command goes on from there" if step else "nothing done"
                 raise Interrupted(stop.signum, f"{stop}: {where}") from None
@@ -114,28 +125,38 @@ def _train(run: Run) -> None:
         print(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
 
 
-def _advance(run: Run, log: RunLog, check_stop: Callable[[], None]) -> bool:
-    """One step, or the validation that is left of one, into the log; says whether to save now."""
+def _advance(run: Run, log: RunLog, safe_points: SafePoints) -> bool:
+    """One step, or the validation that is left of one, into the log; says whether it is the best so far."""
     row = run.state.unfinished_row
     must_validate = row is not None
     if row is None:
-        row = _take_step(run, run.state.step + 1, log, check_stop)
+        row = _take_step(run, run.state.step + 1, log, safe_points)
     improved = False
     if must_validate or _is_due(run, run.config.train.eval_steps):
         # A signal within the validation leaves a state that begins with it again.
         run.state = replace(run.state, unfinished_row=row)
-        improved = _validate(run, row, check_stop)
+        improved = _validate(run, row, safe_points)
     log.advance(row)
-    if row["step"] % run.config.train.logging_steps == 0 or "eval_loss" in row:
+    if row["step"] % run.config.train.logging_steps == 0 or "eval_loss" in row or "skipped" in row:
         log.write(row)
     if "eval_loss" in row:
         log.say(f"step {row['step']}: {in_words(row)}{'  best so far' if improved else ''}")
-    # While steps are skipped the weights are those of a checkpoint that is there, and which stays.
-    is_due = _is_due(run, run.config.train.save_steps) and not run.state.skipped_in_a_row
-    return improved or _has_stalled(run) or is_due
+    return improved
+
+
+def _is_save_due(run: Run, saved_step: int) -> bool:
+    """Whether `save_steps` have passed; after a skipped step the next good one is saved in its place."""
+    every, step = run.config.train.save_steps, run.state.step
+    return _is_at_the_end(run) or (step // every > saved_step // every and not run.state.skipped_in_a_row)
 
 
 def _save(run: Run, log: RunLog) -> None:
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
+        raise UserError(
+            f"step {run.state.step}: the adapter's weights are no longer numbers, so they are not saved; begin anew "
+            f"with --restart and a lower train.learning_rate (it is {run.config.train.learning_rate:g}). The newest "
+            f"checkpoint: {run.newest_checkpoint}"
+        )
     log.sync()
     save_checkpoint(run.checkpoints, run.model, adapter_config(run.config), run.optimizer, run.state)
     prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)
@@ -150,7 +171,10 @@ def _out_of_memory(config: Config, run: Run | None, process_bytes: int | None, e
             f"{config.model.name_or_path}: memory ran out while the model was loaded ({reason}); --dry-run says what "
             "it takes; choose a smaller model or model.quantization=nf4"
         )
-    knobs = [f"train.max_tokens_per_micro_batch={(rows or 640) // 2}", f"data.max_length={config.data.max_length // 2}"]
+    knobs = [
+        f"train.max_tokens_per_micro_batch={max((rows or 640) // 2, 16)}",
+        f"data.max_length={config.data.max_length // 2}",
+    ]
     if config.model.quantization == "none":
         knobs.append("model.quantization=nf4")
     if train.optim == "adamw_torch_fused" and config.lora.r >= 32:
@@ -166,7 +190,9 @@ def _out_of_memory(config: Config, run: Run | None, process_bytes: int | None, e
     folder, examples = run.prompt.tokenizer.folder, run.splits["train"].examples
     ledger = run_ledger(config, folder, examples, choose_dtype(config, run.device), process_bytes)
     now = (
-        f"set {', '.join(harmless)} and run it again, it goes on from {run.newest_checkpoint}; or " if harmless else ""
+        f"set {', '.join(harmless)} and run it again (newest checkpoint: {run.newest_checkpoint}); or "
+        if harmless
+        else ""
     )
     return (
         f"after step {run.state.step}: memory ran out ({reason}); {now}begin anew with --restart and, what helps most "
@@ -174,7 +200,7 @@ def _out_of_memory(config: Config, run: Run | None, process_bytes: int | None, e
     )
 
 
-def _take_step(run: Run, step: int, log: RunLog, check_stop: Callable[[], None]) -> dict[str, Any]:
+def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dict[str, Any]:
     """One optimizer step; returns the row for the log and moves the run's state on."""
     train = run.config.train
     started = time.perf_counter()
@@ -191,7 +217,7 @@ def _take_step(run: Run, step: int, log: RunLog, check_stop: Callable[[], None])
         train.seed,
         step,
         run.scaler,
-        check_stop,
+        safe_points.anywhere,
     )
     row: dict[str, Any] = {
         "step": step,
@@ -203,7 +229,9 @@ def _take_step(run: Run, step: int, log: RunLog, check_stop: Callable[[], None])
     }
     skipped, in_a_row = run.state.skipped_steps, 0
     if not result.updated:
-        skipped, in_a_row = skipped + 1, run.state.skipped_in_a_row + 1
+        # With float16 an overflow of the gradient alone is how the loss scale is found.
+        is_search = run.scaler is not None and math.isfinite(result.loss)
+        skipped, in_a_row = skipped + 1, run.state.skipped_in_a_row + (not is_search)
         rows = [run.splits["train"].rows[place].where for place in step_places(run, step)]
         row |= {"skipped": True, "rows": rows}
         log.say(
@@ -246,13 +274,14 @@ def _is_due(run: Run, every: int) -> bool:
     return run.state.step % every == 0 or _is_at_the_end(run)
 
 
-def _validate(run: Run, row: dict[str, Any], check_stop: Callable[[], None]) -> bool:
+def _validate(run: Run, row: dict[str, Any], safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `row`; says whether they are the best so far and keeps count of it."""
-    metrics = score_split(run, "validation", lambda _: check_stop())
+    with safe_points.anywhere():
+        metrics = score_split(run, "validation")
     row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)
-    run.state = replace(run.state, unfinished_row=None)
+    run.state = replace(run.state, unfinished_row=None, validated_step=row["step"])
     if improved:
         run.state = replace(run.state, best_step=row["step"], best_metric=value, evals_without_improvement=0)
     else:

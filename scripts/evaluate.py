@@ -4,6 +4,7 @@ Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --com
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from minilora.adapter import load_adapter, read_adapter_config
+from minilora.adapter import damage_of_adapter, load_adapter, read_adapter_config
 from minilora.build import (
     Examples,
     build_examples,
@@ -27,7 +28,7 @@ from minilora.build import (
 from minilora.config import Config, config_from_dict
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import make_folder, sha256
+from minilora.files import MANIFEST, WRITING, StorageError, make_folder, read_json, sha256, write_file
 from minilora.hub import fetch_model
 from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
@@ -36,7 +37,6 @@ from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import ENCODINGS, read_rows
 from minilora.run import model_digests, read_saved_config
 from minilora.script import run_script
-from minilora.tensorfile import read_json
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
 KEYS_READ = (
@@ -115,6 +115,9 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
     """
     if not model_path.is_dir():
         raise UserError(f"{model_path}: is not a folder; give the one that training wrote, as checkpoints/final")
+    problem = damage_of_adapter(model_path) if (model_path / MANIFEST).is_file() else None
+    if problem is not None:
+        raise UserError(f"{model_path}: is damaged ({problem}); take another copy of it")
     named = read_adapter_config(model_path)
     files = [path for name in ("training_args.json", "state.json") if (path := model_path / name).is_file()]
     content = read_saved_config(files[0]) if files else {}
@@ -252,14 +255,19 @@ def write_results(
         "predictions.jsonl": "".join(lines),
         "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
     }
-    for name, content in contents.items():
-        try:
-            (directory / name).write_text(content, "utf-8", newline="\n")
-        except OSError as error:
-            raise UserError(
-                f"{directory / name}: cannot be written ({error.strerror}); the figures stand above, for the file "
-                "choose another --output_dir"
-            ) from None
+    try:
+        for name, content in contents.items():
+            write_file(directory / f"{WRITING}{name}", content.encode())
+        for name in contents:
+            (directory / f"{WRITING}{name}").replace(directory / name)
+    except (StorageError, OSError) as error:
+        for name in contents:
+            with contextlib.suppress(OSError):
+                (directory / f"{WRITING}{name}").unlink()
+        raise UserError(
+            f"{directory}: the results cannot be written ({error}); the figures stand above, for the files choose "
+            "another --output_dir"
+        ) from None
 
 
 if __name__ == "__main__":

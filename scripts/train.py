@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.config import Config, describe_keys, load_config
-from minilora.data import SPLITS, prepare, prepare_demo
+from minilora.data import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
@@ -70,6 +70,7 @@ def has_data(config: Config) -> bool:
         UserError: only some are there.
     """
     directory = Path(config.data.dir)
+    recover_splits(directory)
     missing = [f"{split}.jsonl" for split in SPLITS if not (directory / f"{split}.jsonl").is_file()]
     if 0 < len(missing) < len(SPLITS):
         raise UserError(

@@ -6,6 +6,7 @@ Nothing here touches the network, and everything is made from fixed seeds.
 import json
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from minilora.load import load_model
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, and then in every child
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
+from minilora.files import read_json
 from minilora.load import load_model, read_config
 from minilora.nf4 import Linear4bit
-from minilora.tensorfile import read_checkpoint_entries, read_header, read_json, read_tensor
+from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
 
 CONFIG = {
     "model_type": "qwen2",

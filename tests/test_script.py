@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from minilora.errors import UserError
-from minilora.script import Interrupted, run_script, safe_points
+from minilora.script import Interrupted, SafePoints, run_script
 
 TEXT = "负面 é 😀"
-FULL = "cannot be read or written (No space left on device); make room or mend the disk"
+FULL = "cannot be read or written (No space left on device); check path, room and rights"
 HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
-HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, run_script, safe_points\n"
+HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, SafePoints, run_script\n"
 
 no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
@@ -171,8 +171,8 @@ def test_a_script_that_does_not_end_by_itself_is_ended() -> None:
 
 @no_windows
 def test_an_ignored_signal_stays_ignored() -> None:
-    body = "os.kill(os.getpid(), signal.SIGINT)\nwith safe_points() as check:\n"
-    body += "    os.kill(os.getpid(), signal.SIGINT)\n    check()\nprint('done')"
+    body = "os.kill(os.getpid(), signal.SIGINT)\nwith SafePoints() as points:\n"
+    body += "    os.kill(os.getpid(), signal.SIGINT)\n    points.check()\nprint('done')"
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *program(body)]
     done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
@@ -182,19 +182,21 @@ def test_an_ignored_signal_stays_ignored() -> None:
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_between_safe_points_a_signal_waits(name: str, status: int) -> None:
     done = run(
-        f"with safe_points() as check:\n    check()\n    os.kill(os.getpid(), signal.{name})\n    print('waited')\n"
-        "    check()\n    print('not stopped')"
+        "with SafePoints() as points:\n    points.check()\n"
+        f"    os.kill(os.getpid(), signal.{name})\n    print('waited')\n"
+        "    points.check()\n    print('not stopped')"
     )
     assert (done.returncode, done.stdout) == (status, "waited\n")
     first, last = done.stderr.strip().split("\n")
-    assert first == f"{name}: stops after this micro-batch and saves; a second one stops at once"
+    assert first == f"{name}: saves and stops; a second one stops at once"
     assert last == f"stopped by {name}"
 
 
 @no_windows
 def test_a_signal_behind_the_last_safe_point_is_not_lost() -> None:
     done = run(
-        "with safe_points() as check:\n    check()\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('waited')\n"
+        "with SafePoints() as points:\n    points.check()\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print('waited')\n"
         "print('not stopped')"
     )
     assert (done.returncode, done.stdout) == (143, "waited\n")
@@ -205,7 +207,7 @@ def test_a_signal_behind_the_last_safe_point_is_not_lost() -> None:
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_between_safe_points_a_second_signal_ends_it_at_once(name: str, status: int) -> None:
     done = run(
-        f"with safe_points() as check:\n    os.kill(os.getpid(), signal.{name})\n"
+        f"with SafePoints() as points:\n    os.kill(os.getpid(), signal.{name})\n"
         f"    os.kill(os.getpid(), signal.{name})\n    time.sleep(30)"
     )
     assert done.returncode == status
@@ -214,8 +216,28 @@ def test_between_safe_points_a_second_signal_ends_it_at_once(name: str, status: 
 
 
 @no_windows
+def test_where_all_may_be_thrown_away_a_signal_is_answered_at_once() -> None:
+    done = run(
+        "with SafePoints() as points:\n    with points.anywhere():\n        print('begun')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(30)"
+    )
+    assert (done.returncode, done.stdout) == (143, "begun\n")
+    assert done.stderr.endswith("\nstopped by SIGTERM\n")
+
+
+@no_windows
+def test_a_signal_from_before_is_answered_where_all_may_be_thrown_away() -> None:
+    done = run(
+        "with SafePoints() as points:\n    with points.anywhere():\n        pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    print('waited')\n"
+        "    with points.anywhere():\n        print('not stopped')"
+    )
+    assert (done.returncode, done.stdout) == (143, "waited\n")
+
+
+@no_windows
 def test_an_error_between_safe_points_is_not_hidden_by_a_signal() -> None:
-    done = run("with safe_points() as check:\n    os.kill(os.getpid(), signal.SIGTERM)\n    raise UserError('no room')")
+    done = run("with SafePoints() as points:\n    os.kill(os.getpid(), signal.SIGTERM)\n    raise UserError('no room')")
     assert done.returncode == 2
     assert done.stderr.endswith("\nerror: no room\n")
 
@@ -224,8 +246,8 @@ def test_in_another_thread_there_are_no_signals_and_the_work_is_done() -> None:
     done: list[str] = []
 
     def work() -> None:
-        with safe_points() as check:
-            check()
+        with SafePoints() as points:
+            points.check()
             done.append("safe points")
         run_script(lambda: done.append("script"))
 

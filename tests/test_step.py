@@ -1,6 +1,8 @@
 """One optimizer step does what its definition says, however it is cut."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from minilora import step as step_module
 from minilora.batch import pack
 from minilora.lora import DropoutSeed, attach, lora_parameters
-from minilora.loss import head_logits
+from minilora.loss import head_logits, next_token_nll
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
@@ -160,11 +162,17 @@ def test_one_gradient_that_is_no_number_changes_nothing(value: float) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int) -> None:
-    def check_stop() -> None:
+def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def interruptible() -> Iterator[None]:
+        entered.append(None)
+        yield
+
+    def loss(*arguments: Any) -> Any:
         calls.append(None)
         if len(calls) == number:
             raise KeyboardInterrupt
+        return next_token_nll(*arguments)
 
     model, dropout_seed = build(dropout=0.5)
     optimizer = build_optimizer(lora_parameters(model))
@@ -173,8 +181,12 @@ def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int) -> None:
     train_step(*arguments, 1)
     before = contents(model, optimizer)
     calls: list[None] = []
-    with pytest.raises(KeyboardInterrupt):
-        train_step(*arguments, 2, None, check_stop)
+    entered: list[None] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "next_token_nll", loss)
+        with pytest.raises(KeyboardInterrupt):
+            train_step(*arguments, 2, None, interruptible)
+    assert len(entered) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
     assert all(parameter.grad is None for parameter in lora_parameters(model))
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from minilora.checkpoint import damage_of, list_checkpoints
+from minilora.files import recover_folders, verify_folder
 from tests.faults.runner import Runs
 
 COUNTS = pytest.StashKey[list[str]]()
@@ -101,7 +103,8 @@ def undisturbed(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFa
         assert runs.wait(pid) == 0, (folder / f"{name}.err").read_text("utf-8")
         seconds.append(time.perf_counter() - started)
     assert outcome(folder / "first") == outcome(folder / "second")
-    return {"outcome": outcome(folder / "third"), "seconds": min(seconds)}
+    best = json.loads((folder / "third" / "checkpoints" / "final" / "metrics.json").read_text("utf-8"))["step"]
+    return {"outcome": outcome(folder / "third"), "seconds": min(seconds), "best": f"step-{best:06d}"}
 
 
 @pytest.fixture
@@ -109,12 +112,22 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Callab
     """Runs the same command again and holds that it ends as if nothing had happened; removes the folder."""
 
     def check(output: Path) -> None:
+        checkpoints = output / "checkpoints"
+        is_finished = (checkpoints / "final").is_dir()
+        recover_folders(checkpoints)
+        newest = next((path for path in reversed(list_checkpoints(checkpoints)) if damage_of(path) is None), None)
         status = runs.run(keys, output)
-        errors = Path(f"{output}.err").read_text("utf-8")
+        printed, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
         assert status == 0, errors
+        if is_finished:
+            assert "this run is finished" in printed
+        else:  # it goes on from the newest sound checkpoint and does not begin anew
+            assert ("going on from" in printed) == (newest is not None)
+            assert f"going on from {newest}\n" in printed or newest is None
         assert outcome(output) == undisturbed["outcome"]
-        left = {path.name for path in (output / "checkpoints").iterdir()}
-        assert not {name for name in left if name.startswith(".")}, left
+        left = {path.name for path in checkpoints.iterdir()}
+        assert left == {"final", "step-000004", "step-000006"} | {undisturbed["best"]}
+        assert all(verify_folder(checkpoints / name) is None for name in left)
         shutil.rmtree(output)
 
     return check

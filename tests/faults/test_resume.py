@@ -1,15 +1,19 @@
 """Every step of a run is a valid place to stop: the rest is equal to the bit."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minilora import train
+from minilora import evaluate, train
+from minilora import step as step_module
+from minilora.checkpoint import damage_of
 from minilora.config import load_config
-from minilora.files import verify_folder
-from minilora.script import Interrupted
+from minilora.loss import next_token_nll
+from minilora.script import Interrupted, SafePoints
+from minilora.step import StepResult
 from minilora.train import fit
 from tests.faults.conftest import outcome
 
@@ -17,29 +21,47 @@ STEPS = 24
 
 
 @pytest.fixture
-def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """A run in tmp_path/{name}, interrupted as by a signal after `calls` micro-batches and batches of scoring."""
+def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], int]:
+    """A run in tmp_path/{name}, interrupted as by a signal at place `place` of those where one is answered.
+
+    These are every micro-batch, every validation and the end of every step; at place 0 nothing happens. Returns how
+    many steps it took.
+    """
     model = next(key.partition("=")[2] for key in keys if key.startswith("model.name_or_path="))
 
-    def run(name: str, calls: int) -> None:
-        left = [calls]
+    def run(name: str, place: int) -> int:
+        passed, steps = [0], [0]
 
-        class Stop:
-            def __enter__(self) -> Callable[[], None]:
-                return self.check
-
-            def __exit__(self, *_: Any) -> None:
-                return None
-
+        class Places(SafePoints):
             def check(self) -> None:
-                left[0] -= 1
-                if left[0] == 0:
+                passed[0] += 1
+                if passed[0] == place:
                     raise Interrupted(15)
 
-        monkeypatch.setattr(train, "safe_points", Stop)
+            @contextlib.contextmanager
+            def anywhere(self) -> Iterator[None]:
+                for module in (step_module, evaluate):
+                    monkeypatch.setattr(module, "next_token_nll", lambda *a: (self.check(), next_token_nll(*a))[1])
+                try:
+                    yield
+                finally:
+                    for module in (step_module, evaluate):
+                        monkeypatch.setattr(module, "next_token_nll", next_token_nll)
+
+            def __exit__(self, *_: Any) -> None:
+                self._handling.__exit__(None, None, None)
+
+        def counted(*arguments: Any) -> StepResult:
+            result = step_module.train_step(*arguments)
+            steps[0] += 1
+            return result
+
+        monkeypatch.setattr(train, "SafePoints", Places)
+        monkeypatch.setattr(train, "train_step", counted)
         more = [f"train.max_steps={STEPS}", "train.eval_steps=5", "train.save_steps=100"]
         config = load_config(None, [*keys, *more, f"train.output_dir={tmp_path / name}"])
         fit(config, Path(model))
+        return steps[0]
 
     return run
 
@@ -52,25 +74,25 @@ def final_of(output: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_step_is_a_place_to_stop(
-    fit_until: Callable[[str, int], None], tmp_path: Path, count: Callable[[str], None]
+    fit_until: Callable[[str, int], int], tmp_path: Path, count: Callable[[str], None]
 ) -> None:
-    fit_until("whole", 0)
+    assert fit_until("whole", 0) == STEPS
     expected = final_of(tmp_path / "whole")
-    # Two micro-batches and the pause after each step; 5 validations have one batch each.
-    calls = 3 * STEPS + 5 - 1
+    # Two micro-batches and the end of each step; 5 validations have one batch each. The last end is not one of them.
+    places = 3 * STEPS + 5 - 1
     stopped_at = set()
-    for number in range(1, calls + 1):
-        output = tmp_path / f"stop-{number}"
+    for place in range(1, places + 1):
+        output = tmp_path / f"stop-{place}"
         with pytest.raises(Interrupted) as caught:
-            fit_until(output.name, number)
-        saved = sorted((output / "checkpoints").glob("step-*"))
-        assert all(verify_folder(path) is None for path in saved)
+            fit_until(output.name, place)
+        saved = [int(path.name[5:]) for path in sorted((output / "checkpoints").glob("step-*"))]
+        assert all(damage_of(output / "checkpoints" / f"step-{step:06d}") is None for step in saved)
         if saved:
-            stopped_at.add(int(saved[-1].name[5:]))
-            assert str(caught.value).endswith(
-                f"saved step {int(saved[-1].name[5:])}; the same command goes on from there"
-            )
-        fit_until(output.name, 0)
+            assert str(caught.value).endswith(f"saved step {saved[-1]}; the same command goes on from there")
+            stopped_at.add(saved[-1])
+        assert fit_until(output.name, 0) == STEPS - max(saved, default=0)  # it went on, it did not begin anew
         assert final_of(output) == expected
     assert stopped_at >= set(range(1, STEPS))
-    count(f"stopped within and after each of {STEPS} steps and validations: {calls} places, equal to the bit: {calls}")
+    count(
+        f"stopped within and after each of {STEPS} steps and validations: {places} places, equal to the bit: {places}"
+    )
