@@ -90,6 +90,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
 
 def _train(run: Run) -> None:
     """All steps that are left, with their validations and checkpoints."""
+    prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)  # what a killed one left to do
     if run.config.train.do_predict and run.state.test_before is None:
         with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
             run.state = replace(run.state, test_before=score_test_set(run, "test before training"))
