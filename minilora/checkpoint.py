@@ -135,7 +135,7 @@ def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: Optimizer)
     state = read_state(folder)
     path = folder / "optimizer.safetensors"
     entries = read_header(path)
-    # No moments at all: saved before the first update, which float16 may leave out.
+    # No moments at all: saved before the first update, because every step so far was skipped.
     if entries and {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
     load_adapter_weights(model, folder)

@@ -148,7 +148,7 @@ def score_test_set(run: Run, title: str) -> dict[str, Any]:
 
 
 def check_finite(run: Run, what: str, value: float) -> None:
-    """Raises UserError for a loss that is no number: the weights are finite, so it is they that are bad."""
+    """Raises UserError for a loss that is no number; here it is not one row's fault, the adapter is ruined."""
     if math.isfinite(value):
         return
     train, model = run.config.train, run.config.model

@@ -8,8 +8,8 @@ metrics.jsonl has a line for every logged step, with the keys that apply to it:
 A step that changed nothing, because its loss or gradient was no number, has null for it, "skipped": true, and "rows":
 where its records stand.
 
-All of it but the last two of the first group, which are measurements of the machine, is equal to the bit when a
-run is interrupted and goes on: lines behind the checkpoint are taken back and written again.
+All of it but tokens_per_s and peak_memory_bytes, which are measurements of the machine, is equal to the bit when a run
+is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
 
 import importlib.util

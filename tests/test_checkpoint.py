@@ -42,6 +42,7 @@ def state_at(step: int) -> RunState:
         step=step,
         samples_seen=step * 8,
         unfinished_row={"step": step, "train_loss": None, "rows": ["数据.jsonl:3"]},
+        validated_step=step - 1,
         best_step=1,
         best_metric=0.1 + 0.2,  # no short decimal: it has to come back to the bit
         evals_without_improvement=2,
@@ -51,6 +52,7 @@ def state_at(step: int) -> RunState:
         data_sha256={"train.jsonl": "ab"},
         model_sha256={"model.safetensors": "cd"},
         scaler={"scale": 65536.0},
+        machine={"device": "cpu", "dtype": "float32", "threads": 3},
         config={"prompt": {"labels": ["负面", "正面"]}},
     )
 
@@ -146,14 +148,15 @@ def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: Loa
 
 
 def test_a_run_that_has_not_begun_has_done_nothing() -> None:
-    state = new_state({"a": {}}, {"train.jsonl": "ab"}, {"model.safetensors": "cd"})
-    assert (state.config, state.data_sha256, state.model_sha256) == (
-        {"a": {}},
-        {"train.jsonl": "ab"},
-        {"model.safetensors": "cd"},
-    )
-    rest = [value for name, value in vars(state).items() if name not in ("config", "data_sha256", "model_sha256")]
-    assert not any(rest)
+    given = {
+        "config": {"a": {}},
+        "data_sha256": {"train.jsonl": "ab"},
+        "model_sha256": {"model.safetensors": "cd"},
+        "machine": {"device": "cpu"},
+    }
+    state = new_state(**given)
+    assert {name: getattr(state, name) for name in given} == given
+    assert not any(value for name, value in vars(state).items() if name not in given)
 
 
 def test_an_interrupted_write_leaves_the_older_checkpoint_alone(
@@ -229,6 +232,28 @@ def test_pruning_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     prune_checkpoints(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "step-000002"]
+
+
+def test_a_checkpoint_that_is_half_removed_no_longer_bears_its_name_and_hinders_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoint.remove
+
+    def stop(path: Path) -> None:
+        if (path / "state.json").exists():
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+        plain(path)
+
+    make_checkpoints(tmp_path, {1: 0, 2: 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    make_checkpoints(tmp_path, {1: 0})
+    prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

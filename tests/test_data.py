@@ -1,7 +1,9 @@
 """No review is lost without a count, none stands on both sides of a split, and the order is a pure function."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minilora import data
 from minilora.data import (
     clean_rows,
     epoch_order,
@@ -18,11 +21,12 @@ from minilora.data import (
     normalized,
     prepare,
     prepare_demo,
+    recover_splits,
     split_of,
     split_rows,
 )
 from minilora.errors import UserError
-from minilora.files import sha256
+from minilora.files import StorageError, lock_folder, sha256
 from minilora.rows import Row, read_rows
 
 
@@ -208,6 +212,7 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
     expected = {"p50": train[16], "p90": train[28], "p95": train[30], "p99": train[31], "max": train[31]}
     assert quantiles["train"] == expected
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".lock",
         "data_report.json",
         "test.jsonl",
         "train.jsonl",
@@ -406,7 +411,7 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(official: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(UserError, match=r"file: cannot be written \(.+\); choose another folder"):
+    with pytest.raises(UserError, match=r"file: cannot be written to \(.+\); choose another folder for the data"):
         prepare(official, tmp_path / "file")
 
 
@@ -424,17 +429,106 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
 ) -> None:
     prepare(official, tmp_path / "out", seed=1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    write_bytes = Path.write_bytes
+    plain = data.write_file
 
-    def full_disk(path: Path, content: bytes) -> int:
+    def full_disk(path: Path, content: bytes) -> None:
+        plain(path, content[:9] if "test.jsonl" in path.name else content)
         if "test.jsonl" in path.name:
-            raise OSError(28, "No space left on device")
-        return write_bytes(path, content)
+            raise StorageError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(UserError, match="cannot be written"):
+    monkeypatch.setattr(data, "write_file", full_disk)
+    with pytest.raises(StorageError, match="cannot be written"):
         prepare(official, tmp_path / "out", seed=2)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    recover_splits(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("has_earlier", [True, False])
+def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files_or_all_of_the_new(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_earlier: bool
+) -> None:
+    prepare(official, tmp_path / "old", seed=1)
+    prepare(official, tmp_path / "new", seed=2)
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    assert old["train.jsonl"] != new["train.jsonl"]
+    ends = []
+    for moment in ("written", *range(1, 6)):
+        folder = tmp_path / f"{moment}"
+        if has_earlier:
+            shutil.copytree(tmp_path / "old", folder)
+        with monkeypatch.context() as patch:
+            if moment == "written":  # in the middle of the temporary files
+                stop_at(patch, data, "write_file", 3)
+            else:
+                stop_at(patch, Path, "replace", moment)
+            if moment == 5:  # there are four files
+                prepare(official, folder, seed=2)
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    prepare(official, folder, seed=2)
+        recover_splits(folder)
+        ends.append(contents(folder))
+    nothing = {".lock": b""}
+    assert ends == [old if has_earlier else nothing, *[new] * 5]
+
+
+def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
+    """Kills the process, as it were, in call `number` of a function."""
+    plain = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def stop(*arguments: object) -> object:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    patch.setattr(owner, name, stop)
+
+
+def test_an_ending_that_was_killed_itself_is_ended(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(official, tmp_path / "new", seed=2)
+    for moment in range(1, 5):
+        folder = tmp_path / f"{moment}"
+        prepare(official, folder, seed=1)
+        with monkeypatch.context() as patch:
+            stop_at(patch, Path, "replace", 1)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(official, folder, seed=2)
+        with monkeypatch.context() as patch:
+            stop_at(patch, Path, "replace", moment)
+            with pytest.raises(KeyboardInterrupt):
+                recover_splits(folder)
+        recover_splits(folder)
+        assert contents(folder) == contents(tmp_path / "new")
+
+
+def test_where_nothing_was_left_nothing_is_ended(official: list[Path], tmp_path: Path) -> None:
+    recover_splits(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    prepare(official, tmp_path / "out", seed=1)
+    before = contents(tmp_path / "out")
+    recover_splits(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders are not locked there")
+def test_what_another_process_is_writing_is_no_leftover(official: list[Path], tmp_path: Path) -> None:
+    prepare(official, tmp_path / "out", seed=1)
+    (tmp_path / "out" / ".writing-train.jsonl").write_text("begun", "utf-8")
+    with lock_folder(tmp_path / "out", "folder for the data"):
+        before = contents(tmp_path / "out")
+        with pytest.raises(UserError, match="out: another run is writing there"):
+            recover_splits(tmp_path / "out")
+        with pytest.raises(UserError, match="out: another run is writing there"):
+            prepare(official, tmp_path / "out", seed=2)
+        assert contents(tmp_path / "out") == before
 
 
 def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_never_saw(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.errors import UserError
+from minilora.files import StorageError
 from minilora.train import fit
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -165,14 +166,38 @@ def test_results_that_cannot_be_written_are_named_and_the_figures_are_not_lost(
     trained: Path, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "out" / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"{name}: cannot be written \(.+\); the figures stand above, for the file ch"):
+    with pytest.raises(
+        UserError,
+        match=rf"out: the results cannot be written \(.+{name}.+\); the figures stand above, for the files ch",
+    ):
         evaluate(trained / "final", "--output_dir", tmp_path / "out")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_examples"] == 6
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_full_disk_leaves_the_earlier_results_together(
+    trained: Path, evaluate: Evaluate, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(trained / "final", "--output_dir", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert sorted(before) == ["evaluation.json", "predictions.jsonl"]
+    plain = script.write_file
+
+    def fill(path: Path, content: bytes) -> None:
+        plain(path, content[:9] if "evaluation" in path.name else content)
+        if "evaluation" in path.name:
+            raise StorageError(f"{path}: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(script, "write_file", fill)
+    with pytest.raises(UserError, match=r"out: the results cannot be written \(.+No space left on device"):
+        evaluate(trained / "final", "--output_dir", tmp_path / "out", "data.max_test_examples=4")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"model": {}}', '{"train": {}}', '{"model": 3}'])
 def test_a_configuration_that_is_none_is_named(final: Path, evaluate: Evaluate, content: str) -> None:
     (final / "training_args.json").write_text(content, "utf-8")
+    (final / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"training_args\.json: holds no run's configuration, expected model, lora"):
         evaluate(final)
 
@@ -181,6 +206,7 @@ def test_without_a_configuration_the_base_is_the_one_that_the_adapter_names(
     final: Path, evaluate: Evaluate, processed_data: Path
 ) -> None:
     (final / "training_args.json").unlink()
+    (final / "manifest.json").unlink()
     results = evaluate(final, "--data", processed_data / "test.jsonl", "model.compute_dtype=float32")
     assert results["num_examples"] == 12
     config = json.loads((final / "adapter_config.json").read_text("utf-8"))
@@ -197,15 +223,21 @@ def test_a_loss_that_is_no_number_is_said(final: Path, evaluate: Evaluate) -> No
         evaluate(final)
 
 
-def test_a_damaged_adapter_is_not_scored(final: Path, evaluate: Evaluate) -> None:
-    path = final / "adapter_model.safetensors"
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_config.json", "training_args.json", "metrics.json"]
+)
+def test_a_damaged_adapter_is_not_scored(final: Path, evaluate: Evaluate, name: str) -> None:
+    path = final / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"final: is damaged \(adapter_model\.safetensors has SHA-256 .+\); take another"
-    ):
+    with pytest.raises(UserError, match=rf"final: is damaged \({name} has SHA-256 .+\); take another"):
         evaluate(final)
+
+
+def test_an_adapter_whose_model_card_was_changed_is_scored(final: Path, evaluate: Evaluate) -> None:
+    (final / "README.md").write_text("mine", "utf-8")
+    assert evaluate(final)["num_examples"] == 6
 
 
 @pytest.fixture

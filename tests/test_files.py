@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,17 @@ def test_a_folder_is_made_with_all_above_it_and_trying_it_leaves_nothing(tmp_pat
     for _ in range(2):
         make_folder(tmp_path / "a" / "b", "train.output_dir")
     assert names_in(tmp_path / "a" / "b") == []
+
+
+def test_every_folder_that_is_made_is_on_the_disk_before_anything_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    make_folder(tmp_path / "a" / "b", "train.output_dir")
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    make_folder(tmp_path / "a" / "b", "train.output_dir")
+    assert len(synced) == 2
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -392,9 +404,38 @@ def test_a_file_that_is_not_as_it_was_is_named_and_only_where_it_is_asked_for(fo
     assert verify_folder(folder, ["c"]) == "c is not in its manifest"
 
 
-def test_a_file_that_cannot_be_read_is_a_problem_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "sha256", raising(UserError("a: cannot be read (Input/output error)")))
-    assert verify_folder(folder) == "a: cannot be read (Input/output error)"
+def test_a_file_that_the_disk_has_lost_is_a_problem_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_sha256", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
+    assert verify_folder(folder) == "a cannot be read (Input/output error)"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])
+def test_a_file_that_may_not_be_read_now_is_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    reason = re.escape(os.strerror(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sha256", raising(OSError(number, os.strerror(number))))
+        with pytest.raises(StorageError, match=rf"x/a: cannot be read \({reason}\); check the rights and run it again"):
+            verify_folder(folder)
+    monkeypatch.setattr(Path, "read_bytes", raising(OSError(number, os.strerror(number))))
+    for function in (verify_folder, read_manifest):
+        with pytest.raises(
+            StorageError, match=rf"manifest\.json: cannot be read \({reason}\); check the rights and run"
+        ):
+            function(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_what_was_replaced_is_not_put_back_for_a_new_folder_that_may_not_be_read_now(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write(folder.with_name(".replaced-x"), NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_sha256", raising(OSError(number, os.strerror(number))))
+        with pytest.raises(StorageError, match="cannot be read"):
+            recover_folders(folder.parent)
+    assert (names_in(folder.parent), read(folder)) == ([".replaced-x", "x"], OLD)
 
 
 def test_every_flipped_bit_of_a_file_is_noticed(folder: Path) -> None:
@@ -426,6 +467,25 @@ def test_a_manifest_that_is_none_is_damaged(folder: Path, content: str) -> None:
         read_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"../a": {"size": 3, "sha256": "ab"}},
+        {"/etc/passwd": {"size": 3, "sha256": "ab"}},
+        {"": {"size": 3, "sha256": "ab"}},
+        {"a": {"size": 3}},
+        {"a": {"size": 3, "sha256": "ab", "more": 1}},
+        {"a": [3, "ab"]},
+        {"a": None},
+    ],
+)
+def test_a_manifest_of_other_entries_than_files_with_size_and_hash_is_damaged(
+    folder: Path, entries: dict[str, Any]
+) -> None:
+    (folder / "manifest.json").write_bytes(files._render_manifest({}, entries))
+    assert verify_folder(folder) == f"{folder / 'manifest.json'}: is damaged"
+
+
 def test_a_manifest_that_was_cut_off_or_extended_is_damaged(folder: Path) -> None:
     path = folder / "manifest.json"
     sound = path.read_bytes()
@@ -441,7 +501,7 @@ def test_a_manifest_that_is_missing_or_cannot_be_read_is_said(folder: Path) -> N
         f"{path}: is missing, so the folder was not written to its end, or not by this version"
     )
     path.mkdir()
-    assert verify_folder(folder) == f"{path}: cannot be read (Is a directory)"
+    assert verify_folder(folder) == f"{path}: cannot be read (Is a directory); check the rights and run it again"
     assert verify_folder(folder.parent / "absent") is not None
 
 
@@ -451,12 +511,12 @@ def test_a_folder_that_cannot_be_synced_is_accepted_where_the_file_system_syncs_
     (tmp_path / "a").write_text("x", "utf-8")
     for number in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
         monkeypatch.setattr(os, "fsync", raising(OSError(number, os.strerror(number))))
-        files._sync(tmp_path)
+        files.sync(tmp_path)
         with pytest.raises(OSError, match=os.strerror(number)):
-            files._sync(tmp_path / "a")
+            files.sync(tmp_path / "a")
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        files._sync(tmp_path)
+        files.sync(tmp_path)
 
 
 def test_on_windows_no_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,8 +526,8 @@ def test_on_windows_no_folder_is_opened(tmp_path: Path, monkeypatch: pytest.Monk
     )
     (tmp_path / "a").write_text("x", "utf-8")
     monkeypatch.setattr(files, "os", windows)
-    files._sync(tmp_path)
-    files._sync(tmp_path / "a")
+    files.sync(tmp_path)
+    files.sync(tmp_path / "a")
     assert opened == [tmp_path / "a"]
 
 

@@ -428,7 +428,7 @@ def test_a_file_of_the_right_size_and_other_bytes_is_downloaded_again(
     monkeypatch.setattr(Hub, "damaged", {content})
     done = download(hub, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "is not what the hub has, its hash differs; downloads it once more" in done.stderr
+    assert ": not what the hub has, the hash differs; downloads it once more" in done.stderr
     assert sorted(path.read_bytes() for path in downloaded_files(tmp_path / "out")) == [
         b"test",
         b"train",
@@ -459,6 +459,28 @@ def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
     done = download(hub, tmp_path, "again")
     assert done.returncode == 0, done.stderr
     assert "downloads it once more" in done.stderr
+    assert (tmp_path / "again" / "train.parquet").read_bytes() == b"train"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the cache has no links there")
+def test_a_blob_that_is_a_link_into_a_store_of_its_own_is_verified_by_its_own_name(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "mode", "fine")
+    assert download(hub, tmp_path).returncode == 0
+    blob = next((tmp_path / "home").rglob(f"blobs/{hashlib.sha256(b'train').hexdigest()}"))
+    stored = tmp_path / "store" / ("0" * 64)  # a name that is a hash, and not this one's
+    stored.parent.mkdir()
+    blob.rename(stored)
+    blob.symlink_to(stored)
+    done = download(hub, tmp_path, "linked")
+    assert done.returncode == 0, done.stderr
+    assert "hash differs" not in done.stderr
+    assert (tmp_path / "linked" / "train.parquet").read_bytes() == b"train"
+    stored.write_bytes(b"trail")
+    done = download(hub, tmp_path, "again")
+    assert done.returncode == 0, done.stderr
+    assert ": not what the hub has, the hash differs; downloads it once more" in done.stderr
     assert (tmp_path / "again" / "train.parquet").read_bytes() == b"train"
 
 

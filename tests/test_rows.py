@@ -304,7 +304,9 @@ def test_another_encoding_is_recognised_named_and_read_on_request(tmp_path: Path
     path.write_bytes(content.encode(encoding))
     with pytest.raises(UserError) as caught:
         read_rows(path)
-    assert f"it looks like {encoding}: give --encoding {encoding} to scripts/preprocess_data.py" in str(caught.value)
+    assert f"it looks like {encoding}: give --encoding {encoding} to the script, or save it as UTF-8" in str(
+        caught.value
+    )
     assert [(row.text, row.label) for row in read_rows(path, encoding=encoding)] == [(text, 1)]
 
 

@@ -14,7 +14,7 @@ import pytest
 from minilora import runlog
 from minilora.errors import UserError
 from minilora.files import StorageError
-from minilora.runlog import RunLog, plot_metrics, read_metrics
+from minilora.runlog import RunLog, check_log, plot_metrics, read_metrics
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
 
@@ -48,6 +48,8 @@ def test_a_written_row_is_there_before_the_log_is_closed(tmp_path: Path) -> None
 
 
 def test_going_on_takes_back_the_lines_behind_the_checkpoint(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
     write_rows(tmp_path / "whole", 1, 2, 3, 4)
     write_rows(tmp_path / "cut", 1, 2, 3)
     write_rows(tmp_path / "cut", 3, 4, start=2)
@@ -149,8 +151,9 @@ def test_the_log_that_was_there_is_never_cut_short_on_the_way_to_a_shorter_one(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
 def test_a_line_that_cannot_be_written_is_explained_and_closing_says_nothing_more(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 10, 0)
-    log._file.close()
-    log._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._descriptor)
+    os.close(full)
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         log.write(row(1))
     log.close()
@@ -166,6 +169,38 @@ def test_a_log_that_cannot_be_synced_is_explained(tmp_path: Path, monkeypatch: p
         with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
             log.sync()
     log.close()
+
+
+def test_a_line_goes_to_the_file_whole_however_little_of_it_the_system_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.write
+    log = RunLog(tmp_path, 10, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog.os, "write", lambda descriptor, rest: plain(descriptor, rest[:7]))
+        log.write(row(1))
+    log.close()
+    assert read_metrics(tmp_path) == [row(1)]
+
+
+def test_a_folder_that_is_not_there_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(No such file or directory\)"):
+        RunLog(tmp_path / "absent", 10, 0)
+
+
+def test_a_line_that_is_no_row_does_no_harm_behind_the_checkpoint_and_is_named_before_it(tmp_path: Path) -> None:
+    write_rows(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 40 + b"\n" + json.dumps(row(4)).encode() + b"\n")
+    assert read_metrics(tmp_path, 2) == [row(1), row(2)]
+    check_log(tmp_path, "none", 2)
+    for step in (None, 3):
+        with pytest.raises(UserError, match=r"metrics\.jsonl:3: is not a line of a run's log"):
+            read_metrics(tmp_path, step)
+    with pytest.raises(UserError, match=r"metrics\.jsonl:3: is not a line of a run's log"):
+        check_log(tmp_path, "none", 3)
+    write_rows(tmp_path, 3, start=2)
+    assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
 
 
 def test_the_plot_is_drawn_from_rows_with_different_keys(tmp_path: Path) -> None:

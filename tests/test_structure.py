@@ -24,9 +24,9 @@ ALLOWED = {
     "lora": {"nf4", "errors"},
     "recompute": set(),
     "model": {"ops", "batch", "lora", "fields", "errors", "recompute"},
-    "tensorfile": {"errors"},
-    "quantized": {"tensorfile", "model", "nf4", "errors"},
-    "load": {"tensorfile", "quantized", "model", "nf4", "errors"},
+    "tensorfile": {"files", "errors"},
+    "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
+    "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapter": {"tensorfile", "files", "lora", "model", "fields", "errors"},
     "memory": {"tensorfile", "loss", "lora", "model", "errors"},
 }
