@@ -300,6 +300,7 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
     report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     contents["data_report.json"] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     make_folder(directory, "folder for the data")
+    recover_splits(directory)
     with lock_folder(directory, "folder for the data"):
         for name, content in contents.items():
             write_file(directory / f"{WRITING}{name}", content)

@@ -297,20 +297,16 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     return run
 
 
-def set_run_aside(directory: Path, restart: bool) -> None:
+def set_run_aside(directory: Path) -> None:
     """Moves an earlier run into `directory/previous-N`; nothing is deleted.
 
-    It goes into a folder of another name first. One that is there was left by a restart that was killed, which is then
-    ended, whether a restart is asked for or not: half of a run is no run to go on from.
+    It goes into `RESTARTING` first. Where that is there, a restart was killed half-way, and this ends it.
     """
     going = directory / RESTARTING
-    if not restart and not going.is_dir():
-        return
-    earlier = [directory / name for name in RUN_FILES if (directory / name).exists()]
-    checkpoints = directory / "checkpoints"
+    checkpoints = directory / "checkpoints"  # one that is moved already has an empty one in its place
+    earlier = [directory / name for name in RUN_FILES if (directory / name).exists() and not (going / name).exists()]
     if not going.is_dir() and earlier in ([], [checkpoints]) and not any(checkpoints.iterdir()):
         return  # there is none
-    finished = list_checkpoints(checkpoints)
     taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
     target = directory / f"previous-{1 + max(taken, default=0)}"
     with explained(target):
@@ -318,7 +314,8 @@ def set_run_aside(directory: Path, restart: bool) -> None:
         for path in earlier:
             path.rename(going / path.name)
         going.rename(target)
-        checkpoints.mkdir()
+        checkpoints.mkdir(exist_ok=True)
+    finished = list_checkpoints(target / "checkpoints")
     print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
 
 

@@ -30,7 +30,7 @@ from minilora.lora import adapter_disabled, lora_parameters
 from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at
 from minilora.plan import run_ledger
-from minilora.run import Run, current_origin, iter_micro_batches, open_run, set_run_aside, step_places
+from minilora.run import RESTARTING, Run, current_origin, iter_micro_batches, open_run, set_run_aside, step_places
 from minilora.runlog import RunLog, check_log
 from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
@@ -55,6 +55,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
     """
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
+    restart = restart or (directory / RESTARTING).is_dir()  # one that was killed is ended first
     if final.is_dir() and not restart:
         check_finished(final, config, model_folder)
         print(f"{final}: this run is finished; --restart begins anew")
@@ -64,7 +65,8 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
     with lock_folder(directory, "train.output_dir"):
         if final.is_dir() and not restart:  # another process finished it while this one waited
             return fit(config, model_folder)
-        set_run_aside(directory, restart)
+        if restart:
+            set_run_aside(directory)
         recover_folders(directory / "checkpoints")
         steps = [int(path.name[5:]) for path in list_checkpoints(directory / "checkpoints")]
         check_log(directory, config.train.report_to, max(steps, default=0))
@@ -77,8 +79,9 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
         except Interrupted as stop:
             if stop.is_explained or run is None:
                 raise
-            text = f"{stop}; the newest checkpoint: {run.newest_checkpoint}; the same command goes on from there"
-            raise Interrupted(stop.signum, text) from None
+            newest = run.newest_checkpoint
+            where = "nothing done" if newest == "none" else f"the same command goes on from {newest}"
+            raise Interrupted(stop.signum, f"{stop}: {where}") from None
         except StorageError as error:
             newest = "none" if run is None else run.newest_checkpoint
             raise StorageError(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error

@@ -16,6 +16,7 @@ from minilora.adapter import (
     AdapterConfig,
     adapter_files,
     attach_adapter,
+    damage_of_adapter,
     load_adapter,
     load_adapter_weights,
     read_adapter_config,
@@ -57,6 +58,9 @@ def test_a_written_configuration_reads_back_with_names_for_all_linear(folder: Pa
         ({"r": "16"}, "r is '16', expected a whole number"),
         ({"r": True}, "r is True, expected a whole number"),
         ({"r": 10**12}, "r is 1000000000000, expected 65536 or less"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, expected more than 0"),
+        ({"lora_alpha": -8}, "lora_alpha is -8, expected more than 0"),
+        ({"lora_alpha": 1e7}, "lora_alpha is 10000000.0, expected 1000000.0 or less"),
         ({"lora_alpha": "32"}, "lora_alpha is '32', expected a number"),
         ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
         ({"lora_alpha": float("nan")}, r"is not JSON \(NaN is no JSON\)"),
@@ -223,6 +227,32 @@ def test_where_there_is_a_manifest_the_files_are_verified_first(
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"final: is damaged \({name} has SHA-256 .+\); take another copy of it"):
         load_adapter(tiny_model(), folder, allow_bin=True)
+
+
+def test_an_adapter_whose_file_cannot_be_read_leaves_the_model_as_it_was(folder: Path, tiny_model: LoadModel) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    model = tiny_model()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        load_adapter(model, folder)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_the_damage_of_a_folder_is_told_by_its_manifest_but_for_the_model_card(
+    tiny_model: LoadModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "final"
+    others = {"README.md": b"notes", "metrics.json": b"{}"}
+    write_folder(folder, [*adapter_files(adapted(tiny_model), ADAPTER, "safetensors"), *others.items()], {})
+    (folder / "README.md").unlink()
+    assert damage_of_adapter(folder) is None
+    (folder / "metrics.json").write_bytes(b"[]")
+    assert str(damage_of_adapter(folder)).startswith("metrics.json has SHA-256 ")
+    (folder / "metrics.json").unlink()
+    assert damage_of_adapter(folder) == "metrics.json is missing"
+    (folder / "manifest.json").unlink()
+    assert str(damage_of_adapter(folder)).startswith(f"{folder / 'manifest.json'}: is missing")
 
 
 @pytest.mark.parametrize("save_dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,22 @@ def test_while_another_process_writes_a_copy_it_goes_on_without(
     said = capsys.readouterr().err
     assert f"model.quantized_cache: {cache} cannot be used ({cache}: another run is writing there (process " in said
     assert said.endswith("; goes on without\n")
+
+
+def test_a_copy_that_another_process_made_in_the_meantime_is_used(
+    source: Path, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+
+    def late(folder: Path, key: str) -> AbstractContextManager[None]:
+        monkeypatch.setattr(cache_module, "lock_folder", lock_folder)
+        load_through_cache(source, cache, *NF4)  # by the other one, which had the lock first
+        return lock_folder(folder, key)
+
+    monkeypatch.setattr(cache_module, "lock_folder", late)
+    load_through_cache(source, cache, *NF4)
+    assert loads == [source, *copies(cache)]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_copy_that_is_there_is_used_while_another_one_is_written(

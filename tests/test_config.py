@@ -207,6 +207,7 @@ def test_a_written_configuration_that_holds_no_sections_is_named(content: object
         ("lora.r=0", "1 or more"),
         ("lora.alpha=0", "more than 0"),
         ("lora.alpha=-1", "more than 0"),
+        ("lora.alpha=1000001", "1000000.0 or less"),
         ("train.learning_rate=0", "more than 0"),
         ("train.seed=1e30", "9223372036854775807 or less"),
         ("train.seed=18446744073709551616", "9223372036854775807 or less"),
@@ -226,9 +227,17 @@ def test_a_value_out_of_range_is_refused(override: str, problem: str) -> None:
     assert f"expected {problem}" in line
 
 
+@pytest.mark.parametrize("text", [r'"a\0"', r'"a\ud83d"', r'"\udc00a"'])
+@pytest.mark.parametrize("override", ["train.output_dir={}", "prompt.instruction={}", "prompt.labels=[b, {}]"])
+def test_a_text_that_no_file_and_no_tokenizer_takes_is_refused(override: str, text: str) -> None:
+    (line,) = refusal(override.format(text))
+    assert line.startswith(override.partition("=")[0])
+    assert "expected text without a zero character or half a character" in line
+
+
 def test_both_ends_of_a_range_are_allowed() -> None:
-    config = load_config(None, ["lora.dropout=0.9", "train.warmup_ratio=0", "lora.r=1"])
-    assert (config.lora.dropout, config.train.warmup_ratio, config.lora.r) == (0.9, 0, 1)
+    config = load_config(None, ["lora.dropout=0.9", "train.warmup_ratio=0", "lora.r=1", "lora.alpha=1e6"])
+    assert (config.lora.dropout, config.train.warmup_ratio, config.lora.r, config.lora.alpha) == (0.9, 0, 1, 1e6)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +268,8 @@ def test_the_positive_class() -> None:
     [
         (b"lora:\n  r: 4\n  r: 8\n", r"is not valid YAML; .*key 'r' is given twice.* line 3"),
         (b"lora:\n  r: 4\nlora:\n  alpha: 8\n", r"is not valid YAML; key 'lora' is given twice"),
+        (b"lora: &a {r: 4}\ntrain: *a\n", r"is not valid YAML; .*alias \*a is not read.* line 2"),
+        (b"lora: &a {r: 4}\ntrain:\n  <<: *a\n", r"is not valid YAML; .*alias \*a is not read.* line 3"),
         (b"lora: [", r"is not valid YAML; "),
         (b"- lora\n", r"holds a list, expected sections such as 'lora:' with keys"),
         (b"lora", r"holds a str, expected sections"),

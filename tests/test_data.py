@@ -428,7 +428,7 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(official, tmp_path / "out", seed=1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     plain = data.write_file
 
     def full_disk(path: Path, content: bytes) -> None:
@@ -445,7 +445,7 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 @pytest.mark.parametrize("has_earlier", [True, False])
@@ -473,8 +473,7 @@ def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files
                     prepare(official, folder, seed=2)
         recover_splits(folder)
         ends.append(contents(folder))
-    nothing = {".lock": b""}
-    assert ends == [old if has_earlier else nothing, *[new] * 5]
+    assert ends == [old if has_earlier else {}, *[new] * 5]
 
 
 def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
@@ -507,6 +506,24 @@ def test_an_ending_that_was_killed_itself_is_ended(
                 recover_splits(folder)
         recover_splits(folder)
         assert contents(folder) == contents(tmp_path / "new")
+
+
+def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    wholes = []
+    for seed in (1, 2, 3):
+        prepare(official, tmp_path / f"{seed}", seed=seed)
+        wholes.append(contents(tmp_path / f"{seed}"))
+    prepare(official, folder, seed=1)
+    for seed, owner, name in ((2, Path, "replace"), (3, data, "write_file")):
+        with monkeypatch.context() as patch:
+            stop_at(patch, owner, name, 2)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(official, folder, seed=seed)
+    recover_splits(folder)
+    assert contents(folder) in wholes
 
 
 def test_where_nothing_was_left_nothing_is_ended(official: list[Path], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The loader is strict both ways, reads either layout, and quantises what it should."""
 
+import dataclasses
 import json
 import math
 import struct
@@ -10,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minilora import load as load_module
 from minilora.errors import UserError
 from minilora.files import read_json
 from minilora.load import load_model, read_config
 from minilora.nf4 import Linear4bit
+from minilora.quantized import QuantizedEntry
 from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
 
 CONFIG = {
@@ -145,6 +148,10 @@ def test_all_mismatches_are_in_one_message(write: Callable[..., Path]) -> None:
         ({"rope_theta": 0}, r"rope_theta is 0, expected more than 0"),
         ({"rms_norm_eps": "1e-6"}, r"rms_norm_eps is '1e-6', expected a number"),
         ({"hidden_size": "64"}, r"hidden_size is '64', expected a whole number"),
+        ({"hidden_size": 1_000_001}, r"hidden_size is 1000001, expected 1000000 or less"),
+        ({"vocab_size": 10**9}, r"vocab_size is 1000000000, expected 10000000 or less"),
+        ({"intermediate_size": 10**9}, r"intermediate_size is 1000000000, expected 3000000 or less"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers is 1000000000, expected 8000 or less"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0, expected 1 or more"),
         ({"num_key_value_heads": -1}, r"num_key_value_heads is -1, expected 1 or more"),
         ({"num_key_value_heads": 0}, r"num_key_value_heads is 0, expected 1 or more"),
@@ -385,3 +392,35 @@ def test_an_index_without_a_file_for_each_tensor_is_refused(weight_map: str, tmp
 def test_a_folder_without_weights_says_what_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         read_checkpoint_entries(tmp_path)
+
+
+def test_the_constant_of_old_files_is_left_out_and_whole_numbers_are_no_weights(write: Callable[..., Path]) -> None:
+    weights = random_weights() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    load_model(write(weights), torch.float32, "none")
+    weights["model.norm.weight"] = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(UserError, match=r"model\.norm\.weight: file has torch\.int32, expected a floating-point type"):
+        load_model(write(weights), torch.float32, "none")
+
+
+def test_a_checkpoint_that_is_quantised_in_several_ways_is_refused(write: Callable[..., Path]) -> None:
+    nf4 = QuantizedEntry("a", "nf4", torch.Size([64, 64]), None, {})
+    entries = {"a": nf4, "b": dataclasses.replace(nf4, quant_type="fp4", offset=0.5)}
+    with pytest.raises(UserError, match=r"quantised in several ways \(fp4 double, nf4\); use the original checkpoint"):
+        load_module._check_quantization(entries, "nf4", True, write())
+
+
+def test_a_system_without_glibcs_options_loads_all_the_same(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: None) -> None:
+        raise OSError
+
+    monkeypatch.setattr(load_module.ctypes, "CDLL", fail)
+    assert load_model(write(), torch.float32, "none").config.vocab_size > 0
+
+
+def test_progress_is_told_tensor_by_tensor(write: Callable[..., Path]) -> None:
+    told: list[tuple[int, int]] = []
+    model = load_model(write(), torch.float32, "none", on_progress=lambda done, total: told.append((done, total)))
+    total = len(list(model.named_parameters()))
+    assert told == [(done, total) for done in range(1, total + 1)]

@@ -275,3 +275,11 @@ def test_a_tokenizer_without_chatml_is_refused(tiny_tokenizer: Path, tmp_path: P
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(UserError, match=r"has no <\|im_end\|> token, which ChatML needs; use a Qwen2\.5 tokenizer"):
         ChatTokenizer(tmp_path)
+
+
+def test_ids_with_a_gap_between_them_need_a_row_up_to_the_largest(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    content = json.loads((tiny_tokenizer / "tokenizer.json").read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    assert ChatTokenizer(tmp_path).vocab_size == 5001

@@ -304,9 +304,8 @@ def test_another_encoding_is_recognised_named_and_read_on_request(tmp_path: Path
     path.write_bytes(content.encode(encoding))
     with pytest.raises(UserError) as caught:
         read_rows(path)
-    assert f"it looks like {encoding}: give --encoding {encoding} to the script, or save it as UTF-8" in str(
-        caught.value
-    )
+    expected = f"it looks like {encoding}: give --encoding {encoding} to the script, or save it as UTF-8"
+    assert expected in str(caught.value)
     assert [(row.text, row.label) for row in read_rows(path, encoding=encoding)] == [(text, 1)]
 
 

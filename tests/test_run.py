@@ -1,6 +1,8 @@
 """What a run goes on from, what it refuses, and that it says so before anything is computed."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -20,11 +22,12 @@ from minilora import run as run_module
 from minilora import step as step_module
 from minilora import train
 from minilora.adapter import adapter_files
+from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.errors import UserError
 from minilora.files import StorageError, json_bytes, lock_folder, read_manifest, verify_folder, write_folder
-from minilora.run import read_origin, read_saved_config
+from minilora.run import read_origin, read_saved_config, set_run_aside
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from minilora.script import Interrupted
 from minilora.step import StepResult
@@ -274,6 +277,87 @@ def test_a_run_is_not_shorter_than_what_is_done(run: Fit) -> None:
         run(**CONSTANT, **{"train.max_steps": 3})
 
 
+@pytest.mark.parametrize("eval_steps", [3, 100])
+def test_a_run_becomes_as_short_as_what_is_done_only_where_that_was_validated(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, eval_steps: int
+) -> None:
+    def fail(*arguments: Any) -> StepResult:
+        if arguments[7] == 4:
+            raise ZeroDivisionError
+        return step_module.train_step(*arguments)
+
+    keys = {**CONSTANT, "train.eval_steps": eval_steps}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", fail)
+        with pytest.raises(ZeroDivisionError):
+            run(**keys, **{"train.max_steps": 6})
+    if eval_steps == 3:
+        assert read(run(**keys, **{"train.max_steps": 3}) / "metrics.json")["step"] == 3
+    else:
+        with pytest.raises(UserError, match="step-000003: has 3 steps behind it, the configuration asks for 3; raise"):
+            run(**keys, **{"train.max_steps": 3})
+        assert read(run(**keys, **{"train.max_steps": 4}) / "metrics.json")["step"] == 4
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    plain = run_module.describe_machine
+    monkeypatch.setattr(run_module, "describe_machine", lambda *arguments: {**plain(*arguments), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [({"device": "cuda"}, "device: cpu -> cuda"), ({"dtype": "float16"}, "dtype: float32 -> float16")],
+)
+def test_a_run_does_not_go_on_with_another_device_or_dtype(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], shown: str
+) -> None:
+    expected = contents(final)
+    shutil.rmtree(final)
+    with monkeypatch.context() as patch:
+        on_another_machine(patch, threads=99, **changes)
+        patch.setattr(run_module, "build_model", lambda *_: pytest.fail("too late"))
+        with pytest.raises(UserError, match=rf"run: its run was computed otherwise \({shown}\); set model"):
+            run()
+    assert contents(run()) == expected
+
+
+def test_a_run_that_goes_on_with_other_versions_or_threads_says_so_once(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    for name in ("final", "step-000004"):
+        shutil.rmtree(final.with_name(name))
+    on_another_machine(monkeypatch, threads=99, torch="9.9")
+    capsys.readouterr()
+    run()
+    printed = capsys.readouterr().err
+    assert f"note: threads: {threads} -> 99, torch: {torch.__version__} -> 9.9; the rest may differ in the " in printed
+    shutil.rmtree(final)
+    run()  # from step 4, which was computed there
+    assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_records_without_a_token_to_learn_are_named_before_the_model_is_loaded(
+    run: Fit, data: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    plain = run_module.read_split
+
+    def muted(*arguments: Any) -> Examples:
+        found = plain(*arguments)
+        if arguments[2] != split:
+            return found
+        silent = [dataclasses.replace(example, supervised=[False] * 9) for example in found.examples[:10]]
+        return dataclasses.replace(found, examples=[*silent, *found.examples[10:]])
+
+    monkeypatch.setattr(run_module, "read_split", muted)
+    monkeypatch.setattr(run_module, "build_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError) as caught:
+        run()
+    named = ", ".join(f"{data / split}.jsonl:{line}" for line in range(1, 9))
+    assert str(caught.value) == f"{named}: 10 records without one token to learn; remove them"
+
+
 def test_a_run_with_another_schedule_may_not_change_its_length(final: Path, run: Fit) -> None:
     for _ in range(2):
         with pytest.raises(
@@ -303,6 +387,40 @@ def test_restart_sets_everything_aside_and_begins_anew(
     previous = tmp_path / "run" / "previous-1"
     assert contents(final) == contents(previous / "checkpoints" / "final") == expected
     assert lasting(tmp_path / "run") == lasting(previous) == log
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_restart_that_was_killed_anywhere_is_ended_by_the_next_run_whatever_it_asks_for(
+    final: Path, run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, is_finished: bool
+) -> None:
+    directory = tmp_path / "run"
+    (directory / "tensorboard").mkdir()
+    (directory / "loss.png").write_bytes(b"a plot")
+    if not is_finished:
+        shutil.rmtree(final)
+    names = sorted(name for name in run_module.RUN_FILES if (directory / name).exists())
+    assert len(names) == 4  # and the folder that they are in: five renamings
+    log, saved = lasting(directory), saved_steps(final)
+    calls = itertools.count(1)
+    plain = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+        return plain(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            set_run_aside(directory)
+    run()
+    previous = directory / "previous-1"
+    assert sorted(path.name for path in previous.iterdir()) == names
+    assert (lasting(previous), saved_steps(previous / "checkpoints" / "final")) == (log, saved)
+    assert lasting(directory) == log
+    assert not (directory / run_module.RESTARTING).exists()
+    assert [path.name for path in directory.glob("previous-*")] == ["previous-1"]
 
 
 def test_restart_where_there_is_nothing_sets_nothing_aside(
@@ -363,6 +481,113 @@ def test_too_many_steps_in_a_row_that_are_no_number_stop_the_run(run: Fit, tmp_p
     left = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in left][-1:] == ([f"step-{last_sound:06d}"] if save_steps == 1 else [])
     assert message.endswith(f"The newest checkpoint, from before: {left[-1] if left else 'none'}")
+
+
+def saved_steps(final: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(final.parent)]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "saved"), [((), [2, 4, 6, 7]), ((4,), [2, 5, 6, 7]), ((4, 5), [2, 6, 7]), ((7,), [2, 4, 6, 7])]
+)
+def test_a_save_that_a_skipped_step_prevents_is_made_up_at_the_next_good_step_and_the_end_is_always_saved(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, spoiled: tuple[int, ...], saved: list[int]
+) -> None:
+    spoil_steps(monkeypatch, *spoiled)
+    final = run(**{"train.max_steps": 7, "train.save_steps": 2, "train.eval_steps": 100})
+    assert saved_steps(final) == saved
+
+
+def test_a_skipped_step_is_logged_however_rarely_others_are(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 3)
+    final = run(**{"train.logging_steps": 100, "train.eval_steps": 100})
+    rows = read_metrics(final.parent.parent)
+    assert [(row["step"], "skipped" in row) for row in rows] == [(1, True), (3, True), (4, False)]
+
+
+def test_steps_that_were_skipped_before_a_resumption_count_against_a_limit_that_became_lower(
+    run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, 2, 3)
+    plain = train.train_step
+
+    def interrupted(*arguments: Any) -> StepResult:
+        if arguments[7] == 4:
+            raise Interrupted(signal.SIGTERM)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        with pytest.raises(Interrupted, match="saved step 3"):
+            run(**{"train.eval_steps": 100})
+    with monkeypatch.context() as patch:
+        spoil_steps(patch, 4)
+        with pytest.raises(UserError, match="step 4: the loss or its gradient is no number, 3 steps in a row"):
+            run(**{"train.eval_steps": 100, "train.max_skipped_steps": 2})
+    assert read(run(**{"train.eval_steps": 100, "train.max_skipped_steps": 2}) / "metrics.json")["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize(("loss", "is_search"), [(0.5, True), (math.nan, False)])
+def test_an_overflow_with_which_the_loss_scale_is_searched_for_is_no_step_in_a_row(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, loss: float, is_search: bool
+) -> None:
+    plain = train.open_run
+
+    def scaled(*arguments: Any) -> run_module.Run:
+        return dataclasses.replace(plain(*arguments), scaler=torch.amp.GradScaler("cpu"))
+
+    monkeypatch.setattr(train, "open_run", scaled)
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(loss, math.inf, 10, False))
+    keys = {"train.max_skipped_steps": 2, "train.eval_steps": 100}
+    if is_search:
+        assert read(run(**keys) / "metrics.json")["skipped_steps"] == STEPS
+    else:
+        with pytest.raises(UserError, match="step 2: the loss or its gradient is no number, 2 steps in a row"):
+            run(**keys)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_adapter_whose_weights_are_no_numbers_is_not_saved(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def spoil(*arguments: Any) -> StepResult:
+        result = step_module.train_step(*arguments)
+        if arguments[7] == 3:
+            arguments[2].param_groups[0]["params"][0].data.view(-1)[0] = value
+        return result
+
+    monkeypatch.setattr(train, "train_step", spoil)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(UserError) as caught:
+        run()
+    assert str(caught.value) == (
+        "step 3: the adapter's weights are no longer numbers, so they are not saved; begin anew with --restart and a "
+        f"lower train.learning_rate (it is 0.01). The newest checkpoint: {checkpoints / 'step-000002'}"
+    )
+    assert saved_steps(checkpoints / "final") == [1, 2]
+
+
+@pytest.mark.parametrize(("place", "newest"), [("score_test_set", "none"), ("finish", "step-000004")])
+def test_a_signal_outside_the_steps_names_the_newest_checkpoint_and_the_run_goes_on_to_the_same_end(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, newest: str
+) -> None:
+    expected = contents(run(**{"train.output_dir": tmp_path / "whole"}))
+
+    def interrupted(*_: object) -> Path:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, place, interrupted)
+        with pytest.raises(Interrupted) as caught:
+            run()
+    path = newest if newest == "none" else tmp_path / "run" / "checkpoints" / newest
+    assert caught.value.is_explained
+    assert str(caught.value) == (
+        f"stopped by SIGTERM; the newest checkpoint: {path}; the same command goes on from there"
+    )
+    final = contents(run())
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert final[name] == expected[name]
 
 
 def test_of_many_rows_the_first_few_are_named(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

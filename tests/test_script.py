@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minilora import script
 from minilora.errors import UserError
 from minilora.script import Interrupted, SafePoints, run_script
 
@@ -18,6 +19,8 @@ TEXT = "负面 é 😀"
 FULL = "cannot be read or written (No space left on device); check path, room and rights"
 HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
 HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, SafePoints, run_script\n"
+
+STATUSES = [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)]
 
 no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
@@ -34,6 +37,34 @@ def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         program(body), capture_output=True, encoding="ascii", env={**os.environ, **environment}, timeout=60
     )
+
+
+@no_windows
+@pytest.mark.parametrize(
+    ("closed", "out", "err"),
+    [("<&-", "okok", "okok"), (">&-", "", "okok"), ("2>&-", "okok", ""), ("<&- >&- 2>&-", "", "")],
+)
+def test_a_stream_that_is_closed_takes_nothing_and_lends_its_number_to_no_file(
+    tmp_path: Path, closed: str, out: str, err: str
+) -> None:
+    body = f"file = open({str(tmp_path / 'a')!r}, 'w')\nfile.write(str(file.fileno()))\nfile.flush()\n"
+    body += "for name in ('stdout', 'stderr'):\n    print('ok', end='', file=getattr(sys, name), flush=True)\n"
+    body += "os.write(1, b'ok')\nos.write(2, b'ok')\nassert sys.stdin.read() == ''"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *program(body)]
+    done = subprocess.run(command, input="", capture_output=True, encoding="ascii", timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, out, err)
+    assert int((tmp_path / "a").read_text("ascii")) > 2
+
+
+@no_windows
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [("UserError('a')", 2), ("Interrupted(signal.SIGTERM)", 143), ("BrokenPipeError", 141), ("OSError(28, 'x')", 2)],
+)
+def test_the_status_is_the_same_where_streams_are_closed(closed: str, error: str, status: int) -> None:
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", *program(f"print('lost')\nraise {error}")]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == status
 
 
 @pytest.mark.parametrize(
@@ -116,6 +147,14 @@ def test_a_disk_error_is_a_message_with_the_file() -> None:
     assert done.stderr == f"error: out/a.json: {FULL}\n"
 
 
+@pytest.mark.parametrize("number", sorted(script.DISK_ERRORS))
+def test_what_path_room_or_rights_may_be_to_blame_for_is_a_message(number: int) -> None:
+    done = run(f"raise OSError({number}, os.strerror({number}), 'out/a.json')")
+    assert done.returncode == 2
+    reason = os.strerror(number)
+    assert done.stderr == f"error: out/a.json: cannot be read or written ({reason}); check path, room and rights\n"
+
+
 def test_another_error_of_the_system_is_a_traceback() -> None:
     done = run("open('no such file')")
     assert done.returncode == 1
@@ -130,7 +169,7 @@ def test_another_error_of_the_system_is_a_traceback() -> None:
 
 
 @no_windows
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), STATUSES)
 def test_a_signal_ends_a_script_at_once(name: str, status: int) -> None:
     done = run(f"os.kill(os.getpid(), signal.{name})\ntime.sleep(30)\nprint('not stopped')")
     assert (done.returncode, done.stdout, done.stderr) == (status, "", f"stopped by {name}\n")
@@ -179,7 +218,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 @no_windows
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), STATUSES)
 def test_between_safe_points_a_signal_waits(name: str, status: int) -> None:
     done = run(
         "with SafePoints() as points:\n    points.check()\n"
@@ -204,7 +243,7 @@ def test_a_signal_behind_the_last_safe_point_is_not_lost() -> None:
 
 
 @no_windows
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), STATUSES)
 def test_between_safe_points_a_second_signal_ends_it_at_once(name: str, status: int) -> None:
     done = run(
         f"with SafePoints() as points:\n    os.kill(os.getpid(), signal.{name})\n"
