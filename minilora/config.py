@@ -333,7 +333,8 @@ def _build(
             problems.append(f"{name}: got {value!r}, expected {error} ({where})")
     if not problems:
         config = Config(**{name: kind(**values[name]) for name, kind in sections.items()})  # type: ignore[operator]
-        problems += _iter_contradictions(config)
+        found = ((problem, problem.partition(":")[0]) for problem in _iter_contradictions(config))
+        problems += [f"{problem} ({sources.get(name, 'default')})" for problem, name in found]
     if problems:
         raise UserError("\n".join(problems))
     return config
