@@ -254,7 +254,7 @@ def test_both_ends_of_a_range_are_allowed() -> None:
     ],
 )
 def test_a_contradiction_is_refused(overrides: list[str], line: str) -> None:
-    assert refusal(*overrides) == [line]
+    assert refusal(*overrides) == [f"{line} (command line)"]
 
 
 def test_the_positive_class() -> None:

@@ -126,7 +126,8 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Callab
             assert f"going on from {newest}\n" in printed or newest is None
         assert outcome(output) == undisturbed["outcome"]
         left = {path.name for path in checkpoints.iterdir()}
-        assert left == {"final", "step-000004", "step-000006"} | {undisturbed["best"]}
+        assert {"final", "step-000006", undisturbed["best"]} <= left
+        assert len(left) <= 4  # final, the best, and two: a signal may have saved another step than the fourth
         assert all(verify_folder(checkpoints / name) is None for name in left)
         shutil.rmtree(output)
 
