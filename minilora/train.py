@@ -102,31 +102,33 @@ def _train(run: Run) -> None:
 
     done = run.state.step - (run.state.unfinished_row is not None)
     log = RunLog(run.directory, run.total_steps, done, run.config.train.report_to)
-    saved = run.state
     try:
         with SafePoints() as safe_points:
-            try:
-                while run.state.unfinished_row is not None or not (_is_at_the_end(run) or _has_stalled(run)):
-                    improved = _advance(run, log, safe_points)
-                    if improved or _has_stalled(run) or _is_save_due(run, saved.step):
-                        _save(run, log)
-                        saved = run.state
-                    safe_points.check()
-            except (
-                Interrupted,
-                OSError,
-            ) as stop:  # OSError: who read the output has gone, or the output's disk is full
-                if run.state is not saved:
-                    _save(run, log)
-                if isinstance(stop, OSError):
-                    raise
-                step = run.state.step
-                where = f"saved step {step}; the same command goes on from there" if step else "nothing done"
-                raise Interrupted(stop.signum, f"{stop}: {where}") from None
+            _take_steps(run, log, safe_points)
     finally:
         log.close()
     if _has_stalled(run):
         print(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
+
+
+def _take_steps(run: Run, log: RunLog, safe_points: SafePoints) -> None:
+    """The loop. However it ends, what was done is saved, unless it was the saving that failed."""
+    saved = run.state
+    try:
+        while run.state.unfinished_row is not None or not (_is_at_the_end(run) or _has_stalled(run)):
+            improved = _advance(run, log, safe_points)
+            if improved or _has_stalled(run) or _is_save_due(run, saved.step):
+                _save(run, log)
+                saved = run.state
+            safe_points.check()
+    except (Interrupted, OSError) as stop:
+        if run.state is not saved:
+            _save(run, log)
+        if isinstance(stop, OSError):  # whoever read the output has gone, or the output's disk is full
+            raise
+        step = run.state.step
+        where = f"saved step {step}; the same command goes on from there" if step else "nothing done"
+        raise Interrupted(stop.signum, f"{stop}: {where}") from None
 
 
 def _advance(run: Run, log: RunLog, safe_points: SafePoints) -> bool:
@@ -140,9 +142,9 @@ def _advance(run: Run, log: RunLog, safe_points: SafePoints) -> bool:
         # A signal within the validation leaves a state that begins with it again.
         run.state = replace(run.state, unfinished_row=row)
         improved = _validate(run, row, safe_points)
-    log.advance(row)
     if row["step"] % run.config.train.logging_steps == 0 or "eval_loss" in row or "skipped" in row:
         log.write(row)
+    log.advance(row)
     if "eval_loss" in row:
         log.say(f"step {row['step']}: {in_words(row)}{'  best so far' if improved else ''}")
     return improved

@@ -580,11 +580,10 @@ def test_a_signal_outside_the_steps_names_the_newest_checkpoint_and_the_run_goes
         patch.setattr(train, place, interrupted)
         with pytest.raises(Interrupted) as caught:
             run()
-    path = newest if newest == "none" else tmp_path / "run" / "checkpoints" / newest
+    path = tmp_path / "run" / "checkpoints" / newest
+    where = "nothing done" if newest == "none" else f"the same command goes on from {path}"
     assert caught.value.is_explained
-    assert str(caught.value) == (
-        f"stopped by SIGTERM; the newest checkpoint: {path}; the same command goes on from there"
-    )
+    assert str(caught.value) == f"stopped by SIGTERM: {where}"
     final = contents(run())
     for name in ("adapter_model.safetensors", "metrics.json"):
         assert final[name] == expected[name]
