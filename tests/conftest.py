@@ -22,8 +22,10 @@ from minilora.load import load_model
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, and then in every child
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ignored where a shell's background or `nohup` started this, and then in every child as well.
+for _number, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(getattr(signal, _number, signal.SIGINT)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, _number), _handler)
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings
 
