@@ -2,7 +2,9 @@
 
     errors      the one exception that a user's mistake raises
     script      how a script ends: messages, exit status, signals
-    files       folders that are there as a whole or not at all, verified by SHA-256; locks
+    files       single files that stay when they are written; locks
+    manifest    folders that are there as a whole or not at all, verified by SHA-256
+    yamlfile    YAML, read strictly
     fields      a value from a file -> the type and range of the field that takes it
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
@@ -32,6 +34,7 @@
     build       what a configuration names, as objects
     plan        what --dry-run prints
     modelcard   the README of an adapter
+    origin      what a run was made from, and whether that is the same now
     run         the objects of a run and its state: opened, resumed or refused
     final       how a run ends: scored, its adapter written and read back
     train       fit(): the only loop

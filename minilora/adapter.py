@@ -25,8 +25,9 @@ from safetensors.torch import save
 
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
-from minilora.files import MANIFEST, json_bytes, read_json, read_manifest, verify_folder, write_file
+from minilora.files import json_bytes, read_json, write_file
 from minilora.lora import DropoutSeed, attach, iter_lora_layers
+from minilora.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.tensorfile import read_header, read_tensor
 

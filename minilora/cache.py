@@ -22,17 +22,9 @@ from safetensors import SafetensorError
 
 from minilora import bnb
 from minilora.errors import UserError
-from minilora.files import (
-    WRITING,
-    finish_folder,
-    lock_folder,
-    read_manifest,
-    recover_folders,
-    remove,
-    sha256,
-    verify_folder,
-)
+from minilora.files import WRITING, lock_folder, remove, sha256
 from minilora.load import load_model
+from minilora.manifest import finish_folder, read_manifest, recover_folders, verify_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.quantized import COMPANIONS, save_quantized, split_entries
 from minilora.tensorfile import dtype_name, read_checkpoint_entries

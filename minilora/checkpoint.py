@@ -28,7 +28,8 @@ from safetensors.torch import save
 from minilora import __version__
 from minilora.adapter import AdapterConfig, adapter_files, load_adapter_weights
 from minilora.errors import UserError
-from minilora.files import WRITING, explained, json_bytes, read_json, read_manifest, remove, verify_folder, write_folder
+from minilora.files import WRITING, explained, json_bytes, read_json, remove
+from minilora.manifest import read_manifest, verify_folder, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer
 from minilora.tensorfile import read_header, read_tensor
@@ -116,7 +117,7 @@ def save_checkpoint(
         yield "optimizer.safetensors", save(optimizer.tensors())
         yield "state.json", json_bytes(dataclasses.asdict(state))
 
-    target = directory / f"step-{state.step:06d}"
+    target = checkpoint_path(directory, state.step)
     config_sha256 = hashlib.sha256(json_bytes(state.config)).hexdigest()
     facts = {"step": state.step, "config_sha256": config_sha256, "minilora_version": __version__}
     write_folder(target, files(), facts)
@@ -162,7 +163,17 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[len("step-") :]))
+    return sorted(found, key=step_of)
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return directory / f"step-{step:06d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -170,7 +181,7 @@ def damage_of(checkpoint: Path) -> str | None:
     problem = verify_folder(checkpoint)
     if problem is None:
         step = read_manifest(checkpoint)["facts"].get("step")
-        if not isinstance(step, int) or f"step-{step:06d}" != checkpoint.name:
+        if step != step_of(checkpoint):
             problem = f"its manifest is that of step {step}"
     return problem
 
@@ -187,7 +198,7 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
     kept = set(checkpoints[-keep:])
     for path in checkpoints[-keep:]:
         with contextlib.suppress(UserError, TypeError, ValueError):  # damaged; whoever goes on from it says so
-            kept.add(directory / f"step-{read_state(path).best_step:06d}")
+            kept.add(checkpoint_path(directory, read_state(path).best_step))
     for path in checkpoints:
         if path not in kept:
             going = path.with_name(WRITING + path.name)  # a half-removed one must not bear a checkpoint's name

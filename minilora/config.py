@@ -17,6 +17,7 @@ import yaml
 
 from minilora.errors import UserError
 from minilora.fields import coerce, limits, takes_text, type_name
+from minilora.yamlfile import parse_yaml, read_yaml
 
 
 def key(default: Any, meaning: str, **within: float) -> Any:
@@ -178,46 +179,6 @@ HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) 
 )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which YAML would keep the last one, and names every bad value.
-
-    SafeLoader's own ValueErrors and the like (a month 13) say neither line nor value.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them stand for gigabytes
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor} is not read", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    raise _yaml_error(f"key {key_node.value!r} is given twice", key_node)
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError):
-            raise _yaml_error(f"{node.value!r} cannot be read; quote it if it is text", node) from None
-
-
-def _yaml_error(problem: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-def _parse_yaml(text: str) -> Any:
-    """What a YAML text holds; YAMLError whatever is wrong with it."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except RecursionError:
-        raise yaml.YAMLError("brackets are nested too deep") from None
-
-
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration.
 
@@ -228,7 +189,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         UserError: all unknown keys, wrong types and impossible values in one message.
     """
-    return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
+    return config_from_dict({} if path is None else read_yaml(path), overrides, str(path))
 
 
 def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Config:
@@ -261,7 +222,7 @@ def _read_override(text: str, kind: Any) -> Any:
     only quotes are YAML ("\\n" is a line break), and null and [a, b] where the key takes them.
     """
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
     if not takes_text(kind) or not text:
@@ -299,18 +260,6 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
                 why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if name in LENGTHS else ""
                 lines.append(f"{section}.{name}: {' -> '.join(shown)}{why}")
     return lines
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        content = _parse_yaml(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML; {' '.join(str(error).split())}") from None
-    return {} if content is None else content
 
 
 def _build(

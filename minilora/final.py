@@ -19,14 +19,17 @@ from tqdm import tqdm
 
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter_weights
 from minilora.build import adapter_config
+from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import json_bytes, write_folder
+from minilora.files import json_bytes
 from minilora.lora import lora_parameters
+from minilora.manifest import write_folder
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
-from minilora.run import Run, current_origin, read_origin, refuse_another_run
+from minilora.origin import current_origin, read_origin, refuse_another_run
+from minilora.run import Run, check_best
 from minilora.runlog import plot_metrics
 
 # Keys that change nothing in the course of a run, and yet what is in its final folder.
@@ -57,7 +60,8 @@ def finish(run: Run, final: Path) -> Path:
     step = run.state.step
     if train.load_best_model_at_end and run.state.best_step != step:
         step = run.state.best_step
-        _load_best(run)
+        check_best(run.config, run.checkpoints, run.state)
+        load_adapter_weights(run.model, checkpoint_path(run.checkpoints, step))
     after = score_test_set(run, "test after training") if train.do_predict else None
     base = run.prompt.tokenizer.folder
     results = {
@@ -89,19 +93,6 @@ def finish(run: Run, final: Path) -> Path:
         print(f"test after training:  {in_words(after)}")
     print(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
     return final
-
-
-def _load_best(run: Run) -> None:
-    """Puts the adapter of the best checkpoint into the model."""
-    folder = run.checkpoints / f"step-{run.state.best_step:06d}"
-    try:
-        load_adapter_weights(run.model, folder)
-    except UserError as error:
-        what = str(error).partition("; ")[0]
-        raise UserError(
-            f"{folder}: the best checkpoint cannot be read ({what}); put it back, or take the last adapter with "
-            "train.load_best_model_at_end=false"
-        ) from None
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
-from minilora.files import sha256
+from minilora.files import WRITING, sha256
 
 MODEL_FILES = [
     "config.json",
@@ -129,8 +129,8 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
-            shutil.copyfile(path, directory / f".writing-{name}")
-            (directory / f".writing-{name}").replace(directory / name)
+            shutil.copyfile(path, directory / f"{WRITING}{name}")
+            (directory / f"{WRITING}{name}").replace(directory / name)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
 

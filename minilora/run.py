@@ -1,18 +1,11 @@
-"""The objects of a run and its state: opened where it stands, or refused where it is another one's.
+"""The objects of a run and its state: opened where it stands, on the newest checkpoint that is sound."""
 
-A run is a function of its configuration, its data and its base model. All three are compared with what the
-newest checkpoint says before anything is loaded: a continuation that differs would be a third run, neither the
-old nor the new.
-"""
-
-import importlib.metadata
 import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,14 +21,24 @@ from minilora.build import (
     choose_dtype,
     read_split,
 )
-from minilora.checkpoint import RunState, damage_of, list_checkpoints, load_checkpoint, new_state, read_state
-from minilora.config import Config, changed_keys
+from minilora.checkpoint import (
+    RunState,
+    checkpoint_path,
+    damage_of,
+    list_checkpoints,
+    load_checkpoint,
+    new_state,
+    read_state,
+)
+from minilora.config import Config
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.files import DAMAGED, explained, read_json, set_aside, sha256
+from minilora.files import explained
 from minilora.lora import DropoutSeed, lora_parameters
+from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
+from minilora.origin import Origin, describe_machine, read_origin, refuse_another_machine, refuse_another_run
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.tensorfile import dtype_name
 
@@ -92,87 +95,6 @@ class Run:
         return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
 
 
-def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The configuration in training_args.json of a final adapter, or in state.json of a checkpoint.
-
-    Raises:
-        UserError: the file is missing or has other content.
-    """
-    content = read_json(path)
-    if path.name == "state.json" and isinstance(content, dict):
-        content = content.get("config")
-    sections = [section.name for section in fields(Config)]
-    if (
-        not isinstance(content, dict)
-        or sorted(content) != sorted(sections)
-        or not all(isinstance(keys, dict) for keys in content.values())
-    ):
-        raise UserError(f"{path}: holds no run's configuration, expected {', '.join(sections)}; put the file back")
-    return content
-
-
-@dataclass(frozen=True)
-class Origin:
-    """All that a run is a function of.
-
-    Attributes:
-        config: values by section and key.
-        data_sha256: of the split files, by name.
-        model_sha256: of the base model's files, by name.
-    """
-
-    config: dict[str, dict[str, Any]]
-    data_sha256: dict[str, str]
-    model_sha256: dict[str, str]
-
-
-def current_origin(config: Config, model_folder: Path) -> Origin:
-    """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
-    data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
-    return Origin(config.to_dict(), {path.name: sha256(path) for path in data}, model_digests(model_folder))
-
-
-def model_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that make a base model what it is, by name."""
-    names = ("config.json", "tokenizer.json")
-    return {path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])}
-
-
-def read_origin(folder: Path) -> Origin:
-    """What the run that wrote `folder`, a checkpoint or the final adapter, was made from.
-
-    Raises:
-        UserError: a file is missing or has other content.
-    """
-    names = ("training_args.json", "metrics.json") if folder.name == "final" else ("state.json", "state.json")
-    config = read_saved_config(folder / names[0])
-    content = read_json(folder / names[1])
-    digests = ("data_sha256", "model_sha256")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in digests):
-        raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
-    return Origin(config, content["data_sha256"], content["model_sha256"])
-
-
-def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
-    """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
-    changes = changed_keys(before.config, config)
-    if changes:
-        raise UserError(
-            f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
-            "back, or begin anew with --restart\n  " + "\n  ".join(changes)
-        )
-    for what, old, new in (
-        (f"data in {config.data.dir}", before.data_sha256, now.data_sha256),
-        (f"base model {config.model.name_or_path}", before.model_sha256, now.model_sha256),
-    ):
-        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        if changed:
-            raise UserError(
-                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
-                "put the files back, choose another train.output_dir, or begin anew with --restart"
-            )
-
-
 def _find_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that is sound; damaged ones that are newer are reported and set aside.
 
@@ -194,9 +116,9 @@ def _find_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def _check_best(config: Config, directory: Path, state: RunState) -> None:
-    """Raises UserError where the checkpoint that the run is to end with is lost: now, not after all its hours."""
-    best = directory / f"step-{state.best_step:06d}"
+def check_best(config: Config, directory: Path, state: RunState) -> None:
+    """Raises UserError where the checkpoint that the run is to end with is lost: at its beginning, not after hours."""
+    best = checkpoint_path(directory, state.best_step)
     if state.best_step in (0, state.step) or not config.train.load_best_model_at_end:
         return
     problem = damage_of(best)
@@ -205,36 +127,6 @@ def _check_best(config: Config, directory: Path, state: RunState) -> None:
             f"{best}: the best checkpoint so far cannot be read ({problem}); put it back, or take the last adapter "
             "with train.load_best_model_at_end=false"
         )
-
-
-def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What else decides the bits of a run; `auto` in a configuration does not say it."""
-    versions = {}
-    for name in ("torch", "bitsandbytes"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    return {"device": device.type, "dtype": dtype_name(dtype), "threads": torch.get_num_threads(), **versions}
-
-
-def _check_machine(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    """Says what has changed about the machine.
-
-    Raises:
-        UserError: another kind of device or another dtype, with which a run takes another course.
-    """
-    changes = {
-        name: f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
-    }
-    serious = [changes[name] for name in ("device", "dtype") if name in changes]
-    if serious:
-        raise UserError(
-            f"{directory}: its run was computed otherwise ({', '.join(serious)}); set model.device and "
-            "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
-        )
-    if changes:
-        print(f"note: {', '.join(changes.values())}; the rest may differ in the last bits", file=sys.stderr)
 
 
 def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin) -> Run:
@@ -246,14 +138,14 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     checkpoint = _find_checkpoint(directory / "checkpoints")
     if checkpoint is not None:
         refuse_another_run(read_origin(checkpoint), origin, config, directory)
-        _check_best(config, directory / "checkpoints", read_state(checkpoint))
+        check_best(config, directory / "checkpoints", read_state(checkpoint))
 
     check_optimizer(config.train.optim)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     machine = describe_machine(device, dtype)
     if checkpoint is not None:
-        _check_machine(read_state(checkpoint).machine, machine, directory)
+        refuse_another_machine(read_state(checkpoint).machine, machine, directory)
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)

@@ -21,16 +21,18 @@ from typing import Any
 import torch
 
 from minilora.build import adapter_config, choose_dtype
-from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, step_of
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.files import StorageError, lock_folder, make_folder, recover_folders
+from minilora.files import StorageError, lock_folder, make_folder
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
 from minilora.lora import adapter_disabled, lora_parameters
+from minilora.manifest import recover_folders
 from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at
+from minilora.origin import current_origin
 from minilora.plan import run_ledger
-from minilora.run import RESTARTING, Run, current_origin, iter_micro_batches, open_run, set_run_aside, step_places
+from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_places
 from minilora.runlog import RunLog, check_log
 from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
@@ -68,7 +70,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
         if restart:
             set_run_aside(directory)
         recover_folders(directory / "checkpoints")
-        steps = [int(path.name[5:]) for path in list_checkpoints(directory / "checkpoints")]
+        steps = map(step_of, list_checkpoints(directory / "checkpoints"))
         check_log(directory, config.train.report_to, max(steps, default=0))
         run = None
         process_bytes = peak_memory_bytes(torch.device("cpu"))

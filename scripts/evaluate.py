@@ -28,14 +28,15 @@ from minilora.build import (
 from minilora.config import Config, config_from_dict
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import MANIFEST, WRITING, StorageError, make_folder, read_json, sha256, write_file
+from minilora.files import WRITING, StorageError, make_folder, read_json, sha256, write_file
 from minilora.hub import fetch_model
 from minilora.lora import adapter_disabled
+from minilora.manifest import MANIFEST
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
+from minilora.origin import model_digests, read_saved_config
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import ENCODINGS, read_rows
-from minilora.run import model_digests, read_saved_config
 from minilora.script import run_script
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.

@@ -23,8 +23,8 @@ from minilora.adapter import (
     save_adapter,
 )
 from minilora.errors import UserError
-from minilora.files import write_folder
 from minilora.lora import lora_parameters
+from minilora.manifest import write_folder
 from minilora.model import Qwen2ForCausalLM
 
 ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")

@@ -10,8 +10,9 @@ import torch
 
 from minilora import cache as cache_module
 from minilora.cache import load_through_cache
-from minilora.files import lock_folder, read_manifest, verify_folder
+from minilora.files import lock_folder
 from minilora.load import load_model
+from minilora.manifest import read_manifest, verify_folder
 from minilora.quantized import save_quantized
 
 How = tuple[torch.dtype, str, bool]

@@ -26,8 +26,9 @@ from minilora.checkpoint import (
     save_checkpoint,
 )
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes, read_manifest, write_folder
+from minilora.files import StorageError, json_bytes
 from minilora.lora import DropoutSeed, lora_parameters
+from minilora.manifest import read_manifest, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer
 from minilora.prompt import Example

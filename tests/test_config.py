@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from minilora.config import (
     HARMLESS_KEYS,
+    LENGTHS,
     Config,
     changed_keys,
     config_from_dict,
@@ -397,3 +399,10 @@ def attributes_read() -> Iterator[str]:
 def test_every_key_is_read_somewhere(name: str) -> None:
     attribute = {"prompt.positive_label": "positive"}.get(name, name.partition(".")[2])
     assert attribute in set(attributes_read())
+
+
+def test_readme_names_the_keys_that_may_change_in_the_middle_of_a_run() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    passage = readme[readme.index("Free to change in the middle are") : readme.index("Two runs in one folder")]
+    named = set(re.findall(r"`(\w+)`", passage)) - {"train", "model"}
+    assert named == {key.partition(".")[2] for key in HARMLESS_KEYS} | set(LENGTHS)

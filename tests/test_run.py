@@ -26,8 +26,10 @@ from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes, lock_folder, read_manifest, verify_folder, write_folder
-from minilora.run import read_origin, read_saved_config, set_run_aside
+from minilora.files import StorageError, json_bytes, lock_folder
+from minilora.manifest import read_manifest, verify_folder, write_folder
+from minilora.origin import read_origin, read_saved_config
+from minilora.run import set_run_aside
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from minilora.script import Interrupted
 from minilora.step import StepResult
@@ -175,9 +177,10 @@ def test_a_best_checkpoint_that_is_lost_on_the_way_is_named_too(
     shutil.rmtree(final)
     change_best_step(final.with_name(f"step-{STEPS:06d}"), 2)
     flip_bit(final.with_name("step-000002") / "adapter_model.safetensors")
-    monkeypatch.setattr(run_module, "_check_best", lambda *_: None)
+    monkeypatch.setattr(run_module, "check_best", lambda *_: None)  # at the beginning; the end looks again
     with pytest.raises(
-        UserError, match=r"step-000002: the best checkpoint cannot be read \(.+: is damaged \(.+\)\); put it back, or"
+        UserError,
+        match=r"step-000002: the best checkpoint so far cannot be read \(adapter_model\.\w+ has SHA-256 .+\); put",
     ):
         run()
     assert not final.exists()

@@ -19,6 +19,8 @@ ALLOWED = {
     "errors": set(),
     "script": {"errors"},
     "files": {"errors"},
+    "manifest": {"files", "errors"},
+    "yamlfile": {"errors"},
     "bnb": {"errors"},
     "nf4": {"bnb"},
     "lora": {"nf4", "errors"},
@@ -27,7 +29,7 @@ ALLOWED = {
     "tensorfile": {"files", "errors"},
     "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
-    "adapter": {"tensorfile", "files", "lora", "model", "fields", "errors"},
+    "adapter": {"tensorfile", "files", "manifest", "lora", "model", "fields", "errors"},
     "memory": {"tensorfile", "loss", "lora", "model", "errors"},
 }
 
@@ -68,7 +70,7 @@ def test_the_core_depends_on_little(module: str) -> None:
 
 def test_only_the_top_knows_the_configuration() -> None:
     readers = {module for module in MODULES if "config" in imported_modules(PACKAGE / f"{module}.py")}
-    assert readers == {"build", "plan", "run", "final", "train"}
+    assert readers == {"build", "plan", "origin", "run", "final", "train"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.files import recover_folders
+from minilora.manifest import recover_folders
 from minilora.run import _find_checkpoint
 from tests.faults.runner import Runs
 

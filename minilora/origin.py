@@ -1,0 +1,131 @@
+"""What a run was made from, and whether it is the same now.
+
+A run is a function of its configuration, its data, its base model, and the machine's way to compute. All of them are
+compared with what a checkpoint says before anything is loaded: a continuation that differs would be a third run,
+neither the old nor the new.
+"""
+
+import importlib.metadata
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.config import Config, changed_keys
+from minilora.data import SPLITS
+from minilora.errors import UserError
+from minilora.files import read_json, sha256
+from minilora.tensorfile import dtype_name
+
+
+def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
+    """The configuration in training_args.json of a final adapter, or in state.json of a checkpoint.
+
+    Raises:
+        UserError: the file is missing or has other content.
+    """
+    content = read_json(path)
+    if path.name == "state.json" and isinstance(content, dict):
+        content = content.get("config")
+    sections = [section.name for section in fields(Config)]
+    if (
+        not isinstance(content, dict)
+        or sorted(content) != sorted(sections)
+        or not all(isinstance(keys, dict) for keys in content.values())
+    ):
+        raise UserError(f"{path}: holds no run's configuration, expected {', '.join(sections)}; put the file back")
+    return content
+
+
+@dataclass(frozen=True)
+class Origin:
+    """All that a run is a function of.
+
+    Attributes:
+        config: values by section and key.
+        data_sha256: of the split files, by name.
+        model_sha256: of the base model's files, by name.
+    """
+
+    config: dict[str, dict[str, Any]]
+    data_sha256: dict[str, str]
+    model_sha256: dict[str, str]
+
+
+def current_origin(config: Config, model_folder: Path) -> Origin:
+    """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
+    data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
+    return Origin(config.to_dict(), {path.name: sha256(path) for path in data}, model_digests(model_folder))
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that make a base model what it is, by name."""
+    names = ("config.json", "tokenizer.json")
+    return {path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])}
+
+
+def read_origin(folder: Path) -> Origin:
+    """What the run that wrote `folder`, a checkpoint or the final adapter, was made from.
+
+    Raises:
+        UserError: a file is missing or has other content.
+    """
+    names = ("training_args.json", "metrics.json") if folder.name == "final" else ("state.json", "state.json")
+    config = read_saved_config(folder / names[0])
+    content = read_json(folder / names[1])
+    digests = ("data_sha256", "model_sha256")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in digests):
+        raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
+    return Origin(config, content["data_sha256"], content["model_sha256"])
+
+
+def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
+    """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
+    changes = changed_keys(before.config, config)
+    if changes:
+        raise UserError(
+            f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
+            "back, or begin anew with --restart\n  " + "\n  ".join(changes)
+        )
+    for what, old, new in (
+        (f"data in {config.data.dir}", before.data_sha256, now.data_sha256),
+        (f"base model {config.model.name_or_path}", before.model_sha256, now.model_sha256),
+    ):
+        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        if changed:
+            raise UserError(
+                f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
+                "put the files back, choose another train.output_dir, or begin anew with --restart"
+            )
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What else decides the bits of a run; `auto` in a configuration does not say it."""
+    versions = {}
+    for name in ("torch", "bitsandbytes"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    return {"device": device.type, "dtype": dtype_name(dtype), "threads": torch.get_num_threads(), **versions}
+
+
+def refuse_another_machine(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Says what has changed about the machine.
+
+    Raises:
+        UserError: another kind of device or another dtype, with which a run takes another course.
+    """
+    changes = {
+        name: f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
+    }
+    serious = [changes[name] for name in ("device", "dtype") if name in changes]
+    if serious:
+        raise UserError(
+            f"{directory}: its run was computed otherwise ({', '.join(serious)}); set model.device and "
+            "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
+        )
+    if changes:
+        print(f"note: {', '.join(changes.values())}; the rest may differ in the last bits", file=sys.stderr)
