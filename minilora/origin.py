@@ -56,8 +56,22 @@ class Origin:
 
 def current_origin(config: Config, model_folder: Path) -> Origin:
     """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
-    data = [Path(config.data.dir) / f"{split}.jsonl" for split in SPLITS]
-    return Origin(config.to_dict(), {path.name: sha256(path) for path in data}, model_digests(model_folder))
+    directory = Path(config.data.dir)
+    data = {name: sha256(directory / name) for name in (f"{split}.jsonl" for split in SPLITS)}
+    _note_changed_splits(directory, data)
+    return Origin(config.to_dict(), data, model_digests(model_folder))
+
+
+def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
+    """Says on standard error which splits are not as they were prepared; who edits them on purpose may go on."""
+    report = directory / "data_report.json"
+    content = read_json(report) if report.is_file() else None
+    written = content.get("sha256_out") if isinstance(content, dict) else None
+    if not isinstance(written, dict):
+        return
+    changed = [name for name, digest in digests.items() if written.get(name, digest) != digest]
+    if changed:
+        print(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared", file=sys.stderr)
 
 
 def model_digests(folder: Path) -> dict[str, str]:

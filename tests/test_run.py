@@ -25,8 +25,9 @@ from minilora.adapter import adapter_files
 from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
+from minilora.data import SPLITS
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes, lock_folder
+from minilora.files import StorageError, json_bytes, lock_folder, sha256
 from minilora.manifest import read_manifest, verify_folder, write_folder
 from minilora.origin import read_origin, read_saved_config
 from minilora.run import set_run_aside
@@ -121,6 +122,24 @@ def test_the_test_before_training_is_the_base_models_whenever_it_is_asked_for(fi
     shutil.rmtree(final)
     run()  # the adapter is trained by now
     assert read(final / "metrics.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("report", "is_noted"),
+    [(None, False), ("[]", False), ('{"sha256_out": 3}', False), ("right", False), ("wrong", True)],
+)
+def test_a_split_that_is_not_as_it_was_prepared_is_noted(
+    run: Fit, data: Path, capsys: pytest.CaptureFixture[str], report: str | None, is_noted: bool
+) -> None:
+    digests = {f"{split}.jsonl": sha256(data / f"{split}.jsonl") for split in SPLITS}
+    if report == "wrong":
+        digests["validation.jsonl"] = "0" * 64
+    if report is not None:
+        text = json.dumps({"sha256_out": digests}) if report in ("right", "wrong") else report
+        (data / "data_report.json").write_text(text, "utf-8")
+    run()
+    note = f"note: {data}: validation.jsonl: edited or damaged since they were prepared\n"
+    assert (note in capsys.readouterr().err) == is_noted
 
 
 @pytest.mark.parametrize("finished", [True, False])
