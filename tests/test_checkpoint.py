@@ -24,6 +24,7 @@ from minilora.checkpoint import (
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    step_of,
 )
 from minilora.errors import UserError
 from minilora.files import StorageError, json_bytes
@@ -137,6 +138,38 @@ def test_a_folder_that_is_being_written_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / "step-000200").write_text("a file", "utf-8")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000020", "step-000100", "step-1000000"]
     assert list_checkpoints(tmp_path / "absent") == []
+    (tmp_path / "step-999999").mkdir()  # its name comes last, its step does not
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [20, 100, 999_999, 1_000_000]
+
+
+def test_a_run_that_has_not_begun_has_done_nothing() -> None:
+    digests, machine = {"train.jsonl": "ab"}, {"device": "cpu"}
+    assert dataclasses.asdict(new_state({"a": {}}, digests, digests, machine)) == {
+        "step": 0,
+        "samples_seen": 0,
+        "unfinished_row": None,
+        "validated_step": 0,
+        "best_step": 0,
+        "best_metric": None,
+        "evals_without_improvement": 0,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "test_before": None,
+        "data_sha256": digests,
+        "model_sha256": digests,
+        "scaler": {},
+        "machine": machine,
+        "config": {"a": {}},
+    }
+
+
+@pytest.mark.parametrize("best_step", ["x", [], None, 1.5])
+def test_a_state_of_another_content_does_not_stop_the_pruning(tmp_path: Path, best_step: object) -> None:
+    make_checkpoints(tmp_path, {1: 1, 2: 2, 3: 3})
+    state = {**dataclasses.asdict(state_at(3)), "best_step": best_step}
+    write_folder(tmp_path / "step-000003", [("state.json", json_bytes(state))], {"step": 3})
+    prune_checkpoints(tmp_path, 1)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [3]
 
 
 def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -146,18 +179,6 @@ def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: Loa
         "config_sha256": hashlib.sha256(json_bytes(state_at(7).config)).hexdigest(),
         "minilora_version": __version__,
     }
-
-
-def test_a_run_that_has_not_begun_has_done_nothing() -> None:
-    given = {
-        "config": {"a": {}},
-        "data_sha256": {"train.jsonl": "ab"},
-        "model_sha256": {"model.safetensors": "cd"},
-        "machine": {"device": "cpu"},
-    }
-    state = new_state(**given)
-    assert {name: getattr(state, name) for name in given} == given
-    assert not any(value for name, value in vars(state).items() if name not in given)
 
 
 def test_an_interrupted_write_leaves_the_older_checkpoint_alone(

@@ -207,6 +207,43 @@ def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
         assert read(target) == OLD
 
 
+def test_what_cannot_be_cleaned_up_after_a_failure_does_not_hide_the_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(_: Path) -> None:
+        monkeypatch.setattr(shutil, "rmtree", raising(OSError(errno.EROFS, "Read-only file system")))
+        raise UserError("the reason")
+
+    with pytest.raises(UserError, match="the reason"):
+        write_folder(tmp_path / "x", OLD.items(), {}, check)
+
+
+def test_a_damaged_folder_that_cannot_be_set_aside_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "verify_folder", lambda _: "a has 2 bytes, expected 3")
+    monkeypatch.setattr(manifest, "set_aside", raising(OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(StorageError, match=r"/x: cannot be written \(Read-only file system\)"):
+        write(tmp_path / "x", NEW)
+
+
+def test_files_of_a_library_that_cannot_be_synced_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "sync", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StorageError, match=r"/\.writing-x: cannot be written \(Input/output error\)"):
+        finish(tmp_path / "x", OLD)
+
+
+def test_every_folder_that_was_replaced_is_looked_at(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write(tmp_path / name, NEW)
+        write(tmp_path / f".replaced-{name}", OLD)
+    recover_folders(tmp_path)
+    assert names_in(tmp_path) == ["a", "b", "c"]
+    assert all(read(tmp_path / name) == NEW for name in ("a", "b", "c"))
+
+
 @BOTH
 def test_an_old_folder_that_cannot_be_removed_does_no_harm_and_goes_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Path]
@@ -364,6 +401,9 @@ def test_a_manifest_that_is_none_is_damaged(folder: Path, content: str) -> None:
         {"a": {"size": 3, "sha256": "ab", "more": 1}},
         {"a": [3, "ab"]},
         {"a": None},
+        {"": {"size": 3, "sha256": "ab"}},
+        {".": {"size": 3, "sha256": "ab"}},
+        {"..": {"size": 3, "sha256": "ab"}},
     ],
 )
 def test_a_manifest_of_other_entries_than_files_with_size_and_hash_is_damaged(
