@@ -199,7 +199,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _is_entry(item: tuple[str, Any]) -> bool:
     """Whether a manifest's entry names a file of its own folder, with size and hash."""
     name, entry = item
-    is_plain = Path(name).name == name and name not in ("", ".", "..")
+    is_plain = Path(name).name == name and name not in ("", "..")
     return is_plain and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
 
 

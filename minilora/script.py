@@ -55,12 +55,15 @@ def run_script(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error escapes by itself
         sys.stdout.reconfigure(errors="json_escape")
     try:
-        with _handling(_raise):
+        at_once = _AtOnce()
+        with _handling(at_once.answer):
             try:
                 main()
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(OSError):  # the first reason counts
                     sys.stdout.flush()
+                if at_once.caught is not None and isinstance(error, Exception) and not isinstance(error, UserError):
+                    raise Interrupted(at_once.caught) from error  # a library's C code had made another error of it
                 raise
             sys.stdout.flush()  # here, not when the interpreter ends, where a closed pipe can no longer be caught
     except UserError as error:
@@ -144,8 +147,12 @@ class SafePoints:
         try:
             self.check()
             yield
+        except Exception:
+            self.check()  # a library's C code may have made another error of the interruption
+            raise
         finally:
             self._is_anywhere = False
+        self.check()  # or have dropped it
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._caught is not None:
@@ -156,20 +163,26 @@ class SafePoints:
             self.check()
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
-    """Ends what is going on, and after GRACE_S the process, whatever its threads still wait for."""
+class _AtOnce:
+    """The handler outside a run's loop: ends what is going on."""
 
-    def give_up() -> None:
-        _write(f"\nstopped by {signal.Signals(signum).name}, without waiting for what does not end\n")
-        os._exit(128 + signum)
+    def __init__(self) -> None:
+        self.caught: int | None = None
 
-    timer = threading.Timer(GRACE_S, give_up)
-    timer.daemon = True
-    timer.start()
-    for number in SIGNALS:
-        if signal.getsignal(number) == _raise:
-            signal.signal(number, _exit_now)
-    raise Interrupted(signum)
+    def answer(self, signum: int, frame: FrameType | None) -> None:
+        """Raises, and after GRACE_S ends the process, whatever its threads still wait for."""
+        if self.caught is not None:
+            _exit_now(signum, frame)
+        self.caught = signum
+
+        def give_up() -> None:
+            _write(f"\nstopped by {signal.Signals(signum).name}, without waiting for what does not end\n")
+            os._exit(128 + signum)
+
+        timer = threading.Timer(GRACE_S, give_up)
+        timer.daemon = True
+        timer.start()
+        raise Interrupted(signum)
 
 
 def _exit_now(signum: int, frame: FrameType | None) -> None:

@@ -18,7 +18,17 @@ import pytest
 
 from minilora import files
 from minilora.errors import UserError
-from minilora.files import StorageError, explained, json_bytes, lock_folder, make_folder, remove, sha256, write_file
+from minilora.files import (
+    StorageError,
+    explained,
+    json_bytes,
+    lock_folder,
+    make_folder,
+    parse_json,
+    remove,
+    sha256,
+    write_file,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -239,3 +249,31 @@ def test_where_the_system_has_no_locks_the_work_is_done(tmp_path: Path, monkeypa
     spec.loader.exec_module(module)
     with module.lock_folder(tmp_path, "a"), module.lock_folder(tmp_path, "a"):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
+def test_a_file_that_is_written_is_no_program(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", b"x")
+    assert not (tmp_path / "a").stat().st_mode & 0o111
+
+
+def test_a_folder_is_tried_by_writing_into_it_and_not_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    plain = files.tempfile.TemporaryFile
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: tried.append(dir) or plain(dir=dir))
+    make_folder(tmp_path / "a", "key")
+    assert tried == [tmp_path / "a"]
+
+
+def test_a_holder_whose_name_is_no_text_is_told_all_the_same(tmp_path: Path) -> None:
+    with lock_folder(tmp_path, "key"):
+        (tmp_path / ".lock").write_bytes(b"process \xff")
+        with pytest.raises(UserError, match="process \N{REPLACEMENT CHARACTER}"), lock_folder(tmp_path, "key"):
+            pass
+
+
+def test_minus_zero_stays_one() -> None:
+    found = parse_json("[-0, 0, -1]")
+    assert [str(number) for number in found] == ["-0.0", "0", "-1"]

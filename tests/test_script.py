@@ -294,3 +294,33 @@ def test_in_another_thread_there_are_no_signals_and_the_work_is_done() -> None:
     thread.start()
     thread.join()
     assert done == ["safe points", "script"]
+
+
+@no_windows
+@pytest.mark.parametrize(
+    "body",
+    [
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n"
+        "except KeyboardInterrupt:\n    raise ValueError('Invalid bounding box') from None",
+        "with SafePoints() as points, points.anywhere():\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(30)\n    except KeyboardInterrupt:\n"
+        "        raise ValueError('Invalid bounding box') from None",
+        "with SafePoints() as points:\n    with points.anywhere():\n        try:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n            time.sleep(30)\n"
+        "        except KeyboardInterrupt:\n            pass\n    print('not stopped')",
+    ],
+    ids=["at once", "anywhere", "dropped"],
+)
+def test_an_interruption_that_a_librarys_c_code_swallowed_is_one_all_the_same(body: str) -> None:
+    """As matplotlib's renderer does: a signal in its callbacks came out as a ValueError."""
+    done = run(body)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr.endswith("stopped by SIGTERM\n")
+    assert "Traceback" not in done.stderr
+
+
+@no_windows
+def test_an_error_of_the_program_is_no_interruption() -> None:
+    done = run("with SafePoints() as points, points.anywhere():\n    raise ValueError('a mistake')")
+    assert done.returncode == 1
+    assert "ValueError: a mistake" in done.stderr
