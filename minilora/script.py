@@ -56,7 +56,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="json_escape")
     try:
         at_once = _AtOnce()
-        with _handling(at_once.answer):
+        with _handling(at_once.answer), _dropped_to(at_once):
             try:
                 main()
             except BaseException as error:
@@ -175,14 +175,34 @@ class _AtOnce:
             _exit_now(signum, frame)
         self.caught = signum
 
-        def give_up() -> None:
-            _write(f"\nstopped by {signal.Signals(signum).name}, without waiting for what does not end\n")
-            os._exit(128 + signum)
-
-        timer = threading.Timer(GRACE_S, give_up)
+        timer = threading.Timer(GRACE_S, self.give_up)
         timer.daemon = True
         timer.start()
         raise Interrupted(signum)
+
+    def give_up(self) -> None:
+        """Ends the process where raising did not."""
+        if self.caught is not None:
+            _write(f"\nstopped by {signal.Signals(self.caught).name}, without waiting for what does not end\n")
+            os._exit(128 + self.caught)
+
+
+@contextlib.contextmanager
+def _dropped_to(at_once: _AtOnce) -> Iterator[None]:
+    """Within it an `Interrupted` that Python drops, because it came in a finaliser or a weak reference's callback, is
+    not printed as a traceback: it ends the process, or within a run's loop waits for the next safe point."""
+    plain = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            plain(dropped)
+        at_once.give_up()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = plain
 
 
 def _exit_now(signum: int, frame: FrameType | None) -> None:

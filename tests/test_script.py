@@ -324,3 +324,31 @@ def test_an_error_of_the_program_is_no_interruption() -> None:
     done = run("with SafePoints() as points, points.anywhere():\n    raise ValueError('a mistake')")
     assert done.returncode == 1
     assert "ValueError: a mistake" in done.stderr
+
+
+DROPPING = (
+    "class Dropping:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(30)\n"
+)
+
+
+@no_windows
+def test_an_interruption_that_python_drops_ends_the_script_all_the_same() -> None:
+    done = run(f"{DROPPING}Dropping()\ntime.sleep(30)")
+    assert done.returncode == 143
+    assert "stopped by SIGTERM" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@no_windows
+def test_within_a_runs_loop_one_that_python_drops_waits_for_the_next_safe_point() -> None:
+    body = f"{DROPPING}with SafePoints() as points:\n    with points.anywhere():\n        Dropping()\n"
+    done = run(f"{body}        print('so far')\n    print('not stopped')")
+    assert (done.returncode, done.stdout) == (143, "so far\n")
+    assert done.stderr.endswith("\nstopped by SIGTERM\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_another_error_that_python_drops_is_shown() -> None:
+    done = run("class A:\n    def __del__(self):\n        raise ValueError('a mistake')\nA()\nprint('done')")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert "ValueError: a mistake" in done.stderr
