@@ -34,6 +34,7 @@ Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA); initia
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -293,8 +294,10 @@ def _match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> lis
         return candidates
     if isinstance(target_modules, str):
         try:
-            matched = [path for path in candidates if re.fullmatch(target_modules, path)]
-        except re.error as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # "[[": Python does not yet say what it will mean
+                matched = [path for path in candidates if re.fullmatch(target_modules, path)]
+        except (re.error, FutureWarning) as error:
             raise UserError(f"lora.target_modules: {target_modules!r} is not a regular expression ({error})") from None
         if matched:
             return matched

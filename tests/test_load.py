@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -424,3 +425,51 @@ def test_progress_is_told_tensor_by_tensor(write: Callable[..., Path]) -> None:
     model = load_model(write(), torch.float32, "none", on_progress=lambda done, total: told.append((done, total)))
     total = len(list(model.named_parameters()))
     assert told == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_everything_that_is_not_in_4_bits_has_the_compute_dtype(write: Callable[..., Path], quantization: str) -> None:
+    model = load_model(write(), torch.float32, quantization)  # the file is in bfloat16
+    held = [*model.parameters(), *(m.bias for m in model.modules() if isinstance(m, Linear4bit) and m.bias is not None)]
+    assert len(held) > 6
+    assert {tensor.dtype for tensor in held} == {torch.float32}
+
+
+def test_every_tensor_goes_to_the_device(write: Callable[..., Path]) -> None:
+    model = load_model(write(), torch.float32, "none", device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_of_many_mismatches_the_first_ten_are_shown_and_the_others_counted(write: Callable[..., Path]) -> None:
+    weights = random_weights()
+    names = [f"spare.{number:02d}" for number in range(13)]
+    expected = [f"{name}: in the file, unknown to a Qwen2.5 model of this config.json" for name in names]
+    for count in (10, 11, 13):
+        with pytest.raises(UserError) as caught:
+            load_model(write(weights | {name: torch.zeros(1) for name in names[:count]}), torch.float32, "none")
+        more = [f"and {count - 10} more"] if count > 10 else []
+        assert str(caught.value).split("\n  ")[1:] == expected[:10] + more
+
+
+def test_compiled_products_are_bounded_unless_the_user_says_otherwise(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    load_model(write(), torch.float32, "none")
+    assert os.environ["LRU_CACHE_CAPACITY"] == "64"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    load_model(write(), torch.float32, "none")
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
+@pytest.mark.parametrize(("offset", "how"), [(None, "without"), (0.5, "with")])
+def test_a_checkpoint_in_4_bits_says_how_it_wants_to_be_loaded(offset: float | None, how: str, tmp_path: Path) -> None:
+    entries = {"a": QuantizedEntry("a", "nf4", torch.Size([64, 64]), offset, {})}
+    with pytest.raises(UserError) as caught:
+        load_module._check_quantization(entries, "fp4", True, tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: is quantised already, as nf4 {how} double quantisation; set model.quantization=nf4 "
+        f"model.double_quantization={str(how == 'with').lower()}, or use the original checkpoint"
+    )

@@ -219,6 +219,8 @@ def test_head_and_embedding_are_refused_with_the_reason(tied: bool, target: str)
 
 
 def test_a_broken_pattern_is_named() -> None:
+    with pytest.raises(UserError, match=r"'\[\[' is not a regular expression \(Possible nested set at position 1\)"):
+        attach(tiny_model(), 2, 4, target_modules="[[")
     with pytest.raises(UserError, match=r"'\(q_proj' is not a regular expression"):
         attach(tiny_model(), 2, 4, target_modules="(q_proj")
 
