@@ -1,7 +1,8 @@
 """QLoRA for Qwen2.5, written by hand in PyTorch. This page is the map: read the modules in this order.
 
     errors      the one exception that a user's mistake raises
-    script      how a script ends: messages, exit status, signals
+    console     what a program says while it works: lines, warnings, progress; --quiet
+    script      how a script begins and ends: arguments, messages, exit status, signals
     files       single files that stay when they are written; locks
     manifest    folders that are there as a whole or not at all, verified by SHA-256
     yamlfile    YAML, read strictly
@@ -35,6 +36,7 @@
     plan        what --dry-run prints
     modelcard   the README of an adapter
     origin      what a run was made from, and whether that is the same now
+    trained     a trained adapter's folder -> its configuration, base model, prompt and model
     run         the objects of a run and its state: opened, resumed or refused
     final       how a run ends: scored, its adapter written and read back
     train       fit(): the only loop

@@ -184,7 +184,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     )
 
 
-def attach_adapter(model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0) -> DropoutSeed:
+def attach_adapter(
+    model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0, device: torch.device | str | None = None
+) -> DropoutSeed:
     """`lora.attach` with the values of an `AdapterConfig`."""
     targets = config.target_modules
     return attach(
@@ -195,23 +197,27 @@ def attach_adapter(model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=config.use_rslora,
         seed=seed,
+        device=device,
     )
 
 
-def load_adapter(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False) -> AdapterConfig:
+def load_adapter(
+    model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False, device: torch.device | str | None = None
+) -> AdapterConfig:
     """Attaches the adapter in `folder` to `model`, a base without LoRA layers.
 
     Args:
         model: the base.
         folder: with the adapter's two files, and maybe a manifest.
         allow_bin: see `load_adapter_weights`.
+        device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
 
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     config = read_adapter_config(folder)
     path, tensors = _read_adapter_tensors(folder, allow_bin)
-    attach_adapter(model, config)
+    attach_adapter(model, config, device=device)
     _fill(model, path, tensors)
     return config
 

@@ -4,17 +4,16 @@ Training, evaluation and inspection start here, so that they cannot differ in ho
 model is loaded. Everything below this module takes plain values and never sees the configuration.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minilora.adapter import AdapterConfig
 from minilora.cache import load_through_cache
 from minilora.config import Config
+from minilora.console import progress
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.model import Qwen2ForCausalLM
@@ -154,7 +153,7 @@ def _label_index(row: Row, labels: tuple[str, ...]) -> int:
 
 def build_model(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen2ForCausalLM:
     """The frozen base model, with a progress bar for its tensors."""
-    with tqdm(desc="load model", unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress("load model", None, "tensor") as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

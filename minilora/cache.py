@@ -12,7 +12,6 @@ time that it would have saved, and a line that says so, never the run.
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from minilora import bnb
+from minilora.console import warn
 from minilora.errors import UserError
 from minilora.files import WRITING, lock_folder, remove, sha256
 from minilora.load import load_model
@@ -73,7 +73,7 @@ def load_through_cache(
             recover_folders(cache)
             problem = _problem_of(copy, key)  # another process may have made it since
             if problem is not None and copy.exists():
-                print(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again", file=sys.stderr)
+                warn(f"{copy}: the 4-bit copy is damaged ({problem}); it is made again")
         except (OSError, UserError) as error:
             _say_unused(cache, error)
             return load_model(folder, *settings)
@@ -124,4 +124,4 @@ def _problem_of(copy: Path, key: str) -> str | None:
 
 def _say_unused(cache: Path, error: Exception) -> None:
     what = getattr(error, "strerror", None) or error
-    print(f"model.quantized_cache: {cache} cannot be used ({what}); goes on without", file=sys.stderr)
+    warn(f"model.quantized_cache: {cache} cannot be used ({what}); goes on without")

@@ -10,13 +10,13 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from minilora.console import warn
 from minilora.errors import UserError
 
 try:
@@ -180,7 +180,7 @@ def _lock(descriptor: int, folder: Path, key: str) -> None:
             f"{folder}: another run is writing there ({holder}); wait for it, stop it, or choose another {key}"
         ) from None
     except OSError as error:  # some network file systems have no locks
-        print(f"{folder}: cannot be locked ({error.strerror}); start no second run there", file=sys.stderr)
+        warn(f"{folder}: cannot be locked ({error.strerror}); start no second run there")
 
 
 @contextlib.contextmanager

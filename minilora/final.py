@@ -8,19 +8,18 @@ checkpoints/final/
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter_weights
 from minilora.build import adapter_config
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
+from minilora.console import progress, say, warn
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.files import json_bytes
@@ -88,10 +87,10 @@ def finish(run: Run, final: Path) -> Path:
         plot = plot_metrics(run.directory)
     except OSError as error:  # the run is done, and the numbers are in metrics.jsonl
         plot = None
-        print(f"note: {run.directory / 'loss.png'} cannot be written ({error.strerror})", file=sys.stderr)
+        warn(f"note: {run.directory / 'loss.png'} cannot be written ({error.strerror})")
     if after is not None:
-        print(f"test after training:  {in_words(after)}")
-    print(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
+        say(f"test after training:  {in_words(after)}")
+    say(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
     return final
 
 
@@ -134,7 +133,7 @@ def score_split(run: Run, name: str, on_progress: Callable[[int], object] | None
 
 def score_test_set(run: Run, title: str) -> dict[str, Any]:
     """Loss and metrics of the test set, behind a progress bar of its own."""
-    with tqdm(total=len(run.splits["test"].examples), desc=title, unit="review", leave=False, file=sys.stderr) as bar:
+    with progress(title, len(run.splits["test"].examples), "review") as bar:
         return score_split(run, "test", bar.update)
 
 

@@ -14,9 +14,9 @@ is looked at.)
 import hashlib
 import re
 import shutil
-import sys
 from pathlib import Path
 
+from minilora.console import warn
 from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
 from minilora.files import WRITING, sha256
@@ -149,10 +149,7 @@ def _download(kind: str, name: str, revision: str | None, allow_patterns: list[s
         damaged = _damaged_files(snapshot)
         if damaged:
             names = [path.relative_to(snapshot).as_posix() for path, _, _ in damaged]
-            print(
-                f"{snapshot}: {', '.join(names)}: not what the hub has, the hash differs; downloads it once more",
-                file=sys.stderr,
-            )
+            warn(f"{snapshot}: {', '.join(names)}: not what the hub has, the hash differs; downloads it once more")
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=names, force_download=True)
             damaged = _damaged_files(snapshot)
         if damaged:

@@ -208,9 +208,11 @@ class LoRALinear(nn.Module):
         dropout: float,
         index: int,
         dropout_seed: DropoutSeed,
+        device: torch.device | str | None = None,
     ):
         super().__init__()
-        device = base.weight.device if isinstance(base, nn.Linear) else base.device
+        if device is None:
+            device = base.weight.device if isinstance(base, nn.Linear) else base.device
         self.base = base
         self.scaling = scaling
         self.dropout = dropout
@@ -232,6 +234,19 @@ class LoRALinear(nn.Module):
 Projection = LoRALinear | Linear4bit | nn.Linear
 
 
+def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
+    """W + s B A: the one weight that does what `layer` does without dropout.
+
+    Args:
+        layer: its A and B on the device of `weight`; its own base is not looked at.
+        weight: (out, in) of any floating-point type.
+
+    Returns:
+        (out, in) float32.
+    """
+    return torch.addmm(weight.float(), layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
+
+
 def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
     """s: alpha / r, or alpha / sqrt(r), which keeps the update's size when r grows."""
     return alpha / (math.sqrt(r) if use_rslora else r)
@@ -245,6 +260,7 @@ def attach(
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
     seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> DropoutSeed:
     """Puts a LoRA layer around every chosen linear layer and freezes all else.
 
@@ -257,6 +273,7 @@ def attach(
             expression for the whole path.
         use_rslora: scale by alpha / sqrt(r).
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
+        device: of A and B; by default that of the layer they belong to.
 
     Returns:
         The seed that training sets before each micro-batch.
@@ -272,7 +289,7 @@ def attach(
         parent_path, _, name = path.rpartition(".")
         parent = model.get_submodule(parent_path)
         base = getattr(parent, name)
-        layer = LoRALinear(base, r, lora_scaling(r, alpha, use_rslora), dropout, index, dropout_seed)
+        layer = LoRALinear(base, r, lora_scaling(r, alpha, use_rslora), dropout, index, dropout_seed, device)
         bound = 1 / math.sqrt(base.in_features)  # Kaiming-uniform with a = sqrt(5)
         initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         layer.lora_A.data.copy_(initial)

@@ -6,7 +6,6 @@ neither the old nor the new.
 """
 
 import importlib.metadata
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from minilora.config import Config, changed_keys
+from minilora.console import warn
 from minilora.data import SPLITS
 from minilora.errors import UserError
 from minilora.files import read_json, sha256
@@ -71,7 +71,7 @@ def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
         return
     changed = [name for name, digest in digests.items() if written.get(name, digest) != digest]
     if changed:
-        print(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared", file=sys.stderr)
+        warn(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared")
 
 
 def model_digests(folder: Path) -> dict[str, str]:
@@ -142,4 +142,4 @@ def refuse_another_machine(before: dict[str, Any], now: dict[str, Any], director
             "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
         )
     if changes:
-        print(f"note: {', '.join(changes.values())}; the rest may differ in the last bits", file=sys.stderr)
+        warn(f"note: {', '.join(changes.values())}; the rest may differ in the last bits")

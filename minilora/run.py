@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from minilora.checkpoint import (
     read_state,
 )
 from minilora.config import Config
+from minilora.console import say, warn
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.files import explained
@@ -106,7 +106,7 @@ def _find_checkpoint(directory: Path) -> Path | None:
         problem = damage_of(checkpoint)
         if problem is None:
             return checkpoint
-        print(f"{checkpoint}: is damaged ({problem}); set aside as {set_aside(checkpoint).name}", file=sys.stderr)
+        warn(f"{checkpoint}: is damaged ({problem}); set aside as {set_aside(checkpoint).name}")
     damaged = sorted(directory.glob(f"{DAMAGED}step-*"))
     if damaged:
         raise UserError(
@@ -152,9 +152,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     model = build_model(config, model_folder, device, dtype)
     problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
     if problem is not None:
-        print(
-            f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})", file=sys.stderr
-        )
+        warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
@@ -171,7 +169,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         state = replace(load_checkpoint(checkpoint, model, optimizer), config=origin.config, machine=machine)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
-        print(f"going on from {checkpoint}")
+        say(f"going on from {checkpoint}")
     run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
     is_validated = state.step == state.validated_step or state.unfinished_row is not None
     if state.step > run.total_steps or (state.step == run.total_steps and not is_validated):
@@ -181,7 +179,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         )
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     truncated = sum(split.num_truncated for split in splits.values())
-    print(
+    say(
         f"{config.model.name_or_path} ({config.model.quantization}, {dtype_name(dtype)}, {device}): "
         f"{sum(p.numel() for p in lora_parameters(model)):,} adapter parameters; examples: {counts}; "
         f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
@@ -208,7 +206,7 @@ def set_run_aside(directory: Path) -> None:
         going.rename(target)
         checkpoints.mkdir(exist_ok=True)
     finished = list_checkpoints(target / "checkpoints")
-    print(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
+    say(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
 
 
 def _check_splits(config: Config, splits: dict[str, Examples]) -> None:

@@ -18,8 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from minilora.console import progress
 from minilora.errors import UserError
 from minilora.files import WRITING, explained, sync, write_file
 
@@ -46,7 +45,7 @@ class RunLog:
             rewritten.replace(self._path)
             sync(directory)
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-        self._bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True)
+        self._bar = progress("train", total_steps, "step", initial=step, leave=True)
         self._events = None
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +82,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line of text above the progress bar."""
-        self._bar.write(text)
+        if not self._bar.disable:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

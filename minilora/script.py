@@ -1,4 +1,4 @@
-"""How a script starts and ends: a message in place of a traceback, a status that says why, and signals answered.
+"""How a script begins and ends: its arguments, a message in place of a traceback, a status that says why, signals.
 
     0     done
     2     UserError: what is wrong and what to do, or a disk that is full
@@ -11,6 +11,7 @@ A signal ends a script at once; in a training run it waits while weights change 
 (`SafePoints`). A second signal waits for nothing; what is being written is left unfinished under its temporary name.
 """
 
+import argparse
 import codecs
 import contextlib
 import errno
@@ -22,7 +23,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
+from minilora.console import set_quiet
 from minilora.errors import UserError
 
 Handler = Callable[[int, FrameType | None], None]
@@ -43,6 +46,30 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
         self.is_explained = bool(text)
+
+
+def build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
+    """A script's argument parser, with what all of them have: examples in --help, and --quiet.
+
+    Args:
+        description: the script's docstring.
+        examples: printed as it stands below the arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-q", "--quiet", action=_Quiet, help="print results, warnings and errors, and nothing else")
+    return parser
+
+
+class _Quiet(argparse.Action):
+    """Silences `console.say` and `console.progress` as soon as it is read."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{**settings, "nargs": 0})
+
+    def __call__(self, *_: Any) -> None:
+        set_quiet(True)
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ import torch
 from minilora.build import adapter_config, choose_dtype
 from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, step_of
 from minilora.config import Config
+from minilora.console import say
 from minilora.errors import UserError
 from minilora.files import StorageError, lock_folder, make_folder
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
@@ -60,7 +61,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
     restart = restart or (directory / RESTARTING).is_dir()  # one that was killed is ended first
     if final.is_dir() and not restart:
         check_finished(final, config, model_folder)
-        print(f"{final}: this run is finished; --restart begins anew")
+        say(f"{final}: this run is finished; --restart begins anew")
         return final
 
     make_folder(directory / "checkpoints", "train.output_dir")
@@ -100,7 +101,7 @@ def _train(run: Run) -> None:
         with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
             run.state = replace(run.state, test_before=score_test_set(run, "test before training"))
     if run.state.test_before is not None:
-        print(f"test before training: {in_words(run.state.test_before)}")
+        say(f"test before training: {in_words(run.state.test_before)}")
 
     done = run.state.step - (run.state.unfinished_row is not None)
     log = RunLog(run.directory, run.total_steps, done, run.config.train.report_to)
@@ -110,7 +111,7 @@ def _train(run: Run) -> None:
     finally:
         log.close()
     if _has_stalled(run):
-        print(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
+        say(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
 
 
 def _take_steps(run: Run, log: RunLog, safe_points: SafePoints) -> None:

@@ -1,10 +1,9 @@
 """Downloads ChnSentiCorp from the hub (or a mirror: HF_ENDPOINT) as train, validation and test files."""
 
-import argparse
 from pathlib import Path
 
 from minilora.hub import fetch_dataset
-from minilora.script import run_script
+from minilora.script import build_parser, run_script
 
 EXAMPLES = """\
 examples:
@@ -16,9 +15,7 @@ examples:
 
 def main() -> None:
     """Reads the command line and downloads."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--output", type=Path, default=Path("data/chn_senti_corp"), help="folder for the files")
     parser.add_argument("--repo", help="data set on the hub (default: lansinuote/ChnSentiCorp, then seamew's)")
     parser.add_argument("--revision", help="branch, tag or commit")

@@ -3,51 +3,29 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
 """
 
-import argparse
 import contextlib
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from minilora.adapter import damage_of_adapter, load_adapter, read_adapter_config
-from minilora.build import (
-    Examples,
-    build_examples,
-    build_model,
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    read_split,
-)
-from minilora.config import Config, config_from_dict
+from minilora.build import Examples, build_examples, read_split
+from minilora.config import Config
+from minilora.console import progress, warn
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import WRITING, StorageError, make_folder, read_json, sha256, write_file
-from minilora.hub import fetch_model
+from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.lora import adapter_disabled
-from minilora.manifest import MANIFEST
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
-from minilora.origin import model_digests, read_saved_config
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.prompt import ClassificationPrompt
 from minilora.rows import ENCODINGS, read_rows
-from minilora.script import run_script
+from minilora.script import build_parser, run_script
+from minilora.trained import open_trained, run_digests
 
-# Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
-KEYS_READ = (
-    "model.",
-    "prompt.",
-    "data.dir",
-    "data.max_length",
-    "data.max_test_examples",
-    "train.per_device_eval_batch_size",
-)
 EXAMPLES = """\
 examples:
   python scripts/evaluate.py --model_path outputs/checkpoints/final
@@ -59,9 +37,7 @@ examples:
 
 def main() -> None:
     """Reads the command line, scores, writes the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
@@ -72,12 +48,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
 
-    config = read_run_config(arguments.model_path, arguments.base, arguments.data is not None, arguments.overrides)
     if arguments.output_dir is not None:
         make_folder(arguments.output_dir, "--output_dir")
-    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
-    refuse_another_base(arguments.model_path, model_folder, arguments.base is not None)
-    prompt = build_prompt(config, ChatTokenizer(model_folder))
+    trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
+    config, prompt = trained.config, trained.prompt
     if arguments.data is None:
         data = Path(config.data.dir) / "test.jsonl"
         examples = read_split(config, prompt, "test")
@@ -87,9 +61,7 @@ def main() -> None:
         examples = build_examples(read_rows(data, encoding=arguments.encoding)[: config.data.max_test_examples], prompt)
     if not examples.examples or not examples.labelled:
         raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
-    device = choose_device(config)
-    model = build_model(config, model_folder, device, choose_dtype(config, device))
-    load_adapter(model, arguments.model_path, arguments.allow_bin)
+    model = trained.load(arguments.allow_bin)
 
     results, probabilities = evaluate(config, model, prompt, examples, "evaluate")
     if arguments.compare_base:
@@ -105,74 +77,13 @@ def main() -> None:
         write_results(arguments.output_dir, results, examples, probabilities, prompt)
 
 
-def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
-    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base.
-
-    Args:
-        model_path: a final adapter, a checkpoint, or another program's adapter.
-        base: base model to take in place of the adapter's own.
-        other_data: what is scored is not the run's test split, so the run's limit on that does not apply.
-        overrides: `section.key=value` from the command line.
-    """
-    if not model_path.is_dir():
-        raise UserError(f"{model_path}: is not a folder; give the one that training wrote, as checkpoints/final")
-    problem = damage_of_adapter(model_path) if (model_path / MANIFEST).is_file() else None
-    if problem is not None:
-        raise UserError(f"{model_path}: is damaged ({problem}); take another copy of it")
-    named = read_adapter_config(model_path)
-    files = [path for name in ("training_args.json", "state.json") if (path := model_path / name).is_file()]
-    content = read_saved_config(files[0]) if files else {}
-    where = str(files[0] if files else model_path / "adapter_config.json")
-    model, data = content.get("model", {}), content.get("data", {})
-    if base:
-        model = {**model, "name_or_path": base, "revision": None}
-    elif model.get("name_or_path") is None:
-        model = {**model, "name_or_path": named.base_model_name_or_path, "revision": named.revision}
-    if model["name_or_path"] is None:
-        raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
-    if other_data:
-        data = {**data, "max_test_examples": None}
-    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
-    for override in overrides:
-        if not override.startswith(KEYS_READ):
-            name = override.partition("=")[0]
-            print(f"note: {name} changes nothing here: the adapter is as its files say", file=sys.stderr)
-    return config
-
-
-def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
-    """SHA-256 by file name of the "data" or "model" that the adapter's run was made from, None where it is unknown."""
-    known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
-    content = read_json(known[0]) if known else None
-    digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
-    return digests if isinstance(digests, dict) else None
-
-
-def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:
-    """Says that a base model is not the one that the adapter was trained on, where its run is known.
-
-    Raises:
-        UserError: it is not, and nobody asked for it with --base.
-    """
-    before = run_digests(model_path, "model")
-    now = model_digests(model_folder) if before is not None else {}
-    changed = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
-    if not changed:
-        return
-    problem = f"{model_path}: was trained on another base model than {model_folder} (SHA-256 of {', '.join(changed)})"
-    if not is_asked_for:
-        raise UserError(f"{problem}; name its own with --base, or this one to have it scored all the same")
-    print(f"warning: {problem}", file=sys.stderr)
-
-
 def warn_of_another_test_set(model_path: Path, data: Path) -> None:
     """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
     digests = run_digests(model_path, "data")
     if digests is not None and digests.get(data.name) != sha256(data):
-        print(
+        warn(
             f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
-            "was trained on may be in it",
-            file=sys.stderr,
+            "was trained on may be in it"
         )
 
 
@@ -181,7 +92,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Metrics and (N, labels) probabilities, behind a progress bar."""
     started = time.perf_counter()
-    with tqdm(total=len(examples.examples), desc=title, unit="review", file=sys.stderr) as bar:
+    with progress(title, len(examples.examples), "review") as bar:
         scores = score(
             model, examples.examples, prompt, config.train.per_device_eval_batch_size, on_progress=bar.update
         )

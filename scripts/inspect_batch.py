@@ -1,6 +1,5 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-import argparse
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
-from minilora.script import run_script
+from minilora.script import build_parser, run_script
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GREEN, RESET = "\033[1;32m", "\033[0m"
@@ -28,9 +27,7 @@ examples:
 
 def main() -> None:
     """Reads the command line and prints the first micro-batch of training, or the first rows of --data."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
     parser.add_argument("--json", action="store_true", help="a JSON line for each example")

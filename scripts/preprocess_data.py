@@ -1,6 +1,5 @@
 """Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from minilora.data import SPLIT_SEED, prepare
 from minilora.errors import UserError
 from minilora.hub import downloaded_files
 from minilora.rows import ENCODINGS
-from minilora.script import run_script
+from minilora.script import build_parser, run_script
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
@@ -21,9 +20,7 @@ examples:
 
 def main() -> None:
     """Reads the command line, prepares, prints the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="TSV, CSV, JSONL or parquet files")
     parser.add_argument("--output", type=Path, default=Path("data/processed"), help="folder for the splits")
     parser.add_argument("--seed", type=int, default=SPLIT_SEED, help="of the split")

@@ -1,17 +1,17 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
 
-import argparse
 import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from minilora.config import Config, describe_keys, load_config
+from minilora.console import say
 from minilora.data import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
-from minilora.script import run_script
+from minilora.script import build_parser, run_script
 from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -29,11 +29,7 @@ keys, each `section.key=default  (type)`:
 
 def main() -> None:
     """Reads the command line, prepares what is missing, trains."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES + describe_keys().replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = build_parser(__doc__, EXAMPLES + describe_keys().replace("%", "%%"))
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
     parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
     parser.add_argument(
@@ -83,7 +79,7 @@ def has_data(config: Config) -> bool:
 def prepare_data(config: Config) -> None:
     """Makes `data.dir` from `data.source`."""
     directory = Path(config.data.dir)
-    print(f"preparing {directory} from {config.data.source}, because it holds no data yet")
+    say(f"preparing {directory} from {config.data.source}, because it holds no data yet")
     if config.data.source == "demo":
         prepare_demo(directory)
     else:

@@ -1,0 +1,76 @@
+"""What a program says while it works. `--quiet` leaves results, warnings and errors.
+
+print     results, on standard output             always
+say       what is going on, on standard output    not with --quiet
+warn      what should be looked at, on standard error    always
+progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then
+"""
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+_is_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Chooses for the whole process whether `say` and `progress` are silent."""
+    global _is_quiet
+    _is_quiet = quiet
+
+
+def say(text: str) -> None:
+    """A line about what is going on."""
+    if not _is_quiet:
+        print(text)
+
+
+def warn(text: str) -> None:
+    """A line about what should be looked at; the program goes on."""
+    print(text, file=sys.stderr)
+
+
+def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
+    """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
+
+    Args:
+        desc: what is going on, in a word or two.
+        total: units in all, None where unknown.
+        unit: what is counted, in the singular.
+        initial: units that are done already.
+        leave: whether the bar stays on the screen when it is done.
+    """
+    if sys.stderr.isatty():
+        return tqdm(
+            desc=desc, total=total, unit=unit, initial=initial, leave=leave, dynamic_ncols=True, disable=_is_quiet
+        )
+    return tqdm(
+        desc=desc,
+        total=total,
+        unit=unit,
+        initial=initial,
+        file=_Lines(sys.stderr),
+        mininterval=LINE_EVERY_S,
+        maxinterval=LINE_EVERY_S,
+        bar_format=LINE_FORMAT,
+        disable=_is_quiet,
+    )
+
+
+class _Lines:
+    """A stream for tqdm that gets whole lines, and none of the characters that move a terminal's cursor."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()

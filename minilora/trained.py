@@ -1,0 +1,137 @@
+"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model.
+
+Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
+same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
+prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minilora.adapter import damage_of_adapter, load_adapter, read_adapter_config
+from minilora.build import build_model, build_prompt, choose_device, choose_dtype
+from minilora.config import Config, config_from_dict
+from minilora.console import warn
+from minilora.errors import UserError
+from minilora.files import read_json
+from minilora.hub import fetch_model
+from minilora.manifest import MANIFEST
+from minilora.model import Qwen2ForCausalLM
+from minilora.origin import model_digests, read_saved_config
+from minilora.prompt import ChatTokenizer, ClassificationPrompt
+
+# Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
+KEYS_READ = (
+    "model.",
+    "prompt.",
+    "data.dir",
+    "data.max_length",
+    "data.max_test_examples",
+    "train.per_device_eval_batch_size",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter and what it belongs to.
+
+    Attributes:
+        path: the adapter's folder.
+        config: of its run, or the defaults; overridden by the command line.
+        model_folder: files of the base model.
+        prompt: how the adapter expects a text.
+    """
+
+    path: Path
+    config: Config
+    model_folder: Path
+    prompt: ClassificationPrompt
+
+    def load(self, allow_bin: bool = False) -> Qwen2ForCausalLM:
+        """The base model with the adapter, in evaluation mode.
+
+        Raises:
+            UserError: see `load_model` and `load_adapter`.
+        """
+        device = choose_device(self.config)
+        model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device))
+        load_adapter(model, self.path, allow_bin)
+        return model.eval()
+
+
+def open_trained(path: Path, base: str | None, overrides: list[str], other_data: bool = True) -> Trained:
+    """Everything but the weights, checked before they are loaded.
+
+    Args:
+        path: a final adapter, a checkpoint, or another program's adapter.
+        base: base model to take in place of the adapter's own.
+        overrides: `section.key=value` from the command line.
+        other_data: see `read_run_config`.
+
+    Raises:
+        UserError: the folder is damaged, names no base model, or was trained on another one.
+    """
+    config = read_run_config(path, base, other_data, overrides)
+    folder = fetch_model(config.model.name_or_path, config.model.revision)
+    refuse_another_base(path, folder, base is not None)
+    return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
+    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base.
+
+    Args:
+        model_path: a final adapter, a checkpoint, or another program's adapter.
+        base: base model to take in place of the adapter's own.
+        other_data: what is scored is not the run's test split, so the run's limit on that does not apply.
+        overrides: `section.key=value` from the command line.
+    """
+    if not model_path.is_dir():
+        raise UserError(f"{model_path}: is not a folder; give the one that training wrote, as checkpoints/final")
+    problem = damage_of_adapter(model_path) if (model_path / MANIFEST).is_file() else None
+    if problem is not None:
+        raise UserError(f"{model_path}: is damaged ({problem}); take another copy of it")
+    named = read_adapter_config(model_path)
+    files = [path for name in ("training_args.json", "state.json") if (path := model_path / name).is_file()]
+    content = read_saved_config(files[0]) if files else {}
+    where = str(files[0] if files else model_path / "adapter_config.json")
+    model, data = content.get("model", {}), content.get("data", {})
+    if base:
+        model = {**model, "name_or_path": base, "revision": None}
+    elif model.get("name_or_path") is None:
+        model = {**model, "name_or_path": named.base_model_name_or_path, "revision": named.revision}
+    if model["name_or_path"] is None:
+        raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
+    if other_data:
+        data = {**data, "max_test_examples": None}
+    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
+    for override in overrides:
+        if not override.startswith(KEYS_READ):
+            name = override.partition("=")[0]
+            warn(f"note: {name} changes nothing here: the adapter is as its files say")
+    return config
+
+
+def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
+    """SHA-256 by file name of the "data" or "model" that the adapter's run was made from, None where it is unknown."""
+    known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
+    content = read_json(known[0]) if known else None
+    digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
+    return digests if isinstance(digests, dict) else None
+
+
+def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:
+    """Says that a base model is not the one that the adapter was trained on, where its run is known.
+
+    Raises:
+        UserError: it is not, and nobody asked for it with --base.
+    """
+    before = run_digests(model_path, "model")
+    now = model_digests(model_folder) if before is not None else {}
+    changed = sorted(name for name in {*(before or {}), *now} if (before or {}).get(name) != now.get(name))
+    if not changed:
+        return
+    problem = f"{model_path}: was trained on another base model than {model_folder} (SHA-256 of {', '.join(changed)})"
+    if not is_asked_for:
+        raise UserError(f"{problem}; name its own with --base, or this one to have it scored all the same")
+    warn(f"warning: {problem}")
