@@ -41,9 +41,10 @@ def run_minilora(
     """minilora's own step, as `train.fit` calls it."""
     from minilora import ops
     from minilora.adapter import load_adapter
+    from minilora.attach import parameter_groups
     from minilora.batch import cut_micro_batches, pack
     from minilora.load import load_model
-    from minilora.lora import DropoutSeed, lora_parameters
+    from minilora.lora import DropoutSeed
     from minilora.nf4 import Linear4bit
     from minilora.optim import build_optimizer
     from minilora.step import train_step
@@ -58,7 +59,7 @@ def run_minilora(
     load_adapter(model, Path(work.adapter))
     model.train()
     model.model.gradient_checkpointing = gradient_checkpointing
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     meter.loaded()
     for number, examples in enumerate(work.batches(sort), start=1):
         real = sum(len(example.input_ids) for example in examples)

@@ -18,10 +18,10 @@ from contestants import load_peft
 from workload import Workload, pad
 
 from minilora.adapter import load_adapter
+from minilora.attach import iter_lora_weights
 from minilora.batch import pack
 from minilora.errors import UserError
 from minilora.load import load_model
-from minilora.lora import iter_lora_layers
 from minilora.loss import next_token_nll
 from minilora.prompt import Example
 from minilora.script import run_script
@@ -48,7 +48,7 @@ def minilora_gradients(work: Workload, examples: list[Example]) -> tuple[float, 
     total, count = next_token_nll(model.train()(batch), batch.targets, model.head_weight)
     (total / count).backward()
     gradients = {}
-    for path, layer in iter_lora_layers(model):
+    for path, layer in iter_lora_weights(model):
         for name, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             assert matrix.grad is not None, f"{path}.{name} got no gradient"
             gradients[f"{path}.{name}"] = matrix.grad

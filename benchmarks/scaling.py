@@ -24,9 +24,10 @@ from meter import Meter, environment
 from workload import add_workload_arguments, model_folder, write_adapter
 
 from minilora.adapter import load_adapter
+from minilora.attach import parameter_groups
 from minilora.batch import pack
 from minilora.load import load_model
-from minilora.lora import DropoutSeed, lora_parameters
+from minilora.lora import DropoutSeed
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.script import run_script
@@ -53,7 +54,7 @@ def measure(point: Point) -> dict[str, Any]:
     load_adapter(model, Path(point.adapter))
     if point.layers is not None:
         del model.model.layers[point.layers :]
-    optimizer = build_optimizer(lora_parameters(model.train()))
+    optimizer = build_optimizer(parameter_groups(model.train()))
     generator = torch.Generator().manual_seed(0)
     size = (point.examples, point.length + 1)
     ids = torch.randint(model.config.vocab_size, size, generator=generator).tolist()

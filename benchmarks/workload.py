@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from minilora.adapter import KEY_PREFIX, AdapterConfig, attach_adapter
+from minilora.attach import iter_lora_weights
 from minilora.build import build_examples
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.load import read_config
-from minilora.lora import iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.rows import read_demo_rows, read_rows
@@ -105,15 +105,14 @@ def write_adapter(model_folder: Path, folder: Path, r: int, b_size: float) -> No
         model = Qwen2ForCausalLM(read_config(model_folder))
         attach_adapter(model, config)
     generator = torch.Generator().manual_seed(0)
-    tensors, paths = {}, []
-    for path, layer in iter_lora_layers(model):
-        paths.append(path)
+    tensors = {}
+    for path, layer in iter_lora_weights(model):
         bound = layer.lora_A.shape[1] ** -0.5
         a = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
         b = torch.randn(layer.lora_B.shape, generator=generator) * b_size
         tensors |= {f"{KEY_PREFIX}{path}.lora_A.weight": a, f"{KEY_PREFIX}{path}.lora_B.weight": b}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(paths)), "utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(model)), "utf-8")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -15,12 +15,15 @@
     ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
     bnb         bitsandbytes, imported on first use
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
-    lora        the LoRA linear layer, its gradient derived; where it is attached
+    targets     which linear layers get an adapter, and of which rank
+    lora        the LoRA linear layer, its gradient derived; DoRA
+    attach      adapters on a model: attached, listed, switched, scaled, merged for the time being
     recompute   gradient checkpointing: a layer that runs again in backward
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
     tensorfile  safetensors files, one tensor at a time
     quantized   checkpoints that are in 4 bits already, as transformers reads and writes them
     load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
+    initial     first values of an adapter that depend on the weights: PiSSA, LoftQ
     adapter     adapter files as peft reads and writes them
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step

@@ -1,45 +1,50 @@
 """An adapter on disk, as peft reads and writes it.
 
     adapter_config.json         r, lora_alpha, target_modules, ...
-    adapter_model.safetensors   base_model.model.{path}.lora_A.weight  (R, in)
-                                base_model.model.{path}.lora_B.weight  (out, R)
+    adapter_model.safetensors   base_model.model.{path}.lora_A.weight           (R, in)
+                                base_model.model.{path}.lora_B.weight           (out, R)
+                                base_model.model.{path}.lora_magnitude_vector   (out,)   with DoRA
+                                base_model.model.{path}.base_layer.bias         (out,)   with a trained bias
+                                base_model.model.{path}.bias                    (out,)   of a layer without A and B
 
-Only LoRA tensors go in: no head, no embedding, no base weight. Keys and target modules are sorted, so equal
-runs give equal bytes. Reading is strict where peft only warns or keeps silent: every tensor of the file has a
+Only what was trained goes in: no head, no embedding, no base weight. A PiSSA adapter is written as the plain LoRA of
+twice the rank that it is (`lora.py`), so that it fits everybody's base model. Keys and target modules are sorted, so
+equal runs give equal bytes. Reading is strict where peft only warns or keeps silent: every tensor of the file has a
 slot, every slot a tensor, and nothing has a default: without `target_modules` peft falls back to q_proj and
 v_proj and drops the rest of the file, without `lora_alpha` it scales by 8 / r.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py and save_and_load.py (behaviour, tests/parity/test_adapter.py).
-Left out: what peft adds to LoRA (DoRA, biases, rank patterns, modules_to_save), refused by name, as is every key that
-is not known to leave the forward pass alone: peft adds some with every release.
+Left out: modules_to_save, and what else peft adds to LoRA, refused by name, as is every key that is not known to leave
+the forward pass alone: peft adds some with every release.
 """
 
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
 
+from minilora.attach import DEFAULT, attach, iter_lora_weights, remove_adapter
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
 from minilora.files import json_bytes, read_json, write_file
-from minilora.lora import DropoutSeed, attach, iter_lora_layers
+from minilora.lora import DropoutSeed, LoRAWeights
 from minilora.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.tensorfile import read_header, read_tensor
 
 KEY_PREFIX = "base_model.model."
-# Keys that never change what an adapter does; layers_pattern and ensure_weight_tying need others, which are refused.
+# Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.
 NEUTRAL_KEYS = frozenset(
     (
         "auto_mapping",
         "ensure_weight_tying",
         "eva_config",
         "inference_mode",
-        "layers_pattern",
         "loftq_config",
         "megatron_core",
         "peft_version",
@@ -52,7 +57,6 @@ NEUTRAL_KEYS = frozenset(
 # change the base model's weights, so that on the plain base model their adapter is wrong.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
 
@@ -69,6 +73,13 @@ class AdapterConfig:
         use_rslora: scale by alpha / sqrt(r).
         base_model_name_or_path: what the adapter belongs to.
         revision: of the base model on the hub.
+        layers_to_transform: see `targets.py`, like the next three.
+        layers_pattern: what numbered modules are called.
+        rank_pattern: other ranks.
+        alpha_pattern: other alphas.
+        bias: whose biases are trained: none, lora_only (of adapted layers), all.
+        use_dora: see `lora.py`.
+        init_lora_weights: how training begins; a file does not say it, see `read_adapter_config`.
     """
 
     r: int = field(metadata=limits(minimum=1, maximum=65_536))
@@ -78,35 +89,50 @@ class AdapterConfig:
     use_rslora: bool
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    layers_to_transform: int | tuple[int, ...] | None = field(default=None, metadata=limits(minimum=0))
+    layers_pattern: str | tuple[str, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=limits(minimum=1, maximum=65_536))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=limits(above=0, maximum=1e6))
+    bias: Literal["none", "lora_only", "all"] = "none"
+    use_dora: bool = False
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = "kaiming"
 
-    def to_dict(self, matched_paths: list[str]) -> dict[str, Any]:
-        """Content of adapter_config.json, with keys that every consumer of peft's format knows.
+    def to_dict(self, model: Qwen2ForCausalLM, portable: bool = False) -> dict[str, Any]:
+        """Content of adapter_config.json for the model's adapter, with keys that every consumer of peft's format knows.
 
         "all-linear" and regular expressions are written as the names they matched: vLLM and llama.cpp read
-        nothing else.
+        nothing else. Patterns are written as the paths that they matched, so that their order has no meaning.
         """
-        alpha = int(self.lora_alpha) if self.lora_alpha == int(self.lora_alpha) else self.lora_alpha
+        weights = {path: w for path, w in iter_lora_weights(model) if w.r}
+        halves = 2 if self.init_lora_weights == "pissa" else 1
+        widened = math.sqrt(halves) if self.use_rslora else halves  # of alpha, lest the scale change with the rank
+        alphas = {path: w.alpha for path, w in weights.items() if w.alpha != self.lora_alpha}
         return {
-            "alpha_pattern": {},
+            "alpha_pattern": {} if portable else {path: _number(alpha * widened) for path, alpha in alphas.items()},
             "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
+            "bias": self.bias,
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
-            "layers_pattern": None,
-            "layers_to_transform": None,
-            "lora_alpha": alpha,
+            "layers_pattern": self.layers_pattern,
+            "layers_to_transform": self.layers_to_transform,
+            "lora_alpha": self.r * halves if portable else _number(self.lora_alpha * widened),
             "lora_dropout": self.lora_dropout,
             "modules_to_save": None,
             "peft_type": "LORA",
-            "r": self.r,
-            "rank_pattern": {},
+            "r": self.r * halves,
+            "rank_pattern": {path: w.r * halves for path, w in weights.items() if w.r != self.r},
             "revision": self.revision,
-            "target_modules": _target_names(self.target_modules, matched_paths),
+            "target_modules": _target_names(self.target_modules, list(weights)),
             "task_type": "CAUSAL_LM",
-            "use_dora": False,
-            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "use_rslora": self.use_rslora and not portable,
         }
+
+
+def _number(value: float) -> float:
+    """As JSON shows it best: 16, and not 16.0."""
+    return int(value) if value == int(value) else value
 
 
 def _target_names(target_modules: str | tuple[str, ...], matched_paths: list[str]) -> list[str]:
@@ -123,6 +149,7 @@ def adapter_files(
     config: AdapterConfig,
     save_format: str = "safetensors",
     save_dtype: torch.dtype = torch.float32,
+    portable: bool = False,
 ) -> Iterator[tuple[str, bytes]]:
     """The adapter's two files, as (name, content).
 
@@ -131,22 +158,49 @@ def adapter_files(
         config: how it was attached.
         save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
+        portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
+            alpha_pattern.
     """
+    content = config.to_dict(model, portable)
     tensors = {}
-    paths = []
-    for path, layer in iter_lora_layers(model):
-        paths.append(path)
-        for name in ("lora_A", "lora_B"):
-            value = getattr(layer, name).detach().to("cpu", save_dtype).contiguous()
-            tensors[f"{KEY_PREFIX}{path}.{name}.weight"] = value
+    for path, w in iter_lora_weights(model):
+        for key, value in _named_tensors(path, w).items():
+            if portable and key.endswith("lora_B.weight"):
+                value = value * (w.scaling * value.shape[1] / content["lora_alpha"])
+            tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
     tensors = dict(sorted(tensors.items()))
-    yield "adapter_config.json", json_bytes(config.to_dict(paths))
+    yield "adapter_config.json", json_bytes(content)
     if save_format == "bin":
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
         yield "adapter_model.bin", buffer.getvalue()
     else:
         yield "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
+
+
+def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
+    """What one layer has in the file, by key."""
+    a, b = w.matrices()
+    named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
+    if w.lora_magnitude_vector is not None:
+        named[f"{path}.lora_magnitude_vector"] = w.lora_magnitude_vector
+    if w.bias is not None:
+        named[f"{path}.base_layer.bias" if w.r else f"{path}.bias"] = w.bias
+    return {KEY_PREFIX + name: tensor for name, tensor in named.items()}
+
+
+def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
+    """Puts one tensor of the file in its place; of a PiSSA adapter's A and B the second half is the frozen one."""
+    if key.endswith((".lora_A.weight", ".lora_B.weight")):
+        name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
+        halves = value.split(w.r, dim=dim)
+        slots = (getattr(w, f"lora_{name}"), getattr(w, f"principal_{name}"))
+        for slot, half in zip(slots, halves, strict=False):
+            slot.copy_(half)
+    else:
+        slot = w.lora_magnitude_vector if key.endswith("lora_magnitude_vector") else w.bias
+        assert slot is not None  # `_named_tensors` gave its key
+        slot.copy_(value)
 
 
 def save_adapter(model: Qwen2ForCausalLM, folder: Path, config: AdapterConfig) -> None:
@@ -168,14 +222,21 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {content.get('peft_type')!r}, expected 'LORA'; give a LoRA adapter")
-    for name in sorted(set(content) - {item.name for item in fields(AdapterConfig)} - NEUTRAL_KEYS):
+    if content.get("modules_to_save"):
+        raise UserError(
+            f"{path}: modules_to_save is {content['modules_to_save']!r}, whole modules trained beside the adapter; all "
+            "of the base is frozen here, also head and embedding, which in small models are one matrix; train without "
+            "it, or merge the adapter with peft and use the merged model"
+        )
+    known = {item.name for item in fields(AdapterConfig)} - PLAIN_VALUES.keys()
+    for name in sorted(set(content) - known - NEUTRAL_KEYS):
         value = content[name]
         if value and value not in PLAIN_VALUES.get(name, ()):
             raise UserError(
                 f"{path}: {name} is {value!r}, which is more than plain LoRA and would be applied wrongly; train "
                 "without it, or convert the adapter with peft"
             )
-    given = {name: value for name, value in content.items() if value is not None}
+    given = {name: value for name, value in content.items() if value is not None and name not in PLAIN_VALUES}
     return read_fields(
         AdapterConfig,
         {"lora_dropout": 0.0, "use_rslora": False, **given},
@@ -185,7 +246,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def attach_adapter(
-    model: Qwen2ForCausalLM, config: AdapterConfig, seed: int = 0, device: torch.device | str | None = None
+    model: Qwen2ForCausalLM,
+    config: AdapterConfig,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    name: str = DEFAULT,
 ) -> DropoutSeed:
     """`lora.attach` with the values of an `AdapterConfig`."""
     targets = config.target_modules
@@ -198,27 +263,44 @@ def attach_adapter(
         use_rslora=config.use_rslora,
         seed=seed,
         device=device,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        bias=config.bias,
+        use_dora=config.use_dora,
+        init_lora_weights=config.init_lora_weights,
+        name=name,
     )
 
 
 def load_adapter(
-    model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False, device: torch.device | str | None = None
+    model: Qwen2ForCausalLM,
+    folder: Path,
+    allow_bin: bool = False,
+    device: torch.device | str | None = None,
+    name: str = DEFAULT,
 ) -> AdapterConfig:
-    """Attaches the adapter in `folder` to `model`, a base without LoRA layers.
+    """Attaches the adapter in `folder` to `model` and makes it the active one.
 
     Args:
-        model: the base.
+        model: the base, with or without other adapters.
         folder: with the adapter's two files, and maybe a manifest.
         allow_bin: see `load_adapter_weights`.
         device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
+        name: of the adapter in the model; one of the same name is replaced.
 
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     config = read_adapter_config(folder)
     path, tensors = _read_adapter_tensors(folder, allow_bin)
-    attach_adapter(model, config, device=device)
-    _fill(model, path, tensors)
+    attach_adapter(model, config, device=device, name=name)
+    try:
+        _fill(model, path, tensors)
+    except UserError:
+        remove_adapter(model, name)
+        raise
     return config
 
 
@@ -248,11 +330,8 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Puts the tensors that `path` held into the LoRA layers, all of them or none."""
-    slots = {
-        f"{KEY_PREFIX}{name}.{matrix}.weight": getattr(layer, matrix)
-        for name, layer in iter_lora_layers(model)
-        for matrix in ("lora_A", "lora_B")
-    }
+    places = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
+    slots = {key: slot for key, (_, slot) in places.items()}
     problems = [f"{name}: missing from the file" for name in sorted(set(slots) - set(tensors))]
     problems += [f"{name}: has no place in the model" for name in sorted(set(tensors) - set(slots))]
     for name in sorted(set(tensors) & set(slots)):
@@ -273,8 +352,8 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
         lines = "\n  ".join(shown)
         raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {lines}")
     with torch.no_grad():
-        for name, slot in slots.items():
-            slot.copy_(tensors[name])
+        for name, (w, _) in places.items():
+            _put(w, name, tensors[name])
 
 
 def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -172,7 +172,7 @@ def build_model(config: Config, folder: Path, device: torch.device, dtype: torch
 
 def adapter_config(config: Config) -> AdapterConfig:
     """The adapter that `lora.*` describes, on the base that `model.*` names."""
-    targets = config.lora.target_modules
+    targets, layers = config.lora.target_modules, config.lora.layers_to_transform
     return AdapterConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
@@ -181,4 +181,10 @@ def adapter_config(config: Config) -> AdapterConfig:
         use_rslora=config.lora.use_rslora,
         base_model_name_or_path=config.model.name_or_path,
         revision=config.model.revision,
+        layers_to_transform=layers if layers is None or isinstance(layers, int) else tuple(layers),
+        rank_pattern=config.lora.rank_pattern,
+        alpha_pattern=config.lora.alpha_pattern,
+        bias=config.lora.bias,
+        use_dora=config.lora.use_dora,
+        init_lora_weights=config.lora.init_lora_weights,
     )

@@ -16,15 +16,15 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from minilora.errors import UserError
-from minilora.fields import coerce, limits, takes_text, type_name
+from minilora.fields import coerce, default_of, limits, takes_text, type_name
 from minilora.yamlfile import parse_yaml, read_yaml
 
 
 def key(default: Any, meaning: str, **within: float) -> Any:
     """A configuration key: default, one-line meaning for --help, and the `fields.limits` of a number."""
     metadata = {"help": meaning, **limits(**within)}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -58,6 +58,15 @@ class LoraSection:
         "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
     )
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
+    layers_to_transform: int | list[int] | None = key(None, "numbers of the layers to adapt; null is all", minimum=0)
+    rank_pattern: dict[str, int] = key({}, "another rank for names or regular expressions: {q_proj: 4}", minimum=1)
+    alpha_pattern: dict[str, float] = key({}, "another alpha for names or regular expressions", above=0, maximum=1e6)
+    bias: Literal["none", "lora_only", "all"] = key("none", "also train the biases of adapted, or of all linear layers")
+    use_dora: bool = key(False, "train the length of each output's weights apart from their direction (DoRA)")
+    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = key(
+        "kaiming",
+        "first values: random, the weights' principal directions (PiSSA), or those of what 4 bits lost (LoftQ)",
+    )
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class TrainSection:
         False, "compile SwiGLU's backward pass: 1 or 2 % faster on a CPU; takes a C++ compiler, 20 s and 180 MB"
     )
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
+    loraplus_lr_ratio: float = key(1.0, "B learns so many times as fast as A (LoRA+)", above=0, maximum=1e4)
     adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
@@ -139,6 +149,9 @@ class TrainSection:
     do_predict: bool = key(True, "score the test set before and after training")
     save_format: Literal["safetensors", "bin"] = key("safetensors", "file of the final adapter; bin for older tools")
     save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors")
+    portable: bool = key(
+        False, "the final adapter's scale is part of B, for readers that know no rsLoRA and no alpha_pattern"
+    )
     report_to: Literal["none", "tensorboard"] = key("none", "also write TensorBoard files")
 
 
@@ -169,6 +182,7 @@ HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) 
         "save_total_limit",
         "save_format",
         "save_dtype",
+        "portable",
         "report_to",
         "max_skipped_steps",
         "do_predict",
@@ -237,7 +251,7 @@ def describe_keys() -> str:
     lines = []
     for section in dataclasses.fields(Config):
         for item in dataclasses.fields(section.type):  # type: ignore[arg-type]
-            default = json.dumps(_default(item), ensure_ascii=False)
+            default = json.dumps(default_of(item), ensure_ascii=False)
             lines.append(f"  {section.name}.{item.name}={default}  ({type_name(item.type)})")
             lines.append(f"      {item.metadata['help']}")
     return "\n".join(lines)
@@ -298,6 +312,10 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
         yield f"prompt.positive_label: {config.prompt.positive_label!r} is not one of {labels}"
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
+    if config.lora.init_lora_weights == "loftq" and config.model.quantization == "none":
+        yield "lora.init_lora_weights: loftq begins with what 4 bits lost, so it needs model.quantization=nf4 or fp4"
+    if config.lora.init_lora_weights == "pissa" and config.lora.dropout:
+        yield "lora.dropout: must be 0 with lora.init_lora_weights=pissa, where the adapter is a part of the weight"
     if config.train.offload_checkpoints and not config.train.gradient_checkpointing:
         yield "train.offload_checkpoints: there is nothing to offload without train.gradient_checkpointing=true"
 
@@ -316,7 +334,3 @@ def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     if not close:  # not the right key in a wrong section; 0.7, because "train." alone makes two names 0.67 alike
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
-
-
-def _default(item: "dataclasses.Field[Any]") -> Any:
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()

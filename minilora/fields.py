@@ -8,7 +8,7 @@ number nor for a bool: `"no"` would count as true.
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from minilora.errors import UserError
@@ -28,18 +28,38 @@ def coerce(value: Any, item: "dataclasses.Field[Any]") -> Any:
         ValueError: with what was expected.
     """
     coerced = _as_type(value, item.type)
-    for text in [coerced] if isinstance(coerced, str) else coerced if isinstance(coerced, list) else []:
-        if isinstance(text, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
+    for value in _leaves(coerced):
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise ValueError("text without a zero character or half a character")
-    if isinstance(coerced, int | float) and not isinstance(coerced, bool):
-        minimum, maximum, above = (item.metadata.get(name) for name in ("minimum", "maximum", "above"))
-        if minimum is not None and coerced < minimum:
-            raise ValueError(f"{minimum} or more")
-        if maximum is not None and coerced > maximum:
-            raise ValueError(f"{maximum} or less")
-        if above is not None and coerced <= above:
-            raise ValueError(f"more than {above}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_range(value, item.metadata)
     return coerced
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The texts and numbers in a value: itself, or those of a list, or keys and values of a table."""
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list | tuple):
+        yield from value
+    else:
+        yield value
+
+
+def _check_range(number: float, metadata: Mapping[str, Any]) -> None:
+    minimum, maximum, above = (metadata.get(name) for name in ("minimum", "maximum", "above"))
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{minimum} or more")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{maximum} or less")
+    if above is not None and number <= above:
+        raise ValueError(f"more than {above}")
+
+
+def default_of(item: "dataclasses.Field[Any]") -> Any:
+    """What a field holds that is not given; `dataclasses.MISSING` where it has to be."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: str) -> T:
@@ -55,7 +75,7 @@ def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: s
         UserError: all missing fields, or all values of a wrong type or out of range.
     """
     given = {item: content.get(item.name) for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {item: item.default if value is None else value for item, value in given.items()}
+    given = {item: default_of(item) if value is None else value for item, value in given.items()}
     missing = [item.name for item, value in given.items() if value is dataclasses.MISSING]
     if missing:
         raise UserError(f"{where}: has no {', '.join(missing)}; {advice}")
@@ -85,6 +105,8 @@ def type_name(kind: Any) -> str:
         return " or ".join("null" if a is type(None) else type_name(a) for a in arguments)
     if get_origin(kind) is list:
         return f"list of {type_name(arguments[0])}"
+    if get_origin(kind) is dict:
+        return f"table of {type_name(arguments[1])}s"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[kind]
 
 
@@ -110,6 +132,10 @@ def _as_type(value: Any, kind: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError("a list, such as [a, b]")
         return origin(_as_type(item, arguments[0]) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise ValueError("a table, such as {name: 1}")
+        return {name: _as_type(item, arguments[1]) for name, item in value.items()}
     if kind is bool:
         if isinstance(value, bool):
             return value

@@ -1,4 +1,4 @@
-"""The LoRA linear layer over a frozen weight, its backward pass, and where it goes in the model.
+"""The LoRA linear layer over a frozen weight, and its backward pass.
 
 A frozen linear layer y = x W^T gets a trainable product of two thin matrices beside it:
 
@@ -24,19 +24,37 @@ R = 8 in a Qwen2.5-0.5B that is 2 %. W has no gradient product, which is a third
 B starts at zero, so an untrained adapter changes nothing, to the bit. A and B stay float32 whatever the
 compute type: a bfloat16 weight would swallow updates smaller than 1/256 of it.
 
+DoRA gives each output a trained length m of its own, in place of the length that W and the product happen to have:
+
+    y = c * (x W^T + s * drop(x) A^T B^T) + bias          c = m / n,  n = |W + s B A| by rows, (out,)
+
+n counts as constant in the gradient (its paper's section 4.3), so with z = (y - bias) / c and dz = c * dy all formulas
+above hold with dz in place of dy, and dm = sum over rows of dy * z / n = dy * (y - bias) / m. W + s B A is never made:
+
+    n^2 = |W|^2 + 2 s * rowsum(B * (W A^T)) + s^2 * rowsum((B A A^T) * B)
+
+costs one thin product more, and the lengths of W's own rows are computed once. m begins at n, so that c is 1 and an
+untrained adapter changes nothing here either. peft drops the frozen product's input too when dropout is on; here
+dropout belongs to the adapter.
+
+A trained bias takes the place of the frozen one, dbias = sum over rows of dy. A layer of which nothing but the bias is
+trained has an adapter of rank 0.
+
+PiSSA takes the R largest singular directions out of W and trains them: y = x (W - s B0 A0)^T + s x A^T B^T. W stays as
+it is and the difference to it is written as a product of rank 2 R, [A; A0] and [B, -B0], the second half frozen: that
+is also how the adapter is saved, for everybody's W, in 4 bits or not.
+
 Dropout without state: a mask is a function of (seed, step, micro-batch, layer). Backward draws it again in
 place of keeping it, recomputed checkpoints see the same mask, and a resumed run needs no generator. Layers that
 are computed together share a mask, because it belongs to x; peft draws one for each.
 
-Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA); initial values as in loralib and peft.
+Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA), 2402.09353 (DoRA), 2404.02948 (PiSSA).
+Left out: DoRA and a trained bias of embeddings and norms; several adapters at once (of those that a layer has, one is
+active).
 """
 
 import hashlib
-import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +62,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.errors import UserError
 from minilora.nf4 import Linear4bit
 
 
@@ -89,69 +106,108 @@ class Again:
 class _Projections(torch.autograd.Function):
     """The module docstring's formulas, in its letters, for layers that read the same x; A is all of theirs, stacked.
 
-    s includes dropout's 1 / (1 - p).
+    s includes dropout's 1 / (1 - p), but in n, which is of the weights alone. `trained` is A, B, m and bias of each
+    adapted layer in turn, None for what it has not.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        layers: Sequence["Projection"],
-        again: Again | None,
-        *matrices: torch.Tensor,
+        ctx: Any, x: torch.Tensor, layers: Sequence["Projection"], again: Again | None, *trained: Any
     ) -> tuple[torch.Tensor, ...]:
-        adapted = _adapted(layers)
+        weights = [_weights(layer) for layer in layers]
         # The sources go through `save_for_backward` alone: an attribute would keep them from being freed layer by layer
         # in backward, and from being made again under gradient checkpointing.
-        ctx.layers, ctx.make = layers, None if again is None else again.make
-        ctx.dropout, ctx.seed = adapted[0].dropout_now()
-        a = torch.cat(matrices[::2]).to(x.dtype)
+        ctx.layers, ctx.weights, ctx.make = layers, weights, None if again is None else again.make
+        ctx.dropout, ctx.seed = next(w for w in weights if w is not None).dropout_now()
+        ranks = [len(own) for own in trained[::4]]
+        a = torch.cat(trained[::4]).to(x.dtype)
         u = F.linear(_drop(x, ctx.dropout, ctx.seed), a)
-        parts = iter(zip(u.split([len(matrix) for matrix in matrices[::2]], dim=1), matrices[1::2], strict=True))
-        ys = []
-        for layer in layers:
-            base = _base(layer)
-            if layer in adapted:
-                part, b = next(parts)
-                thin = {"mat1": part, "mat2": b.to(x.dtype).T, "alpha": layer.scaling / (1 - ctx.dropout)}
-                if base.bias is None:
-                    y = x.new_empty(len(x), base.out_features).addmm_(**thin, beta=0)
-                else:
-                    y = torch.addmm(base.bias, **thin)
-                y.addmm_(x, dense_weight(base, x.dtype).T)  # last: to add the thin product to y would read y once more
+        parts = iter(zip(u.split(ranks, dim=1), a.split(ranks), *(trained[i::4] for i in (1, 2, 3)), strict=True))
+        ys, kept = [], []
+        for layer, w in zip(layers, weights, strict=True):
+            if w is None:
+                y = F.linear(x, dense_weight(_base(layer), x.dtype), _base(layer).bias)
             else:
-                y = F.linear(x, dense_weight(base, x.dtype), base.bias)
+                own_u, own_a, b, m, bias = next(parts)
+                y, c = _forward_adapted(x, _base(layer), w, ctx.dropout, own_u, own_a, b, m, bias)
+                kept += [b, m, bias, c, None if m is None else y]
             ys.append(y)
-        ctx.save_for_backward(u, a, *matrices[1::2], *((x,) if again is None else again.sources))
+        ctx.save_for_backward(u, a, *kept, *((x,) if again is None else again.sources))
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        adapted = _adapted(ctx.layers)
-        u, a, *kept = ctx.saved_tensors
-        bs, sources = kept[: len(adapted)], kept[len(adapted) :]
+        count = sum(w is not None for w in ctx.weights)
+        u, a, *saved = ctx.saved_tensors
+        kept, sources = [saved[5 * i : 5 * i + 5] for i in range(count)], saved[5 * count :]
         x = sources[0] if ctx.make is None else ctx.make(*sources)
-        ranks = [b.shape[1] for b in bs]
-        dus, dbs = [], []
-        parts = iter(zip(u.split(ranks, dim=1), bs, strict=True))
-        for dy, layer in zip(dys, ctx.layers, strict=True):
-            if layer in adapted:
-                part, b = next(parts)
-                s = layer.scaling / (1 - ctx.dropout)
-                dus.append((dy @ b.to(dy.dtype)).mul_(s))
-                # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
-                dbs.append((part.T @ dy).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(s))
+        ranks = [b.shape[1] for b, *_ in kept]
+        parts = iter(zip(u.split(ranks, dim=1), kept, strict=True))
+        dzs, dus, others = [], [], []
+        for dy, layer, w in zip(dys, ctx.layers, ctx.weights, strict=True):
+            dz = dy
+            if w is not None:
+                own_u, (b, m, bias, c, y) = next(parts)
+                dm = None if m is None else _magnitude_gradient(dy, y, _base(layer).bias if bias is None else bias, m)
+                dbias = None if bias is None else dy.sum(0, dtype=bias.dtype)
+                dz = dy if c is None else (dy * c).to(dy.dtype)
+                s = w.scaling / (1 - ctx.dropout)
+                dus.append((dz @ b.to(dz.dtype)).mul_(s))
+                # u^T dz and not dz^T u: the wide matrix is read along its rows, in half the time.
+                db = (own_u.T @ dz).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(s)
+                others.append((db, dm, dbias))
+            dzs.append(dz)
         du = torch.cat(dus, dim=1)
-        das = (du.T @ _drop(x, ctx.dropout, ctx.seed)).to(bs[0].dtype).split(ranks)
+        das = (du.T @ _drop(x, ctx.dropout, ctx.seed)).to(kept[0][0].dtype).split(ranks)
         dx = None
         if ctx.needs_input_grad[0]:  # nothing below the first layer is trained, so its x needs none
             dx = du @ a
             if ctx.dropout:
                 dx.masked_fill_(dropped_places(dx.shape, ctx.dropout, ctx.seed, dx.device), 0)
-            for dy, layer in zip(dys, ctx.layers, strict=True):
-                dx.addmm_(dy, dense_weight(_base(layer), dy.dtype))
-        gradients = (matrix for pair in zip(das, dbs, strict=True) for matrix in pair)
-        return dx, None, None, *gradients
+            for dz, layer in zip(dzs, ctx.layers, strict=True):
+                dx.addmm_(dz, dense_weight(_base(layer), dz.dtype))
+        return dx, None, None, *(one for da, rest in zip(das, others, strict=True) for one in (da, *rest))
+
+
+def _forward_adapted(
+    x: torch.Tensor,
+    base: "Linear4bit | nn.Linear",
+    w: "LoRAWeights",
+    dropout: float,
+    u: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    m: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y of one adapted layer and, with DoRA, its c."""
+    dense = dense_weight(base, x.dtype)
+    bias = base.bias if bias is None else bias.to(x.dtype)
+    thin: dict[str, Any] = {"mat1": u, "mat2": b.to(x.dtype).T, "alpha": w.scaling / (1 - dropout)}
+    if bias is None or m is not None:
+        y = x.new_empty(len(x), base.out_features).addmm_(**thin, beta=0)
+    else:
+        y = torch.addmm(bias, **thin)
+    y.addmm_(x, dense.T)  # last: to add the thin product to y would read y once more
+    if m is None:
+        return y, None
+    c = m / _row_lengths(w, dense, a, b)
+    y.mul_(c)
+    return (y if bias is None else y.add_(bias)), c
+
+
+def _row_lengths(w: "LoRAWeights", dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """n, (out,) in the dtype of B."""
+    mixed = (b * (dense @ a.T).to(b.dtype)).sum(1)
+    a = a.to(b.dtype)
+    own = ((b @ (a @ a.T)) * b).sum(1)
+    return (w.base_squares(dense) + 2 * w.scaling * mixed + w.scaling**2 * own).sqrt_()
+
+
+def _magnitude_gradient(dy: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
+    """dm, (out,): m is as good as never 0, where the row of W would be 0 too."""
+    z = y if bias is None else y - bias.to(y.dtype)
+    return (dy * z).sum(0, dtype=m.dtype) / m
 
 
 def project(x: torch.Tensor, layers: Sequence["Projection"], again: Again | None = None) -> tuple[torch.Tensor, ...]:
@@ -165,16 +221,24 @@ def project(x: torch.Tensor, layers: Sequence["Projection"], again: Again | None
     Returns:
         One (T, out) for each layer, compute dtype.
     """
-    adapted = _adapted(layers)
+    adapted = [w for layer in layers if (w := _weights(layer)) is not None]
     if not adapted:
-        return tuple(_base(layer)(x) for layer in layers)
-    matrices = [matrix for layer in adapted for matrix in (layer.lora_A, layer.lora_B)]
-    outputs: tuple[torch.Tensor, ...] = _Projections.apply(x, layers, again, *matrices)
+        return tuple(_without_adapter(layer, x) for layer in layers)
+    trained = [tensor for w in adapted for tensor in (*w.matrices(), w.lora_magnitude_vector, w.bias)]
+    outputs: tuple[torch.Tensor, ...] = _Projections.apply(x, layers, again, *trained)
     return outputs
 
 
-def _adapted(layers: Sequence["Projection"]) -> list["LoRALinear"]:
-    return [layer for layer in layers if isinstance(layer, LoRALinear) and layer.enabled]
+def _weights(layer: "Projection") -> "LoRAWeights | None":
+    """The adapter that `layer` computes with, None where it does as its base does, or is merged."""
+    return layer.weights if isinstance(layer, LoRALinear) and layer.merged is None else None
+
+
+def _without_adapter(layer: "Projection", x: torch.Tensor) -> torch.Tensor:
+    if isinstance(layer, LoRALinear) and layer.merged is not None:
+        return F.linear(x, *layer.merged)
+    y: torch.Tensor = _base(layer)(x)
+    return y
 
 
 def _base(layer: "Projection") -> "Linear4bit | nn.Linear":
@@ -190,169 +254,131 @@ def dense_weight(base: "Linear4bit | nn.Linear", dtype: torch.dtype) -> torch.Te
     return base.dense_weight(dtype) if isinstance(base, Linear4bit) else base.weight.to(dtype)
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank product beside it.
+class LoRAWeights(nn.Module):
+    """What one adapter has for one linear layer, all of it float32.
 
     Attributes:
-        base: the frozen layer, `nn.Linear` or `Linear4bit`.
-        lora_A: (R, in) float32.
-        lora_B: (out, R) float32.
-        enabled: False leaves the base alone.
+        lora_A: (R, in).
+        lora_B: (out, R).
+        lora_magnitude_vector: (out,), DoRA's m, or None.
+        bias: (out,) in place of the frozen layer's, or None.
+        principal_A: (R, in) frozen, PiSSA's A0, or None.
+        principal_B: (out, R) frozen, its B0 with the sign turned, or None.
+        alpha: what s was made from; adapter_config.json names it.
+        scaling: s.
+        dropout: probability with which an entry of the adapter's input is zero in training.
+        index: which layer of the model it is, for its dropout masks.
     """
+
+    lora_magnitude_vector: nn.Parameter | None
+    bias: nn.Parameter | None
+    principal_A: torch.Tensor | None
+    principal_B: torch.Tensor | None
 
     def __init__(
         self,
-        base: "Linear4bit | nn.Linear",
+        size: tuple[int, int],
         r: int,
+        alpha: float,
         scaling: float,
         dropout: float,
         index: int,
         dropout_seed: DropoutSeed,
-        device: torch.device | str | None = None,
+        device: torch.device | str,
     ):
+        """A and B of zeros for a layer of `size` (out, in)."""
         super().__init__()
-        if device is None:
-            device = base.weight.device if isinstance(base, nn.Linear) else base.device
-        self.base = base
+        out_features, in_features = size
+        self.alpha = alpha
         self.scaling = scaling
         self.dropout = dropout
         self.index = index
-        self.enabled = True
         self._dropout_seed = dropout_seed
-        self.lora_A = nn.Parameter(torch.zeros(r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        self._base_squares: torch.Tensor | None = None
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        self.register_parameter("lora_magnitude_vector", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("principal_A", None)
+        self.register_buffer("principal_B", None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, in) compute dtype -> (T, out) compute dtype."""
-        return project(x, (self,))[0]
+    @property
+    def r(self) -> int:
+        """R, without what is frozen."""
+        return len(self.lora_A)
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as they are multiplied with: PiSSA's frozen half behind the trained one."""
+        if self.principal_A is None or self.principal_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.principal_A)), torch.cat((self.lora_B, self.principal_B), dim=1)
 
     def dropout_now(self) -> tuple[float, int]:
         """Probability and seed of this micro-batch's mask; no dropout outside training."""
         return self.dropout if self.training else 0.0, self._dropout_seed.value * 4096 + self.index
 
+    def base_squares(self, dense: torch.Tensor) -> torch.Tensor:
+        """|W|^2 by rows, (out,) float32, computed from the `dense` weight when it is first asked for."""
+        if self._base_squares is None or self._base_squares.device != dense.device:
+            wide = torch.promote_types(dense.dtype, self.lora_A.dtype)
+            self._base_squares = torch.linalg.vector_norm(dense, dim=1, dtype=wide).square_()
+        return self._base_squares
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with the weights of one or more adapters beside it.
+
+    Attributes:
+        base: the frozen layer, `nn.Linear` or `Linear4bit`; never changed.
+        adapters: `LoRAWeights` by the adapter's name.
+        active: name of the adapter that is computed with, None for none of them.
+        merged: weight (out, in) and bias that stand for base and adapter together while it is merged, else None.
+    """
+
+    def __init__(self, base: "Linear4bit | nn.Linear"):
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @property
+    def weights(self) -> LoRAWeights | None:
+        """The active adapter's, None where there is none for this layer."""
+        if self.active is None or self.active not in self.adapters:
+            return None
+        weights: LoRAWeights = self.adapters[self.active]  # type: ignore[assignment]
+        return weights
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out,) float32 that the active adapter has in place of the frozen layer's, or None."""
+        return None if self.weights is None else self.weights.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in) compute dtype -> (T, out) compute dtype."""
+        return project(x, (self,))[0]
+
 
 Projection = LoRALinear | Linear4bit | nn.Linear
 
 
+@torch.no_grad()
 def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
-    """W + s B A: the one weight that does what `layer` does without dropout.
+    """The one weight that does what `layer` does with its active adapter, without dropout; `layer.bias` goes with it.
 
     Args:
-        layer: its A and B on the device of `weight`; its own base is not looked at.
+        layer: its adapter on the device of `weight`; its own base is not looked at.
         weight: (out, in) of any floating-point type.
 
     Returns:
-        (out, in) float32.
+        (out, in) float32: W + s B A, with DoRA its rows at length m.
     """
-    return torch.addmm(weight.float(), layer.lora_B.detach(), layer.lora_A.detach(), alpha=layer.scaling)
-
-
-def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
-    """s: alpha / r, or alpha / sqrt(r), which keeps the update's size when r grows."""
-    return alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def attach(
-    model: nn.Module,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    use_rslora: bool = False,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-) -> DropoutSeed:
-    """Puts a LoRA layer around every chosen linear layer and freezes all else.
-
-    Args:
-        model: changed in place.
-        r: rank of the product.
-        alpha: numerator of the scaling.
-        dropout: probability with which an entry of the adapter's input is zero in training.
-        target_modules: names as peft takes them ("q_proj", "layers.3.mlp.up_proj"), "all-linear", or a regular
-            expression for the whole path.
-        use_rslora: scale by alpha / sqrt(r).
-        seed: of A's initial values, drawn on the CPU so that every device starts alike.
-        device: of A and B; by default that of the layer they belong to.
-
-    Returns:
-        The seed that training sets before each micro-batch.
-
-    Raises:
-        UserError: a target that matches no linear layer.
-    """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    dropout_seed = DropoutSeed()
-    for index, path in enumerate(_match_targets(model, target_modules)):
-        parent_path, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        base = getattr(parent, name)
-        layer = LoRALinear(base, r, lora_scaling(r, alpha, use_rslora), dropout, index, dropout_seed, device)
-        bound = 1 / math.sqrt(base.in_features)  # Kaiming-uniform with a = sqrt(5)
-        initial = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        layer.lora_A.data.copy_(initial)
-        layer.train(model.training)
-        setattr(parent, name, layer)
-    return dropout_seed
-
-
-def _match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """Paths of the chosen linear layers, in the model's order."""
-    candidates = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Linear4bit) and path != "lm_head"
-    ]
-    names = sorted({path.rpartition(".")[2] for path in candidates})
-    choices = f"expected some of {', '.join(names)}, 'all-linear', or a regular expression for the whole path"
-    if target_modules == "all-linear":
-        return candidates
-    if isinstance(target_modules, str):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # "[[": Python does not yet say what it will mean
-                matched = [path for path in candidates if re.fullmatch(target_modules, path)]
-        except (re.error, FutureWarning) as error:
-            raise UserError(f"lora.target_modules: {target_modules!r} is not a regular expression ({error})") from None
-        if matched:
-            return matched
-        # A single name reads as a regular expression that matches no whole path: take it as the name it is.
-        target_modules = [target_modules]
-    missing = [t for t in target_modules if not any(_is_named(path, t) for path in candidates)]
-    if missing or not target_modules:
-        head = {"lm_head", "embed_tokens"} & set(missing)
-        reason = "; head and embedding cannot be adapted (they are one matrix in tied models)" if head else ""
-        raise UserError(f"lora.target_modules: {missing} match no linear layer; {choices}{reason}")
-    return [path for path in candidates if any(_is_named(path, t) for t in target_modules)]
-
-
-def _is_named(path: str, target: str) -> bool:
-    return path == target or path.endswith(f".{target}")
-
-
-def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """(path, layer) of every LoRA layer, found by type, in the model's order."""
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            yield path, module
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every LoRA layer, in the model's order: all that is trained."""
-    return [parameter for _, layer in iter_lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
-
-
-@contextmanager
-def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter, for as long as the block lasts."""
-    layers = [layer for _, layer in iter_lora_layers(model)]
-    before = [layer.enabled for layer in layers]
-    try:
-        for layer in layers:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+    w = layer.weights
+    if w is None:
+        return weight.float()
+    a, b = w.matrices()
+    merged = torch.addmm(weight.float(), b, a, alpha=w.scaling)
+    if w.lora_magnitude_vector is not None:
+        merged *= (w.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1))[:, None]
+    return merged

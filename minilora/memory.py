@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.lora import iter_lora_layers
+from minilora.attach import lora_parameters
 from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.tensorfile import dtype_name
@@ -75,7 +75,7 @@ def predict_memory(
     """
     config = model.config
     width = compute_dtype.itemsize
-    adapter = sum(p.numel() for _, layer in iter_lora_layers(model) for p in (layer.lora_A, layer.lora_B))
+    adapter = sum(p.numel() for p in lora_parameters(model))
     projections = sum(
         module.weight.numel() for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)
     )

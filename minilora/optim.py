@@ -44,6 +44,7 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", wa
     return peak * remaining if schedule == "linear" else peak
 
 
+ParameterGroup = tuple[list[torch.nn.Parameter], float]  # parameters, and what their learning rate is multiplied by
 SMALLEST_8BIT = 4096  # numbers; a smaller tensor's moments stay in 32 bits
 
 
@@ -51,7 +52,8 @@ class Optimizer(Protocol):
     """What training asks of an optimizer.
 
     Attributes:
-        param_groups: one group, `params` and `lr`; what `step.py` and `torch.amp.GradScaler` ask for.
+        param_groups: `params`, `lr`, and `lr_ratio`, which `set_rate` multiplies it by; what `step.py` and
+            `torch.amp.GradScaler` ask for.
     """
 
     param_groups: list[dict[str, Any]]
@@ -72,6 +74,21 @@ class Optimizer(Protocol):
         """Puts back what `tensors` gave, of those shapes."""
 
 
+def parameters_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    """All parameters of an optimizer, group by group."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Sets the learning rate of the next step, in each group times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def _param_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    return [{"params": list(parameters), "lr": 0.0, "lr_ratio": ratio} for parameters, ratio in groups]
+
+
 class AdamW:
     """PyTorch's fused AdamW over all parameters, and its state as plain lists of tensors.
 
@@ -79,41 +96,42 @@ class AdamW:
     70 MB and a second or two for nothing, and its state is harder to name than these lists.
     """
 
-    def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], betas: tuple[float, float], eps: float, weight_decay: float
-    ):
-        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": 0.0}]
+    def __init__(self, groups: Sequence[ParameterGroup], betas: tuple[float, float], eps: float, weight_decay: float):
+        self.param_groups: list[dict[str, Any]] = _param_groups(groups)
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         self._moments: dict[str, list[torch.Tensor]] = {}
 
     def step(self) -> None:
         """See `Optimizer`."""
-        (group,) = self.param_groups
-        parameters = group["params"]
+        parameters = parameters_of(self)
         if not self._moments:
             self._moments = {name: [torch.zeros_like(p) for p in parameters] for name in ("exp_avg", "exp_avg_sq")}
             self._moments["step"] = [torch.zeros((), device=p.device) for p in parameters]
-        with torch.no_grad():
-            adamw(
-                parameters,
-                [p.grad for p in parameters],
-                self._moments["exp_avg"],
-                self._moments["exp_avg_sq"],
-                [],
-                self._moments["step"],
-                fused=True,
-                amsgrad=False,
-                beta1=self._betas[0],
-                beta2=self._betas[1],
-                lr=group["lr"],
-                weight_decay=self._weight_decay,
-                eps=self._eps,
-                maximize=False,
-            )
+        start = 0
+        for group in self.param_groups:
+            places = slice(start, start + len(group["params"]))
+            start = places.stop
+            with torch.no_grad():
+                adamw(
+                    group["params"],
+                    [p.grad for p in group["params"]],
+                    self._moments["exp_avg"][places],
+                    self._moments["exp_avg_sq"][places],
+                    [],
+                    self._moments["step"][places],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=self._betas[0],
+                    beta2=self._betas[1],
+                    lr=group["lr"],
+                    weight_decay=self._weight_decay,
+                    eps=self._eps,
+                    maximize=False,
+                )
 
     def zero_grad(self) -> None:
         """See `Optimizer`."""
-        for parameter in self.param_groups[0]["params"]:
+        for parameter in parameters_of(self):
             parameter.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -125,13 +143,13 @@ class AdamW:
         """See `Optimizer`."""
         return {
             f"{i}.{name}": torch.Size() if name == "step" else parameter.shape
-            for i, parameter in enumerate(self.param_groups[0]["params"])
+            for i, parameter in enumerate(parameters_of(self))
             for name in ("exp_avg", "exp_avg_sq", "step")
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """See `Optimizer`."""
-        parameters = self.param_groups[0]["params"]
+        parameters = parameters_of(self)
         names = ("exp_avg", "exp_avg_sq", "step") if tensors else ()
         self._moments = {
             name: [tensors[f"{i}.{name}"].to(p.device) for i, p in enumerate(parameters)] for name in names
@@ -147,7 +165,7 @@ class BitsAndBytesAdamW:
 
     def __init__(
         self,
-        parameters: Sequence[torch.nn.Parameter],
+        groups: Sequence[ParameterGroup],
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
@@ -156,9 +174,9 @@ class BitsAndBytesAdamW:
     ):
         options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self._bits = bits
-        paged = paged and parameters[0].is_cuda
+        paged = paged and groups[0][0][0].is_cuda
         self._adamw = bnb.adamw()(
-            list(parameters), optim_bits=bits, min_8bit_size=SMALLEST_8BIT, is_paged=paged, **options
+            _param_groups(groups), optim_bits=bits, min_8bit_size=SMALLEST_8BIT, is_paged=paged, **options
         )
         self.param_groups: list[dict[str, Any]] = self._adamw.param_groups
 
@@ -181,7 +199,7 @@ class BitsAndBytesAdamW:
     def state_shapes(self) -> dict[str, torch.Size]:
         """See `Optimizer`."""
         shapes: dict[str, torch.Size] = {}
-        for i, parameter in enumerate(self.param_groups[0]["params"]):
+        for i, parameter in enumerate(parameters_of(self)):
             shapes |= {f"{i}.step": torch.Size(), f"{i}.state1": parameter.shape, f"{i}.state2": parameter.shape}
             if self._bits == 8 and parameter.numel() >= SMALLEST_8BIT:
                 blocks = torch.Size([-(-parameter.numel() // 256)])
@@ -201,12 +219,12 @@ class BitsAndBytesAdamW:
                 self._states()[int(name.partition(".")[0])]["step"] = int(tensors[name])
 
     def _initialise(self) -> None:
-        (group,) = self.param_groups
-        for index, parameter in enumerate(group["params"]):
-            self._adamw.init_state(group, parameter, 0, index)
+        for place, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                self._adamw.init_state(group, parameter, place, index)
 
     def _states(self) -> list[dict[str, Any]]:
-        return [self._adamw.state[parameter] for parameter in self.param_groups[0]["params"]]
+        return [self._adamw.state[parameter] for parameter in parameters_of(self)]
 
     def _named_state(self) -> dict[str, Any]:
         """Everything but the levels of 8-bit numbers, which are constants."""
@@ -225,18 +243,18 @@ def check_optimizer(optim: str) -> None:
 
 
 def build_optimizer(
-    parameters: Sequence[torch.nn.Parameter],
+    groups: Sequence[ParameterGroup],
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     optim: str = "adamw_torch_fused",
 ) -> Optimizer:
-    """AdamW over all of `parameters`; `step.py` sets the rate.
+    """AdamW over all parameters of `groups`, as `attach.parameter_groups` gives them; `set_rate` sets the rate.
 
     Raises:
         UserError: an optimizer of bitsandbytes, which cannot be imported.
     """
     if optim in BITSANDBYTES_OPTIMIZERS:
         bits, paged = BITSANDBYTES_OPTIMIZERS[optim]
-        return BitsAndBytesAdamW(parameters, betas, eps, weight_decay, bits, paged)
-    return AdamW(parameters, betas, eps, weight_decay)
+        return BitsAndBytesAdamW(groups, betas, eps, weight_decay, bits, paged)
+    return AdamW(groups, betas, eps, weight_decay)

@@ -10,6 +10,7 @@ import torch
 
 from minilora import ops
 from minilora.adapter import attach_adapter
+from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import MicroBatch, cut_micro_batches, pack
 from minilora.build import (
     Examples,
@@ -30,11 +31,12 @@ from minilora.checkpoint import (
     read_state,
 )
 from minilora.config import Config
-from minilora.console import say, warn
+from minilora.console import progress, say, warn
 from minilora.data import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.files import explained
-from minilora.lora import DropoutSeed, lora_parameters
+from minilora.initial import BY_WEIGHTS, initialise
+from minilora.lora import DropoutSeed
 from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
@@ -156,8 +158,10 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
+    if checkpoint is None:
+        _initialise(model, model_folder, config.lora.init_lora_weights)
     optimizer = build_optimizer(
-        lora_parameters(model),
+        parameter_groups(model, config.train.loraplus_lr_ratio),
         (config.train.adam_beta1, config.train.adam_beta2),
         config.train.adam_epsilon,
         config.train.weight_decay,
@@ -185,6 +189,18 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
     )
     return run
+
+
+def _initialise(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: str) -> None:
+    """The adapter's first values that depend on the weights, behind a progress bar: minutes for a large model."""
+    if init_lora_weights in BY_WEIGHTS:
+        with progress(init_lora_weights, None, "layer") as bar:
+
+            def on_progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update()
+
+            initialise(model, model_folder, init_lora_weights, on_progress)
 
 
 def set_run_aside(directory: Path) -> None:

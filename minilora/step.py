@@ -22,7 +22,7 @@ from minilora.batch import MicroBatch
 from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
-from minilora.optim import Optimizer
+from minilora.optim import Optimizer, parameters_of, set_rate
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,12 @@ def train_step(
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 total += loss.detach()
 
-        (group,) = optimizer.param_groups
         if scaler is not None:
             scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm or torch.inf, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm or torch.inf, foreach=True)
         loss_value, grad_norm = total.item(), norm.item()  # the step's only wait for the device
         updated = math.isfinite(loss_value) and math.isfinite(grad_norm)
-        group["lr"] = learning_rate
+        set_rate(optimizer, learning_rate)
         if scaler is not None:
             if updated:
                 scaler.step(cast(torch.optim.Optimizer, optimizer))

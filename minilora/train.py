@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from minilora.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
 from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, step_of
 from minilora.config import Config
@@ -27,7 +28,6 @@ from minilora.console import say
 from minilora.errors import UserError
 from minilora.files import StorageError, lock_folder, make_folder
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
-from minilora.lora import adapter_disabled, lora_parameters
 from minilora.manifest import recover_folders
 from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at

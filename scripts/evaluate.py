@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from minilora.attach import adapter_disabled
 from minilora.build import Examples, build_examples, read_split
 from minilora.config import Config
 from minilora.console import progress, warn
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
-from minilora.lora import adapter_disabled
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt

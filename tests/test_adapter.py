@@ -22,8 +22,8 @@ from minilora.adapter import (
     read_adapter_config,
     save_adapter,
 )
+from minilora.attach import lora_parameters
 from minilora.errors import UserError
-from minilora.lora import lora_parameters
 from minilora.manifest import write_folder
 from minilora.model import Qwen2ForCausalLM
 

@@ -14,6 +14,7 @@ import torch
 
 from minilora import __version__, checkpoint
 from minilora.adapter import AdapterConfig, attach_adapter
+from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import pack
 from minilora.checkpoint import (
     RunState,
@@ -28,7 +29,7 @@ from minilora.checkpoint import (
 )
 from minilora.errors import UserError
 from minilora.files import StorageError, json_bytes
-from minilora.lora import DropoutSeed, lora_parameters
+from minilora.lora import DropoutSeed
 from minilora.manifest import read_manifest, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer
@@ -65,7 +66,7 @@ class Trainee:
     def __init__(self, tiny_model: LoadModel):
         self.model = tiny_model().train()
         self.seed: DropoutSeed = attach_adapter(self.model, ADAPTER, seed=1)
-        self.optimizer = build_optimizer(lora_parameters(self.model))
+        self.optimizer = build_optimizer(parameter_groups(self.model))
 
     def step(self, number: int) -> float:
         examples = [Example([5, 6, 7, 8 + n, number % 50, 9], [False] * 4 + [True] * 2) for n in range(2)]
@@ -357,7 +358,7 @@ def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model
     narrow = Trainee(tiny_model)
     narrow.model = tiny_model().train()
     narrow.seed = attach_adapter(narrow.model, dataclasses.replace(ADAPTER, target_modules=("q_proj",)), seed=1)
-    narrow.optimizer = build_optimizer(lora_parameters(narrow.model))
+    narrow.optimizer = build_optimizer(parameter_groups(narrow.model))
     narrow.step(1)
     folder = narrow.save(tmp_path, 1)
     trainee = Trainee(tiny_model)

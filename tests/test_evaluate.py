@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minilora import evaluate
+from minilora.attach import attach, iter_lora_weights
 from minilora.batch import common_prefix, pack_rows
 from minilora.evaluate import Scores, score
-from minilora.lora import attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 
@@ -38,7 +38,7 @@ def build(
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
     attach(model, 4, 8, dropout)
     torch.manual_seed(0)
-    for _, layer in iter_lora_layers(model):
+    for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     return model
 

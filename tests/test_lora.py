@@ -1,41 +1,40 @@
-"""The LoRA layer's formulas, its gradients, its dropout, and where it is attached."""
-
-import math
+"""The LoRA layer's formulas, its gradients and its dropout, with DoRA, a trained bias and PiSSA too."""
 
 import pytest
 import torch
 from torch import nn
 
-from minilora.errors import UserError
 from minilora.lora import (
     Again,
     DropoutSeed,
     LoRALinear,
-    adapter_disabled,
-    attach,
+    LoRAWeights,
     dropped_places,
-    iter_lora_layers,
-    lora_parameters,
-    lora_scaling,
+    merged_weight,
     project,
 )
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit, quantize
 
 
-def tiny_model(tied: bool = True) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, tied))
-
-
-def layer_over(base: nn.Module, dropout: float = 0.0) -> LoRALinear:
-    layer = LoRALinear(base, 3, 0.5, dropout, 7, DropoutSeed())  # type: ignore[arg-type]
-    for parameter in (layer.lora_A, layer.lora_B):
+def layer_over(
+    base: nn.Linear | Linear4bit, dropout: float = 0.0, r: int = 3, seed: DropoutSeed | None = None
+) -> LoRALinear:
+    """A layer with one active adapter of random values and scale 0.5."""
+    layer = LoRALinear(base)
+    w = LoRAWeights((base.out_features, base.in_features), r, 1.5, 0.5, dropout, 7, seed or DropoutSeed(), "cpu")
+    for parameter in (w.lora_A, w.lora_B):
         parameter.data = torch.randn_like(parameter)
+    layer.adapters["default"] = w
+    layer.active = "default"
     return layer
 
 
-def frozen_linear(quantization: str, dtype: torch.dtype) -> nn.Module:
+def weights_of(layer: LoRALinear) -> LoRAWeights:
+    assert layer.weights is not None
+    return layer.weights
+
+
+def frozen_linear(quantization: str, dtype: torch.dtype) -> nn.Linear | Linear4bit:
     torch.manual_seed(1)
     weight, bias = torch.randn(10, 64, dtype=dtype), torch.randn(10, dtype=dtype)
     if quantization == "nf4":
@@ -47,11 +46,16 @@ def frozen_linear(quantization: str, dtype: torch.dtype) -> nn.Module:
 
 
 def by_hand(layer: LoRALinear, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    kept = x
-    if layer.dropout and layer.training:
-        dropped = dropped_places(x.shape, layer.dropout, layer._dropout_seed.value * 4096 + layer.index, x.device)
-        kept = x * (~dropped) / (1 - layer.dropout)
-    return x @ dense.T + layer.base.bias + layer.scaling * (kept @ layer.lora_A.T) @ layer.lora_B.T
+    w, kept = weights_of(layer), x
+    dropout, seed = w.dropout_now()
+    if dropout:
+        kept = x * (~dropped_places(x.shape, dropout, seed, x.device)) / (1 - dropout)
+    bias = layer.base.bias if w.bias is None else w.bias
+    product = x @ dense.T + w.scaling * (kept @ w.lora_A.T) @ w.lora_B.T
+    if w.lora_magnitude_vector is not None:
+        length = (dense + w.scaling * w.lora_B @ w.lora_A).norm(dim=1).detach()
+        product = w.lora_magnitude_vector / length * product
+    return product + bias
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -62,8 +66,9 @@ def test_output_and_every_gradient_equal_autograd_on_the_formula(quantization: s
     layer = layer_over(base, dropout)
     x = torch.randn(5, 64, requires_grad=True)
     dy = torch.randn(5, 10)
-    wanted = torch.autograd.grad(by_hand(layer, x, dense), (x, layer.lora_A, layer.lora_B), dy)
-    found = torch.autograd.grad(layer(x), (x, layer.lora_A, layer.lora_B), dy)
+    inputs = (x, *weights_of(layer).parameters())
+    wanted = torch.autograd.grad(by_hand(layer, x, dense), inputs, dy)
+    found = torch.autograd.grad(layer(x), inputs, dy)
     torch.testing.assert_close(layer(x), by_hand(layer, x, dense))
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums of 64 float32 terms, other order
@@ -75,10 +80,11 @@ def test_gradient_equals_finite_differences(dropout: float) -> None:
     layer = layer_over(base, dropout).double()
 
     def forward(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, {"lora_A": a, "lora_B": b}, (x,))
+        named = {"adapters.default.lora_A": a, "adapters.default.lora_B": b}
+        return torch.func.functional_call(layer, named, (x,))
 
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(forward, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradcheck(forward, (x, weights_of(layer).lora_A, weights_of(layer).lora_B))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -86,12 +92,9 @@ def test_layers_over_one_input_equal_autograd_on_each_formula(dropout: float) ->
     """Two adapters of different rank and one layer without any, as a pattern of targets may leave them."""
     seed = DropoutSeed()
     bases = [nn.Linear(6, out, dtype=torch.float64).requires_grad_(False) for out in (4, 5, 3)]
-    first, second = (LoRALinear(bases[i], r, 0.5, dropout, 7, seed).double() for i, r in ((0, 3), (1, 2)))
-    for layer in (first, second):
-        nn.init.normal_(layer.lora_A)
-        nn.init.normal_(layer.lora_B)
+    first, second = (layer_over(bases[i], dropout, r, seed).double() for i, r in ((0, 3), (1, 2)))
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    inputs = (x, first.lora_A, first.lora_B, second.lora_A, second.lora_B)
+    inputs = (x, *weights_of(first).parameters(), *weights_of(second).parameters())
     found = project(x, (first, bases[2], second))
     wanted = (by_hand(first, x, bases[0].weight), bases[2](x), by_hand(second, x, bases[1].weight))
     dys = [torch.randn_like(y) for y in wanted]
@@ -117,7 +120,7 @@ def test_an_input_that_is_made_again_is_not_kept_and_changes_no_gradient() -> No
         x = source.detach().exp().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
             (y,) = project(x, (layer,), again)
-        return torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy), [x.data_ptr() in kept]
+        return torch.autograd.grad(y, (x, *weights_of(layer).parameters()), dy), [x.data_ptr() in kept]
 
     (kept_grads, kept), (again_grads, kept_again) = gradients(None), gradients(Again(torch.exp, (source.detach(),)))
     assert (kept, kept_again) == ([True], [False])
@@ -147,11 +150,12 @@ def test_dropout_masks_differ_between_steps_micro_batches_and_layers() -> None:
             seen.add(dropout_seed.value)
     assert len(seen) == 12
     base = nn.Linear(64, 64)
-    first, second = (LoRALinear(base, 2, 1.0, 0.5, index, dropout_seed) for index in (0, 1))
+    first, second = (layer_over(base, 0.5, 2, dropout_seed) for _ in range(2))
+    weights_of(second).index += 1
     x = torch.ones(8, 64)
     for layer in (first, second):
-        nn.init.eye_(layer.lora_A)
-        nn.init.ones_(layer.lora_B)
+        nn.init.eye_(weights_of(layer).lora_A)
+        nn.init.ones_(weights_of(layer).lora_B)
     assert not torch.equal(first(x), second(x))
 
 
@@ -162,81 +166,81 @@ def test_evaluation_draws_no_dropout() -> None:
     torch.testing.assert_close(layer(x), dropless, rtol=1e-5, atol=1e-5)
 
 
-def test_an_untrained_adapter_changes_nothing_to_the_bit() -> None:
-    base = nn.Linear(64, 10)
-    layer = LoRALinear(base, 4, 2.0, 0.0, 0, DropoutSeed())
-    x = torch.randn(9, 64)
-    assert torch.equal(layer(x), base(x))
+def with_everything(layer: LoRALinear) -> LoRALinear:
+    """DoRA and a trained bias, both of random values."""
+    w = weights_of(layer)
+    w.lora_magnitude_vector = nn.Parameter(1 + torch.rand(layer.base.out_features))
+    w.bias = nn.Parameter(torch.randn(layer.base.out_features))
+    return layer
 
 
-def test_first_values_are_kaiming_uniform_and_zero() -> None:
-    model = tiny_model()
-    attach(model, 8, 16)
-    for _, layer in iter_lora_layers(model):
-        bound = 1 / math.sqrt(layer.base.in_features)
-        assert layer.lora_A.abs().max() <= bound
-        assert layer.lora_A.abs().max() > 0.8 * bound
-        assert not layer.lora_B.any()
-        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dora_and_a_trained_bias_equal_autograd_on_the_formula(quantization: str, dropout: float) -> None:
+    base = frozen_linear(quantization, torch.float32)
+    dense = base.dense_weight(torch.float32) if isinstance(base, Linear4bit) else base.weight
+    layer = with_everything(layer_over(base, dropout))
+    x, dy = torch.randn(5, 64, requires_grad=True), torch.randn(5, 10)
+    inputs = (x, *weights_of(layer).parameters())
+    assert len(inputs) == 5
+    torch.testing.assert_close(layer(x), by_hand(layer, x, dense), rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(by_hand(layer, x, dense), inputs, dy)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), inputs, dy), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # sums of 64 float32 terms, other order
 
 
-def test_attach_trains_the_adapter_alone() -> None:
-    model = tiny_model()
-    attach(model, 2, 4)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained
-    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
-    assert len(trained) == len(lora_parameters(model)) == 2 * 7 * 2
+def test_layers_with_all_and_with_nothing_share_an_input() -> None:
+    """One with DoRA and a bias of its own, one plain, one bias alone (rank 0), one without an adapter."""
+    bases = [nn.Linear(6, out, dtype=torch.float64).requires_grad_(False) for out in (4, 5, 3, 2)]
+    seed = DropoutSeed()
+    layers = [with_everything(layer_over(bases[0], 0.25, 3, seed)).double()]
+    layers += [layer_over(bases[1], 0.25, 2, seed).double(), layer_over(bases[2], 0.25, 0, seed).double()]
+    weights_of(layers[2]).bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *(p for layer in layers for p in weights_of(layer).parameters() if p.numel())]
+    found = project(x, (*layers, bases[3]))
+    wanted = (*(by_hand(layer, x, layer.base.weight) for layer in layers), bases[3](x))
+    dys = [torch.randn_like(y) for y in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    gradients = (torch.autograd.grad(ys, inputs, dys) for ys in (found, wanted))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("targets", "count"),
-    [
-        ("all-linear", 14),
-        (["q_proj", "v_proj"], 4),
-        (["layers.1.mlp.up_proj"], 1),
-        (r".*\.1\.self_attn\..*", 4),
-        ("k_proj", 2),
-    ],
-)
-def test_targets_are_names_paths_or_a_pattern(targets: str | list[str], count: int) -> None:
-    model = tiny_model()
-    attach(model, 2, 4, target_modules=targets)
-    assert len(list(iter_lora_layers(model))) == count
+def test_magnitude_in_bfloat16_is_multiplied_in_float32() -> None:
+    """A magnitude learns in steps that bfloat16 cannot tell apart; the output has to see them."""
+    base = nn.Linear(64, 10, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer = layer_over(base)
+    w = weights_of(layer)
+    nn.init.zeros_(w.lora_B)
+    w.lora_magnitude_vector = nn.Parameter(w.base_squares(base.weight).sqrt() * 1.003)
+    x = torch.randn(400, 64, dtype=torch.bfloat16)
+    ratio = (layer(x).float().abs().sum() / base(x).float().abs().sum()).item()
+    assert ratio == pytest.approx(1.003, abs=4e-4)  # 4,000 roundings of up to 0.4 %, either way
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "qproj"], "nothing.*", ["proj"], []])
-def test_a_target_that_matches_nothing_lists_the_choices(targets: str | list[str]) -> None:
-    with pytest.raises(UserError, match=r"lora\.target_modules: .* match no linear layer; .*down_proj, gate_proj"):
-        attach(tiny_model(), 2, 4, target_modules=targets)
+def test_pissas_principal_part_is_taken_off_and_not_trained() -> None:
+    layer = layer_over(nn.Linear(64, 10))
+    w = weights_of(layer)
+    w.principal_A, w.principal_B = w.lora_A.detach().clone(), -w.lora_B.detach().clone()
+    x = torch.randn(5, 64, requires_grad=True)
+    torch.testing.assert_close(layer(x), layer.base(x), rtol=1e-4, atol=1e-4)
+    torch.nn.init.normal_(w.lora_B)
+    delta = 0.5 * (w.lora_B @ w.lora_A + w.principal_B @ w.principal_A)
+    wanted = x @ (layer.base.weight + delta).T + layer.base.bias
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    inputs, dy = (x, w.lora_A, w.lora_B), torch.randn(5, 10)
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, dy) for y in (layer(x), wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_head_and_embedding_are_refused_with_the_reason(tied: bool, target: str) -> None:
-    with pytest.raises(UserError, match="head and embedding cannot be adapted"):
-        attach(tiny_model(tied), 2, 4, target_modules=["q_proj", target])
-
-
-def test_a_broken_pattern_is_named() -> None:
-    with pytest.raises(UserError, match=r"'\[\[' is not a regular expression \(Possible nested set at position 1\)"):
-        attach(tiny_model(), 2, 4, target_modules="[[")
-    with pytest.raises(UserError, match=r"'\(q_proj' is not a regular expression"):
-        attach(tiny_model(), 2, 4, target_modules="(q_proj")
-
-
-def test_scaling() -> None:
-    assert lora_scaling(8, 16, use_rslora=False) == 2
-    assert lora_scaling(16, 16, use_rslora=True) == 4
-
-
-def test_disabled_adapter_is_the_base_and_comes_back() -> None:
-    model = tiny_model()
-    attach(model, 2, 4)
-    layers = [layer for _, layer in iter_lora_layers(model)]
-    for layer in layers:
-        nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 16)
-    with adapter_disabled(model):
-        assert torch.equal(layers[0](x), layers[0].base(x))
-    assert not torch.equal(layers[0](x), layers[0].base(x))
+@pytest.mark.parametrize("has_everything", [False, True])
+def test_merged_weight_does_what_the_layer_does(has_everything: bool) -> None:
+    layer = layer_over(frozen_linear("none", torch.float32))
+    if has_everything:
+        with_everything(layer)
+    x = torch.randn(5, 64)
+    bias = layer.base.bias if layer.bias is None else layer.bias
+    merged = nn.functional.linear(x, merged_weight(layer, layer.base.weight), bias)
+    torch.testing.assert_close(merged, layer(x), rtol=1e-5, atol=1e-5)

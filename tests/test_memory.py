@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minilora import memory
+from minilora.attach import attach
 from minilora.batch import pack
-from minilora.lora import attach
 from minilora.memory import Ledger, is_out_of_memory, peak_memory_bytes, predict_memory
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import Example
@@ -130,7 +130,8 @@ import sys, torch
 from pathlib import Path
 from minilora.batch import pack
 from minilora.load import load_model, read_config
-from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.attach import attach, parameter_groups
+from minilora.lora import DropoutSeed
 from minilora.memory import peak_memory_bytes, predict_memory
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer
@@ -150,7 +151,7 @@ ledger = predict_memory(
 model = load_model(folder, torch.bfloat16)
 model.model.gradient_checkpointing = checkpointing
 attach(model, 8, 16)
-optimizer = build_optimizer(lora_parameters(model.train()))
+optimizer = build_optimizer(parameter_groups(model.train()))
 for step, count in enumerate(rows, start=1):
     ids = [[7 + step] * (count // 8) + [5, 6] for _ in range(8)]
     batch = pack([Example(row, [False] * (len(row) - 2) + [True, True]) for row in ids], share_prefix=False)

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from minilora import loss
 from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from minilora.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.batch import pack
 from minilora.config import Config, load_config
 from minilora.errors import UserError
-from minilora.lora import DropoutSeed, attach, iter_lora_layers, lora_parameters
+from minilora.lora import DropoutSeed
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit
 from minilora.optim import build_optimizer
@@ -47,7 +48,7 @@ def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> DropoutSeed:
     """Attaches an adapter whose B is not zero, so that A has a gradient too."""
     dropout_seed = attach(model.train(), 4, 8, dropout)
     torch.manual_seed(0)
-    for _, layer in iter_lora_layers(model):
+    for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return dropout_seed
 
@@ -145,7 +146,7 @@ def test_2_3_nothing_quantises_the_base_again(tiny_model: LoadModel, chat_tokeni
     assert len(layers) == 2 * 7
     before = [{name: value.clone() for name, value in layer.named_buffers()} for layer in layers]
     dropout_seed = adapted(model, dropout=0.1)
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     for step in (1, 2, 3):
         train_step(model, [pack(build_examples(chat_tokenizer))], optimizer, 1e-2, 1.0, dropout_seed, 0, step)
     for layer, values in zip(layers, before, strict=True):
@@ -326,7 +327,7 @@ def test_2_10_adapters_are_float32_and_a_scaled_gradient_can_be_unscaled(
     dropout_seed = adapted(model)
     assert all(parameter.dtype == torch.float32 for parameter in lora_parameters(model))
     before = [parameter.detach().clone() for parameter in lora_parameters(model)]
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     batches = [pack(build_examples(chat_tokenizer))]
     result = train_step(model, batches, optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)

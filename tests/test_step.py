@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minilora import step as step_module
+from minilora.attach import attach, lora_parameters, parameter_groups
 from minilora.batch import pack
-from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.lora import DropoutSeed
 from minilora.loss import head_logits, next_token_nll
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.optim import build_optimizer
@@ -52,7 +53,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens() -> None:
     with torch.no_grad():
         logits = head_logits(model(batch), model.head_weight)
         expected = torch.nn.functional.cross_entropy(logits, batch.targets).item()
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     micro_batches = [pack(examples(6)[:1]), pack(examples(6)[1:])]
     result = train_step(model, micro_batches, optimizer, 1e-3, 1.0, dropout_seed, 0, 1)
     assert result.loss == pytest.approx(expected, rel=1e-5)  # another order of float32 sums
@@ -71,7 +72,7 @@ def test_dropout_differs_between_micro_batches_and_repeats_with_the_step() -> No
     losses = []
     for step in (1, 1, 2):
         model, dropout_seed = build(dropout=0.5)
-        optimizer = build_optimizer(lora_parameters(model))
+        optimizer = build_optimizer(parameter_groups(model))
         losses.append(train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, step).loss)
     assert losses[0] == losses[1] != losses[2]
 
@@ -80,7 +81,7 @@ def test_an_overflowed_float16_gradient_leaves_the_weights_alone() -> None:
     model, dropout_seed = build()
     before = [parameter.detach().clone() for parameter in lora_parameters(model)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # times a gradient above 2: infinite in float32
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     torch.nn.init.normal_(lora_parameters(model)[0], std=1e3)
     before[0] = lora_parameters(model)[0].detach().clone()
     result = train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
@@ -94,7 +95,7 @@ def test_a_scaled_step_equals_an_unscaled_one() -> None:
     moved = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model, dropout_seed = build()
-        optimizer = build_optimizer(lora_parameters(model))
+        optimizer = build_optimizer(parameter_groups(model))
         train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
         moved.append([parameter.detach().clone() for parameter in lora_parameters(model)])
     for ours, theirs in zip(*moved, strict=True):
@@ -124,7 +125,7 @@ def test_a_loss_that_is_no_number_in_one_micro_batch_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, number: int, factor: float, has_scaler: bool
 ) -> None:
     model, dropout_seed = build()
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if has_scaler else None
     micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
     assert train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 1, scaler).updated
@@ -142,7 +143,7 @@ def test_a_loss_that_is_no_number_in_one_micro_batch_changes_nothing(
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_one_gradient_that_is_no_number_changes_nothing(value: float) -> None:
     model, dropout_seed = build()
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     train_step(model, [pack(examples(6))], optimizer, 1e-2, 1.0, dropout_seed, 0, 1)
     before = contents(model, optimizer)
 
@@ -175,7 +176,7 @@ def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int, monkeypat
         return next_token_nll(*arguments)
 
     model, dropout_seed = build(dropout=0.5)
-    optimizer = build_optimizer(lora_parameters(model))
+    optimizer = build_optimizer(parameter_groups(model))
     micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
     arguments = (model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0)
     train_step(*arguments, 1)
@@ -192,7 +193,7 @@ def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int, monkeypat
 
     loss = train_step(*arguments, 2).loss
     undisturbed, seed = build(dropout=0.5)
-    other = build_optimizer(lora_parameters(undisturbed))
+    other = build_optimizer(parameter_groups(undisturbed))
     for step in (1, 2):
         expected = train_step(undisturbed, micro_batches, other, 1e-2, 1.0, seed, 0, step).loss
     assert loss == expected

@@ -24,14 +24,17 @@ ALLOWED = {
     "yamlfile": {"errors"},
     "bnb": {"errors"},
     "nf4": {"bnb"},
-    "lora": {"nf4", "errors"},
+    "targets": {"errors"},
+    "lora": {"nf4"},
+    "attach": {"targets", "lora", "nf4"},
+    "initial": {"attach", "lora", "model", "quantized", "tensorfile", "errors"},
     "recompute": set(),
     "model": {"ops", "batch", "lora", "fields", "errors", "recompute"},
     "tensorfile": {"files", "errors"},
     "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
-    "adapter": {"tensorfile", "files", "manifest", "lora", "model", "fields", "errors"},
-    "memory": {"tensorfile", "loss", "lora", "model", "errors"},
+    "adapter": {"tensorfile", "files", "manifest", "attach", "lora", "model", "fields", "errors"},
+    "memory": {"tensorfile", "loss", "attach", "model", "errors"},
 }
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from minilora.adapter import AdapterConfig, attach_adapter
+from minilora.attach import lora_parameters
 from minilora.batch import pack
 from minilora.evaluate import score
-from minilora.lora import lora_parameters
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example

@@ -9,8 +9,8 @@ import peft
 import torch
 import transformers
 
+from minilora.attach import iter_lora_weights
 from minilora.batch import MicroBatch, pack
-from minilora.lora import iter_lora_layers
 from minilora.loss import head_logits
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
@@ -154,7 +154,7 @@ def reference_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch
 def randomize_adapter(model: Qwen2ForCausalLM, seed: int = 0, size: float = 0.1) -> None:
     """Gives every B random values: while B is 0, A has no gradient and neither changes any logit."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in iter_lora_layers(model):
+    for _, layer in iter_lora_weights(model):
         layer.lora_B.data.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
 
 
@@ -162,7 +162,7 @@ def our_tensors(model: Qwen2ForCausalLM) -> dict[str, torch.nn.Parameter]:
     """A and B by path, named as in `peft_tensors`."""
     return {
         f"{path}.{name}": getattr(layer, name)
-        for path, layer in iter_lora_layers(model)
+        for path, layer in iter_lora_weights(model)
         for name in ("lora_A", "lora_B")
     }
 

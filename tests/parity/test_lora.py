@@ -7,9 +7,10 @@ import peft
 import pytest
 import torch
 
+from minilora.attach import attach, parameter_groups
 from minilora.batch import pack
 from minilora.load import load_model
-from minilora.lora import DropoutSeed, attach, lora_parameters
+from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer, lr_at
@@ -145,7 +146,7 @@ def test_twenty_adamw_steps_follow_pefts_loss_curve(
     """Ours cuts each step into two micro-batches of unequal length; the loop over peft takes it whole."""
     steps, peak, weight_decay, max_norm = 20, 5e-3, 0.01, 1.0
     ours, reference = build_pair(reference_checkpoint(), quantization)
-    optimizer = build_optimizer(lora_parameters(ours), weight_decay=weight_decay)
+    optimizer = build_optimizer(parameter_groups(ours), weight_decay=weight_decay)
     ours.train()
 
     parameters = list(peft_tensors(reference).values())

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minilora.attach import attach
 from minilora.batch import pack
 from minilora.load import load_model
-from minilora.lora import attach
 from minilora.loss import head_logits, next_token_nll
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows

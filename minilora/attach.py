@@ -1,0 +1,249 @@
+"""Adapters on a model: attached, listed, switched, scaled, disabled, merged for the time being.
+
+A model may have several adapters, each by its name, over one frozen base; at most one of them is active. None of this
+changes the base: an adapter that is disabled, or merged and unmerged, leaves every bit as it was.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from minilora.lora import DropoutSeed, LoRALinear, LoRAWeights, dense_weight, merged_weight
+from minilora.nf4 import Linear4bit
+from minilora.targets import Target, choose_targets
+
+DEFAULT = "default"  # peft's name of an adapter that was given none
+
+
+def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
+    """s: alpha / r, or alpha / sqrt(r), which keeps the update's size when r grows."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def attach(
+    model: nn.Module,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    bias: str = "none",
+    use_dora: bool = False,
+    init_lora_weights: str = "kaiming",
+    name: str = DEFAULT,
+) -> DropoutSeed:
+    """Gives every chosen linear layer the weights of a new adapter, which becomes the active one, and freezes the base.
+
+    Args:
+        model: changed in place.
+        r: rank of the product.
+        alpha: numerator of the scaling.
+        dropout: probability with which an entry of the adapter's input is zero in training.
+        target_modules: see `targets.py`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
+        use_rslora: scale by alpha / sqrt(r).
+        seed: of A's initial values, drawn on the CPU so that every device starts alike.
+        device: of the adapter; by default that of the layers it belongs to.
+        bias: "lora_only" trains the biases of the chosen layers, "all" those of all linear layers.
+        use_dora: train the length of each output's weights apart from their direction.
+        init_lora_weights: "kaiming" draws A from a uniform, "gaussian" from a normal distribution; "pissa" and "loftq"
+            draw as "kaiming" and leave the rest to `initial.py`.
+        name: of the adapter.
+
+    Returns:
+        The seed that training sets before each micro-batch.
+
+    Raises:
+        UserError: a target that matches no linear layer.
+    """
+    remove_adapter(model, name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    candidates = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Linear4bit | LoRALinear) and path != "lm_head" and not path.endswith(".base")
+    }
+    targets = choose_targets(
+        list(candidates), r, alpha, target_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
+    )
+    if bias == "all":
+        chosen = {target.path for target in targets}
+        targets += [
+            Target(path, 0, 0.0)
+            for path, layer in candidates.items()
+            if path not in chosen and _bias_of(layer) is not None
+        ]
+    generator = torch.Generator().manual_seed(seed)
+    dropout_seed = DropoutSeed()
+    for index, target in enumerate(targets):
+        layer = _adaptable(model, target.path)
+        base = layer.base
+        scaling = lora_scaling(target.r, target.alpha, use_rslora) if target.r else 0.0
+        size, place = (base.out_features, base.in_features), device or _device_of(base)
+        w = LoRAWeights(size, target.r, target.alpha, scaling, dropout, index, dropout_seed, place)
+        _draw(w, init_lora_weights, generator)
+        if bias != "none" and base.bias is not None:
+            w.bias = nn.Parameter(_values(base.bias.detach(), place))
+        if use_dora and target.r:
+            w.lora_magnitude_vector = nn.Parameter(_values(_row_lengths(w, base), place))
+        layer.adapters[name] = w.train(layer.training)
+    set_adapter(model, name)
+    return dropout_seed
+
+
+def _adaptable(model: nn.Module, path: str) -> LoRALinear:
+    """The `LoRALinear` at `path`, put around the linear layer there if it is the first adapter's."""
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    layer = getattr(parent, name)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer).train(layer.training)
+        setattr(parent, name, layer)
+    return layer
+
+
+def _device_of(base: nn.Linear | Linear4bit) -> torch.device:
+    return base.device if isinstance(base, Linear4bit) else base.weight.device
+
+
+def _bias_of(layer: nn.Linear | Linear4bit | LoRALinear) -> torch.Tensor | None:
+    return layer.base.bias if isinstance(layer, LoRALinear) else layer.bias
+
+
+def _draw(w: LoRAWeights, init_lora_weights: str, generator: torch.Generator) -> None:
+    """A's first values; B's are zeros, so that an untrained adapter changes nothing."""
+    shape = w.lora_A.shape
+    if init_lora_weights == "gaussian":
+        first = torch.empty(shape).normal_(0, 1 / max(w.r, 1), generator=generator)
+    else:
+        bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = sqrt(5)
+        first = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    w.lora_A.data.copy_(first)
+    if init_lora_weights == "pissa":
+        w.principal_A, w.principal_B = torch.zeros_like(w.lora_A.data), torch.zeros_like(w.lora_B.data)
+
+
+def _values(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A float32 copy on `device`; zeros of a tensor that has no values yet, because they will come from a file."""
+    if tensor.is_meta:
+        return torch.zeros(tensor.shape, device=device)
+    return tensor.to(device, torch.float32, copy=True)
+
+
+def _row_lengths(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
+    """|W| by rows, which the forward pass then uses to the bit: c is 1 while B is 0."""
+    dense = dense_weight(base, torch.float32 if isinstance(base, Linear4bit) else base.weight.dtype)
+    return dense.new_empty(len(dense)) if dense.is_meta else w.base_squares(dense).sqrt()
+
+
+def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(path, layer) of every layer for which the active adapter has weights, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear) and module.weights is not None:
+            yield path, module
+
+
+def iter_lora_weights(model: nn.Module) -> Iterator[tuple[str, LoRAWeights]]:
+    """(path, weights) of the active adapter, in the model's order."""
+    for path, layer in iter_lora_layers(model):
+        if layer.weights is not None:
+            yield path, layer.weights
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that is trained of the active adapter, in the model's order: A, B, and what else a layer has."""
+    return [parameter for _, w in iter_lora_weights(model) for parameter in w.parameters() if parameter.numel()]
+
+
+def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[tuple[list[nn.Parameter], float]]:
+    """`lora_parameters` with the factor of the learning rate that each has, by factor.
+
+    LoRA+ (arXiv 2402.12354) lets B, and what else has no product behind it, learn `lr_ratio` times as fast as A: with
+    one rate for both, A and B of a wide model cannot both learn efficiently.
+    """
+    if lr_ratio == 1.0:
+        return [(lora_parameters(model), 1.0)]
+    slow = [w.lora_A for _, w in iter_lora_weights(model) if w.r]
+    is_slow = {id(parameter) for parameter in slow}
+    return [(slow, 1.0), ([p for p in lora_parameters(model) if id(p) not in is_slow], lr_ratio)]
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Makes an adapter the active one, or none.
+
+    Raises:
+        ValueError: there is no adapter of that name, or one is merged.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if any(layer.merged is not None for layer in layers):
+        raise ValueError("an adapter is merged; unmerge_adapter comes first")
+    names = sorted({known for layer in layers for known in layer.adapters})
+    if name is not None and name not in names:
+        raise ValueError(f"name: got {name!r}, expected one of {names}")
+    for layer in layers:
+        layer.active = name
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forgets an adapter; where it was the active one, none is."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and name in module.adapters:
+            del module.adapters[name]
+            if module.active == name:
+                module.active = None
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter, for as long as the block lasts."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [(layer.active, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = layer.merged = None
+        yield
+    finally:
+        for layer, (active, merged) in zip(layers, before, strict=True):
+            layer.active, layer.merged = active, merged
+
+
+@contextmanager
+def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """The active adapter at `factor` times its strength, for as long as the block lasts."""
+    weights = [w for _, w in iter_lora_weights(model)]
+    before = [w.scaling for w in weights]
+    try:
+        for w in weights:
+            w.scaling *= factor
+        yield
+    finally:
+        for w, scaling in zip(weights, before, strict=True):
+            w.scaling = scaling
+
+
+def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives each adapted layer one dense weight in `dtype` that stands for base and adapter: quicker to generate with.
+
+    It takes 2 bytes a number in bfloat16 beside the base, which stays as it is.
+    """
+    for _, layer in iter_lora_layers(model):
+        bias = layer.base.bias if layer.bias is None else layer.bias
+        weight = merged_weight(layer, dense_weight(layer.base, dtype)).to(dtype)
+        layer.merged = weight, None if bias is None else bias.detach().to(dtype)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Goes back to base and adapter apart, to the bit: the base was never changed."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.merged = None

@@ -1,0 +1,89 @@
+"""First values of an adapter that depend on the weights it is put beside: PiSSA and LoftQ.
+
+Both take the R largest singular directions of a matrix, U S V^T, and share them evenly between the two factors:
+
+    B = U sqrt(S / s)      A = sqrt(S / s) V^T      so that  s B A  is the matrix, as near as rank R can come
+
+    PiSSA   of the weight itself: training begins with its principal part, which learns faster
+    LoftQ   of W - Q(W), what was lost by rounding to 4 bits: training begins nearer to the original model
+
+PiSSA's principal part is taken off again by a frozen product (`lora.py`), so the base stays everybody's. LoftQ is its
+first iteration, as peft's `replace_lora_weights_loftq` does it, but for s, which that forgets.
+
+The singular directions come from the eigenvectors of M M^T in float64, of the smaller side: what is squared costs half
+of the digits, of which float64 has twice as many as the result needs.
+
+Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minilora.attach import iter_lora_layers
+from minilora.errors import UserError
+from minilora.lora import dense_weight
+from minilora.model import Qwen2ForCausalLM
+from minilora.quantized import split_entries
+from minilora.tensorfile import read_checkpoint_entries, read_tensor
+
+BY_WEIGHTS = ("pissa", "loftq")
+
+
+def initialise(
+    model: Qwen2ForCausalLM,
+    folder: Path,
+    init_lora_weights: str,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Gives the active adapter its first values.
+
+    Args:
+        model: with an adapter that was attached for the same `init_lora_weights`.
+        folder: the base model's files, of which LoftQ reads the original weights.
+        init_lora_weights: one of BY_WEIGHTS.
+        on_progress: called with (layers done, layers in all).
+
+    Raises:
+        UserError: LoftQ, and the files have no original weights.
+    """
+    layers = [(path, layer, w) for path, layer in iter_lora_layers(model) if (w := layer.weights) is not None and w.r]
+    originals, quantized = split_entries(read_checkpoint_entries(folder)) if init_lora_weights == "loftq" else ({}, {})
+    if quantized:
+        raise UserError(
+            f"{folder}: is quantised already, so what was lost by it is not known; use the original checkpoint, or "
+            "another lora.init_lora_weights than loftq"
+        )
+    for done, (path, layer, w) in enumerate(layers, start=1):
+        matrix = dense_weight(layer.base, torch.float32)
+        if init_lora_weights == "loftq":
+            matrix = read_tensor(originals[f"{path}.weight"]).to(matrix.device, torch.float32) - matrix
+        a, b = low_rank_factors(matrix, w.r)
+        with torch.no_grad():
+            w.lora_A.copy_(a / w.scaling**0.5)
+            w.lora_B.copy_(b / w.scaling**0.5)
+            if w.principal_A is not None and w.principal_B is not None:
+                w.principal_A.copy_(w.lora_A)
+                w.principal_B.copy_(-w.lora_B)
+        if on_progress is not None:
+            on_progress(done, len(layers))
+
+
+def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, in) and B (out, R) float64 whose product B A is the nearest to `matrix` (out, in) of rank R.
+
+    Raises:
+        UserError: R is larger than the matrix.
+    """
+    if r > min(matrix.shape):
+        raise UserError(f"lora.r: {r} is more than a weight of {tuple(matrix.shape)} has singular directions; lower it")
+    wide = matrix.double()
+    is_tall = wide.shape[0] > wide.shape[1]
+    if is_tall:
+        wide = wide.T
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    u = vectors[:, -r:].flip(1)
+    root = squares[-r:].flip(0).clamp(min=0).pow(0.25)  # sqrt of a singular value
+    left, right = u * root, (u.T @ wide) / root.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    return (left.T, right.T) if is_tall else (right, left)

@@ -1,0 +1,219 @@
+"""Adapters on a model: what attaching makes, and switching, scaling and merging, which leave every bit of the base."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from minilora.attach import (
+    DEFAULT,
+    adapter_disabled,
+    adapter_scaled,
+    attach,
+    iter_lora_layers,
+    iter_lora_weights,
+    lora_parameters,
+    lora_scaling,
+    merge_adapter,
+    parameter_groups,
+    remove_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
+from minilora.batch import pack_rows
+from minilora.lora import LoRAWeights
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+
+TinyModel = Callable[..., Qwen2ForCausalLM]
+
+
+def random_model(tied: bool = True) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, tied)).eval()
+
+
+def randomize(model: Qwen2ForCausalLM, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def outputs(model: Qwen2ForCausalLM) -> torch.Tensor:
+    ids = torch.arange(3, 12)
+    hidden: torch.Tensor = model.model(ids, torch.arange(9), pack_rows([9]))
+    return hidden
+
+
+def test_first_values_are_kaiming_uniform_and_zero() -> None:
+    model = random_model()
+    attach(model, 8, 16)
+    for _, layer in iter_lora_weights(model):
+        bound = 1 / math.sqrt(layer.lora_A.shape[1])
+        assert layer.lora_A.abs().max() <= bound
+        assert layer.lora_A.abs().max() > 0.8 * bound
+        assert not layer.lora_B.any()
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+
+
+def test_attach_trains_the_adapter_alone() -> None:
+    model = random_model()
+    attach(model, 2, 4)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
+    assert len(trained) == len(lora_parameters(model)) == 2 * 7 * 2
+
+
+def test_scaling() -> None:
+    assert lora_scaling(8, 16, use_rslora=False) == 2
+    assert lora_scaling(16, 16, use_rslora=True) == 4
+
+
+def test_disabled_adapter_is_the_base_and_comes_back() -> None:
+    model = random_model()
+    attach(model, 2, 4)
+    layers = [layer for _, layer in iter_lora_layers(model)]
+    for layer in layers:
+        nn.init.normal_(layer.weights.lora_B)  # type: ignore[union-attr]
+    x = torch.randn(3, 16)
+    with adapter_disabled(model):
+        assert torch.equal(layers[0](x), layers[0].base(x))
+    assert not torch.equal(layers[0](x), layers[0].base(x))
+
+
+def test_first_values_can_be_gaussian() -> None:
+    model = random_model()
+    attach(model, 8, 16, init_lora_weights="gaussian")
+    values = torch.cat([w.lora_A.detach().flatten() for _, w in iter_lora_weights(model)])
+    assert values.std() == pytest.approx(1 / 8, rel=0.1)  # peft's 1 / r
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"use_dora": True}, {"bias": "all"}, {"use_dora": True, "bias": "lora_only"}, {"use_rslora": True}]
+)
+def test_an_untrained_adapter_of_any_kind_changes_nothing_to_the_bit(
+    tiny_model: TinyModel, quantization: str, kind: dict[str, Any]
+) -> None:
+    model = tiny_model(quantization)
+    before = outputs(model)
+    attach(model, 4, 8, **kind)
+    assert torch.equal(outputs(model), before)
+    randomize(model)
+    assert not torch.equal(outputs(model), before)
+
+
+def test_biases_are_trained_where_asked() -> None:
+    """Of q, k and v, which have one; "all" also reaches the k that is no target, by an adapter of rank 0."""
+    counts = {}
+    for bias in ("none", "lora_only", "all"):
+        model = random_model()
+        attach(model, 2, 4, target_modules=["q_proj", "v_proj", "o_proj"], bias=bias)
+        counts[bias] = sum(w.bias is not None for _, w in iter_lora_weights(model))
+        names = {path.rpartition(".")[2] for path, w in iter_lora_weights(model) if not w.r}
+        assert names == ({"k_proj"} if bias == "all" else set())
+        assert all(parameter.numel() for parameter in lora_parameters(model))
+    assert counts == {"none": 0, "lora_only": 4, "all": 6}
+
+
+def test_patterns_give_layers_their_own_rank_and_alpha() -> None:
+    model = random_model()
+    attach(model, 4, 8, rank_pattern={"q_proj": 2}, alpha_pattern={r"layers\.1\..*": 6})
+    found = {path: (w.r, w.scaling) for path, w in iter_lora_weights(model)}
+    assert found["model.layers.0.self_attn.q_proj"] == (2, 8 / 2)
+    assert found["model.layers.1.self_attn.q_proj"] == (2, 6 / 2)
+    assert found["model.layers.0.mlp.up_proj"] == (4, 8 / 4)
+    assert found["model.layers.1.mlp.up_proj"] == (4, 6 / 4)
+
+
+def test_loraplus_lets_all_but_a_learn_faster() -> None:
+    model = random_model()
+    attach(model, 2, 4, use_dora=True, bias="all")
+    ((slow, one), (fast, ratio)) = parameter_groups(model, 16.0)
+    assert (one, ratio) == (1.0, 16.0)
+    assert {id(p) for p in slow} == {id(w.lora_A) for _, w in iter_lora_weights(model)}
+    assert {id(p) for p in slow} | {id(p) for p in fast} == {id(p) for p in lora_parameters(model)}
+    assert len(slow) + len(fast) == len(lora_parameters(model))
+
+
+def test_adapters_are_switched_by_name() -> None:
+    model = random_model()
+    base = outputs(model)
+    alone = {}
+    for seed, (name, targets) in enumerate({"all": "all-linear", "few": ["q_proj", "down_proj"]}.items()):
+        attach(model, 2, 4, target_modules=targets, name=name)
+        randomize(model, seed)
+        alone[name] = outputs(model)
+    assert not torch.equal(alone["all"], alone["few"])
+    for name in ("all", "few", "all"):
+        set_adapter(model, name)
+        assert torch.equal(outputs(model), alone[name])
+    assert len(list(iter_lora_layers(model))) == 14
+    set_adapter(model, None)
+    assert torch.equal(outputs(model), base)
+    assert not list(iter_lora_layers(model))
+    with pytest.raises(ValueError, match=r"name: got 'other', expected one of \['all', 'few'\]"):
+        set_adapter(model, "other")
+    remove_adapter(model, "all")
+    with pytest.raises(ValueError, match=r"expected one of \['few'\]"):
+        set_adapter(model, "all")
+
+
+def test_attaching_under_a_name_that_is_taken_replaces_that_adapter() -> None:
+    model = random_model()
+    attach(model, 2, 4)
+    attach(model, 3, 4, target_modules=["q_proj"])
+    assert [(path, w.r) for path, w in iter_lora_weights(model)] == [
+        ("model.layers.0.self_attn.q_proj", 3),
+        ("model.layers.1.self_attn.q_proj", 3),
+    ]
+
+
+def test_a_scaled_adapter_is_between_the_base_and_itself_and_comes_back() -> None:
+    model = random_model()
+    attach(model, 2, 4, target_modules=["q_proj"])
+    randomize(model)
+    full = outputs(model)
+    with adapter_scaled(model, 0.0):
+        nothing = outputs(model)
+    with adapter_scaled(model, 0.5):
+        half = outputs(model)
+    with adapter_disabled(model):
+        torch.testing.assert_close(nothing, outputs(model))
+    assert 0 < (half - nothing).norm() < (full - nothing).norm()
+    assert torch.equal(outputs(model), full)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True, "bias": "all"}])
+def test_merged_does_the_same_and_unmerged_is_as_before_to_the_bit(
+    tiny_model: TinyModel, quantization: str, kind: dict[str, Any]
+) -> None:
+    model = tiny_model(quantization)
+    base = outputs(model)
+    attach(model, 4, 8, **kind)
+    randomize(model)
+    before = outputs(model)
+    merge_adapter(model, torch.float32)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-4)  # products in another order
+    with adapter_disabled(model):
+        assert torch.equal(outputs(model), base)
+    with pytest.raises(ValueError, match="an adapter is merged; unmerge_adapter comes first"):
+        set_adapter(model, None)
+    unmerge_adapter(model)
+    assert torch.equal(outputs(model), before)
+    set_adapter(model, None)
+    assert torch.equal(outputs(model), base)
+
+
+def test_a_base_without_memory_can_have_an_adapter_with() -> None:
+    with torch.device("meta"):
+        model = random_model()
+    attach(model, 2, 4, use_dora=True, bias="all", init_lora_weights="pissa", device="cpu")
+    weights: list[LoRAWeights] = [w for _, w in iter_lora_weights(model)]
+    assert all(not tensor.is_meta for w in weights for tensor in (*w.parameters(), *w.buffers()))
+    assert DEFAULT in next(iter_lora_layers(model))[1].adapters

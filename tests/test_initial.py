@@ -1,0 +1,79 @@
+"""First values that depend on the weights: the principal part of them, or of what 4 bits lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.attach import attach, iter_lora_layers
+from minilora.errors import UserError
+from minilora.initial import initialise, low_rank_factors
+from minilora.load import load_model
+from minilora.lora import dense_weight, merged_weight
+from minilora.model import Qwen2ForCausalLM
+from minilora.quantized import save_quantized
+
+TinyModel = Callable[..., Qwen2ForCausalLM]
+
+
+@pytest.mark.parametrize("shape", [(40, 17), (17, 40), (20, 20)])
+def test_factors_are_the_nearest_matrix_of_their_rank(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    a, b = low_rank_factors(matrix, 5)
+    torch.testing.assert_close(b @ a, u[:, :5] * s[:5] @ vh[:5])
+    torch.testing.assert_close(a.norm(dim=1), s[:5].sqrt())  # the singular values are shared evenly
+    torch.testing.assert_close(b.norm(dim=0), s[:5].sqrt())
+
+
+def test_a_matrix_of_zeros_has_factors_of_zeros() -> None:
+    a, b = low_rank_factors(torch.zeros(6, 4), 2)
+    assert not a.any()
+    assert not b.any()
+
+
+def test_a_rank_that_no_weight_has_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lora\.r: 5 is more than a weight of \(6, 4\) has singular directions"):
+        low_rank_factors(torch.ones(6, 4), 5)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_pissa_begins_with_the_principal_part_and_changes_nothing(
+    tiny_checkpoint: Callable[..., Path], quantization: str, use_rslora: bool
+) -> None:
+    folder = tiny_checkpoint()
+    model = load_model(folder, torch.float32, quantization)
+    attach(model, 4, 12, init_lora_weights="pissa", use_rslora=use_rslora)
+    initialise(model, folder, "pissa")
+    for _, layer in iter_lora_layers(model):
+        w = layer.weights
+        assert w is not None
+        dense = dense_weight(layer.base, torch.float32)
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        torch.testing.assert_close(w.scaling * w.lora_B @ w.lora_A, u[:, :4] * s[:4] @ vh[:4], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(merged_weight(layer, dense), dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [4, 12])
+def test_loftq_begins_nearer_to_the_original_weights(tiny_checkpoint: Callable[..., Path], alpha: int) -> None:
+    folder = tiny_checkpoint()
+    originals = load_model(folder, torch.float32, "none")
+    model = load_model(folder, torch.float32)
+    attach(model, 8, alpha, init_lora_weights="loftq")
+    initialise(model, folder, "loftq")
+    for path, layer in iter_lora_layers(model):
+        original = originals.get_parameter(f"{path}.weight")
+        rounded = dense_weight(layer.base, torch.float32)
+        lost = original - rounded
+        left = torch.linalg.svdvals(lost)[8:].norm()  # no product of rank 8 leaves less (Eckart and Young)
+        assert (original - merged_weight(layer, rounded)).norm() == pytest.approx(left.item(), rel=1e-3)
+
+
+def test_loftq_needs_the_original_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), tmp_path / "4bit")
+    model = load_model(tmp_path / "4bit", torch.float32)
+    attach(model, 4, 8, init_lora_weights="loftq")
+    with pytest.raises(UserError, match="is quantised already, so what was lost by it is not known"):
+        initialise(model, tmp_path / "4bit", "loftq")
