@@ -1,5 +1,7 @@
 """The LoRA layer's formulas, its gradients and its dropout, with DoRA, a trained bias and PiSSA too."""
 
+import math
+
 import pytest
 import torch
 from torch import nn

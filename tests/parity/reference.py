@@ -152,10 +152,14 @@ def reference_loss(model: torch.nn.Module, examples: Sequence[Example]) -> torch
 
 
 def randomize_adapter(model: Qwen2ForCausalLM, seed: int = 0, size: float = 0.1) -> None:
-    """Gives every B random values: while B is 0, A has no gradient and neither changes any logit."""
+    """Gives every B random values: while B is 0, A has no gradient and neither changes any logit. Moves all else."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in iter_lora_weights(model):
-        layer.lora_B.data.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
+    for _, w in iter_lora_weights(model):
+        w.lora_B.data.copy_(size * torch.randn(w.lora_B.shape, generator=generator))
+    for _, w in iter_lora_weights(model):
+        for parameter in (w.lora_magnitude_vector, w.bias):
+            if parameter is not None:
+                parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 def our_tensors(model: Qwen2ForCausalLM) -> dict[str, torch.nn.Parameter]:

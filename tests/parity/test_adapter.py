@@ -3,16 +3,25 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
 from minilora.adapter import AdapterConfig, adapter_files, attach_adapter, load_adapter, save_adapter
+from minilora.attach import iter_lora_weights, parameter_groups
+from minilora.batch import pack
 from minilora.errors import UserError
+from minilora.initial import initialise
 from minilora.load import load_model
+from minilora.lora import DropoutSeed
+from minilora.loss import next_token_nll
+from minilora.optim import build_optimizer
 from minilora.prompt import Example
+from minilora.step import train_step
 from parity.reference import (
     load_reference,
     our_logits,
@@ -21,6 +30,7 @@ from parity.reference import (
     randomize_adapter,
     reference_logits,
     reference_loss,
+    wrap_with_peft,
 )
 
 pytestmark = pytest.mark.parity
@@ -212,12 +222,7 @@ def test_what_peft_guesses_is_refused_here(
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
@@ -237,3 +242,160 @@ def test_what_peft_adds_to_lora_is_refused_by_name(
     train_in_peft(base, tmp_path, examples, target_modules=["q_proj", "v_proj"], **arguments)
     with pytest.raises(UserError, match=named):
         load_adapter(load_model(base, torch.float32, "none"), tmp_path)
+
+
+# What peft calls it, the same for `AdapterConfig`; all of it at once at the end.
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "bias of targets": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "patterns": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 3}, "alpha_pattern": {r"layers.0.*v_proj": 5}},
+    "layers": {"layers_to_transform": [1]},
+    "a layer": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "all": {
+        "use_dora": True,
+        "use_rslora": True,
+        "bias": "all",
+        "rank_pattern": {"o_proj": 2},
+        "alpha_pattern": {"down_proj": 7},
+        "layers_to_transform": [1],
+    },
+}
+SOME_TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]  # k has a bias and is none of them
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_kind_that_peft_trained_gives_the_same_logits_here(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, kind: str
+) -> None:
+    base = reference_checkpoint()
+    theirs = train_in_peft(base, tmp_path, examples, target_modules=SOME_TARGETS, **KINDS[kind])
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+    assert largest_difference(theirs, our_logits(load_model(base, torch.float32, "none"), examples)) > 0.1
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pissa"])
+@pytest.mark.parametrize("portable", [False, True], ids=["as it is", "portable"])
+def test_any_kind_of_ours_gives_the_same_logits_in_peft(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, kind: str, portable: bool
+) -> None:
+    base = reference_checkpoint()
+    model = load_model(base, torch.float32, "none")
+    arguments = {"init_lora_weights": "pissa", "rank_pattern": {"o_proj": 2}} if kind == "pissa" else KINDS[kind]
+    config = AdapterConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 12,
+            "lora_dropout": 0.0,
+            "target_modules": tuple(SOME_TARGETS),
+            "use_rslora": False,
+            "base_model_name_or_path": str(base),
+            **arguments,
+        }
+    )
+    attach_adapter(model, config)
+    if kind == "pissa":
+        initialise(model, base, "pissa")
+    randomize_adapter(model)
+    for name, content in adapter_files(model, config, portable=portable):
+        (tmp_path / name).write_bytes(content)
+    in_peft = load_in_peft(base, tmp_path)
+    theirs = reference_logits(in_peft, examples)
+    scalings = {module.scaling["default"] for module in in_peft.modules() if isinstance(module, LoraLayer)}
+    if portable:  # llama.cpp scales by lora_alpha / R of each tensor, and knows no pattern of either
+        written = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+        assert (written["alpha_pattern"], written["use_rslora"]) == ({}, False)
+        assert written["rank_pattern"] or scalings == {1.0}
+    assert_same_logits(our_logits(model, examples), theirs)
+    assert_same_logits(load_ours(base, tmp_path, examples), theirs)
+
+
+@pytest.mark.parametrize("kind", ["dora", "bias of targets", "all biases"])
+def test_every_gradient_equals_pefts(
+    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, kind: str
+) -> None:
+    """Without dropout: peft's DoRA drops the frozen product's input too."""
+    base = reference_checkpoint()
+    train_in_peft(base, tmp_path, examples, target_modules=SOME_TARGETS, **KINDS[kind])
+    in_peft = peft.PeftModel.from_pretrained(load_reference(base), tmp_path, is_trainable=True).train()
+    reference_loss(in_peft, examples).backward()
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default", "").replace(".weight", ""): parameter.grad
+        for name, parameter in in_peft.named_parameters()
+        if parameter.grad is not None
+    }
+    ours = load_model(base, torch.float32, "none")
+    load_adapter(ours, tmp_path)
+    batch = pack(examples)
+    total, count = next_token_nll(ours.train()(batch), batch.targets, ours.head_weight)
+    (total / count).backward()
+    mine = {
+        f"{path}.{'base_layer.bias' if name == 'bias' and w.r else name}": parameter.grad
+        for path, w in iter_lora_weights(ours)
+        for name, parameter in w.named_parameters()
+        if parameter.numel()
+    }
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        # As in test_lora.py: sums in another order, in float32.
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_pissa_trains_as_pefts(reference_checkpoint: Callable[..., Path], examples: list[Example]) -> None:
+    """peft takes the principal part out of the base, we take it off by a frozen product: the same function."""
+    base = reference_checkpoint()
+    ours = load_model(base, torch.float32, "none")
+    attach_adapter(ours, AdapterConfig(4, 12, 0.0, "all-linear", False, str(base), init_lora_weights="pissa"))
+    initialise(ours, base, "pissa")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa"
+    )
+    theirs = peft.get_peft_model(load_reference(base), config).train()
+    slots = peft_tensors(theirs)
+    for name, value in our_tensors(ours).items():
+        # A singular direction may point either way, in A and B alike.
+        sign = (slots[name] * value).sum(1 if "lora_A" in name else 0).sign()
+        signs = sign[:, None] if "lora_A" in name else sign
+        torch.testing.assert_close(slots[name] * signs, value, rtol=1e-3, atol=1e-4)
+        slots[name].data *= signs
+    rates = {"lr": 0.02, "weight_decay": 0.0}
+    optimizers = [torch.optim.AdamW(list(tensors.values()), **rates) for tensors in (our_tensors(ours), slots)]
+    losses = []
+    for _ in range(4):
+        batch = pack(examples)
+        total, count = next_token_nll(ours.train()(batch), batch.targets, ours.head_weight)
+        pair = (total / count, reference_loss(theirs, examples))
+        for loss, optimizer in zip(pair, optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append([loss.item() for loss in pair])
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    for mine, other in losses:
+        assert mine == pytest.approx(other, rel=2e-3)  # Adam's first steps are the sign of a gradient, rounding or not
+
+
+def test_loraplus_moves_all_parameters_as_pefts(
+    reference_checkpoint: Callable[..., Path], examples: list[Example]
+) -> None:
+    base = reference_checkpoint()
+    ours = load_model(base, torch.float32, "none")
+    attach_adapter(ours, AdapterConfig(4, 12, 0.0, "all-linear", False, str(base)))
+    randomize_adapter(ours)
+    adapter = {name: parameter.detach().clone() for name, parameter in our_tensors(ours).items()}
+    theirs = wrap_with_peft(load_reference(base), adapter, r=4, lora_alpha=12, target_modules="all-linear")
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.0
+    )
+    mine = build_optimizer(parameter_groups(ours, 16.0))
+    for _ in range(3):
+        reference_loss(theirs, examples).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        train_step(ours.train(), [pack(examples)], mine, 1e-3, 0.0, DropoutSeed(), 0, 1)
+    moved = peft_tensors(theirs)
+    for name, parameter in our_tensors(ours).items():
+        torch.testing.assert_close(parameter, moved[name], rtol=0, atol=2e-4)  # of 3 steps of 1e-3, or of 16e-3
+        assert (parameter - adapter[name]).abs().max() > (0.03 if "lora_B" in name else 0.002)
