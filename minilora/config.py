@@ -322,6 +322,8 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
 
 def _number_in(value: Any, kind: Any) -> Any:
     """A number that YAML took for text, for a key of the type `kind`: PyYAML reads 1e-4 so."""
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _number_in(item, get_args(kind)[1]) for name, item in value.items()}
     is_numeric = {int, float} & {kind, *get_args(kind)}
     try:
         return float(value) if is_numeric and isinstance(value, str) else value

@@ -406,3 +406,37 @@ def test_readme_names_the_keys_that_may_change_in_the_middle_of_a_run() -> None:
     passage = readme[readme.index("Free to change in the middle are") : readme.index("Two runs in one folder")]
     named = set(re.findall(r"`(\w+)`", passage)) - {"train", "model"}
     assert named == {key.partition(".")[2] for key in HARMLESS_KEYS} | set(LENGTHS)
+
+
+def test_tables_are_read_from_yaml_and_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("lora:\n  rank_pattern: {q_proj: 4}\n  layers_to_transform: [0, 3]\n", "utf-8")
+    config = load_config(path, ["lora.alpha_pattern={'.*mlp.*': 1e1, v_proj: 2}"])
+    assert config.lora.rank_pattern == {"q_proj": 4}
+    assert config.lora.alpha_pattern == {".*mlp.*": 10.0, "v_proj": 2.0}
+    assert config.lora.layers_to_transform == [0, 3]
+    assert load_config(None, ["lora.layers_to_transform=2"]).lora.layers_to_transform == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.rank_pattern=4", r"lora.rank_pattern: got 4, expected a table, such as \{name: 1\}"),
+        ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern: got .*, expected 1 or more"),
+        ("lora.rank_pattern={q_proj: many}", "lora.rank_pattern: got .*, expected a whole number"),
+        ("lora.rank_pattern={1: 2}", "lora.rank_pattern: got .*, expected a table"),
+        ("lora.alpha_pattern={q_proj: 0}", "lora.alpha_pattern: got .*, expected more than 0"),
+        ("lora.layers_to_transform=[-1]", "lora.layers_to_transform: got .*, expected 0 or more"),
+        ("lora.bias=some", "lora.bias: got 'some', expected one of none, lora_only, all"),
+        ("lora.init_lora_weights=pissa", "lora.dropout: must be 0 with lora.init_lora_weights=pissa"),
+        ("lora.modules_to_save=[lm_head]", "lora.modules_to_save: unknown key"),
+    ],
+)
+def test_keys_of_other_kinds_of_adapters_are_checked(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(None, [override])
+
+
+def test_loftq_needs_four_bits() -> None:
+    with pytest.raises(UserError, match=r"loftq begins with what 4 bits lost, so it needs model\.quantization=nf4"):
+        load_config(None, ["lora.init_lora_weights=loftq", "model.quantization=none"])

@@ -935,3 +935,51 @@ def test_tensorboard_is_looked_for_before_anything_is_computed(
     with pytest.raises(UserError, match=r"train\.report_to: tensorboard is not installed; pip install tensorboard, or"):
         run(**{"train.report_to": "tensorboard"})
     assert read_metrics(tmp_path / "run") == []
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dora and biases": {"lora.use_dora": True, "lora.bias": "all", "train.loraplus_lr_ratio": 8},
+    "patterns": {
+        "lora.rank_pattern": "{q_proj: 1, 'layers.1.mlp.*': 3}",
+        "lora.alpha_pattern": "{down_proj: 5}",
+        "lora.layers_to_transform": "[1]",
+        "train.portable": True,
+    },
+    "pissa": {"lora.init_lora_weights": "pissa", "lora.dropout": 0, "train.save_dtype": "bfloat16"},
+    "loftq, 8-bit moments": {"lora.init_lora_weights": "loftq", "train.optim": "adamw_bnb_8bit"},
+    "gaussian, portable": {"lora.init_lora_weights": "gaussian", "lora.use_rslora": True, "train.portable": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_any_kind_is_trained_saved_and_goes_on_to_the_bit(run: Fit, tmp_path: Path, kind: str) -> None:
+    """`finish` has read the adapter back as a second one by then, and compared what it says."""
+    final = run(**KINDS[kind])
+    losses = [row["train_loss"] for row in lasting(tmp_path / "run")]
+    assert len(set(losses)) == STEPS
+    whole, log = contents(final), lasting(tmp_path / "run")
+    for name in ("final", "step-000003", "step-000004"):
+        shutil.rmtree(final.parent / name)
+    assert contents(run(**KINDS[kind])) == whole
+    assert lasting(tmp_path / "run") == log
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank_pattern", "{q_proj: 1}"), ("use_dora", True), ("bias", "all"), ("layers_to_transform", 0)],
+)
+def test_a_run_does_not_go_on_with_another_kind_of_adapter(final: Path, run: Fit, name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"another configuration; .*\n  lora\.{name}: "):
+        run(**{f"lora.{name}": value})
+
+
+def test_a_scale_that_was_lost_on_the_way_to_the_file_is_noticed(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor arrives as it was; with half of alpha in adapter_config.json they are another adapter."""
+
+    def files_rescaled(*arguments: Any) -> Iterator[tuple[str, bytes]]:
+        for name, content in adapter_files(*arguments):
+            yield name, content.replace(b'"lora_alpha": 16', b'"lora_alpha": 8')
+
+    monkeypatch.setattr(final_module, "adapter_files", files_rescaled)
+    with pytest.raises(UserError, match="read back, the adapter is not the one that was trained"):
+        run()
