@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minilora.adapter import KEY_PREFIX, AdapterConfig, attach_adapter
+from minilora.adapter import KEY_PREFIX
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
 from minilora.build import build_examples
 from minilora.config import Config

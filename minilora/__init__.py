@@ -24,6 +24,7 @@
     quantized   checkpoints that are in 4 bits already, as transformers reads and writes them
     load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
     initial     first values of an adapter that depend on the weights: PiSSA, LoftQ
+    adapterconfig  what an adapter is, as peft writes it down
     adapter     adapter files as peft reads and writes them
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapter import AdapterConfig
+from minilora.adapterconfig import AdapterConfig
 from minilora.cache import load_through_cache
 from minilora.config import Config
 from minilora.console import progress

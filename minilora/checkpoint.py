@@ -26,7 +26,8 @@ from typing import Any
 from safetensors.torch import save
 
 from minilora import __version__
-from minilora.adapter import AdapterConfig, adapter_files, load_adapter_weights
+from minilora.adapter import adapter_files, load_adapter_weights
+from minilora.adapterconfig import AdapterConfig
 from minilora.errors import UserError
 from minilora.files import WRITING, explained, json_bytes, read_json, remove
 from minilora.manifest import read_manifest, verify_folder, write_folder

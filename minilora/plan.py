@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapter import attach_adapter
+from minilora.adapterconfig import attach_adapter
 from minilora.batch import MicroBatch, cut_micro_batches, pack
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config

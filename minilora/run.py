@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minilora import ops
-from minilora.adapter import attach_adapter
+from minilora.adapterconfig import attach_adapter
 from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import MicroBatch, cut_micro_batches, pack
 from minilora.build import (

@@ -8,7 +8,8 @@ prompt rendered. A folder of this program says all of that; for another program'
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora.adapter import damage_of_adapter, load_adapter, read_adapter_config
+from minilora.adapter import damage_of_adapter, load_adapter
+from minilora.adapterconfig import read_adapter_config
 from minilora.build import build_model, build_prompt, choose_device, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.console import warn

@@ -12,16 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.adapter import (
-    AdapterConfig,
-    adapter_files,
-    attach_adapter,
-    damage_of_adapter,
-    load_adapter,
-    load_adapter_weights,
-    read_adapter_config,
-    save_adapter,
-)
+from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights, save_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
 from minilora.attach import lora_parameters
 from minilora.errors import UserError
 from minilora.manifest import write_folder

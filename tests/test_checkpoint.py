@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minilora import __version__, checkpoint
-from minilora.adapter import AdapterConfig, attach_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import pack
 from minilora.checkpoint import (

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import loss
-from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from minilora.adapter import load_adapter, save_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.batch import pack
 from minilora.config import Config, load_config

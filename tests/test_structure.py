@@ -33,7 +33,8 @@ ALLOWED = {
     "tensorfile": {"files", "errors"},
     "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
-    "adapter": {"tensorfile", "files", "manifest", "attach", "lora", "model", "fields", "errors"},
+    "adapterconfig": {"files", "attach", "lora", "model", "fields", "errors"},
+    "adapter": {"adapterconfig", "tensorfile", "files", "manifest", "attach", "lora", "model", "errors"},
     "memory": {"tensorfile", "loss", "attach", "model", "errors"},
 }
 

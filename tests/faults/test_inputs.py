@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minilora.adapter import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from minilora.adapter import load_adapter, save_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.config import Config, load_config
 from minilora.data import clean_rows, prepare
 from minilora.errors import UserError

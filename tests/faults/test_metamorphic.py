@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from minilora.adapter import AdapterConfig, attach_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import lora_parameters
 from minilora.batch import pack
 from minilora.evaluate import score

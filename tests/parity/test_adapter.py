@@ -11,7 +11,8 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
-from minilora.adapter import AdapterConfig, adapter_files, attach_adapter, load_adapter, save_adapter
+from minilora.adapter import adapter_files, load_adapter, save_adapter
+from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights, parameter_groups
 from minilora.batch import pack
 from minilora.errors import UserError
