@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 
 from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
-from minilora.attach import DEFAULT, iter_lora_weights, remove_adapter
+from minilora.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
 from minilora.errors import UserError
 from minilora.files import json_bytes, write_file
 from minilora.lora import LoRAWeights
@@ -121,11 +121,13 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     path, tensors = _read_adapter_tensors(folder, allow_bin)
+    before = active_adapter(model)
     attach_adapter(model, config, device=device, name=name)
     try:
         _fill(model, path, tensors)
     except UserError:
         remove_adapter(model, name)
+        set_adapter(model, None if before == name else before)
         raise
     return config
 

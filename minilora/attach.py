@@ -194,6 +194,11 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         layer.active = name
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """Name of the active adapter, None where there is none."""
+    return next((m.active for m in model.modules() if isinstance(m, LoRALinear) and m.active is not None), None)
+
+
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Forgets an adapter; where it was the active one, none is."""
     for module in model.modules():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
-from minilora.attach import lora_parameters
+from minilora.attach import lora_parameters, set_adapter
 from minilora.errors import UserError
 from minilora.manifest import write_folder
 from minilora.model import Qwen2ForCausalLM
@@ -95,9 +95,7 @@ def test_a_configuration_that_is_no_object_is_refused(content: str, folder: Path
         ("monteclora_config", {"num_samples": 2}),
         ("kasa_config", {"beta": 1}),
         ("target_parameters", ["experts"]),
-        ("bias", "lora_only"),
         ("lora_bias", True),
-        ("use_dora", True),
         ("a_key_of_a_later_release", 1),
     ],
 )
@@ -259,3 +257,27 @@ def test_tensors_are_written_in_the_type_that_is_asked_for(
     assert is_equal(model, trained) == (save_dtype == torch.float32)
     for loaded, written in zip(lora_parameters(model), lora_parameters(trained), strict=True):
         assert torch.equal(loaded, written.to(save_dtype).float())
+
+
+def test_modules_to_save_are_refused_with_the_reason(folder: Path) -> None:
+    change_config(folder, modules_to_save=["lm_head"])
+    with pytest.raises(
+        UserError, match=r"modules_to_save is \['lm_head'\], whole modules trained .*; train without it"
+    ):
+        read_adapter_config(folder)
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_the_one_before_it_active(
+    folder: Path, tiny_model: LoadModel, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    load_adapter(model, folder, name="first")
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(min(tensors))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="missing from the file"):
+        load_adapter(model, folder, name="second")
+    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(model), strict=True))
+    with pytest.raises(ValueError, match=r"expected one of \['first'\]"):
+        set_adapter(model, "second")

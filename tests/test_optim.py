@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora import bnb
 from minilora.errors import UserError
-from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at
+from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, set_rate
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:
@@ -50,7 +50,8 @@ def test_the_rate_scales_with_the_peak() -> None:
 def build(parameters: list[torch.nn.Parameter], optim: str) -> Optimizer:
     if optim in BITSANDBYTES_OPTIMIZERS:
         pytest.importorskip("bitsandbytes")
-    return build_optimizer(parameters, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, optim=optim)
+    groups = [(parameters[:2], 1.0), (parameters[2:], 0.5)]
+    return build_optimizer(groups, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, optim=optim)
 
 
 def stepped(steps: int, optim: str = "adamw_torch_fused") -> tuple[list[torch.nn.Parameter], Optimizer]:
@@ -66,7 +67,7 @@ def stepped(steps: int, optim: str = "adamw_torch_fused") -> tuple[list[torch.nn
 def take_step(parameters: list[torch.nn.Parameter], optimizer: Optimizer, step: int) -> None:
     for parameter in parameters:
         parameter.grad = torch.sin(parameter.detach() * step)
-    optimizer.param_groups[0]["lr"] = 0.01
+    set_rate(optimizer, 0.01)
     optimizer.step()
 
 
@@ -84,6 +85,18 @@ def test_the_update_is_adamw_by_hand() -> None:
         value -= 0.01 * (mean / (1 - 0.8**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-6)
         # float32 rounding of a handful of operations in another order
         torch.testing.assert_close(parameters[0].detach(), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_bnb_8bit"])
+def test_a_group_learns_at_its_own_multiple_of_the_rate(optim: str) -> None:
+    """AdamW's first step is the rate times the gradient's sign, whatever the gradient's size."""
+    parameters, _ = stepped(0)
+    before = [parameter.detach().clone() for parameter in parameters]
+    take_step(parameters, build(parameters, optim), 1)
+    moved = [
+        (old * (1 - rate * 0.1) - new.detach()).abs() for old, new, rate in zip(before, parameters, RATES, strict=True)
+    ]
+    assert [one.median().item() for one in moved] == pytest.approx(RATES, rel=0.01)
 
 
 OPTIMIZERS = ["adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS]
@@ -136,4 +149,4 @@ def test_bitsandbytes_updates_are_pytorchs_within_the_bits_of_a_moment(optim: st
 def test_an_optimizer_of_bitsandbytes_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bnb, "functional", lambda: None)
     with pytest.raises(UserError, match=r"train\.optim: needs bitsandbytes.* adamw_torch_fused"):
-        build_optimizer([torch.nn.Parameter(torch.zeros(2))], optim="adamw_bnb_8bit")
+        build_optimizer([([torch.nn.Parameter(torch.zeros(2))], 1.0)], optim="adamw_bnb_8bit")
