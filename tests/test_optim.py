@@ -93,10 +93,9 @@ def test_a_group_learns_at_its_own_multiple_of_the_rate(optim: str) -> None:
     parameters, _ = stepped(0)
     before = [parameter.detach().clone() for parameter in parameters]
     take_step(parameters, build(parameters, optim), 1)
-    moved = [
-        (old * (1 - rate * 0.1) - new.detach()).abs() for old, new, rate in zip(before, parameters, RATES, strict=True)
-    ]
-    assert [one.median().item() for one in moved] == pytest.approx(RATES, rel=0.01)
+    for old, new, rate in zip(before, parameters, (0.01, 0.01, 0.005), strict=True):
+        moved = (old * (1 - rate * 0.1) - new.detach()).abs()
+        assert moved.median().item() == pytest.approx(rate, rel=0.01)
 
 
 OPTIMIZERS = ["adamw_torch_fused", *BITSANDBYTES_OPTIMIZERS]
