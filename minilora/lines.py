@@ -47,17 +47,12 @@ def iter_lines(stream: Iterable[bytes], where: str, encoding: str = "utf-8") -> 
     number, num_bytes, is_empty = 1, 0, True
     for piece in itertools.chain([first], pieces, [b""]):
         num_bytes += len(piece)
+        problem = None
         try:
             pending += decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            at_byte = num_bytes - len(error.object) + error.start
-            # Behind text that was UTF-8, and more than ASCII, there is damage and no other encoding.
-            may_be_another = encoding == "utf-8" and pending.isascii() and error.object[: error.start].isascii()
-            guess = _guess_encoding(error.object) if may_be_another else None
-            otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
-            raise UserError(
-                f"{where}:{number}: is not {encoding.upper()} (byte {at_byte}); {otherwise}save it as UTF-8"
-            ) from None
+            problem = error
+            pending += decoder.decode(piece[: max(0, len(piece) - len(error.object) + error.start)])
         if number == 1:
             pending = pending.removeprefix("\ufeff")
         *ended, pending = pending.split("\n")
@@ -65,6 +60,14 @@ def iter_lines(stream: Iterable[bytes], where: str, encoding: str = "utf-8") -> 
             is_empty = is_empty and not line.strip()
             number += 1
             yield line.removesuffix("\r")
+        if problem is not None:
+            # Behind text that was UTF-8, and more than ASCII, there is damage and no other encoding.
+            guess = _guess_encoding(problem.object) if encoding == "utf-8" and pending.isascii() else None
+            otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
+            at_byte = num_bytes - len(problem.object) + problem.start
+            raise UserError(
+                f"{where}:{number}: is not {encoding.upper()} (byte {at_byte}); {otherwise}save it as UTF-8"
+            )
     if pending:
         yield pending
     if is_empty and not pending.strip():
