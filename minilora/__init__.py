@@ -32,6 +32,7 @@
     evaluate    model + examples -> label probabilities and loss
     runlog      metrics.jsonl, progress bar, plot
     memory      bytes predicted and bytes measured
+    predict     reviews without a label, as many as come -> labels, in their order
     hub         a name -> a local folder
     build       what a configuration names, as objects
     plan        what --dry-run prints

@@ -14,7 +14,7 @@ from minilora.config import Config, config_from_dict
 from minilora.console import warn
 from minilora.errors import UserError
 from minilora.files import read_json
-from minilora.hub import fetch_model
+from minilora.hub import PACKAGE_ASSETS, fetch_model
 from minilora.manifest import MANIFEST
 from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
@@ -36,26 +36,27 @@ class Trained:
     """An adapter and what it belongs to.
 
     Attributes:
-        path: the adapter's folder.
+        path: the adapter's folder; None for a base model alone.
         config: of its run, or the defaults; overridden by the command line.
         model_folder: files of the base model.
         prompt: how the adapter expects a text.
     """
 
-    path: Path
+    path: Path | None
     config: Config
     model_folder: Path
     prompt: ClassificationPrompt
 
     def load(self, allow_bin: bool = False) -> Qwen2ForCausalLM:
-        """The base model with the adapter, in evaluation mode.
+        """The base model with the adapter, if there is one, in evaluation mode.
 
         Raises:
             UserError: see `load_model` and `load_adapter`.
         """
         device = choose_device(self.config)
         model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device))
-        load_adapter(model, self.path, allow_bin)
+        if self.path is not None:
+            load_adapter(model, self.path, allow_bin)
         return model.eval()
 
 
@@ -75,6 +76,29 @@ def open_trained(path: Path, base: str | None, overrides: list[str], other_data:
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     refuse_another_base(path, folder, base is not None)
     return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def open_base(name_or_path: str, overrides: list[str]) -> Trained:
+    """A base model without an adapter, with the default prompt.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        overrides: `section.key=value` from the command line.
+
+    Raises:
+        UserError: see `fetch_model`.
+    """
+    config = config_from_dict({"model": {"name_or_path": name_or_path}}, overrides, "--model_path")
+    folder = fetch_model(config.model.name_or_path, config.model.revision)
+    return Trained(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def is_base(path: Path) -> bool:
+    """Whether --model_path names a base model: a folder with a model and no adapter, or no folder but a hub's name."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
+    return is_hub_name or path.as_posix().startswith(PACKAGE_ASSETS)
 
 
 def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
