@@ -1,7 +1,7 @@
 """What a program says while it works. `--quiet` leaves results, warnings and errors.
 
 print     results, on standard output             always
-emit      the same while a bar is there           always
+emit      results that come one by one            always
 say       what is going on, on standard output    not with --quiet
 warn      what should be looked at, on standard error    always
 progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then

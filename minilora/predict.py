@@ -29,7 +29,7 @@ from minilora.rows import Row
 FIRST_WINDOW = 16  # reviews; each window has twice as many as the one before
 LAST_WINDOW = 256
 WINDOW_CHARACTERS = 1 << 18  # a window of long reviews is full earlier
-MAX_WAIT_S = 0.5  # how long a line that came through a pipe waits for others
+MAX_WAIT_S = 0.5  # how long a line from a pipe waits for others, or twice as long where they come slowly
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Predictor:
         prompt: how a review becomes a question.
         max_batch_tokens: of a forward pass, see `label_probabilities`.
         num_rows: rows seen.
-        num_predicted: those with a prediction.
-        num_cut: those of them that were too long and were cut to data.max_length.
+        num_cut: those that were too long and were cut to data.max_length.
         num_empty: rows of white space alone, which get none.
         first_empty: where the first of these stands.
     """
@@ -82,7 +81,7 @@ class Predictor:
         self.prompt = prompt
         self.max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
-        self.num_rows = self.num_predicted = self.num_cut = self.num_empty = 0
+        self.num_rows = self.num_cut = self.num_empty = 0
         self.first_empty: str | None = None
 
     def predict(self, rows: Sequence[Row], on_progress: Callable[[int], object] | None = None) -> list[Prediction]:
@@ -104,7 +103,6 @@ class Predictor:
         empty = [row.where for row in rows if not row.content.strip()]
         self.first_empty = self.first_empty or next(iter(empty), None)
         self.num_empty += len(empty)
-        self.num_predicted += len(predictions)
         self.num_rows += len(rows)
         return predictions
 
@@ -135,7 +133,7 @@ def iter_windows(rows: Iterable[Row | None], max_wait_s: float = math.inf) -> It
 
     Args:
         rows: in their order; None says that the next one lets itself be waited for.
-        max_wait_s: no row waits longer for others than that, once it is read.
+        max_wait_s: age of a window's first row, with which it goes on with the next row that comes.
     """
     size = FIRST_WINDOW
     window: list[Row] = []

@@ -2,7 +2,8 @@
 
 Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
 same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
-prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold.
+prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold, and for a
+base model alone.
 """
 
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ class Trained:
         return model.eval()
 
 
-def open_trained(path: Path, base: str | None, overrides: list[str], other_data: bool = True) -> Trained:
+def open_trained(
+    path: Path, base: str | None, overrides: list[str], other_data: bool = True, keys_read: tuple[str, ...] = KEYS_READ
+) -> Trained:
     """Everything but the weights, checked before they are loaded.
 
     Args:
@@ -68,27 +71,31 @@ def open_trained(path: Path, base: str | None, overrides: list[str], other_data:
         base: base model to take in place of the adapter's own.
         overrides: `section.key=value` from the command line.
         other_data: see `read_run_config`.
+        keys_read: beginnings of the keys that the caller reads; another one among the overrides is noted.
 
     Raises:
         UserError: the folder is damaged, names no base model, or was trained on another one.
     """
     config = read_run_config(path, base, other_data, overrides)
+    note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     refuse_another_base(path, folder, base is not None)
     return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 
-def open_base(name_or_path: str, overrides: list[str]) -> Trained:
+def open_base(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> Trained:
     """A base model without an adapter, with the default prompt.
 
     Args:
         name_or_path: a folder, or a name on the hub.
         overrides: `section.key=value` from the command line.
+        keys_read: as for `open_trained`.
 
     Raises:
         UserError: see `fetch_model`.
     """
     config = config_from_dict({"model": {"name_or_path": name_or_path}}, overrides, "--model_path")
+    note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     return Trained(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
@@ -128,12 +135,15 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
         raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
     if other_data:
         data = {**data, "max_test_examples": None}
-    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
+    return config_from_dict({**content, "model": model, "data": data}, overrides, where)
+
+
+def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
+    """Says which of the overrides change nothing."""
     for override in overrides:
-        if not override.startswith(KEYS_READ):
+        if not override.startswith(keys_read):
             name = override.partition("=")[0]
-            warn(f"note: {name} changes nothing here: the adapter is as its files say")
-    return config
+            warn(f"note: {name} changes nothing here: an adapter is as its files say")
 
 
 def run_digests(model_path: Path, what: str) -> dict[str, str] | None:

@@ -35,9 +35,11 @@ examples:
   tail -f reviews.txt | python scripts/predict.py --model_path outputs/checkpoints/final --format jsonl
   python scripts/predict.py --model_path Qwen/Qwen2.5-0.5B-Instruct "房间很干净" model.quantization=none
 
-A result is written as soon as it is there, in the order of the input. An index counts the input's records from 0;
-empty ones are skipped, and their number is said at the end.
+What stands behind -- is a review, whatever it looks like. Results are written in the order of the input, some while the
+rest is still computed; a line from a pipe waits a second at most for others to be computed with. An index counts the
+input's records from 0; empty ones are skipped, and their number is said at the end.
 """
+KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
 
 
@@ -90,11 +92,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "words", nargs="*", metavar="REVIEW or section.key=value", help="reviews, and keys as in train.py"
     )
-    arguments = parser.parse_intermixed_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # argparse loses its way there
+    arguments = parser.parse_intermixed_args(words[:end])
 
     arguments.overrides = [word for word in arguments.words if OVERRIDE.fullmatch(word)]
-    arguments.reviews = [word for word in arguments.words if not OVERRIDE.fullmatch(word)]
-    if arguments.reviews == ["-"]:
+    arguments.reviews = [word for word in arguments.words if not OVERRIDE.fullmatch(word)] + words[end + 1 :]
+    if arguments.reviews == ["-"] and end == len(words):
         arguments.input, arguments.reviews = arguments.input or STANDARD_INPUT, []
     if arguments.reviews and arguments.input is not None:
         parser.error("give reviews or --input, not both")
@@ -144,10 +148,10 @@ def read_first(rows: Iterator[Row], path: Path) -> Iterator[Row]:
 def open_model(arguments: argparse.Namespace) -> Trained:
     """The adapter with its base and prompt, or the base model that --model_path names."""
     if not is_base(arguments.model_path):
-        return open_trained(arguments.model_path, arguments.base, arguments.overrides)
+        return open_trained(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
     if arguments.base is not None:
         raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
-    return open_base(arguments.model_path.as_posix(), arguments.overrides)
+    return open_base(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
 
 
 def write_all(
@@ -255,10 +259,8 @@ def fitted(text: str, width: int | None) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)
     if width is None or columns(text) <= width:
         return text
-    end = len(text)
-    while end and columns(text[:end]) >= width:
-        end -= 1
-    return text[:end] + "…"
+    widths = itertools.accumulate(map(columns, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda taken: taken < width, widths))] + "…"
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_a_table_has_its_columns_under_each_other_and_no_control_characters(pred
     assert line.index(text) == header.index("text") - 2  # each of the label's two characters takes two columns
 
 
-@pytest.mark.parametrize("text", ["short", "短", "中文" * 30, "latin " * 30, "é" * 100])
+@pytest.mark.parametrize("text", ["short", "短", "中文" * 30, "latin " * 30, "é" * 100, "长" * 200_000])
 def test_a_tables_line_fits_the_terminal(script: ModuleType, text: str) -> None:
     line = script.render("table", Prediction(0, text, {"a": 0.75, "一二": 0.25}), 60)
     assert script.columns(line.rstrip("\n")) <= 60
@@ -197,6 +197,11 @@ def test_words_are_reviews_unless_they_are_keys(script: ModuleType, monkeypatch:
     set_quiet(False)
     assert arguments.reviews == ["价格=120", "a.b=c", "model.device"]
     assert arguments.overrides == ["model.device=cpu", "prompt.instruction=a\nb"]
+    literal = ["-5分", "--quiet", "model.device=cpu", "--", "-"]
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", "x", "lora.r=4", "好", "--", *literal])
+    arguments = script.parse_arguments()
+    assert arguments.reviews == ["好", *literal]
+    assert arguments.overrides == ["lora.r=4"]
 
 
 def test_labels_of_several_tokens_and_more_than_two_work(predict: Predict) -> None:
@@ -222,6 +227,23 @@ def test_a_base_model_needs_no_adapter(
     assert alone["probability"] == pytest.approx(unchanged["probability"], rel=1e-5)
     with pytest.raises(UserError, match=r"is a base model itself; leave --base away, or give an adapter"):
         predict("好", "--base", base, model=base)
+
+
+@pytest.mark.parametrize("override", ["lora.r=4", "train.per_device_eval_batch_size=1", "data.max_test_examples=1"])
+def test_a_key_that_prediction_does_not_read_is_noted(
+    script: ModuleType,
+    final: Path,
+    tiny_checkpoint: Callable[..., Path],
+    override: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for model in (final, tiny_checkpoint()):
+        keys = ("model.compute_dtype=float32", "prompt.system=s", "data.max_length=400", override)
+        monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", str(model), "好", *keys])
+        script.main()
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+        assert notes == [f"note: {override.partition('=')[0]} changes nothing here: an adapter is as its files say"]
 
 
 def test_the_model_of_the_package_is_found_from_anywhere(
@@ -294,7 +316,7 @@ def test_an_output_that_is_there_stays_unless_it_may_go(
     output = tmp_path / "out.jsonl"
     output.write_text("mine", "utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(script, "open_trained", lambda *_: pytest.fail("too late"))
+        patch.setattr(script, "open_trained", lambda *_, **__: pytest.fail("too late"))
         with pytest.raises(UserError, match=r"is there already; choose another --output, or replace it with --overwri"):
             predict("好", "--output", output)
         with pytest.raises(UserError, match=r"reviews\.tsv: is the input too; choose another --output"):
@@ -358,7 +380,7 @@ def test_a_file_that_cannot_be_read_is_named_before_a_model_is_loaded(
     content: str | bytes | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr(script, "open_trained", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(script, "open_trained", lambda *_, **__: pytest.fail("too late"))
     if content is None:
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / name)
     else:
