@@ -9,6 +9,7 @@
     fields      a value from a file -> the type and range of the field that takes it
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
+    lines       files and pipes -> lines of text, one at a time
     rows        data files -> rows
     data        rows -> clean, deduplicated, leak-free splits; the order of an epoch
     batch       examples -> one packed, padding-free micro-batch with a shared prefix
@@ -35,6 +36,7 @@
     evaluate    model + examples -> label probabilities and loss
     runlog      metrics.jsonl, progress bar, plot
     memory      bytes predicted and bytes measured
+    predict     reviews without a label, as many as come -> labels, in their order
     hub         a name -> a local folder
     build       what a configuration names, as objects
     plan        what --dry-run prints

@@ -2,7 +2,8 @@
 
 Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
 same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
-prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold.
+prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold, and for a
+base model alone.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from minilora.config import Config, config_from_dict
 from minilora.console import warn
 from minilora.errors import UserError
 from minilora.files import read_json
-from minilora.hub import fetch_model
+from minilora.hub import PACKAGE_ASSETS, fetch_model
 from minilora.manifest import MANIFEST
 from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
@@ -37,30 +38,33 @@ class Trained:
     """An adapter and what it belongs to.
 
     Attributes:
-        path: the adapter's folder.
+        path: the adapter's folder; None for a base model alone.
         config: of its run, or the defaults; overridden by the command line.
         model_folder: files of the base model.
         prompt: how the adapter expects a text.
     """
 
-    path: Path
+    path: Path | None
     config: Config
     model_folder: Path
     prompt: ClassificationPrompt
 
     def load(self, allow_bin: bool = False) -> Qwen2ForCausalLM:
-        """The base model with the adapter, in evaluation mode.
+        """The base model with the adapter, if there is one, in evaluation mode.
 
         Raises:
             UserError: see `load_model` and `load_adapter`.
         """
         device = choose_device(self.config)
         model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device))
-        load_adapter(model, self.path, allow_bin)
+        if self.path is not None:
+            load_adapter(model, self.path, allow_bin)
         return model.eval()
 
 
-def open_trained(path: Path, base: str | None, overrides: list[str], other_data: bool = True) -> Trained:
+def open_trained(
+    path: Path, base: str | None, overrides: list[str], other_data: bool = True, keys_read: tuple[str, ...] = KEYS_READ
+) -> Trained:
     """Everything but the weights, checked before they are loaded.
 
     Args:
@@ -68,14 +72,41 @@ def open_trained(path: Path, base: str | None, overrides: list[str], other_data:
         base: base model to take in place of the adapter's own.
         overrides: `section.key=value` from the command line.
         other_data: see `read_run_config`.
+        keys_read: beginnings of the keys that the caller reads; another one among the overrides is noted.
 
     Raises:
         UserError: the folder is damaged, names no base model, or was trained on another one.
     """
     config = read_run_config(path, base, other_data, overrides)
+    note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     refuse_another_base(path, folder, base is not None)
     return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def open_base(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> Trained:
+    """A base model without an adapter, with the default prompt.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        overrides: `section.key=value` from the command line.
+        keys_read: as for `open_trained`.
+
+    Raises:
+        UserError: see `fetch_model`.
+    """
+    config = config_from_dict({"model": {"name_or_path": name_or_path}}, overrides, "--model_path")
+    note_unread(overrides, keys_read)
+    folder = fetch_model(config.model.name_or_path, config.model.revision)
+    return Trained(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def is_base(path: Path) -> bool:
+    """Whether --model_path names a base model: a folder with a model and no adapter, or no folder but a hub's name."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
+    return is_hub_name or path.as_posix().startswith(PACKAGE_ASSETS)
 
 
 def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
@@ -105,12 +136,15 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
         raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
     if other_data:
         data = {**data, "max_test_examples": None}
-    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
+    return config_from_dict({**content, "model": model, "data": data}, overrides, where)
+
+
+def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
+    """Says which of the overrides change nothing."""
     for override in overrides:
-        if not override.startswith(KEYS_READ):
+        if not override.startswith(keys_read):
             name = override.partition("=")[0]
-            warn(f"note: {name} changes nothing here: the adapter is as its files say")
-    return config
+            warn(f"note: {name} changes nothing here: an adapter is as its files say")
 
 
 def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
