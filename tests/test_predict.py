@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from minilora import predict
+from minilora.attach import attach, iter_lora_weights
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS, score
-from minilora.lora import attach, iter_lora_layers
 from minilora.model import Qwen2ForCausalLM
 from minilora.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
@@ -42,7 +42,7 @@ def make_prompt(
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
     attach(model, 4, 8, dropout)
     torch.manual_seed(0)
-    for _, layer in iter_lora_layers(model):
+    for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     return model
 
