@@ -17,19 +17,21 @@ The first rank alone writes files and speaks. A rank that is killed closes its c
 they meet next (`LostRankError`); one whose machine is gone without a word they miss after TIMEOUT. Nothing is pickled:
 what is exchanged is JSON, safetensors and numbers.
 
-Left out: a base that does not fit one GPU in 4 bits (a Qwen2.5-72B takes some 41 GB). It would be PyTorch's FSDP2,
+Left out: a base that does not fit one GPU in 4 bits; a Qwen2.5-72B takes some 41 GB. That would be PyTorch's FSDP2,
 `fully_shard` around each decoder layer with `reshard_after_forward`:
 
-* `Linear4bit` holds its packed bytes and block scales as frozen parameters, cut by rows: a row is a whole number of
-  blocks in all Qwen2.5 models, so that a shard is quantised on arrival without its neighbours. FSDP2 gathers frozen
-  parameters in their own type, here bytes, and sends no gradient for them.
-* lora.py asks for a dense weight once in forward and once in backward; both lie within the layer's own gathering.
-* A and B are `ignored_params`: replicated and summed as now, so optimizer, checkpoints and resuming stay as they are.
+* `Linear4bit` holds its packed bytes and block scales as frozen parameters, cut by rows. A row is a whole number of
+  blocks in every Qwen2.5, so a shard is quantised on arrival, without the others. FSDP2 gathers frozen parameters of
+  bytes as they are (tried with gloo, equal to the bit), and sends no gradient for them.
+* lora.py asks for a dense weight once in forward and once in backward, each within the layer's own gathering.
+* A and B are `ignored_params`: whole on every rank and summed as now. Optimizer, checkpoints and resuming stay.
+* Each forward pass becomes a meeting. So all ranks need equally many micro-batches, of training and of scoring, and one
+  without an example runs one for nothing.
 
-A step then moves all 4-bit weights through each rank twice for each micro-batch, 80 GB for a 72B: some 100 times what
-the gradient takes. A larger or a second-hand GPU is the better answer as long as there is one.
+A step then moves all 4-bit weights to every rank twice for each micro-batch: 75 GB for a 72B, over a hundred times the
+bytes of its gradient at r = 8. What fits one GPU is better off as it is.
 
-Source: torch.distributed (gloo on CPUs, NCCL between GPUs); "data parallel" as in arXiv 2006.15704, section 2.
+Source: torch.distributed (gloo on CPUs, NCCL between GPUs); data parallel as in arXiv 2006.15704, section 2.
 """
 
 import hashlib
@@ -39,7 +41,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -56,8 +58,8 @@ from minilora.script import Interrupted
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-TIMEOUT = timedelta(minutes=30)  # longer than ranks of one run ever wait for each other
-PATIENCE = timedelta(days=1)  # for a download, or a model's 4-bit copy, that one rank makes for all
+TIMEOUT = timedelta(minutes=30)  # how long ranks wait for each other that do the same
+PATIENCE = timedelta(days=1)  # and for what one of them does for all: a download, a 4-bit copy, a checkpoint
 FAILED = 255  # beside the numbers of signals
 GRACE_S = 2.0  # in which the first rank may say what the others would say too
 
@@ -95,8 +97,7 @@ class Ranks:
         """The same rank, which from now on asks the others nothing: they are elsewhere, or gone."""
         return replace(self, patient=None)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> AbstractContextManager[None]:
         """Around work of this rank alone: what ends it on one rank ends it on all, here.
 
         Raises:
@@ -104,7 +105,7 @@ class Ranks:
             FailedElsewhereError: another rank failed.
             LostRankError: another rank is gone.
         """
-        yield from self._met(None)
+        return self._together(None)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -115,14 +116,15 @@ class Ranks:
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
             self._meet(None, self.patient)
-        yield from self._met(self.patient)
+        with self._together(self.patient):
+            yield
         for _ in range(2 - turn):
             self._meet(None, self.patient)
 
     def once(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first rank, which alone does it; JSON for the others. Raises as `together` does."""
         result: Any = None
-        with self.together():
+        with self._together(self.patient):
             if self.is_first:
                 result = work()
         found = self.gather(result)[0]
@@ -209,8 +211,9 @@ class Ranks:
                 "so many with --nproc-per-node, or set model.device=cpu"
             )
 
-    def _met(self, group: dist.ProcessGroup | None) -> Iterator[None]:
-        """The body of `together`."""
+    @contextmanager
+    def _together(self, group: dist.ProcessGroup | None) -> Iterator[None]:
+        """`together`, with the patience of `group`."""
         if self.patient is None:
             yield
             return
@@ -225,15 +228,15 @@ class Ranks:
         """Tells the others how this rank fared, and raises what is the matter with any of them."""
         if self.patient is None:
             return
-        code = torch.tensor([0 if failure is None else getattr(failure, "signum", FAILED)])
-        is_own = int(code) == FAILED
+        own = 0 if failure is None else failure.signum if isinstance(failure, Interrupted) else FAILED
+        code = torch.tensor([own])
         try:
             with _answered():
                 dist.all_reduce(code, dist.ReduceOp.MAX, group)
         except LostRankError:
-            if not is_own:
+            if own != FAILED:
                 raise
-        if is_own and failure is not None:
+        if failure is not None and own == FAILED:
             raise failure
         if int(code) == FAILED:
             raise FailedElsewhereError("another rank failed")
@@ -259,7 +262,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
             main(ranks)
         except (UserError, Interrupted) as error:
             signum = error.signum if isinstance(error, Interrupted) else None
-            if isinstance(error, FailedElsewhereError) or _is_said(store, ranks, error):
+            if _is_said(store, ranks, error):
                 raise SystemExit(2 if signum is None else 128 + signum) from None
             if ranks.is_first:
                 raise
@@ -296,21 +299,27 @@ def _join(local_rank: int) -> tuple[dist.Store, Ranks]:
 
 
 def _is_said(store: dist.Store, ranks: Ranks, error: BaseException) -> bool:
-    """Whether the first rank says the same as this one would, or, where a rank is lost, says why it ends itself."""
+    """Whether this rank need not say how it ends: the first does, or the one that failed.
+
+    The first rank stays until the others have heard it, because the store may go with it.
+    """
     key = "ended" if isinstance(error, LostRankError) else hashlib.sha256(str(error).encode()).hexdigest()
+    is_said = isinstance(error, FailedElsewhereError)
+    end = time.monotonic() + GRACE_S
     try:
         if ranks.is_first:
             store.set(key, "")
             store.set("ended", "")
-            return False
-        end = time.monotonic() + GRACE_S
-        while not store.check([key]):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.05)
-    except (RuntimeError, Interrupted):  # the store went with the first rank, or torchrun ends this one too
-        return False
-    return True
+            while store.add("heard", 0) < ranks.size - 1 and time.monotonic() < end:
+                time.sleep(0.02)
+        else:
+            while not is_said and time.monotonic() < end:
+                is_said = store.check([key])
+                time.sleep(0.02)
+            store.add("heard", 1)
+    except (RuntimeError, Interrupted):  # the store has gone all the same, or torchrun ends this rank too
+        pass
+    return is_said
 
 
 @contextmanager
