@@ -39,9 +39,10 @@ import json
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -304,22 +305,26 @@ def _is_said(store: dist.Store, ranks: Ranks, error: BaseException) -> bool:
     The first rank stays until the others have heard it, because the store may go with it.
     """
     key = "ended" if isinstance(error, LostRankError) else hashlib.sha256(str(error).encode()).hexdigest()
-    is_said = isinstance(error, FailedElsewhereError)
-    end = time.monotonic() + GRACE_S
-    try:
-        if ranks.is_first:
-            store.set(key, "")
-            store.set("ended", "")
-            while store.add("heard", 0) < ranks.size - 1 and time.monotonic() < end:
-                time.sleep(0.02)
-        else:
-            while not is_said and time.monotonic() < end:
-                is_said = store.check([key])
-                time.sleep(0.02)
-            store.add("heard", 1)
-    except (RuntimeError, Interrupted):  # the store has gone all the same, or torchrun ends this rank too
-        pass
-    return is_said
+    said = [isinstance(error, FailedElsewhereError)]
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the store has gone all the same
+            if ranks.is_first:
+                store.set(key, "")
+                store.set("ended", "")
+                while store.add("heard", 0) < ranks.size - 1:
+                    time.sleep(0.02)
+            else:
+                while not said[0]:
+                    said[0] = store.check([key])
+                    time.sleep(0.02)
+                store.add("heard", 1)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store behind a broken cable does not answer for long
+    asking.start()
+    with suppress(Interrupted):  # torchrun ends this rank too
+        asking.join(GRACE_S)
+    return said[0]
 
 
 @contextmanager
