@@ -29,6 +29,7 @@
     adapter     adapter files as peft reads and writes them
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step
+    distributed  several processes that train one adapter: what each does alone, and where they meet
     step        one optimizer step: micro-batches -> loss -> gradient -> clip -> update
     checkpoint  everything that a run needs to go on, verified before it is trusted
     cache       4-bit copies of base models on disk, checked by hash

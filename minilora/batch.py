@@ -191,16 +191,40 @@ def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | No
     if max_rows is None:
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
     prefix = common_prefix(examples)
-    rows = [len(example.input_ids) - 1 - prefix for example in examples]
-    longest_first = sorted(range(len(examples)), key=lambda place: -rows[place])
+    bins: list[list[Example]] = []
     for count in range(1, len(examples) + 1):
-        bins: list[list[int]] = [[] for _ in range(count)]
-        for place in longest_first:
-            min(bins, key=lambda chosen: sum(rows[i] for i in chosen)).append(place)
+        bins = _even_bins(examples, prefix, count, len(examples))
         shared = [chosen for chosen in bins if len(chosen) > 1]
-        if all(round_rows(prefix + sum(rows[i] for i in chosen)) <= max_rows for chosen in shared):
+        if all(round_rows(prefix + _own_rows(chosen, prefix)) <= max_rows for chosen in shared):
             break
+    return bins
+
+
+def cut_shares(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
+    """The examples of a step for `count` ranks, even in rows: the slowest of them decides how long a step takes.
+
+    Args:
+        examples: of one optimizer step, at most count * size.
+        count: shares; where there are fewer examples, some are empty.
+        size: most examples in a share.
+    """
+    return _even_bins(examples, common_prefix(examples), count, size)
+
+
+def _even_bins(examples: Sequence[Example], prefix: int, count: int, size: int) -> list[list[Example]]:
+    """`count` bins of up to `size` examples, in their order: the longest first, each into the bin of fewest rows."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    rows = [0] * count
+    for place in sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids)):
+        chosen = min((i for i in range(count) if len(bins[i]) < size), key=rows.__getitem__)
+        bins[chosen].append(place)
+        rows[chosen] += _own_rows([examples[place]], prefix)
     return [[examples[place] for place in sorted(chosen)] for chosen in bins]
+
+
+def _own_rows(examples: Sequence[Example], prefix: int) -> int:
+    """Rows of examples behind their common prefix."""
+    return sum(len(example.input_ids) - 1 - prefix for example in examples)
 
 
 def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
@@ -213,7 +237,7 @@ def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
 
 def common_prefix(examples: Sequence[Example]) -> int:
     """Length of the ids that all examples share, short enough to leave each a row that predicts its answer."""
-    if len(examples) == 1:
+    if len(examples) <= 1:
         return 0
     limit = min(example.answer_start for example in examples) - 1
     first, last = (choose((e.input_ids for e in examples), key=lambda ids: ids[:limit]) for choose in (min, max))

@@ -14,6 +14,7 @@ from minilora.adapterconfig import AdapterConfig
 from minilora.cache import load_through_cache
 from minilora.config import Config
 from minilora.console import progress
+from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.model import Qwen2ForCausalLM
@@ -151,9 +152,17 @@ def _label_index(row: Row, labels: tuple[str, ...]) -> int:
     )
 
 
-def build_model(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> Qwen2ForCausalLM:
-    """The frozen base model, with a progress bar for its tensors."""
-    with progress("load model", None, "tensor") as bar:
+def build_model(
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
+) -> Qwen2ForCausalLM:
+    """The frozen base model, with a progress bar for its tensors; each of `ranks` has one of its own.
+
+    Raises:
+        UserError: a rank has no GPU, or see `load_model`.
+    """
+    ranks.check_device(device)
+    makes_copy = config.model.quantized_cache is not None
+    with ranks.in_turn() if makes_copy else ranks.together(), progress("load model", None, "tensor") as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

@@ -28,6 +28,7 @@ from safetensors.torch import save
 from minilora import __version__
 from minilora.adapter import adapter_files, load_adapter_weights
 from minilora.adapterconfig import AdapterConfig
+from minilora.attach import lora_parameters
 from minilora.errors import UserError
 from minilora.files import WRITING, explained, json_bytes, read_json, remove
 from minilora.manifest import read_manifest, verify_folder, write_folder
@@ -123,6 +124,13 @@ def save_checkpoint(
     facts = {"step": state.step, "config_sha256": config_sha256, "minilora_version": __version__}
     write_folder(target, files(), facts)
     return target
+
+
+def state_digests(model: Qwen2ForCausalLM, optimizer: Optimizer) -> dict[str, str]:
+    """SHA-256 of the adapter and of its moments, as they would be saved."""
+    weights = {str(place): parameter.detach().cpu() for place, parameter in enumerate(lora_parameters(model))}
+    named = {"adapter": weights, "optimizer state": optimizer.tensors()}
+    return {name: hashlib.sha256(save(tensors)).hexdigest() for name, tensors in named.items()}
 
 
 def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> RunState:

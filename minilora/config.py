@@ -109,9 +109,9 @@ class TrainSection:
     warmup_ratio: float = key(0.03, "share of all steps in which the rate rises from 0", minimum=0, maximum=1)
     num_train_epochs: int = key(3, "passes over the training data", minimum=1)
     max_steps: int | None = key(None, "stop after so many optimizer steps, instead of num_train_epochs", minimum=1)
-    per_device_train_batch_size: int = key(8, "examples in a micro-batch", minimum=1)
+    per_device_train_batch_size: int = key(8, "examples in a micro-batch of each process", minimum=1)
     per_device_eval_batch_size: int = key(32, "examples in a forward pass of validation and test", minimum=1)
-    gradient_accumulation_steps: int = key(1, "micro-batches in an optimizer step", minimum=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches of each process in an optimizer step", minimum=1)
     max_tokens_per_micro_batch: int | None = key(
         None, "cut a step into even micro-batches of at most so many rows, instead of by examples: memory", minimum=16
     )
@@ -170,6 +170,8 @@ class Config:
         return dataclasses.asdict(self)
 
 
+# How an optimizer step is cut, together with the number of ranks: what counts is their product (`origin.py`).
+CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
 LENGTH_KEYS = frozenset(f"train.{name}" for name in LENGTHS)
 # Keys that may differ between a run and its continuation: none of them changes what is computed.
@@ -260,7 +262,7 @@ def describe_keys() -> str:
 def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     """`section.key: before -> now` of every key that would change the course of a run that has begun.
 
-    The run's length is no such key where the learning rate does not depend on it.
+    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS.
     """
     now, defaults = config.to_dict(), Config().to_dict()
     is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
@@ -269,7 +271,7 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     for section, keys in now.items():
         for name, value in keys.items():
             old = before.get(section, {}).get(name, defaults[section][name])  # an older version had no such key
-            if f"{section}.{name}" not in harmless and old != value:
+            if f"{section}.{name}" not in harmless and name not in CUTS and old != value:
                 shown = (json.dumps(v, ensure_ascii=False) for v in (old, value))
                 why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if name in LENGTHS else ""
                 lines.append(f"{section}.{name}: {' -> '.join(shown)}{why}")

@@ -16,6 +16,7 @@ LINE_EVERY_S = 30.0
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 _is_quiet = False
+_is_silent = False
 
 
 def set_quiet(quiet: bool) -> None:
@@ -24,9 +25,23 @@ def set_quiet(quiet: bool) -> None:
     _is_quiet = quiet
 
 
+def set_silent(silent: bool) -> None:
+    """Chooses whether this process leaves all speaking to another one, warnings included: a rank that is not the first.
+
+    Results are not its to print either, and its errors are still shown.
+    """
+    global _is_silent
+    _is_silent = silent
+
+
+def is_silent() -> bool:
+    """Whether another process speaks for this one."""
+    return _is_silent
+
+
 def say(text: str) -> None:
     """A line about what is going on."""
-    if not _is_quiet:
+    if not (_is_quiet or _is_silent):
         print(text)
 
 
@@ -43,7 +58,8 @@ def emit(text: str) -> None:
 
 def warn(text: str) -> None:
     """A line about what should be looked at; the program goes on."""
-    print(text, file=sys.stderr)
+    if not _is_silent:
+        print(text, file=sys.stderr)
 
 
 def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
@@ -56,9 +72,10 @@ def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: b
         initial: units that are done already.
         leave: whether the bar stays on the screen when it is done.
     """
+    is_hidden = _is_quiet or _is_silent
     if sys.stderr.isatty():
         return tqdm(
-            desc=desc, total=total, unit=unit, initial=initial, leave=leave, dynamic_ncols=True, disable=_is_quiet
+            desc=desc, total=total, unit=unit, initial=initial, leave=leave, dynamic_ncols=True, disable=is_hidden
         )
     return tqdm(
         desc=desc,
@@ -69,7 +86,7 @@ def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: b
         mininterval=LINE_EVERY_S,
         maxinterval=LINE_EVERY_S,
         bar_format=LINE_FORMAT,
-        disable=_is_quiet,
+        disable=is_hidden,
     )
 
 

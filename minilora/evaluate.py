@@ -12,17 +12,21 @@ every review is run once with each word. Logits are computed in float32: in bflo
 All prompts begin alike, so the keys and values of what they share are computed once for a whole run of reviews, and no
 batch has rows for it.
 
+Several ranks deal the same batches among themselves, so each result is the one that a single process gets, to the bit.
+
 Validation uses the training examples' own layout, so `eval_loss` comes out of the same pass: a row sees only
 what stands before it, and the answer stands behind the row that predicts it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from minilora.batch import MicroBatch, common_prefix, pack
+from minilora.distributed import ALONE, Ranks
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.model import KeyValues, Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
@@ -78,6 +82,8 @@ def score(
     prompt: ClassificationPrompt | None,
     batch_size: int,
     on_progress: Callable[[int], object] | None = None,
+    ranks: Ranks = ALONE,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scores:
     """Loss and label probabilities of all examples, in their order.
 
@@ -87,29 +93,42 @@ def score(
         prompt: whose labels are scored; None for free-form chat.
         batch_size: examples in a forward pass, fewer where they are so long that they exceed MAX_TOKENS. Examples of
             similar length go together, whatever their order.
-        on_progress: called with the number of examples finished.
+        on_progress: called with the number of examples finished; the other ranks' are taken to be as far.
+        ranks: that share the work; all of them get all of the result.
+        interruptible: entered around the work of this rank.
     """
     was_training = model.training
     model.eval()
+    batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
+    parts: list[tuple[float, int, list[list[float]]]] = []  # of each batch: summed loss, tokens, scores of the labels
     try:
-        total = 0.0
-        num_tokens = 0
-        log_scores = None if prompt is None else torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-        prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-        for places in _iter_batches(examples, batch_size, MAX_TOKENS):
-            chosen = [examples[place] for place in places]
-            batch, hidden = prefix.run(model, chosen)
-            nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-            total += nll.item()
-            num_tokens += count
-            if prompt is not None and log_scores is not None:
-                log_scores[places] = _label_scores(model, prefix, chosen, prompt, (batch, hidden))
-            if on_progress is not None:
-                on_progress(len(places))
-        probabilities = None if log_scores is None else torch.softmax(log_scores, dim=-1).numpy()
-        return Scores(total / num_tokens, probabilities)
+        with ranks.together(), interruptible():
+            prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
+            for number, places in enumerate(batches):
+                if ranks.takes(number):
+                    parts.append(_score_batch(model, prefix, [examples[place] for place in places], prompt))
+                if on_progress is not None:
+                    on_progress(len(places))
     finally:
         model.train(was_training)
+    parts = ranks.collect(parts)
+    loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
+    if prompt is None:
+        return Scores(loss, None)
+    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
+    for places, (_, _, scores) in zip(batches, parts, strict=True):
+        log_scores[places] = torch.tensor(scores, dtype=torch.float64)
+    return Scores(loss, torch.softmax(log_scores, dim=-1).numpy())
+
+
+def _score_batch(
+    model: Qwen2ForCausalLM, prefix: Prefix, examples: Sequence[Example], prompt: ClassificationPrompt | None
+) -> tuple[float, int, list[list[float]]]:
+    """Summed loss, supervised tokens, and `_label_scores` of one forward pass."""
+    batch, hidden = prefix.run(model, examples)
+    nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
+    scores = [] if prompt is None else _label_scores(model, prefix, examples, prompt, (batch, hidden)).tolist()
+    return nll.item(), count, scores
 
 
 @torch.inference_mode()

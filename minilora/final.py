@@ -9,6 +9,7 @@ checkpoints/final/
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,18 @@ import torch
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
 from minilora.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
 from minilora.batch import pack
-from minilora.build import adapter_config
+from minilora.build import Examples, adapter_config
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
 from minilora.console import progress, say, warn
 from minilora.errors import UserError
-from minilora.evaluate import score
+from minilora.evaluate import Scores, score
 from minilora.files import json_bytes
 from minilora.manifest import write_folder
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
-from minilora.run import Run, check_best
+from minilora.run import Run, check_best, share_adapter
 from minilora.runlog import plot_metrics
 
 CHECKED_EXAMPLES = 8  # whose hidden states the adapter that was written has to give
@@ -37,14 +38,14 @@ CHECKED_EXAMPLES = 8  # whose hidden states the adapter that was written has to 
 FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype", "portable")
 
 
-def check_finished(final: Path, config: Config, model_folder: Path) -> None:
+def check_finished(final: Path, config: Config, model_folder: Path, ranks: int = 1) -> None:
     """Raises UserError where a finished run is not the one that is asked for, or not as it was written."""
     problem = damage_of_adapter(final)
     if problem is not None:
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
         )
-    before, now = read_origin(final), current_origin(config, model_folder)
+    before, now = read_origin(final), current_origin(config, model_folder, ranks)
     refuse_another_run(before, now, config, final.parent.parent)
     for name in (*FINAL_KEYS, *LENGTHS):
         old, new = before.config["train"].get(name), now.config["train"][name]
@@ -61,9 +62,28 @@ def finish(run: Run, final: Path) -> Path:
     step = run.state.step
     if train.load_best_model_at_end and run.state.best_step != step:
         step = run.state.best_step
-        check_best(run.config, run.checkpoints, run.state)
-        load_adapter_weights(run.model, checkpoint_path(run.checkpoints, step))
+        run.ranks.once(lambda: _load_best(run))
+        share_adapter(run.model, run.ranks)
     after = score_test_set(run, "test after training") if train.do_predict else None
+    run.ranks.once(lambda: _write_final(run, final, step, after))
+    return final
+
+
+def _load_best(run: Run) -> None:
+    check_best(run.config, run.checkpoints, run.state)
+    load_adapter_weights(run.model, checkpoint_path(run.checkpoints, run.state.best_step))
+
+
+def _write_final(run: Run, final: Path, step: int, after: dict[str, Any] | None) -> None:
+    """The final folder, and the plot.
+
+    Args:
+        run: at its end.
+        final: the folder.
+        step: whose adapter the model has.
+        after: metrics of the test set with it.
+    """
+    train = run.config.train
     base = run.prompt.tokenizer.folder
     results = {
         "step": step,
@@ -74,6 +94,7 @@ def finish(run: Run, final: Path) -> Path:
         "data_sha256": run.state.data_sha256,
         "model_sha256": run.state.model_sha256,
         "model_bytes": {name: (base / name).stat().st_size for name in run.state.model_sha256},
+        "ranks": run.ranks.size,
         "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
     }
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
@@ -93,7 +114,6 @@ def finish(run: Run, final: Path) -> Path:
     if after is not None:
         say(f"test after training:  {in_words(after)}")
     say(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
-    return final
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
@@ -134,12 +154,22 @@ def _hidden_states(run: Run) -> torch.Tensor:
     return hidden.float()
 
 
-def score_split(run: Run, name: str, on_progress: Callable[[int], object] | None = None) -> dict[str, Any]:
-    """Loss of a split, and its metrics where it is labelled."""
+def score_split(
+    run: Run,
+    name: str,
+    on_progress: Callable[[int], object] | None = None,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any]:
+    """Loss of a split, and its metrics where it is labelled; the ranks share the work."""
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
-    scores = score(run.model, split.examples, prompt, run.config.train.per_device_eval_batch_size, on_progress)
+    size = run.config.train.per_device_eval_batch_size
+    scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
     check_finite(run, f"{name} loss", scores.loss)
+    return run.ranks.once(lambda: _metrics(run, split, scores))  # what decides which checkpoint is best is one number
+
+
+def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
     metrics: dict[str, Any] = {"loss": scores.loss, "num_examples": len(split.examples)}
     if scores.probabilities is not None:
         labels = np.array(split.labels)

@@ -3,16 +3,20 @@
 A run is a function of its configuration, its data, its base model, and the machine's way to compute. All of them are
 compared with what a checkpoint says before anything is loaded: a continuation that differs would be a third run,
 neither the old nor the new.
+
+How many processes take part is not among them, as long as a step has the same examples: a run may go on with 2 ranks of
+4 examples each where it had one of 8. It is cut otherwise then, which changes the last bits, and the dropout masks.
 """
 
 import importlib.metadata
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.config import Config, changed_keys
+from minilora.config import CUTS, Config, changed_keys
 from minilora.console import warn
 from minilora.data import SPLITS
 from minilora.errors import UserError
@@ -47,19 +51,34 @@ class Origin:
         config: values by section and key.
         data_sha256: of the split files, by name.
         model_sha256: of the base model's files, by name.
+        ranks: processes that train together.
     """
 
     config: dict[str, dict[str, Any]]
     data_sha256: dict[str, str]
     model_sha256: dict[str, str]
+    ranks: int
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """How its optimizer steps are cut; the product is the number of their examples."""
+        defaults = Config().to_dict()
+        keys = {f"train.{name}": self.config["train"].get(name, defaults["train"][name]) for name in CUTS}
+        return {**keys, "processes": self.ranks}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it by name, one level deep, as a message names what differs."""
+        keys = {f"{section}.{name}": value for section, keys in self.config.items() for name, value in keys.items()}
+        return {**keys, **self.data_sha256, **self.model_sha256}
 
 
-def current_origin(config: Config, model_folder: Path) -> Origin:
+def current_origin(config: Config, model_folder: Path, ranks: int = 1) -> Origin:
     """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
     directory = Path(config.data.dir)
     data = {name: sha256(directory / name) for name in (f"{split}.jsonl" for split in SPLITS)}
     _note_changed_splits(directory, data)
-    return Origin(config.to_dict(), data, model_digests(model_folder))
+    return Origin(config.to_dict(), data, model_digests(model_folder), ranks)
 
 
 def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
@@ -92,12 +111,16 @@ def read_origin(folder: Path) -> Origin:
     digests = ("data_sha256", "model_sha256")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in digests):
         raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
-    return Origin(config, content["data_sha256"], content["model_sha256"])
+    machine = content.get("machine", content)  # the final folder has no more of it than their number
+    ranks = machine.get("ranks") if isinstance(machine, dict) else None
+    return Origin(config, content["data_sha256"], content["model_sha256"], 1 if ranks is None else int(ranks))
 
 
 def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
     """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
     changes = changed_keys(before.config, config)
+    if math.prod(before.cut.values()) != math.prod(now.cut.values()):
+        changes += _changed_cut(before, now)
     if changes:
         raise UserError(
             f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
@@ -113,6 +136,17 @@ def refuse_another_run(before: Origin, now: Origin, config: Config, directory: P
                 f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
                 "put the files back, choose another train.output_dir, or begin anew with --restart"
             )
+
+
+def _changed_cut(before: Origin, now: Origin) -> list[str]:
+    return [f"{name}: {old} -> {now.cut[name]}" for name, old in before.cut.items() if old != now.cut[name]]
+
+
+def note_another_cut(before: Origin, now: Origin) -> None:
+    """Says on standard error what `refuse_another_run` let pass: the same examples a step, cut otherwise."""
+    changes = _changed_cut(before, now)
+    if changes:
+        warn(f"note: {', '.join(changes)}; the rest may differ in the last bits and has other dropout masks")
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

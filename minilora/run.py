@@ -3,15 +3,16 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minilora import ops
 from minilora.adapterconfig import attach_adapter
-from minilora.attach import lora_parameters, parameter_groups
-from minilora.batch import MicroBatch, cut_micro_batches, pack
+from minilora.attach import iter_lora_weights, lora_parameters, parameter_groups
+from minilora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
 from minilora.build import (
     Examples,
     adapter_config,
@@ -33,6 +34,7 @@ from minilora.checkpoint import (
 from minilora.config import Config
 from minilora.console import progress, say, warn
 from minilora.data import SPLITS, epoch_order
+from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.files import explained
 from minilora.initial import BY_WEIGHTS, initialise
@@ -40,8 +42,15 @@ from minilora.lora import DropoutSeed
 from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
-from minilora.origin import Origin, describe_machine, read_origin, refuse_another_machine, refuse_another_run
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.origin import (
+    Origin,
+    describe_machine,
+    note_another_cut,
+    read_origin,
+    refuse_another_machine,
+    refuse_another_run,
+)
+from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.tensorfile import dtype_name
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "tensorboard", "checkpoints")
@@ -62,6 +71,7 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     state: RunState
+    ranks: Ranks
 
     @property
     def checkpoints(self) -> Path:
@@ -75,7 +85,12 @@ class Run:
 
     @property
     def samples_per_step(self) -> int:
-        """Training examples of a full optimizer step."""
+        """Training examples of a full optimizer step, those of all ranks."""
+        return self.samples_per_rank * self.ranks.size
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Most training examples that one rank has in an optimizer step."""
         train = self.config.train
         return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
@@ -131,27 +146,44 @@ def check_best(config: Config, directory: Path, state: RunState) -> None:
         )
 
 
-def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin) -> Run:
+def _choose_checkpoint(config: Config, directory: Path, origin: Origin, machine: dict[str, Any]) -> str | None:
+    """Path of the checkpoint that the run goes on from; None where it begins.
+
+    Raises:
+        UserError: it is another run's, or another machine's, or the best one so far is lost.
+    """
+    checkpoint = _find_checkpoint(directory / "checkpoints")
+    if checkpoint is None:
+        return None
+    before = read_origin(checkpoint)
+    refuse_another_run(before, origin, config, directory)
+    check_best(config, directory / "checkpoints", read_state(checkpoint))
+    refuse_another_machine(read_state(checkpoint).machine, machine, directory)
+    note_another_cut(before, origin)
+    return str(checkpoint)
+
+
+def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin, ranks: Ranks = ALONE) -> Run:
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
+
+    The first rank reads the checkpoint, which the others need not see, and sends them what is in it.
 
     Raises:
         UserError: another run's folder, a lost checkpoint, or something in the input is wrong.
     """
-    checkpoint = _find_checkpoint(directory / "checkpoints")
-    if checkpoint is not None:
-        refuse_another_run(read_origin(checkpoint), origin, config, directory)
-        check_best(config, directory / "checkpoints", read_state(checkpoint))
-
     check_optimizer(config.train.optim)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     machine = describe_machine(device, dtype)
-    if checkpoint is not None:
-        refuse_another_machine(read_state(checkpoint).machine, machine, directory)
+    ranks.require_same(
+        {**origin.facts, **{name: value for name, value in machine.items() if name != "threads"}},
+        "give all machines the same command, files and library versions",
+    )
+    checkpoint = ranks.once(lambda: _choose_checkpoint(config, directory, origin, machine))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
-    model = build_model(config, model_folder, device, dtype)
+    model = build_model(config, model_folder, device, dtype, ranks)
     problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
     if problem is not None:
         warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
@@ -159,7 +191,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
     if checkpoint is None:
-        _initialise(model, model_folder, config.lora.init_lora_weights)
+        ranks.once(lambda: _initialise(model, model_folder, config.lora.init_lora_weights))
     optimizer = build_optimizer(
         parameter_groups(model, config.train.loraplus_lr_ratio),
         (config.train.adam_beta1, config.train.adam_beta2),
@@ -168,13 +200,19 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         config.train.optim,
     )
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    machine = {**machine, "ranks": ranks.size}
     state = new_state(origin.config, origin.data_sha256, origin.model_sha256, machine)
     if checkpoint is not None:
-        state = replace(load_checkpoint(checkpoint, model, optimizer), config=origin.config, machine=machine)
+        loaded = ranks.once(lambda: asdict(load_checkpoint(Path(checkpoint), model, optimizer)))
+        state = replace(RunState(**loaded), config=origin.config, machine=machine)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
         say(f"going on from {checkpoint}")
-    run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state)
+    share_adapter(model, ranks)
+    moments = ranks.first_tensors(optimizer.tensors())
+    if not ranks.is_first:
+        optimizer.load_tensors(moments)
+    run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state, ranks)
     is_validated = state.step == state.validated_step or state.unfinished_row is not None
     if state.step > run.total_steps or (state.step == run.total_steps and not is_validated):
         raise UserError(
@@ -201,6 +239,15 @@ def _initialise(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: 
                 bar.update()
 
             initialise(model, model_folder, init_lora_weights, on_progress)
+
+
+def share_adapter(model: Qwen2ForCausalLM, ranks: Ranks) -> None:
+    """Gives all ranks the first one's adapter."""
+    tensors = [tensor.detach() for _, w in iter_lora_weights(model) for tensor in (*w.parameters(), *w.buffers())]
+    first = ranks.first_tensors({str(place): tensor.cpu() for place, tensor in enumerate(tensors)})
+    if not ranks.is_first:
+        for place, tensor in enumerate(tensors):
+            tensor.copy_(first[str(place)])
 
 
 def set_run_aside(directory: Path) -> None:
@@ -245,9 +292,14 @@ def step_places(run: Run, step: int) -> list[int]:
     return list(order[place * run.samples_per_step : (place + 1) * run.samples_per_step])
 
 
-def iter_micro_batches(run: Run, step: int) -> Iterator[MicroBatch]:
-    """The micro-batches of optimizer step `step`; any step can be made alone."""
+def step_examples(run: Run, step: int) -> list[Example]:
+    """The training examples of optimizer step `step`, those of all ranks; any step can be made alone."""
+    return [run.splits["train"].examples[place] for place in step_places(run, step)]
+
+
+def iter_micro_batches(run: Run, examples: list[Example]) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a step of `examples`."""
     train = run.config.train
-    step_examples = [run.splits["train"].examples[place] for place in step_places(run, step)]
-    for part in cut_micro_batches(step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
+    share = cut_shares(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
+    for part in cut_micro_batches(share, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
         yield pack(part).to(run.device)

@@ -93,6 +93,28 @@ class RunLog:
             self._events.close()
 
 
+class NoLog(RunLog):
+    """The log of a rank that is not the first: nothing is written, and nothing is shown."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def advance(self, numbers: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
 

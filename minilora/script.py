@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from minilora.console import set_quiet
+from minilora.console import is_silent, set_quiet
 from minilora.errors import UserError
 
 Handler = Callable[[int, FrameType | None], None]
@@ -239,8 +239,9 @@ def _exit_now(signum: int, frame: FrameType | None) -> None:
 
 def _write(text: str) -> None:
     """Past Python's buffers, which the signal may have interrupted in the middle of a write."""
-    with contextlib.suppress(OSError):
-        os.write(2, text.encode())
+    if not is_silent():
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ The division is by the whole step's count, before the first backward pass. Divid
 own count and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16
 examples then train differently as 1 x 16 and as 4 x 4.
 
+All of them means those of all ranks (`distributed.py`), which sum their gradients before the clipping. So every rank
+judges and updates by the same bits, one that has no micro-batch as well.
+
 A step whose loss or gradient is NaN or infinite changes nothing: one bad row would otherwise be in every weight, and in
 AdamW's moments for good. With float16 it is how the loss scale is found.
 """
@@ -19,6 +22,7 @@ from typing import cast
 import torch
 
 from minilora.batch import MicroBatch
+from minilora.distributed import ALONE, Ranks
 from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
@@ -30,9 +34,9 @@ class StepResult:
     """What one step did.
 
     Attributes:
-        loss: mean negative log-likelihood of the supervised tokens, in nats.
+        loss: mean negative log-likelihood of the supervised tokens, in nats, over all ranks.
         grad_norm: global norm of the gradient before clipping.
-        num_real_tokens: tokens of all examples, for tokens/s.
+        num_real_tokens: tokens of this rank's examples, for tokens/s.
         updated: False where loss or gradient was no number: weights and moments are what they were.
     """
 
@@ -53,12 +57,14 @@ def train_step(
     step: int,
     scaler: torch.amp.GradScaler | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ranks: Ranks = ALONE,
+    num_supervised: int | None = None,
 ) -> StepResult:
     """Moves the adapter by one optimizer step, or not at all.
 
     Args:
         model: in training mode, adapter attached.
-        micro_batches: all examples of this step, on the model's device.
+        micro_batches: this rank's examples of the step, on the model's device; maybe none.
         optimizer: over the adapter.
         learning_rate: of this step.
         max_grad_norm: the gradient is scaled down to this global norm; 0 leaves it alone.
@@ -68,21 +74,27 @@ def train_step(
         scaler: for float16, whose small gradients would become zero.
         interruptible: entered around the work that may be thrown away: an exception within it leaves weights and
             moments as they were.
+        ranks: that take this step together.
+        num_supervised: supervised tokens of all of them; None: those of `micro_batches`.
     """
-    num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    if num_supervised is None:
+        num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total = torch.zeros((), device=model.head_weight.device)
+    parameters = parameters_of(optimizer)
     try:
-        with interruptible():
+        with ranks.together(), interruptible():
             for index, batch in enumerate(micro_batches):
-                dropout_seed.set(seed, step, index)
+                dropout_seed.set(seed, step, index * ranks.size + ranks.rank)
                 nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
                 loss = nll / num_supervised
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 total += loss.detach()
 
+        total = ranks.sum_gradients(parameters, total)
         if scaler is not None:
+            scaler.scale(total)  # the first call makes the scale, and a rank without a micro-batch has made none yet
             scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm or torch.inf, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf, foreach=True)
         loss_value, grad_norm = total.item(), norm.item()  # the step's only wait for the device
         updated = math.isfinite(loss_value) and math.isfinite(grad_norm)
         set_rate(optimizer, learning_rate)

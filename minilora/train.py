@@ -6,6 +6,9 @@
 The run is a function of its configuration, its data and its base model. What `fit` finds in the output folder
 decides where it begins: nothing, a checkpoint to go on from, or a finished run to leave alone.
 
+Several ranks go through it in step (`distributed.py`). The first alone touches the output folder; what one of them
+cannot do without the others knowing stands within `ranks.together()` or is done `ranks.once()`.
+
     outputs/
         metrics.jsonl, loss.png
         checkpoints/step-000100/    see checkpoint.py
@@ -14,6 +17,7 @@ decides where it begins: nothing, a checkpoint to go on from, or a finished run 
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +26,10 @@ import torch
 
 from minilora.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
-from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, step_of
+from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
 from minilora.config import Config
 from minilora.console import say
+from minilora.distributed import ALONE, LostRankError, Ranks
 from minilora.errors import UserError
 from minilora.files import StorageError, lock_folder, make_folder
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
@@ -33,50 +38,42 @@ from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at
 from minilora.origin import current_origin
 from minilora.plan import run_ledger
-from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_places
-from minilora.runlog import RunLog, check_log
+from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
+from minilora.runlog import NoLog, RunLog, check_log
 from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
 
 
-def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
+def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = ALONE) -> Path:
     """Trains, or goes on training, or finds it done.
 
     Args:
         config: the resolved configuration; `data.dir` holds the three splits.
         model_folder: the base model's files.
         restart: sets an earlier run in the output folder aside and begins anew.
+        ranks: that train together.
 
     Returns:
         The folder of the final adapter.
 
     Raises:
         UserError: the output folder belongs to another run, is in use or cannot be written, something in the input is
-            wrong, too many steps in a row were no number, memory or disk ran out, or the final adapter cannot be read
-            back as it was.
+            wrong, too many steps in a row were no number, memory or disk ran out, a rank is lost, or the final adapter
+            cannot be read back as it was.
         Interrupted: a signal came; what was done by then is saved.
     """
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
-    restart = restart or (directory / RESTARTING).is_dir()  # one that was killed is ended first
-    if final.is_dir() and not restart:
-        check_finished(final, config, model_folder)
-        say(f"{final}: this run is finished; --restart begins anew")
-        return final
-
-    make_folder(directory / "checkpoints", "train.output_dir")
-    with lock_folder(directory, "train.output_dir"):
-        if final.is_dir() and not restart:  # another process finished it while this one waited
-            return fit(config, model_folder)
-        if restart:
-            set_run_aside(directory)
-        recover_folders(directory / "checkpoints")
-        steps = map(step_of, list_checkpoints(directory / "checkpoints"))
-        check_log(directory, config.train.report_to, max(steps, default=0))
+    with ExitStack() as lock:
+        if not ranks.once(lambda: _claim(directory, final, restart, config, lock)):
+            ranks.once(lambda: check_finished(final, config, model_folder, ranks.size))
+            say(f"{final}: this run is finished; --restart begins anew")
+            return final
         run = None
         process_bytes = peak_memory_bytes(torch.device("cpu"))
         try:
-            run = open_run(config, directory, model_folder, current_origin(config, model_folder))
+            origin = current_origin(config, model_folder, ranks.size)
+            run = open_run(config, directory, model_folder, origin, ranks)
             _train(run)
             return finish(run, final)
         except Interrupted as stop:
@@ -94,9 +91,27 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
             raise UserError(_out_of_memory(config, run, process_bytes, error)) from error
 
 
+def _claim(directory: Path, final: Path, restart: bool, config: Config, lock: ExitStack) -> bool:
+    """Locks the output folder and clears up what an earlier run left; False where that one is finished."""
+    restart = restart or (directory / RESTARTING).is_dir()  # one that was killed is ended first
+    if final.is_dir() and not restart:
+        return False
+    make_folder(directory / "checkpoints", "train.output_dir")
+    lock.enter_context(lock_folder(directory, "train.output_dir"))
+    if final.is_dir() and not restart:  # another process finished it while this one waited
+        return False
+    if restart:
+        set_run_aside(directory)
+    recover_folders(directory / "checkpoints")
+    steps = map(step_of, list_checkpoints(directory / "checkpoints"))
+    check_log(directory, config.train.report_to, max(steps, default=0))
+    return True
+
+
 def _train(run: Run) -> None:
     """All steps that are left, with their validations and checkpoints."""
-    prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)  # what a killed one left to do
+    limit = run.config.train.save_total_limit
+    run.ranks.once(lambda: prune_checkpoints(run.checkpoints, limit))  # what a killed one left to do
     if run.config.train.do_predict and run.state.test_before is None:
         with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
             run.state = replace(run.state, test_before=score_test_set(run, "test before training"))
@@ -104,7 +119,9 @@ def _train(run: Run) -> None:
         say(f"test before training: {in_words(run.state.test_before)}")
 
     done = run.state.step - (run.state.unfinished_row is not None)
-    log = RunLog(run.directory, run.total_steps, done, run.config.train.report_to)
+    with run.ranks.together():
+        is_first, report_to = run.ranks.is_first, run.config.train.report_to
+        log = RunLog(run.directory, run.total_steps, done, report_to) if is_first else NoLog()
     try:
         with SafePoints() as safe_points:
             _take_steps(run, log, safe_points)
@@ -123,13 +140,18 @@ def _take_steps(run: Run, log: RunLog, safe_points: SafePoints) -> None:
             if improved or _has_stalled(run) or _is_save_due(run, saved.step):
                 _save(run, log)
                 saved = run.state
-            safe_points.check()
-    except (Interrupted, OSError) as stop:
+            with run.ranks.together():
+                safe_points.check()
+    except (Interrupted, LostRankError, OSError) as stop:
+        if not isinstance(stop, Interrupted):  # which all ranks agree on
+            run.ranks = run.ranks.parted()
         if run.state is not saved:
             _save(run, log)
+        step = run.state.step
+        if isinstance(stop, LostRankError):
+            raise LostRankError(f"step {step} is saved; {stop}" if step and run.ranks.is_first else str(stop)) from None
         if isinstance(stop, OSError):  # whoever read the output has gone, or the output's disk is full
             raise
-        step = run.state.step
         where = f"saved step {step}; the same command goes on from there" if step else "nothing done"
         raise Interrupted(stop.signum, f"{stop}: {where}") from None
 
@@ -166,6 +188,13 @@ def _save(run: Run, log: RunLog) -> None:
             f"with --restart and a lower train.learning_rate (it is {run.config.train.learning_rate:g}). The newest "
             f"checkpoint: {run.newest_checkpoint}"
         )
+    if run.ranks.size > 1:
+        remedy = f"run the same command on machines that are alike, it goes on from {run.newest_checkpoint}"
+        run.ranks.require_same(state_digests(run.model, run.optimizer), f"step {run.state.step} is not saved; {remedy}")
+    run.ranks.once(lambda: _write_checkpoint(run, log))
+
+
+def _write_checkpoint(run: Run, log: RunLog) -> None:
     log.sync()
     save_checkpoint(run.checkpoints, run.model, adapter_config(run.config), run.optimizer, run.state)
     prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)
@@ -213,7 +242,8 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
     """One optimizer step; returns the row for the log and moves the run's state on."""
     train = run.config.train
     started = time.perf_counter()
-    micro_batches = list(iter_micro_batches(run, step))
+    examples = step_examples(run, step)
+    micro_batches = list(iter_micro_batches(run, examples))
     rate = lr_at(step, run.total_steps, train.learning_rate, train.lr_scheduler_type, train.warmup_ratio)
     run.model.train()
     result = train_step(
@@ -227,14 +257,17 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
         step,
         run.scaler,
         safe_points.anywhere,
+        run.ranks,
+        sum(sum(example.supervised) for example in examples),
     )
+    num_real_tokens = sum(len(example.input_ids) for example in examples)
     row: dict[str, Any] = {
         "step": step,
         "epoch": 0.0,
         "train_loss": result.loss if math.isfinite(result.loss) else None,
         "learning_rate": rate,
         "grad_norm": result.grad_norm if result.updated else None,
-        "tokens_per_s": round(result.num_real_tokens / (time.perf_counter() - started), 1),
+        "tokens_per_s": round(num_real_tokens / (time.perf_counter() - started), 1),
     }
     skipped, in_a_row = run.state.skipped_steps, 0
     if not result.updated:
@@ -250,7 +283,7 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
         if in_a_row >= train.max_skipped_steps:
             log.write(row)
             raise UserError(_too_many_skipped(run, step, in_a_row, rows))
-    samples = run.state.samples_seen + sum(batch.num_examples for batch in micro_batches)
+    samples = run.state.samples_seen + len(examples)
     row["epoch"] = round(samples / len(run.splits["train"].examples), 4)
     run.state = replace(
         run.state,
@@ -285,8 +318,7 @@ def _is_due(run: Run, every: int) -> bool:
 
 def _validate(run: Run, row: dict[str, Any], safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `row`; says whether they are the best so far and keeps count of it."""
-    with safe_points.anywhere():
-        metrics = score_split(run, "validation")
+    metrics = score_split(run, "validation", interruptible=safe_points.anywhere)
     row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)

@@ -14,6 +14,7 @@ from minilora.adapterconfig import read_adapter_config
 from minilora.build import build_model, build_prompt, choose_device, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.console import warn
+from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.files import read_json
 from minilora.hub import PACKAGE_ASSETS, fetch_model
@@ -49,14 +50,14 @@ class Trained:
     model_folder: Path
     prompt: ClassificationPrompt
 
-    def load(self, allow_bin: bool = False) -> Qwen2ForCausalLM:
-        """The base model with the adapter, if there is one, in evaluation mode.
+    def load(self, allow_bin: bool = False, ranks: Ranks = ALONE) -> Qwen2ForCausalLM:
+        """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`.
 
         Raises:
             UserError: see `load_model` and `load_adapter`.
         """
         device = choose_device(self.config)
-        model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device))
+        model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device), ranks)
         if self.path is not None:
             load_adapter(model, self.path, allow_bin)
         return model.eval()

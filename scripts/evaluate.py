@@ -16,6 +16,7 @@ from minilora.attach import adapter_disabled
 from minilora.build import Examples, build_examples, read_split
 from minilora.config import Config
 from minilora.console import progress, warn
+from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
@@ -32,10 +33,11 @@ examples:
   python scripts/evaluate.py --model_path outputs/checkpoints/final --data reviews.tsv --compare-base
   python scripts/evaluate.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --data reviews.tsv \\
       model.quantization=none model.compute_dtype=float32
+  torchrun --nproc-per-node 4 scripts/evaluate.py --model_path outputs/checkpoints/final
 """
 
 
-def main() -> None:
+def main(ranks: Ranks = ALONE) -> None:
     """Reads the command line, scores, writes the results."""
     parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
@@ -49,8 +51,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     if arguments.output_dir is not None:
-        make_folder(arguments.output_dir, "--output_dir")
-    trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
+        ranks.once(lambda: make_folder(arguments.output_dir, "--output_dir"))
+    with ranks.in_turn():
+        trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
     config, prompt = trained.config, trained.prompt
     if arguments.data is None:
         data = Path(config.data.dir) / "test.jsonl"
@@ -61,15 +64,17 @@ def main() -> None:
         examples = build_examples(read_rows(data, encoding=arguments.encoding)[: config.data.max_test_examples], prompt)
     if not examples.examples or not examples.labelled:
         raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
-    model = trained.load(arguments.allow_bin)
+    model = trained.load(arguments.allow_bin, ranks)
 
-    results, probabilities = evaluate(config, model, prompt, examples, "evaluate")
+    results, probabilities = evaluate(config, model, prompt, examples, "evaluate", ranks)
     if arguments.compare_base:
         with adapter_disabled(model):
-            results["base"], base_probabilities = evaluate(config, model, prompt, examples, "base model")
+            results["base"], base_probabilities = evaluate(config, model, prompt, examples, "base model", ranks)
         labels = np.array(examples.labels)
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
+    if not ranks.is_first:
+        return
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
     print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     print(json.dumps(results, ensure_ascii=False))
@@ -88,14 +93,13 @@ def warn_of_another_test_set(model_path: Path, data: Path) -> None:
 
 
 def evaluate(
-    config: Config, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: Examples, title: str
+    config: Config, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: Examples, title: str, ranks: Ranks
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Metrics and (N, labels) probabilities, behind a progress bar."""
+    """Metrics and (N, labels) probabilities, behind a progress bar; the ranks share the work."""
     started = time.perf_counter()
     with progress(title, len(examples.examples), "review") as bar:
-        scores = score(
-            model, examples.examples, prompt, config.train.per_device_eval_batch_size, on_progress=bar.update
-        )
+        batch_size = config.train.per_device_eval_batch_size
+        scores = score(model, examples.examples, prompt, batch_size, on_progress=bar.update, ranks=ranks)
     if not math.isfinite(scores.loss):
         raise UserError(
             f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an adapter "
@@ -183,4 +187,4 @@ def write_results(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(with_ranks(main))

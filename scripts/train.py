@@ -8,6 +8,7 @@ from pathlib import Path
 from minilora.config import Config, describe_keys, load_config
 from minilora.console import say
 from minilora.data import SPLITS, prepare, prepare_demo, recover_splits
+from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
@@ -22,12 +23,13 @@ examples:
   python scripts/train.py --config scripts/configs/chnsenticorp.yaml
   python scripts/train.py --config my.yaml lora.r=16 train.learning_rate=1e-4
   python scripts/train.py --config my.yaml --dry-run         memory, tokens and a prompt, then stop
+  torchrun --nproc-per-node 4 scripts/train.py --config my.yaml      four GPUs share each step
 
 keys, each `section.key=default  (type)`:
 """
 
 
-def main() -> None:
+def main(ranks: Ranks = ALONE) -> None:
     """Reads the command line, prepares what is missing, trains."""
     parser = build_parser(__doc__, EXAMPLES + describe_keys().replace("%", "%%"))
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
@@ -39,12 +41,14 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        show_plan(config)
+        if ranks.is_first:
+            show_plan(config)
         return
-    if not has_data(config):
-        prepare_data(config)
-    model_folder = fetch_model(config.model.name_or_path, config.model.revision)
-    fit(config, model_folder, arguments.restart)
+    with ranks.in_turn():
+        if not has_data(config):
+            prepare_data(config)
+        model_folder = fetch_model(config.model.name_or_path, config.model.revision)
+    fit(config, model_folder, arguments.restart, ranks)
 
 
 def show_plan(config: Config) -> None:
@@ -87,4 +91,4 @@ def prepare_data(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(with_ranks(main))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, Places, SegmentGroup, cut_micro_batches, pack, pack_rows, round_rows
+from minilora.batch import MicroBatch, Places, SegmentGroup, cut_micro_batches, cut_shares, pack, pack_rows, round_rows
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -229,3 +229,31 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
     assert all(tensor.device.type == "meta" for tensor in everything)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=24), st.integers(1, 5), st.integers(0, 3))
+def test_shares_hold_every_example_once_in_order_and_none_too_many(lengths: list[int], count: int, more: int) -> None:
+    examples = [answered([10, 11, 20 + place, *[5] * length, 9]) for place, length in enumerate(lengths)]
+    size = -(-len(examples) // count) + more
+    shares = cut_shares(examples, count, size)
+    assert len(shares) == count
+    assert sorted(example.input_ids[2] - 20 for share in shares for example in share) == list(range(len(examples)))
+    for share in shares:
+        assert len(share) <= size
+        assert [example.input_ids[2] for example in share] == sorted(example.input_ids[2] for example in share)
+    assert len(examples) < count or all(shares)
+    if count == 1:
+        assert shares == [examples]
+
+
+def test_shares_are_even_in_rows() -> None:
+    examples = [answered([7, *[place] * length, 9]) for place, length in enumerate((90, 10, 80, 20, 60, 40))]
+    rows = [sum(len(example.input_ids) for example in share) for share in cut_shares(examples, 3, 2)]
+    assert rows == [104, 104, 104]
+    rows = [sum(len(example.input_ids) for example in share) for share in cut_shares(examples, 2, 4)]
+    assert max(rows) - min(rows) <= 20
+
+
+def test_a_rank_without_an_example_has_no_micro_batch() -> None:
+    assert cut_shares(EXAMPLES, 5, 1) == [[EXAMPLES[2]], [EXAMPLES[0]], [EXAMPLES[1]], [], []]
+    assert cut_micro_batches([], 2) == cut_micro_batches([], 2, 100) == []

@@ -25,6 +25,7 @@ from minilora.checkpoint import (
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    state_digests,
     step_of,
 )
 from minilora.errors import UserError
@@ -102,6 +103,25 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tiny_model: LoadModel, 
     torch.manual_seed(999)  # a generator that something drew from must not matter
     load_checkpoint(folder, second.model, second.optimizer)
     assert [second.step(number) for number in (3, 4)] == expected
+
+
+def test_the_digests_of_a_state_tell_one_bit(tiny_model: LoadModel) -> None:
+    first, second = Trainee(tiny_model), Trainee(tiny_model)
+    assert state_digests(first.model, first.optimizer) == state_digests(second.model, second.optimizer)
+    for trainee in (first, second):
+        trainee.step(1)
+    expected = state_digests(first.model, first.optimizer)
+    assert state_digests(second.model, second.optimizer) == expected
+    flipped = lora_parameters(second.model)[-1].data.view(torch.int32)
+    flipped.view(-1)[-1] ^= 1
+    found = state_digests(second.model, second.optimizer)
+    assert found["adapter"] != expected["adapter"]
+    assert found["optimizer state"] == expected["optimizer state"]
+    flipped.view(-1)[-1] ^= 1
+    second.optimizer.tensors()["0.exp_avg_sq"].view(torch.int32).view(-1)[0].bitwise_xor_(1)
+    found = state_digests(second.model, second.optimizer)
+    assert found["adapter"] == expected["adapter"]
+    assert found["optimizer state"] != expected["optimizer state"]
 
 
 def test_dropout_needs_no_generator_state(tiny_model: LoadModel) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minilora.config import (
+    CUTS,
     HARMLESS_KEYS,
     LENGTHS,
     Config,
@@ -335,6 +336,12 @@ def test_a_run_may_become_longer_where_its_learning_rate_does_not_depend_on_it(
         [] if is_free else ["train.num_train_epochs", "train.max_steps"]
     )
     assert changed_keys(before, load_config(None, [*keys, "train.seed=1"])) == ["train.seed: 42 -> 1"]
+
+
+def test_how_a_step_is_cut_is_no_change_by_itself() -> None:
+    before = load_config().to_dict()
+    assert changed_keys(before, load_config(None, [f"train.{name}=2" for name in CUTS])) == []
+    assert not {f"train.{name}" for name in CUTS} & HARMLESS_KEYS  # their product counts: tests/test_run.py
 
 
 def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from minilora import console
+from minilora import console, script
 from minilora.script import build_parser
 
 
@@ -14,6 +14,7 @@ from minilora.script import build_parser
 def loud_again() -> Iterator[None]:
     yield
     console.set_quiet(False)
+    console.set_silent(False)
 
 
 def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +25,19 @@ def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -
         bar.update(3)
     print("result")
     assert capsys.readouterr() == ("result\n", "note: look at this\n")
+
+
+def test_one_that_another_process_speaks_for_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    console.set_silent(True)
+    console.say("going on")
+    console.warn("note: look at this")
+    with console.progress("train", 3, "step") as bar:
+        bar.update(3)
+    script._write("stopped at once")
+    assert capfd.readouterr() == ("", "")
+    console.set_silent(False)
+    script._write("stopped at once")
+    assert capfd.readouterr() == ("", "stopped at once")
 
 
 def test_progress_in_a_log_file_is_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.data import SPLITS
+from minilora.distributed import Ranks
 from minilora.errors import UserError
 from minilora.files import StorageError, json_bytes, lock_folder, sha256
 from minilora.manifest import read_manifest, verify_folder, write_folder
@@ -378,6 +379,65 @@ def test_records_without_a_token_to_learn_are_named_before_the_model_is_loaded(
         run()
     named = ", ".join(f"{data / split}.jsonl:{line}" for line in range(1, 9))
     assert str(caught.value) == f"{named}: 10 records without one token to learn; remove them"
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
+def test_a_run_may_go_on_with_its_steps_cut_otherwise(
+    final: Path, run: Fit, capsys: pytest.CaptureFixture[str], size: int, accumulation: int
+) -> None:
+    expected = read(final / "metrics.json")
+    cut = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": accumulation}
+    assert run(**cut) == final  # finished is finished
+    assert "note: " not in capsys.readouterr().err
+    for name in ("final", "step-000004", "step-000003"):
+        shutil.rmtree(final.with_name(name))
+    run(**cut, **{"lora.dropout": 0.05})
+    sizes = f"train.per_device_train_batch_size: 4 -> {size}, train.gradient_accumulation_steps: 1 -> {accumulation}"
+    assert (
+        f"note: {sizes}; the rest may differ in the last bits and has other dropout masks\n" in capsys.readouterr().err
+    )
+    found = read(final / "metrics.json")
+    assert found["test_before"] == expected["test_before"]
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=0.2)  # two of four steps' masks differ
+    run(**cut)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_does_not_go_on_with_larger_steps(final: Path, run: Fit, is_finished: bool) -> None:
+    if not is_finished:
+        shutil.rmtree(final)
+    with pytest.raises(UserError, match=r"another configuration; .+\n  train\.gradient_accumulation_steps: 1 -> 2$"):
+        run(**{"train.gradient_accumulation_steps": 2})
+
+
+def test_a_checkpoint_from_before_there_were_ranks_had_one(final: Path, run: Fit) -> None:
+    shutil.rmtree(final)
+    newest = final.with_name(f"step-{STEPS:06d}")
+    state = read(newest / "state.json")
+    assert state["machine"].pop("ranks") == 1
+    rewrite(newest, "state.json", json_bytes(state))
+    assert read_origin(newest).ranks == 1
+    assert read(run() / "metrics.json")["ranks"] == 1
+
+
+def test_ranks_that_no_longer_agree_save_nothing(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    class Two(Ranks):
+        """The first of two, of which the other says the same but for its adapter."""
+
+        def gather(self, value: Any) -> list[Any]:
+            host, facts = value if isinstance(value, list) and len(value) == 2 else (None, None)
+            return [value, [host, {**facts, "adapter": "another"}] if facts and "adapter" in facts else value]
+
+    with pytest.raises(UserError) as caught:
+        fit(make_config(data, tmp_path / "run", **{"train.do_predict": False}), tiny_checkpoint(), ranks=Two(0, 2))
+    assert re.fullmatch(
+        r"rank 1 on .+: has another adapter than rank 0; step 1 is not saved; run the same command on machines that "
+        r"are alike, it goes on from none",
+        str(caught.value),
+    )
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_run_with_another_schedule_may_not_change_its_length(final: Path, run: Fit) -> None:

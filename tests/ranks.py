@@ -1,0 +1,203 @@
+"""What the ranks of test_distributed.py do, started by torchrun: each leaves what it found in {folder}/{rank}.json."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minilora import step as step_module
+from minilora.attach import lora_parameters, parameter_groups
+from minilora.batch import cut_shares, pack
+from minilora.distributed import ALONE, LostRankError, Ranks, with_ranks
+from minilora.errors import UserError
+from minilora.evaluate import score
+from minilora.lora import DropoutSeed
+from minilora.optim import build_optimizer
+from minilora.prompt import Example
+from minilora.script import Interrupted, run_script
+from minilora.step import train_step
+from tests.test_step import build, examples
+
+Found = dict[str, Any]
+
+
+def caught(work: Callable[[], object]) -> list[object]:
+    """Kind, text and signal of what `work` raises."""
+    try:
+        work()
+    except BaseException as error:
+        return [type(error).__name__, str(error), getattr(error, "signum", None)]
+    return []
+
+
+def check_exchange(ranks: Ranks, folder: Path) -> Found:
+    """What the ranks tell each other."""
+    tensors = {"f": torch.tensor([0.1, math.pi]), "b": torch.tensor([[3]], dtype=torch.uint8), "s": torch.tensor(2.5)}
+    own = tensors if ranks.is_first else {}
+    received = ranks.first_tensors(own)
+    with ranks.in_turn(), (folder / "turns").open("a", encoding="utf-8") as file:
+        file.write(f"{ranks.rank}\n")
+    return {
+        "gather": ranks.gather({"rank": ranks.rank, "text": "评" * ranks.rank, "number": 0.1, "none": None}),
+        "once": ranks.once(lambda: {"by": ranks.rank}),
+        "collect": [ranks.collect([i * i for i in range(n) if ranks.takes(i)]) for n in (8, 2, 0)],
+        "tensors": all(torch.equal(tensors[name], received[name]) for name in {*tensors, *received}),
+        "no tensors": ranks.first_tensors({}) == {},
+        "same": caught(lambda: ranks.require_same({"a": 1, "threads": [2]}, "do something")),
+        "not same": caught(lambda: ranks.require_same({"a": 1, "b": ranks.rank // 2, "c": 3}, "do something")),
+        "parted": [ranks.parted().gather(ranks.rank), ranks.parted().once(lambda: "alone")],
+    }
+
+
+def check_failures(ranks: Ranks) -> Found:
+    """What all ranks raise when these fail in these ways."""
+    term, interrupt = Interrupted(signal.SIGTERM), Interrupted(signal.SIGINT)
+    cases: dict[str, dict[int, BaseException]] = {
+        "none": {},
+        "a mistake": {1: UserError("no room")},
+        "a bug": {0: ZeroDivisionError("by zero")},
+        "two mistakes": {0: UserError("no room"), 2: UserError("no rights")},
+        "a signal": {2: term},
+        "two signals": {0: interrupt, 1: term},
+        "a mistake and a signal": {1: UserError("no room"), 2: term},
+    }
+
+    def fail(failures: dict[int, BaseException]) -> None:
+        if ranks.rank in failures:
+            raise failures[ranks.rank]
+
+    def alone(failures: dict[int, BaseException]) -> None:
+        with ranks.together():
+            fail(failures)
+
+    def in_turn(failures: dict[int, BaseException]) -> None:
+        with ranks.in_turn():
+            fail(failures)
+
+    found = {name: caught(lambda: alone(failures)) for name, failures in cases.items()}  # noqa: B023
+    for name in ("a mistake", "a bug", "a signal"):
+        found[f"in turn: {name}"] = caught(lambda: in_turn(cases[name]))  # noqa: B023
+    found["once"] = caught(lambda: ranks.once(lambda: fail(cases["a bug"])))
+    return found
+
+
+def take_step(
+    ranks: Ranks, step_examples: list[Example], scaled: bool = False, spoiled: int | None = None
+) -> tuple[Found, list[torch.Tensor]]:
+    """One step of a tiny model on a share of the examples: what came of it, and the gradient that moved it.
+
+    `spoiled` is the rank whose loss is no number.
+    """
+    model, dropout_seed = build()
+    optimizer = build_optimizer(parameter_groups(model))
+    gradients: list[torch.Tensor] = []
+    plain_step, plain_loss = optimizer.step, step_module.next_token_nll
+
+    def noting_step(*_: Any, **__: Any) -> None:
+        gradients.extend(parameter.grad.clone() for parameter in lora_parameters(model) if parameter.grad is not None)
+        plain_step()
+
+    optimizer.step = noting_step  # type: ignore[method-assign]
+    if spoiled == ranks.rank:
+        step_module.next_token_nll = lambda *a: (plain_loss(*a)[0] * math.nan, 1)  # type: ignore[assignment]
+    share = cut_shares(step_examples, ranks.size, 3)[ranks.rank] if ranks.size > 1 else step_examples
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    num_supervised = sum(sum(example.supervised) for example in step_examples)
+    try:
+        result = train_step(
+            model,
+            [pack(share)] if share else [],
+            optimizer,
+            1e-2,
+            0.0,
+            dropout_seed,
+            0,
+            1,
+            scaler,
+            ranks=ranks,
+            num_supervised=num_supervised,
+        )
+    finally:
+        step_module.next_token_nll = plain_loss
+    weights = torch.cat([parameter.detach().flatten() for parameter in lora_parameters(model)])
+    scale = None if scaler is None else scaler.get_scale()
+    found = {"loss": result.loss, "norm": result.grad_norm, "updated": result.updated, "scale": scale}
+    return {**found, "examples": len(share), "weights": weights.tolist()}, gradients
+
+
+def check_steps(ranks: Ranks) -> Found:
+    """Steps of all sizes, each beside the one that this process takes alone."""
+    found: Found = {}
+    for count in (9, 8, 4, 2):
+        together, gradients = take_step(ranks, examples(count))
+        alone, expected = take_step(ALONE, examples(count))
+        pairs = list(zip(gradients, expected, strict=True))
+        largest = max(float(theirs.abs().max()) for _, theirs in pairs)
+        difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+        found[str(count)] = {"together": together, "alone": alone, "difference": difference / largest}
+    found["scaled"] = take_step(ranks, examples(2), scaled=True)[0]
+    found["spoiled"] = take_step(ranks, examples(9), spoiled=1)[0]
+    found["spoiled, scaled"] = take_step(ranks, examples(9), scaled=True, spoiled=2)[0]
+    return found
+
+
+def check_dropout(ranks: Ranks) -> list[int]:
+    """The numbers that this rank's micro-batches have for their masks."""
+    model, _ = build()
+    numbers: list[int] = []
+
+    class Noting(DropoutSeed):
+        def set(self, seed: int, step: int, micro_batch: int) -> None:
+            numbers.append(micro_batch)
+
+    batches = [pack(examples(2)) for _ in range(2)]
+    train_step(model, batches, build_optimizer(parameter_groups(model)), 1e-2, 1.0, Noting(), 0, 1, ranks=ranks)
+    return numbers
+
+
+def check_scores(ranks: Ranks) -> Found:
+    """Scores of 13 examples in batches of 2, together and alone."""
+    model, _ = build()
+    progress: list[int] = []
+    together = score(model, examples(13), None, 2, progress.append, ranks)
+    return {"together": together.loss, "alone": score(model, examples(13), None, 2).loss, "progress": sum(progress)}
+
+
+def check_waiting(ranks: Ranks) -> list[str]:
+    """What the ranks say when one of them comes too late."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    hurried = replace(ranks, patient=group)
+    try:
+        hurried.once(lambda: time.sleep(4))
+    except LostRankError as error:
+        return [type(error).__name__, str(error)]
+    return []
+
+
+def main(ranks: Ranks) -> None:
+    """All checks."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    found = {
+        "exchange": check_exchange(ranks, folder),
+        "failures": check_failures(ranks),
+        "steps": check_steps(ranks),
+        "dropout": check_dropout(ranks),
+        "scores": check_scores(ranks),
+        "compiler": "torch._dynamo" in sys.modules,
+        "waiting": check_waiting(ranks),
+    }
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(found), "utf-8")
+
+
+if __name__ == "__main__":
+    run_script(with_ranks(main))

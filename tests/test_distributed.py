@@ -1,0 +1,397 @@
+"""Several ranks do what one process does: the same step, the same run, the same figures; and they agree on how it ends.
+
+The ranks are real processes on this machine, joined by gloo. tests/faults/test_ranks.py kills them.
+"""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from minilora import distributed
+from minilora.distributed import ALONE, Ranks, with_ranks
+from minilora.errors import UserError
+from minilora.runlog import MEASURED_KEYS, read_metrics
+from tests.faults.runner import Runs
+
+TESTS = Path(__file__).parent
+SCRIPTS = TESTS.parent / "scripts"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+RANKS = 3
+Found = list[dict[str, Any]]
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and gloo over Unix addresses")
+
+
+def run_ranks(count: int, *command: object) -> subprocess.CompletedProcess[str]:
+    """A command line under torchrun, to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    launch = (*TORCHRUN, "--standalone", "--nproc-per-node", str(count), *map(str, command))
+    return subprocess.run(launch, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of tests/ranks.py found; the lines of "turns" are in the first one's."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = run_ranks(RANKS, TESTS / "ranks.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    results = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
+    results[0]["turns"] = (folder / "turns").read_text("utf-8").split()
+    return results
+
+
+def test_every_rank_learns_what_the_others_and_the_first_say(found: Found) -> None:
+    for one in found:
+        told = one["exchange"]
+        assert told["gather"] == [
+            {"rank": rank, "text": "评" * rank, "number": 0.1, "none": None} for rank in range(RANKS)
+        ]
+        assert told["once"] == {"by": 0}
+        assert told["collect"] == [[i * i for i in range(n)] for n in (8, 2, 0)]
+        assert told["tensors"]
+        assert told["no tensors"]
+    assert found[0]["turns"][0] == "0"
+    assert sorted(found[0]["turns"]) == ["0", "1", "2"]
+
+
+def test_a_rank_that_parted_asks_nobody(found: Found) -> None:
+    assert [one["exchange"]["parted"] for one in found] == [[[0], "alone"], [[1], None], [[2], None]]
+
+
+def test_a_rank_with_other_facts_is_named_on_all(found: Found) -> None:
+    for one in found:
+        assert one["exchange"]["same"] == []
+        kind, text, _ = one["exchange"]["not same"]
+        assert kind == "UserError"
+        assert text.startswith("rank 2 on ")
+        assert text.endswith(": has another b than rank 0; do something")
+
+
+ELSEWHERE = ["FailedElsewhereError", "another rank failed", None]
+TERM = ["Interrupted", "stopped by SIGTERM", 15]
+NO_ROOM, BY_ZERO = ["UserError", "no room", None], ["ZeroDivisionError", "by zero", None]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("none", [[], [], []]),
+        ("a mistake", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
+        ("a bug", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
+        ("two mistakes", [NO_ROOM, ELSEWHERE, ["UserError", "no rights", None]]),
+        ("a signal", [TERM, TERM, TERM]),
+        ("two signals", [TERM, TERM, TERM]),
+        ("a mistake and a signal", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
+        ("in turn: a mistake", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
+        ("in turn: a bug", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
+        ("in turn: a signal", [TERM, TERM, TERM]),
+        ("once", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
+    ],
+)
+def test_what_ends_one_rank_ends_all_at_the_same_place(found: Found, case: str, expected: list[object]) -> None:
+    assert [one["failures"][case] for one in found] == expected
+
+
+@pytest.mark.parametrize("count", [9, 8, 4, 2])  # 9 fill the step; of 2 one rank has none
+def test_ranks_together_take_the_step_of_one(found: Found, count: int) -> None:
+    steps = [one["steps"][str(count)] for one in found]
+    assert sum(step["together"]["examples"] for step in steps) == count
+    assert min(step["together"]["examples"] for step in steps) == count // RANKS
+    for step in steps:
+        assert {**step["together"], "examples": 0} == {**steps[0]["together"], "examples": 0}  # to the bit, on all
+        # Float32 sums of the same addends in another order; seen 3e-7.
+        assert step["difference"] < 2e-6
+        assert step["together"]["loss"] == pytest.approx(step["alone"]["loss"], rel=1e-6)
+        assert step["together"]["norm"] == pytest.approx(step["alone"]["norm"], rel=1e-6)
+
+
+def test_a_rank_without_an_example_scales_its_loss_as_the_others(found: Found) -> None:
+    steps = [one["steps"]["scaled"] for one in found]
+    assert [step["scale"] for step in steps] == [1024.0] * RANKS
+    # A power of two scales float32 exactly.
+    assert all(step["weights"] == one["steps"]["2"]["together"]["weights"] for step, one in zip(steps, found))  # noqa: B905
+
+
+@pytest.mark.parametrize(("case", "scale"), [("spoiled", None), ("spoiled, scaled", 512.0)])
+def test_a_loss_that_is_no_number_on_one_rank_changes_nothing_on_any(
+    found: Found, case: str, scale: float | None
+) -> None:
+    for one in found:
+        step = one["steps"][case]
+        assert not step["updated"]
+        assert math.isnan(step["loss"])
+        assert step["scale"] == scale
+        assert step["weights"] == found[0]["steps"][case]["weights"] != one["steps"]["9"]["together"]["weights"]
+
+
+def test_no_two_micro_batches_of_a_step_have_the_same_dropout_mask(found: Found) -> None:
+    assert sorted(number for one in found for number in one["dropout"]) == list(range(2 * RANKS))
+
+
+def test_scores_are_those_of_one_process_to_the_bit(found: Found) -> None:
+    assert [one["scores"] for one in found] == [{**found[0]["scores"], "progress": 13}] * RANKS
+    assert found[0]["scores"]["together"] == found[0]["scores"]["alone"]
+
+
+def test_ranks_do_not_import_the_compiler(found: Found) -> None:
+    assert not any(one["compiler"] for one in found)
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(found: Found) -> None:
+    assert [one["waiting"][0] for one in found] == ["LostRankError"] * RANKS
+    assert any("Timed out waiting 1000ms" in one["waiting"][1] for one in found)
+    for one in found:
+        assert one["waiting"][1].startswith("another rank is gone or does not answer (")
+        assert "\n" not in one["waiting"][1]
+
+
+# Whole runs, in forked processes: 44 examples are seven steps of 6 and one of 2, for which a third rank has none.
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    server = Runs()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> list[str]:
+    return [
+        f"model.name_or_path={tiny_checkpoint()}",
+        "model.compute_dtype=float32",
+        f"data.dir={processed_data}",
+        "data.max_train_examples=44",
+        "lora.r=2",
+        "lora.dropout=0",
+        "train.num_train_epochs=2",
+        "train.learning_rate=5e-3",
+        "train.per_device_eval_batch_size=5",
+        "train.eval_steps=4",
+        "train.save_steps=4",
+        "train.save_total_limit=9",
+    ]
+
+
+def run_together(runs: Runs, count: int, keys: list[str], output: Path) -> list[int]:
+    """A run of `count` ranks with 6 examples a step, to its end; their statuses."""
+    keys = [*keys, f"train.per_device_train_batch_size={6 // count}"]
+    return [runs.wait(pid) for pid in runs.start_ranks(count, keys, output)]
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The output folders of runs of 1, 2 and 3 ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for count in (1, 2, 3):
+        assert run_together(runs, count, keys, folder / str(count)) == [0] * count
+    return {count: folder / str(count) for count in (1, 2, 3)}
+
+
+def adapter_of(output: Path) -> torch.Tensor:
+    tensors = load_file(output / "checkpoints" / "final" / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def lasting(output: Path) -> list[dict[str, Any]]:
+    """The log without what is measured."""
+    return [{k: v for k, v in row.items() if k not in MEASURED_KEYS} for row in read_metrics(output)]
+
+
+def assert_equal_runs(ours: Path, theirs: Path) -> None:
+    """Holds that two runs differ by rounding alone, which 16 steps of Adam have made larger."""
+    for row, expected in zip(lasting(ours), lasting(theirs), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4), row["step"]
+    adapter = adapter_of(theirs)
+    assert (adapter_of(ours) - adapter).abs().max() < 1e-4 * adapter.abs().max()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_run_of_several_ranks_is_the_run_of_one(finished: dict[int, Path], count: int) -> None:
+    assert_equal_runs(finished[count], finished[1])
+    assert len(lasting(finished[count])) == 16
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_only_the_first_rank_speaks(finished: dict[int, Path], count: int) -> None:
+    assert "16 steps" in Path(f"{finished[count]}.out").read_text("utf-8")
+    for rank in range(1, count):
+        assert Path(f"{finished[count]}.{rank}.out").read_text("utf-8") == ""
+        assert Path(f"{finished[count]}.{rank}.err").read_text("utf-8") == ""
+
+
+def test_a_run_is_finished_for_any_number_of_ranks(
+    finished: dict[int, Path], runs: Runs, keys: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[2], output)
+    assert run_together(runs, 1, keys, output) == [0]
+    assert run_together(runs, 3, keys, output) == [0] * 3
+    assert "this run is finished" in Path(f"{output}.out").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (3, 1), (2, 3)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    finished: dict[int, Path], runs: Runs, keys: list[str], tmp_path: Path, before: int, now: int
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[before], output)
+    for name in ("final", "step-000016", "step-000012"):
+        shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
+    assert run_together(runs, now, keys, output) == [0] * now
+    printed, noted = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
+    assert f"going on from {output / 'checkpoints' / 'step-000008'}\n" in printed
+    sizes = f"train.per_device_train_batch_size: {6 // before} -> {6 // now}, processes: {before} -> {now}"
+    assert f"note: {sizes}; the rest may differ in the last bits and has other dropout masks\n" in noted
+    assert_equal_runs(output, finished[1])
+    state = json.loads((output / "checkpoints" / "step-000016" / "state.json").read_text("utf-8"))
+    assert state["machine"]["ranks"] == now
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_ranks_that_would_make_larger_steps_are_refused_once(
+    finished: dict[int, Path], runs: Runs, keys: list[str], tmp_path: Path, is_finished: bool
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[1], output)
+    if not is_finished:
+        shutil.rmtree(output / "checkpoints" / "final")
+    pids = runs.start_ranks(2, [*keys, "train.per_device_train_batch_size=6"], output)
+    assert [runs.wait(pid) for pid in pids] == [2, 2]
+    errors = Path(f"{output}.err").read_text("utf-8")
+    assert errors.startswith(f"error: {output}: holds a run with another configuration; ")
+    assert errors.endswith("\n  processes: 1 -> 2\n")
+    assert Path(f"{output}.1.err").read_text("utf-8") == ""
+
+
+def test_a_mistake_that_all_ranks_see_is_said_once(runs: Runs, keys: list[str], tmp_path: Path) -> None:
+    assert run_together(runs, 3, [*keys, "lora.rnak=3"], tmp_path / "run") == [2, 2, 2]
+    assert "lora.rnak: unknown key" in (tmp_path / "run.err").read_text("utf-8")
+    assert [(tmp_path / f"run.{rank}.err").read_text("utf-8") for rank in (1, 2)] == ["", ""]
+
+
+def test_a_mistake_of_one_rank_is_said_by_it_and_ends_all(
+    runs: Runs, keys: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """As on a machine whose copy of the base model is another one."""
+    pids = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for rank, model in enumerate((tiny_checkpoint(), tiny_checkpoint(seed=1))):
+        environment = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own_keys = [*keys, f"model.name_or_path={model}"]
+        pids.append(runs.start(own_keys, tmp_path / "run", None, environment, tmp_path / str(rank)))
+    assert [runs.wait(pid) for pid in pids] == [2, 2]
+    first, second = ((tmp_path / f"{rank}.err").read_text("utf-8") for rank in (0, 1))
+    assert ": has another model.name_or_path, model.safetensors than rank 0; give all machines the same" in first
+    assert second == ""
+
+
+def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
+    command = ("--model_path", finished[1] / "checkpoints" / "final", "--compare-base", "--output_dir")
+    alone = [sys.executable, SCRIPTS / "evaluate.py", *command, tmp_path / "alone"]
+    one = subprocess.run(list(map(str, alone)), capture_output=True, encoding="utf-8", timeout=300)
+    assert one.returncode == 0, one.stderr
+    together = run_ranks(2, SCRIPTS / "evaluate.py", *command, tmp_path / "together")
+    assert together.returncode == 0, together.stderr
+    results, expected = (json.loads(done.stdout.splitlines()[-1]) for done in (together, one))
+    for figures in (results, expected, results["base"], expected["base"]):
+        del figures["reviews_per_s"]
+    assert results == expected
+    assert len(together.stdout.splitlines()) == len(one.stdout.splitlines())
+    name = "predictions.jsonl"
+    assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+# One process.
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Ranks] = []
+    for environment in ({}, {"WORLD_SIZE": "2"}, dict.fromkeys(distributed.VARIABLES, "1")):
+        for name in distributed.VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with_ranks(seen.append)()
+    assert seen == [ALONE] * 3
+    assert not dist.is_initialized()
+
+
+def test_alone_all_questions_are_answered_and_errors_are_left_as_they_are() -> None:
+    assert ALONE.gather(3) == [3]
+    assert ALONE.once(lambda: torch.Size([3])) == torch.Size([3])
+    assert ALONE.collect([1, 2]) == [1, 2]
+    assert all(ALONE.takes(number) for number in range(3))
+    loss, tensors = torch.tensor(1.0), {"a": torch.zeros(1)}
+    assert ALONE.sum_gradients([], loss) is loss
+    assert ALONE.first_tensors(tensors) is tensors
+    for around in (ALONE.together, ALONE.in_turn):
+        error = ZeroDivisionError()
+        with pytest.raises(ZeroDivisionError) as caught, around():
+            raise error
+        assert caught.value is error
+
+
+def test_ranks_that_cannot_be_joined_are_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: the ranks cannot be joined \(.+\); check --nnodes"):
+        with_ranks(lambda _: pytest.fail("joined"))()
+
+
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for ranks, device in ((ALONE, "cuda:1"), (Ranks(1, 4, 1), "cuda"), (Ranks(3, 4, 3), "cpu")):
+        ranks.check_device(torch.device(device))
+    with pytest.raises(UserError, match=r"model\.device: cuda:1 is one GPU for 4 ranks; each takes its own with cuda"):
+        Ranks(1, 4, 1).check_device(torch.device("cuda:1"))
+    with pytest.raises(UserError, match=r"there are 2 GPUs on .+ and more ranks; start so many with --nproc-per-node"):
+        Ranks(2, 4, 2).check_device(torch.device("cuda"))
+
+
+# The real checkpoint.
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif("MINILORA_REAL_MODEL" not in os.environ, reason="needs MINILORA_REAL_MODEL")
+def test_two_ranks_take_the_steps_of_one_with_a_real_checkpoint(processed_data: Path, tmp_path: Path) -> None:
+    keys = [
+        f"model.name_or_path={os.environ['MINILORA_REAL_MODEL']}",
+        "model.compute_dtype=float32",
+        f"data.dir={processed_data}",
+        "data.max_validation_examples=4",
+        "lora.dropout=0",
+        "train.max_steps=2",
+        "train.do_predict=false",
+    ]
+    for count in (1, 2):
+        more = (f"train.per_device_train_batch_size={4 // count}", f"train.output_dir={tmp_path / str(count)}")
+        done = run_ranks(count, SCRIPTS / "train.py", *keys, *more)
+        assert done.returncode == 0, done.stderr
+    for row, expected in zip(lasting(tmp_path / "2"), lasting(tmp_path / "1"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)  # float32 sums of 24 layers in another order
+    one, two = adapter_of(tmp_path / "1"), adapter_of(tmp_path / "2")
+    # Adam's first steps divide a gradient by its own size: where that is all rounding, so is the step, which is as
+    # large as any. The rest agrees as gradients do.
+    assert (two - one).norm() < 1e-3 * one.norm()
