@@ -26,6 +26,8 @@
     initial     first values of an adapter that depend on the weights: PiSSA, LoftQ
     adapterconfig  what an adapter is, as peft writes it down
     adapter     adapter files as peft reads and writes them
+    merge       an adapter and its base -> one dense checkpoint
+    ggufile     a dense checkpoint -> a GGUF file for llama.cpp
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step
     step        one optimizer step: micro-batches -> loss -> gradient -> clip -> update
@@ -33,6 +35,7 @@
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
+    drift       how far two models' probabilities are apart
     runlog      metrics.jsonl, progress bar, plot
     memory      bytes predicted and bytes measured
     hub         a name -> a local folder
