@@ -27,6 +27,8 @@
     initial     first values of an adapter that depend on the weights: PiSSA, LoftQ
     adapterconfig  what an adapter is, as peft writes it down
     adapter     adapter files as peft reads and writes them
+    merge       an adapter and its base -> one dense checkpoint
+    ggufile     a dense checkpoint -> a GGUF file for llama.cpp
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step
     distributed  several processes that train one adapter: what each does alone, and where they meet
@@ -35,6 +37,7 @@
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
+    drift       how far two models' probabilities are apart
     runlog      metrics.jsonl, progress bar, plot
     memory      bytes predicted and bytes measured
     predict     reviews without a label, as many as come -> labels, in their order

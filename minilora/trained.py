@@ -1,4 +1,5 @@
-"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model.
+"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model,
+and what it is scored on.
 
 Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
 same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
@@ -6,22 +7,35 @@ prompt rendered. A folder of this program says all of that; for another program'
 base model alone.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from minilora.adapter import damage_of_adapter, load_adapter
 from minilora.adapterconfig import read_adapter_config
-from minilora.build import build_model, build_prompt, choose_device, choose_dtype
+from minilora.build import (
+    Examples,
+    build_examples,
+    build_model,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    read_split,
+)
 from minilora.config import Config, config_from_dict
-from minilora.console import warn
+from minilora.console import progress, warn
 from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
-from minilora.files import read_json
+from minilora.evaluate import score
+from minilora.files import read_json, sha256
 from minilora.hub import PACKAGE_ASSETS, fetch_model
 from minilora.manifest import MANIFEST
 from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.rows import read_rows
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
 KEYS_READ = (
@@ -61,6 +75,54 @@ class Trained:
         if self.path is not None:
             load_adapter(model, self.path, allow_bin)
         return model.eval()
+
+    def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
+        """Labelled reviews to score the model on, and the file that they are from.
+
+        Args:
+            data: TSV, CSV, JSONL or parquet; None for the test split of the adapter's run.
+            encoding: of `data`, where it is a text file.
+
+        Raises:
+            UserError: the file is missing, or holds no review or one without a label.
+        """
+        config, prompt = self.config, self.prompt
+        if data is None:
+            path = Path(config.data.dir) / "test.jsonl"
+            reviews = read_split(config, prompt, "test")
+            if self.path is not None:
+                warn_of_another_test_set(self.path, path)
+        else:
+            path = data
+            reviews = build_examples(read_rows(path, encoding=encoding)[: config.data.max_test_examples], prompt)
+        if not reviews.examples or not reviews.labelled:
+            raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+        return path, reviews
+
+    def score(
+        self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = ALONE
+    ) -> tuple[float, np.ndarray]:
+        """Loss and (N, labels) probabilities of labelled reviews, behind a progress bar.
+
+        Args:
+            model: with the adapter, or any other that is to be compared with it.
+            reviews: N of them.
+            title: of the progress bar.
+            ranks: that share the work; all of them get all of the result.
+
+        Raises:
+            UserError: the loss is no number.
+        """
+        batch_size = self.config.train.per_device_eval_batch_size
+        with progress(title, len(reviews.examples), "review") as bar:
+            scores = score(model, reviews.examples, self.prompt, batch_size, bar.update, ranks)
+        if not math.isfinite(scores.loss):
+            raise UserError(
+                f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an "
+                "adapter from before its run went astray"
+            )
+        assert scores.probabilities is not None  # a prompt was given
+        return scores.loss, scores.probabilities
 
 
 def open_trained(
@@ -154,6 +216,16 @@ def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
     content = read_json(known[0]) if known else None
     digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
     return digests if isinstance(digests, dict) else None
+
+
+def warn_of_another_test_set(model_path: Path, data: Path) -> None:
+    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+    digests = run_digests(model_path, "data")
+    if digests is not None and digests.get(data.name) != sha256(data):
+        warn(
+            f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
+            "was trained on may be in it"
+        )
 
 
 def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:

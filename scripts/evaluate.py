@@ -5,7 +5,6 @@ Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --com
 
 import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,16 @@ from typing import Any
 import numpy as np
 
 from minilora.attach import adapter_disabled
-from minilora.build import Examples, build_examples, read_split
-from minilora.config import Config
-from minilora.console import progress, warn
+from minilora.build import Examples
 from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
-from minilora.evaluate import score
-from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
+from minilora.files import WRITING, StorageError, make_folder, write_file
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt
-from minilora.rows import ENCODINGS, read_rows
+from minilora.rows import ENCODINGS
 from minilora.script import build_parser, run_script
-from minilora.trained import open_trained, run_digests
+from minilora.trained import Trained, open_trained
 
 EXAMPLES = """\
 examples:
@@ -55,21 +51,13 @@ def main(ranks: Ranks = ALONE) -> None:
     with ranks.in_turn():
         trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
     config, prompt = trained.config, trained.prompt
-    if arguments.data is None:
-        data = Path(config.data.dir) / "test.jsonl"
-        examples = read_split(config, prompt, "test")
-        warn_of_another_test_set(arguments.model_path, data)
-    else:
-        data = arguments.data
-        examples = build_examples(read_rows(data, encoding=arguments.encoding)[: config.data.max_test_examples], prompt)
-    if not examples.examples or not examples.labelled:
-        raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+    data, examples = trained.read_reviews(arguments.data, arguments.encoding)
     model = trained.load(arguments.allow_bin, ranks)
 
-    results, probabilities = evaluate(config, model, prompt, examples, "evaluate", ranks)
+    results, probabilities = evaluate(trained, model, examples, "evaluate", ranks)
     if arguments.compare_base:
         with adapter_disabled(model):
-            results["base"], base_probabilities = evaluate(config, model, prompt, examples, "base model", ranks)
+            results["base"], base_probabilities = evaluate(trained, model, examples, "base model", ranks)
         labels = np.array(examples.labels)
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
@@ -82,35 +70,16 @@ def main(ranks: Ranks = ALONE) -> None:
         write_results(arguments.output_dir, results, examples, probabilities, prompt)
 
 
-def warn_of_another_test_set(model_path: Path, data: Path) -> None:
-    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
-    digests = run_digests(model_path, "data")
-    if digests is not None and digests.get(data.name) != sha256(data):
-        warn(
-            f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
-            "was trained on may be in it"
-        )
-
-
 def evaluate(
-    config: Config, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: Examples, title: str, ranks: Ranks
+    trained: Trained, model: Qwen2ForCausalLM, examples: Examples, title: str, ranks: Ranks
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Metrics and (N, labels) probabilities, behind a progress bar; the ranks share the work."""
+    """Metrics and (N, labels) probabilities; the ranks share the work."""
     started = time.perf_counter()
-    with progress(title, len(examples.examples), "review") as bar:
-        batch_size = config.train.per_device_eval_batch_size
-        scores = score(model, examples.examples, prompt, batch_size, on_progress=bar.update, ranks=ranks)
-    if not math.isfinite(scores.loss):
-        raise UserError(
-            f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an adapter "
-            "from before its run went astray"
-        )
-    assert scores.probabilities is not None  # a prompt was given
+    loss, probabilities = trained.score(model, examples, title, ranks)
     seconds = time.perf_counter() - started
-    labels = np.array(examples.labels)
-    metrics = classification_metrics(labels, scores.probabilities, prompt.labels, config.prompt.positive)
-    speed = round(len(labels) / seconds, 2)
-    return {**metrics, "loss": scores.loss, "reviews_per_s": speed}, scores.probabilities
+    labels, prompt = np.array(examples.labels), trained.prompt
+    metrics = classification_metrics(labels, probabilities, prompt.labels, trained.config.prompt.positive)
+    return {**metrics, "loss": loss, "reviews_per_s": round(len(labels) / seconds, 2)}, probabilities
 
 
 def print_table(results: dict[str, Any], truncated: str) -> None:

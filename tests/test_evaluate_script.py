@@ -17,6 +17,7 @@ from minilora.config import load_config
 from minilora.errors import UserError
 from minilora.files import StorageError
 from minilora.train import fit
+from minilora.trained import warn_of_another_test_set
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 Evaluate = Callable[..., dict[str, Any]]
@@ -154,10 +155,10 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
 
 
 def test_where_no_run_is_known_there_is_nothing_to_warn_of(
-    final: Path, script: ModuleType, processed_data: Path, capsys: pytest.CaptureFixture[str]
+    final: Path, processed_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (final / "metrics.json").unlink()
-    script.warn_of_another_test_set(final, processed_data / "test.jsonl")
+    warn_of_another_test_set(final, processed_data / "test.jsonl")
     assert capsys.readouterr().err == ""
 
 

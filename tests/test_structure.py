@@ -35,6 +35,20 @@ ALLOWED = {
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapterconfig": {"files", "attach", "lora", "model", "fields", "errors"},
     "adapter": {"adapterconfig", "tensorfile", "files", "manifest", "attach", "lora", "model", "errors"},
+    "merge": {
+        "tensorfile",
+        "files",
+        "manifest",
+        "quantized",
+        "load",
+        "adapter",
+        "attach",
+        "lora",
+        "model",
+        "errors",
+    },
+    "ggufile": {"tensorfile", "files", "load", "errors"},
+    "drift": set(),
     "memory": {"tensorfile", "loss", "attach", "model", "errors"},
 }
 
