@@ -29,7 +29,12 @@
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
-    runlog      metrics.jsonl, progress bar, plot
+    trackers    TensorBoard and Weights & Biases
+    runlog      metrics.jsonl, progress bar
+    markup      HTML in which text stays text
+    plots       loss.png, and the pictures of a page
+    answers     confusion matrix, calibration and worst mistakes, as parts of a page
+    report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
     hub         a name -> a local folder
     build       what a configuration names, as objects

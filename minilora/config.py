@@ -139,7 +139,9 @@ class TrainSection:
     do_predict: bool = key(True, "score the test set before and after training")
     save_format: Literal["safetensors", "bin"] = key("safetensors", "file of the final adapter; bin for older tools")
     save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors")
-    report_to: Literal["none", "tensorboard"] = key("none", "also write TensorBoard files")
+    report_to: Literal["none", "tensorboard", "wandb"] = key(
+        "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well"
+    )
 
 
 @dataclass(frozen=True)

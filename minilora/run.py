@@ -42,7 +42,7 @@ from minilora.origin import Origin, describe_machine, read_origin, refuse_anothe
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.tensorfile import dtype_name
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "tensorboard", "checkpoints")
+RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
 RESTARTING = ".restarting"
 
 

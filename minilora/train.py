@@ -7,7 +7,7 @@ The run is a function of its configuration, its data and its base model. What `f
 decides where it begins: nothing, a checkpoint to go on from, or a finished run to leave alone.
 
     outputs/
-        metrics.jsonl, loss.png
+        metrics.jsonl, loss.png, report.html
         checkpoints/step-000100/    see checkpoint.py
         checkpoints/final/          see final.py
 """
@@ -34,9 +34,10 @@ from minilora.optim import lr_at
 from minilora.origin import current_origin
 from minilora.plan import run_ledger
 from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_places
-from minilora.runlog import RunLog, check_log
+from minilora.runlog import RunLog, read_metrics
 from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
+from minilora.trackers import check_tracker, open_tracker
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
@@ -72,13 +73,15 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
             set_run_aside(directory)
         recover_folders(directory / "checkpoints")
         steps = map(step_of, list_checkpoints(directory / "checkpoints"))
-        check_log(directory, config.train.report_to, max(steps, default=0))
+        # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
+        read_metrics(directory, max(steps, default=0))
+        check_tracker(config.train.report_to)
         run = None
         process_bytes = peak_memory_bytes(torch.device("cpu"))
         try:
             run = open_run(config, directory, model_folder, current_origin(config, model_folder))
             _train(run)
-            return finish(run, final)
+            return finish(run, final, process_bytes)
         except Interrupted as stop:
             if stop.is_explained or run is None:
                 raise
@@ -97,19 +100,20 @@ def fit(config: Config, model_folder: Path, restart: bool = False) -> Path:
 def _train(run: Run) -> None:
     """All steps that are left, with their validations and checkpoints."""
     prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)  # what a killed one left to do
-    if run.config.train.do_predict and run.state.test_before is None:
-        with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
-            run.state = replace(run.state, test_before=score_test_set(run, "test before training"))
-    if run.state.test_before is not None:
-        say(f"test before training: {in_words(run.state.test_before)}")
-
     done = run.state.step - (run.state.unfinished_row is not None)
-    log = RunLog(run.directory, run.total_steps, done, run.config.train.report_to)
-    try:
-        with SafePoints() as safe_points:
-            _take_steps(run, log, safe_points)
-    finally:
-        log.close()
+    with open_tracker(run.config.train.report_to, run.directory, done, run.config.to_dict()) as tracker:
+        if run.config.train.do_predict and run.state.test_before is None:
+            with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
+                run.state = replace(run.state, test_before=score_test_set(run, "test before training")[0])
+        if run.state.test_before is not None:
+            say(f"test before training: {in_words(run.state.test_before)}")
+
+        log = RunLog(run.directory, run.total_steps, done, tracker)
+        try:
+            with SafePoints() as safe_points:
+                _take_steps(run, log, safe_points)
+        finally:
+            log.close()
     if _has_stalled(run):
         say(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
 
@@ -286,7 +290,7 @@ def _is_due(run: Run, every: int) -> bool:
 def _validate(run: Run, row: dict[str, Any], safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `row`; says whether they are the best so far and keeps count of it."""
     with safe_points.anywhere():
-        metrics = score_split(run, "validation")
+        metrics, _ = score_split(run, "validation")
     row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)

@@ -26,6 +26,7 @@ from minilora.files import (
     make_folder,
     parse_json,
     remove,
+    replace_file,
     sha256,
     write_file,
 )
@@ -277,3 +278,19 @@ def test_a_holder_whose_name_is_no_text_is_told_all_the_same(tmp_path: Path) -> 
 def test_minus_zero_stays_one() -> None:
     found = parse_json("[-0, 0, -1]")
     assert [str(number) for number in found] == ["-0.0", "0", "-1"]
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "report.html"
+    replace_file(path, b"first")
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(Path if name == "replace" else os, name, raising(error))
+        with pytest.raises(StorageError, match=r"report\.html: cannot be written \(No space left on device\)"):
+            replace_file(path, b"second")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"first")
+    replace_file(path, b"third")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"third")

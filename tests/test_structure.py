@@ -31,6 +31,11 @@ ALLOWED = {
     "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapter": {"tensorfile", "files", "manifest", "lora", "model", "fields", "errors"},
+    "trackers": {"console", "files", "errors"},
+    "markup": set(),
+    "plots": {"markup"},
+    "answers": {"plots", "markup", "metrics", "rows"},
+    "report": {"answers", "plots", "markup"},
     "memory": {"tensorfile", "loss", "lora", "model", "errors"},
 }
 
