@@ -38,7 +38,12 @@
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
     drift       how far two models' probabilities are apart
-    runlog      metrics.jsonl, progress bar, plot
+    trackers    TensorBoard and Weights & Biases
+    runlog      metrics.jsonl, progress bar
+    markup      HTML in which text stays text
+    plots       loss.png, and the pictures of a page
+    answers     confusion matrix, calibration and worst mistakes, as parts of a page
+    report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
     predict     reviews without a label, as many as come -> labels, in their order
     hub         a name -> a local folder

@@ -191,6 +191,24 @@ class GrowingFile:
                 os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file as a whole or not at all: until the new one is on the disk, what stood there stays.
+
+    Raises:
+        StorageError: see `write_file`.
+    """
+    temporary = path.with_name(WRITING + path.name)
+    try:
+        write_file(temporary, content)
+        with explained(path):
+            temporary.replace(path)
+            sync(path.parent)
+    except StorageError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str) -> Iterator[None]:
     """Keeps `folder` for this process; the system lets go of it when the process ends, however that happens.

@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from minilora.answers import Answers
 from minilora.attach import adapter_disabled
-from minilora.build import Examples
+from minilora.build import Examples, choose_device
+from minilora.config import Config
 from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
-from minilora.files import WRITING, StorageError, make_folder, write_file
+from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
+from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
+from minilora.origin import model_digests
 from minilora.prompt import ClassificationPrompt
+from minilora.report import Report, render_report
 from minilora.rows import ENCODINGS
 from minilora.script import build_parser, run_script
-from minilora.trained import Trained, open_trained
+from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\
 examples:
@@ -41,7 +46,7 @@ def main(ranks: Ranks = ALONE) -> None:
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
     parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
     parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
-    parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl and evaluation.json")
+    parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
     parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
@@ -67,7 +72,8 @@ def main(ranks: Ranks = ALONE) -> None:
     print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
-        write_results(arguments.output_dir, results, examples, probabilities, prompt)
+        report = render_report(report_of(trained, results, examples, probabilities))
+        write_results(arguments.output_dir, results, examples, probabilities, prompt, report)
 
 
 def evaluate(
@@ -114,14 +120,50 @@ def _figure(value: float | None) -> str:
     return f"{'-':>10}" if value is None else f"{value:10.4f}"
 
 
+def report_of(trained: Trained, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
+    """What the report of an evaluation shows: of the configuration only what scoring reads."""
+    config, data = trained.config, Path(results["data"])
+    scored = {"base model": results["base"], "adapter": results} if "base" in results else {"adapter": results}
+    cut = f"{examples.num_truncated:,} cut to {config.data.max_length} tokens"
+    remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
+    if "mcnemar" in results:
+        test = results["mcnemar"]
+        remark += (
+            f" The adapter alone is right in {test['b']:,} of them, the base model alone in {test['c']:,}; "
+            f"by chance that or more would come with p = {test['p_value']:.3g} (McNemar)."
+        )
+    return Report(
+        title="Evaluation report",
+        remark=remark,
+        results=scored,
+        answers=Answers(examples.rows, np.array(examples.labels), probabilities, trained.prompt.labels),
+        log=[],
+        ledger=None,
+        peak_bytes=peak_memory_bytes(choose_device(config)),
+        config={
+            section: {name: value for name, value in keys.items() if f"{section}.{name}".startswith(KEYS_READ)}
+            for section, keys in config.to_dict().items()
+        },
+        defaults=Config().to_dict(),
+        facts={
+            "adapter": trained.path,
+            "base model": {"name": config.model.name_or_path, "folder": trained.model_folder},
+            "speed": f"{results['reviews_per_s']} reviews a second",
+            "SHA-256 of the data": {data.name: sha256(data)},
+            "SHA-256 of the base model": model_digests(trained.model_folder),
+        },
+    )
+
+
 def write_results(
     directory: Path,
     results: dict[str, Any],
     examples: Examples,
     probabilities: np.ndarray,
     prompt: ClassificationPrompt,
+    report: str,
 ) -> None:
-    """predictions.jsonl, a line a review in the file's order, and evaluation.json.
+    """predictions.jsonl, a line a review in the file's order, evaluation.json and report.html.
 
     Raises:
         UserError: they cannot be written.
@@ -139,6 +181,7 @@ def write_results(
     contents = {
         "predictions.jsonl": "".join(lines),
         "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
+        "report.html": report,
     }
     try:
         for name, content in contents.items():

@@ -27,6 +27,7 @@ from minilora.files import (
     make_folder,
     parse_json,
     remove,
+    replace_file,
     sha256,
     write_file,
 )
@@ -334,3 +335,19 @@ def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(StorageError, match=r"a: cannot be written \(Input/output error\)"):
         file.close()
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "report.html"
+    replace_file(path, b"first")
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(Path if name == "replace" else os, name, raising(error))
+        with pytest.raises(StorageError, match=r"report\.html: cannot be written \(No space left on device\)"):
+            replace_file(path, b"second")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"first")
+    replace_file(path, b"third")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"third")

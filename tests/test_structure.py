@@ -49,6 +49,11 @@ ALLOWED = {
     },
     "ggufile": {"tensorfile", "files", "load", "errors"},
     "drift": set(),
+    "trackers": {"console", "files", "errors"},
+    "markup": set(),
+    "plots": {"markup"},
+    "answers": {"plots", "markup", "metrics", "rows"},
+    "report": {"answers", "plots", "markup"},
     "memory": {"tensorfile", "loss", "attach", "model", "errors"},
 }
 
