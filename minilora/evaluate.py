@@ -21,6 +21,7 @@ what stands before it, and the answer stands behind the row that predicts it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from minilora.distributed import ALONE, Ranks
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.model import KeyValues, Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
+
+T = TypeVar("T")
 
 # Tokens of a forward pass, the prefix counted in each example: 32 of the longest reviews at once took 4 GB in a 0.5B,
 # and larger passes are no faster.
@@ -100,18 +103,16 @@ def score(
     was_training = model.training
     model.eval()
     batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
-    parts: list[tuple[float, int, list[list[float]]]] = []  # of each batch: summed loss, tokens, scores of the labels
     try:
         with ranks.together(), interruptible():
             prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-            for number, places in enumerate(batches):
-                if ranks.takes(number):
-                    parts.append(_score_batch(model, prefix, [examples[place] for place in places], prompt))
-                if on_progress is not None:
-                    on_progress(len(places))
+
+        def work(places: list[int]) -> tuple[float, int, list[list[float]]]:
+            return _score_batch(model, prefix, [examples[place] for place in places], prompt)
+
+        parts = _share(batches, work, on_progress, ranks, interruptible)
     finally:
         model.train(was_training)
-    parts = ranks.collect(parts)
     loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
     if prompt is None:
         return Scores(loss, None)
@@ -119,6 +120,24 @@ def score(
     for places, (_, _, scores) in zip(batches, parts, strict=True):
         log_scores[places] = torch.tensor(scores, dtype=torch.float64)
     return Scores(loss, torch.softmax(log_scores, dim=-1).numpy())
+
+
+def _share(
+    batches: Sequence[list[int]],
+    work: Callable[[list[int]], T],
+    on_progress: Callable[[int], object] | None,
+    ranks: Ranks,
+    interruptible: Callable[[], AbstractContextManager[None]],
+) -> list[T]:
+    """What `work` makes of each batch, in JSON's types and the batches' order; each rank does its share."""
+    parts = []
+    with ranks.together(), interruptible():
+        for number, places in enumerate(batches):
+            if ranks.takes(number):
+                parts.append(work(places))
+            if on_progress is not None:
+                on_progress(len(places))
+    return ranks.collect(parts)
 
 
 def _score_batch(
@@ -139,6 +158,8 @@ def label_probabilities(
     prompt: ClassificationPrompt,
     max_tokens: int,
     on_progress: Callable[[int], object] | None = None,
+    ranks: Ranks = ALONE,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> np.ndarray:
     """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
 
@@ -148,13 +169,18 @@ def label_probabilities(
         examples: at least one; the answers that they carry have no say.
         prompt: whose labels are scored.
         max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
-        on_progress: called with the number of examples finished.
+        on_progress: see `score`, as for the other two.
+        ranks: that share the work; all of them get all of the result.
+        interruptible: entered around the work of this rank.
     """
+    batches = list(_iter_batches(examples, len(examples), max_tokens))
+
+    def work(places: list[int]) -> list[list[float]]:
+        return _label_scores(model, prefix, [examples[place] for place in places], prompt).tolist()
+
     log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-    for places in _iter_batches(examples, len(examples), max_tokens):
-        log_scores[places] = _label_scores(model, prefix, [examples[place] for place in places], prompt)
-        if on_progress is not None:
-            on_progress(len(places))
+    for places, scores in zip(batches, _share(batches, work, on_progress, ranks, interruptible), strict=True):
+        log_scores[places] = torch.tensor(scores, dtype=torch.float64)
     return torch.softmax(log_scores, dim=-1).numpy()
 
 

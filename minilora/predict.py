@@ -15,10 +15,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.evaluate import Prefix, label_probabilities
 from minilora.memory import is_out_of_memory
@@ -58,7 +60,7 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts window after window, and counts.
+    """Predicts window after window, and counts. Several ranks get the same windows, share the work, and all know all.
 
     Attributes:
         prompt: how a review becomes a question.
@@ -69,23 +71,32 @@ class Predictor:
         first_empty: where the first of these stands.
     """
 
-    def __init__(self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int):
+    def __init__(
+        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int, ranks: Ranks = ALONE
+    ):
         """Computes what all prompts begin with.
 
         Args:
             model: put into evaluation mode.
             prompt: how a review becomes a question.
             max_batch_tokens: of a forward pass, see `label_probabilities`.
+            ranks: that share the work.
         """
         self._model = model.eval()
+        self._ranks = ranks
         self.prompt = prompt
         self.max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
         self.num_rows = self.num_cut = self.num_empty = 0
         self.first_empty: str | None = None
 
-    def predict(self, rows: Sequence[Row], on_progress: Callable[[int], object] | None = None) -> list[Prediction]:
-        """One prediction for each row that is not empty, in their order.
+    def predict(
+        self,
+        rows: Sequence[Row],
+        on_progress: Callable[[int], object] | None = None,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[Prediction]:
+        """One prediction for each row that is not empty, in their order; `interruptible` is entered around the work.
 
         Raises:
             UserError: a probability is no number, memory runs out, or the prompt leaves no room for a review.
@@ -95,7 +106,7 @@ class Predictor:
         if places:
             texts = [rows[place].content for place in places]
             examples = self.prompt.examples(texts, [0] * len(texts))  # with any answer; the labels take its place
-            found = self._score(examples, rows[0].where, on_progress)
+            found = self._score(examples, rows[0].where, on_progress, interruptible)
             for place, text, values in zip(places, texts, found.tolist(), strict=True):
                 probabilities = dict(zip(self.prompt.labels, values, strict=True))
                 predictions.append(Prediction(self.num_rows + place, text, probabilities))
@@ -107,11 +118,22 @@ class Predictor:
         return predictions
 
     def _score(
-        self, examples: Sequence[Example], where: str, on_progress: Callable[[int], object] | None
+        self,
+        examples: Sequence[Example],
+        where: str,
+        on_progress: Callable[[int], object] | None,
+        interruptible: Callable[[], AbstractContextManager[None]],
     ) -> np.ndarray:
         try:
             found = label_probabilities(
-                self._model, self._prefix, examples, self.prompt, self.max_batch_tokens, on_progress
+                self._model,
+                self._prefix,
+                examples,
+                self.prompt,
+                self.max_batch_tokens,
+                on_progress,
+                self._ranks,
+                interruptible,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -5,6 +5,7 @@ The probabilities are the model's own softmax over the label words; nothing has 
 
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minilora.console import emit, progress, say, warn
+from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS
 from minilora.files import GrowingFile, make_folder
@@ -43,12 +45,12 @@ KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
 
 
-def main() -> None:
+def main(ranks: Ranks = ALONE) -> None:
     """Reads the command line, predicts, writes the results as they come."""
     arguments = parse_arguments()
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
-        check_output(arguments.output, path, arguments.overwrite)
+        ranks.once(lambda: check_output(arguments.output, path, arguments.overwrite))
     if path == STANDARD_INPUT:
         rows = iter_line_rows(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
         windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
@@ -58,10 +60,11 @@ def main() -> None:
     else:
         windows = iter_windows(iter_line_rows(reviews, "command line"))
 
-    trained = open_model(arguments)
+    with ranks.in_turn():
+        trained = open_model(arguments)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
-    predictor = Predictor(trained.load(arguments.allow_bin), trained.prompt, arguments.max_batch_tokens)
-    write_all(windows, predictor, arguments, total)
+    predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
+    write_all(windows, predictor, arguments, total, ranks)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,25 +158,38 @@ def open_model(arguments: argparse.Namespace) -> Trained:
 
 
 def write_all(
-    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None
+    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None, ranks: Ranks
 ) -> None:
-    """Predicts and writes window by window; a signal waits while one is written, so that lines are whole."""
+    """Predicts and writes window by window; a signal waits while one is written, so that lines are whole.
+
+    The first rank alone reads and writes; the others get each window from it.
+    """
     output = None if arguments.output is None else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
     num_written, header = 0, render_header(arguments.format, predictor.prompt.labels)
+
+    def write(text: str) -> None:
+        if output is None:
+            emit(text)
+        else:
+            output.append(text.encode())
+
     try:
         with progress("predict", total, "review") as bar, SafePoints() as safe_points:
-            window: list[Row] | None = []
-            while window is not None:
+
+            def read() -> list[tuple[str, str]] | None:
                 with safe_points.anywhere():
                     window = next(windows, None)
-                    predictions = predictor.predict(window or [], bar.update)
+                return None if window is None else [(row.where, row.content) for row in window]
+
+            window: list[tuple[str, str]] | None = []
+            while window is not None:
+                window = ranks.once(read)
+                rows = [Row(where, content) for where, content in window or []]
+                predictions = predictor.predict(rows, bar.update, safe_points.anywhere)
                 # Written behind the last window too: an output without results is there all the same.
                 text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
-                if output is None:
-                    emit(text)
-                else:
-                    output.append(text.encode())
+                ranks.once(functools.partial(write, text))
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
@@ -181,6 +197,8 @@ def write_all(
     except Interrupted as stop:
         raise Interrupted(stop.signum, f"{stop}: {account(predictor, num_written, arguments.output)}") from None
     except UserError as error:
+        if not ranks.is_first:  # it has written nothing
+            raise
         raise UserError(f"{error}\n  {account(predictor, num_written, arguments.output)}") from error
     if predictor.num_empty or predictor.num_cut:
         warn(f"note: {account(predictor, num_written, arguments.output)}")
@@ -264,4 +282,4 @@ def fitted(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(with_ranks(main))
