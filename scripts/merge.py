@@ -93,7 +93,7 @@ def main() -> None:
             write_file(temporary / "drift.json", json_bytes(results["drift"]))
             print(f"{len(reviews.examples)} reviews of {data}; written: merged {into}")
             print(render_drift(rows, len(reviews.examples)))
-        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path.resolve())})
+        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)})
     finally:
         remove(temporary)
     say(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
