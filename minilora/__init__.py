@@ -9,6 +9,7 @@
     fields      a value from a file -> the type and range of the field that takes it
     config      YAML and section.key=value -> a frozen Config, all problems in one error
     prompt      text -> token ids in ChatML; the only place where a token becomes supervised
+    lines       files and pipes -> lines of text, one at a time
     rows        data files -> rows
     data        rows -> clean, deduplicated, leak-free splits; the order of an epoch
     batch       examples -> one packed, padding-free micro-batch with a shared prefix
@@ -26,6 +27,8 @@
     initial     first values of an adapter that depend on the weights: PiSSA, LoftQ
     adapterconfig  what an adapter is, as peft writes it down
     adapter     adapter files as peft reads and writes them
+    merge       an adapter and its base -> one dense checkpoint
+    ggufile     a dense checkpoint -> a GGUF file for llama.cpp
     loss        summed negative log-likelihood of the supervised rows, and their count
     optim       AdamW; the learning rate as a function of the step
     distributed  several processes that train one adapter: what each does alone, and where they meet
@@ -34,8 +37,15 @@
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
-    runlog      metrics.jsonl, progress bar, plot
+    drift       how far two models' probabilities are apart
+    trackers    TensorBoard and Weights & Biases
+    runlog      metrics.jsonl, progress bar
+    markup      HTML in which text stays text
+    plots       loss.png, and the pictures of a page
+    answers     confusion matrix, calibration and worst mistakes, as parts of a page
+    report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
+    predict     reviews without a label, as many as come -> labels, in their order
     hub         a name -> a local folder
     build       what a configuration names, as objects
     plan        what --dry-run prints

@@ -152,7 +152,9 @@ class TrainSection:
     portable: bool = key(
         False, "the final adapter's scale is part of B, for readers that know no rsLoRA and no alpha_pattern"
     )
-    report_to: Literal["none", "tensorboard"] = key("none", "also write TensorBoard files")
+    report_to: Literal["none", "tensorboard", "wandb"] = key(
+        "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well"
+    )
 
 
 @dataclass(frozen=True)

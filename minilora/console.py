@@ -1,6 +1,7 @@
 """What a program says while it works. `--quiet` leaves results, warnings and errors.
 
 print     results, on standard output             always
+emit      results that come one by one            always
 say       what is going on, on standard output    not with --quiet
 warn      what should be looked at, on standard error    always
 progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then
@@ -42,6 +43,17 @@ def say(text: str) -> None:
     """A line about what is going on."""
     if not (_is_quiet or _is_silent):
         print(text)
+
+
+def emit(text: str) -> None:
+    """Results that come one by one: at once, and above a progress bar that is on the same terminal.
+
+    Args:
+        text: whole lines with their ends.
+    """
+    with tqdm.external_write_mode():
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def warn(text: str) -> None:

@@ -62,12 +62,12 @@ class Prefix:
     past: Sequence[KeyValues] | None
 
     @classmethod
-    def of(cls, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> "Prefix":
-        """Runs the ids that `examples` have in common."""
-        rows = common_prefix(examples)
-        if rows == 0:
+    @torch.inference_mode()
+    def of(cls, model: Qwen2ForCausalLM, input_ids: Sequence[int]) -> "Prefix":
+        """Runs the ids that all examples begin with; none is fine."""
+        if not input_ids:
             return cls(0, None)
-        return cls(rows, model.run_prefix(torch.tensor(examples[0].input_ids[:rows], device=model.head_weight.device)))
+        return cls(len(input_ids), model.run_prefix(torch.tensor(input_ids, device=model.head_weight.device)))
 
     def run(self, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> tuple[MicroBatch, torch.Tensor]:
         """Some of the examples as a micro-batch behind the prefix, and its (S, C) hidden states."""
@@ -99,11 +99,11 @@ def score(
     """
     was_training = model.training
     model.eval()
-    batches = list(_iter_batches(examples, batch_size))
+    batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
     parts: list[tuple[float, int, list[list[float]]]] = []  # of each batch: summed loss, tokens, scores of the labels
     try:
         with ranks.together(), interruptible():
-            prefix = Prefix.of(model, examples)
+            prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
             for number, places in enumerate(batches):
                 if ranks.takes(number):
                     parts.append(_score_batch(model, prefix, [examples[place] for place in places], prompt))
@@ -127,15 +127,42 @@ def _score_batch(
     """Summed loss, supervised tokens, and `_label_scores` of one forward pass."""
     batch, hidden = prefix.run(model, examples)
     nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-    scores = [] if prompt is None else _label_scores(model, prefix, hidden, batch, examples, prompt).tolist()
+    scores = [] if prompt is None else _label_scores(model, prefix, examples, prompt, (batch, hidden)).tolist()
     return nll.item(), count, scores
 
 
-def _iter_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
+@torch.inference_mode()
+def label_probabilities(
+    model: Qwen2ForCausalLM,
+    prefix: Prefix,
+    examples: Sequence[Example],
+    prompt: ClassificationPrompt,
+    max_tokens: int,
+    on_progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
+
+    Args:
+        model: in evaluation mode.
+        prefix: begins all examples.
+        examples: at least one; the answers that they carry have no say.
+        prompt: whose labels are scored.
+        max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
+        on_progress: called with the number of examples finished.
+    """
+    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
+    for places in _iter_batches(examples, len(examples), max_tokens):
+        log_scores[places] = _label_scores(model, prefix, [examples[place] for place in places], prompt)
+        if on_progress is not None:
+            on_progress(len(places))
+    return torch.softmax(log_scores, dim=-1).numpy()
+
+
+def _iter_batches(examples: Sequence[Example], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
     """Places in `examples`, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
     while order:
-        size = max(1, min(batch_size, MAX_TOKENS // len(examples[order[0]].input_ids)))
+        size = max(1, min(batch_size, max_tokens // len(examples[order[0]].input_ids)))
         yield order[:size]
         order = order[size:]
 
@@ -143,20 +170,28 @@ def _iter_batches(examples: Sequence[Example], batch_size: int) -> Iterator[list
 def _label_scores(
     model: Qwen2ForCausalLM,
     prefix: Prefix,
-    hidden: torch.Tensor,
-    batch: MicroBatch,
     examples: Sequence[Example],
     prompt: ClassificationPrompt,
+    first_pass: tuple[MicroBatch, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(N, labels) float32: scores that differ from the labels' log-probabilities by a constant a row."""
+    """(N, labels) float64 on the CPU: scores that differ from the labels' log-probabilities by a constant a row.
+
+    Args:
+        model: in evaluation mode.
+        prefix: begins all examples.
+        examples: of one forward pass.
+        prompt: whose labels are scored.
+        first_pass: `prefix.run` of these examples, where the caller has it: words of one token need no other.
+    """
     if all(len(ids) == 1 for ids in prompt.label_ids):
+        batch, hidden = first_pass or prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
         first_rows = torch.searchsorted(batch.owners, torch.arange(len(examples), device=batch.owners.device))
         words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
-        return head_logits(hidden[first_rows].float(), words.float())
+        return head_logits(hidden[first_rows].float(), words.float()).double().cpu()
     head_weight = model.head_weight.float()
     columns = []
     for label in range(len(prompt.labels)):
-        variant, states = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
-        tokens = token_log_probabilities(states.float(), variant.targets, head_weight)
-        columns.append(torch.zeros(len(examples), device=hidden.device).index_add_(0, variant.owners, tokens))
-    return torch.stack(columns, dim=1)
+        batch, hidden = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
+        tokens = token_log_probabilities(hidden.float(), batch.targets, head_weight)
+        columns.append(torch.zeros(len(examples), device=tokens.device).index_add_(0, batch.owners, tokens))
+    return torch.stack(columns, dim=1).double().cpu()

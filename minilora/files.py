@@ -140,6 +140,75 @@ def write_file(path: Path, content: bytes) -> None:
             os.close(descriptor)
 
 
+class GrowingFile:
+    """A file that is there from its first bytes on and grows piece by piece: no piece is ever half there.
+
+    (But for `kill -9` and a loss of power, after which the last one may be.)
+    """
+
+    def __init__(self, path: Path):
+        """Nothing is opened before there is something to write: what stands there stays until then."""
+        self.path = path
+        self._descriptor: int | None = None
+        self._end = 0
+
+    def append(self, content: bytes) -> None:
+        """Writes at the end; the first call replaces what stood there.
+
+        Raises:
+            StorageError: it cannot be written; what was, ends where it did before.
+        """
+        with explained(self.path, len(content)):
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
+                self._descriptor = os.open(self.path, flags, 0o666)
+            try:
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):  # the first error counts
+                    os.ftruncate(self._descriptor, self._end)
+                raise
+            self._end += len(content)
+
+    def close(self) -> None:
+        """Waits until all of it is on the disk.
+
+        Raises:
+            StorageError: that failed.
+        """
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        with explained(self.path):
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which a pipe or a device says, because it has no disk
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file as a whole or not at all: until the new one is on the disk, what stood there stays.
+
+    Raises:
+        StorageError: see `write_file`.
+    """
+    temporary = path.with_name(WRITING + path.name)
+    try:
+        write_file(temporary, content)
+        with explained(path):
+            temporary.replace(path)
+            sync(path.parent)
+    except StorageError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str) -> Iterator[None]:
     """Keeps `folder` for this process; the system lets go of it when the process ends, however that happens.

@@ -16,22 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from minilora import plots
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
+from minilora.answers import Answers
 from minilora.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
 from minilora.batch import pack
-from minilora.build import Examples, adapter_config
+from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
 from minilora.console import progress, say, warn
 from minilora.errors import UserError
 from minilora.evaluate import Scores, score
-from minilora.files import json_bytes
+from minilora.files import StorageError, json_bytes, replace_file
 from minilora.manifest import write_folder
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
+from minilora.plan import run_ledger
+from minilora.report import Report, render_report
 from minilora.run import Run, check_best, share_adapter
-from minilora.runlog import plot_metrics
+from minilora.runlog import read_metrics
 
 CHECKED_EXAMPLES = 8  # whose hidden states the adapter that was written has to give
 # Keys that change nothing in the course of a run, and yet what is in its final folder.
@@ -56,16 +60,22 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
             )
 
 
-def finish(run: Run, final: Path) -> Path:
-    """Writes the final folder, from the best checkpoint if so configured, and the plot."""
+def finish(run: Run, final: Path, process_bytes: int | None = None) -> Path:
+    """Writes the final folder, from the best checkpoint if so configured, and beside the log its plot and the report.
+
+    Args:
+        run: with all its steps behind it.
+        final: the folder.
+        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
+    """
     train = run.config.train
     step = run.state.step
     if train.load_best_model_at_end and run.state.best_step != step:
         step = run.state.best_step
         run.ranks.once(lambda: _load_best(run))
         share_adapter(run.model, run.ranks)
-    after = score_test_set(run, "test after training") if train.do_predict else None
-    run.ranks.once(lambda: _write_final(run, final, step, after))
+    after, probabilities = score_test_set(run, "test after training") if train.do_predict else (None, None)
+    run.ranks.once(lambda: _write_final(run, final, step, after, probabilities, process_bytes))
     return final
 
 
@@ -74,14 +84,23 @@ def _load_best(run: Run) -> None:
     load_adapter_weights(run.model, checkpoint_path(run.checkpoints, run.state.best_step))
 
 
-def _write_final(run: Run, final: Path, step: int, after: dict[str, Any] | None) -> None:
-    """The final folder, and the plot.
+def _write_final(
+    run: Run,
+    final: Path,
+    step: int,
+    after: dict[str, Any] | None,
+    probabilities: np.ndarray | None,
+    process_bytes: int | None,
+) -> None:
+    """The final folder, the report and the plot.
 
     Args:
         run: at its end.
         final: the folder.
         step: whose adapter the model has.
         after: metrics of the test set with it.
+        probabilities: (N, labels) behind them.
+        process_bytes: see `finish`.
     """
     train = run.config.train
     base = run.prompt.tokenizer.folder
@@ -106,14 +125,76 @@ def _write_final(run: Run, final: Path, step: int, after: dict[str, Any] | None)
         yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()
 
     write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
-    try:
-        plot = plot_metrics(run.directory)
-    except OSError as error:  # the run is done, and the numbers are in metrics.jsonl
-        plot = None
-        warn(f"note: {run.directory / 'loss.png'} cannot be written ({error.strerror})")
     if after is not None:
         say(f"test after training:  {in_words(after)}")
-    say(f"final adapter (step {step}): {final}" + (f"; plot: {plot}" if plot else ""))
+    say(f"final adapter (step {step}): {final}")
+    log = read_metrics(run.directory)
+    report = render_report(_report_of(run, results, probabilities, log, process_bytes))
+    _write_if_possible(run.directory / "report.html", lambda path: replace_file(path, report.encode()))
+    if plots.is_available():
+        _write_if_possible(run.directory / "loss.png", lambda path: plots.save_loss_png(path, log))
+
+
+def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes what the run can do without: it is done, and all that is shown there stands in other files too."""
+    try:
+        write(path)
+    except (StorageError, OSError) as error:
+        warn(f"note: {path} cannot be written ({getattr(error.__cause__ or error, 'strerror', None) or error})")
+    else:
+        say(f"written: {path}")
+
+
+def _report_of(
+    run: Run,
+    results: dict[str, Any],
+    probabilities: np.ndarray | None,
+    log: list[dict[str, Any]],
+    process_bytes: int | None,
+) -> Report:
+    """What the report of a run shows.
+
+    Args:
+        run: with all its steps behind it.
+        results: content of metrics.json.
+        probabilities: (N, labels) of the test set; None where it has no labels or was not scored.
+        log: rows of metrics.jsonl.
+        process_bytes: see `finish`.
+    """
+    config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
+    test = splits["test"]
+    scored = {"before training": results["test_before"], "after training": results["test"]}
+    remark = f"Test set: {len(test.examples):,} records, {test.num_truncated:,} cut to {config.data.max_length} tokens."
+    if results["test"] is None:
+        scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
+    elif probabilities is None:
+        remark += " Conversations have no labels to be right in: the loss is all there is."
+    dtype = choose_dtype(config, run.device)
+    return Report(
+        title="Training report",
+        remark=remark,
+        results={title: metrics for title, metrics in scored.items() if metrics is not None},
+        answers=None
+        if probabilities is None
+        else Answers(test.rows, np.array(test.labels), probabilities, run.prompt.labels),
+        log=log,
+        ledger=run_ledger(config, folder, splits["train"].examples, dtype, process_bytes).parts,
+        peak_bytes=max((row["peak_memory_bytes"] for row in log if "peak_memory_bytes" in row), default=None),
+        config=config.to_dict(),
+        defaults=Config().to_dict(),
+        facts={
+            "adapter": {"step": results["step"], "steps that were skipped": results["skipped_steps"]},
+            "best validation": results["validation"],
+            "base model": {"name": config.model.name_or_path, "folder": folder},
+            "data": {
+                "folder": config.data.dir,
+                **{name: f"{len(split.examples):,} ({split.num_truncated:,} cut)" for name, split in splits.items()},
+            },
+            "computed with": run.state.machine,
+            "SHA-256 of the data": run.state.data_sha256,
+            "SHA-256 of the base model": run.state.model_sha256,
+        },
+    )
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
@@ -159,14 +240,18 @@ def score_split(
     name: str,
     on_progress: Callable[[int], object] | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> dict[str, Any]:
-    """Loss of a split, and its metrics where it is labelled; the ranks share the work."""
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Loss of a split, with its metrics and the (N, labels) probabilities behind them where it is labelled.
+
+    The ranks share the work.
+    """
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
     size = run.config.train.per_device_eval_batch_size
     scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
     check_finite(run, f"{name} loss", scores.loss)
-    return run.ranks.once(lambda: _metrics(run, split, scores))  # what decides which checkpoint is best is one number
+    # Computed once: what decides which checkpoint is best has to be one number.
+    return run.ranks.once(lambda: _metrics(run, split, scores)), scores.probabilities
 
 
 def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
@@ -177,8 +262,8 @@ def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
     return metrics
 
 
-def score_test_set(run: Run, title: str) -> dict[str, Any]:
-    """Loss and metrics of the test set, behind a progress bar of its own."""
+def score_test_set(run: Run, title: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """`score_split` of the test set, behind a progress bar of its own."""
     with progress(title, len(run.splits["test"].examples), "review") as bar:
         return score_split(run, "test", bar.update)
 

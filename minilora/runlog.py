@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, a progress bar with the numbers of the moment, a plot.
+"""What a run says while it goes: metrics.jsonl, and a progress bar with the numbers of the moment.
 
 metrics.jsonl has a line for every logged step, with the keys that apply to it:
 
@@ -12,7 +12,6 @@ All of it but tokens_per_s and peak_memory_bytes, which are measurements of the 
 is interrupted and goes on: lines behind the checkpoint are taken back and written again.
 """
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 from minilora.console import progress
 from minilora.errors import UserError
-from minilora.files import WRITING, explained, sync, write_file
+from minilora.files import explained, replace_file
+from minilora.trackers import Tracker
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -28,29 +28,22 @@ MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 class RunLog:
     """Writer of metrics.jsonl and owner of the progress bar."""
 
-    def __init__(self, directory: Path, total_steps: int, step: int, report_to: str = "none"):
+    def __init__(self, directory: Path, total_steps: int, step: int, tracker: Tracker | None = None):
         """Opens the log of a run that stands at `step`; later lines, written before it was stopped, go.
 
         Args:
             directory: where metrics.jsonl is.
             total_steps: length of the progress bar.
             step: steps that are done.
-            report_to: "tensorboard" writes event files into `directory/tensorboard` as well.
+            tracker: gets the lines as well; whoever opened it closes it.
         """
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(directory, step) if row["step"] <= step]
-        rewritten = self._path.with_name(WRITING + self._path.name)
-        write_file(rewritten, "".join(_line(row) for row in kept).encode())
+        replace_file(self._path, "".join(_line(row) for row in kept).encode())
         with explained(self._path):
-            rewritten.replace(self._path)
-            sync(directory)
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._bar = progress("train", total_steps, "step", initial=step, leave=True)
-        self._events = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(directory / "tensorboard", purge_step=step + 1)
+        self._tracker = tracker or Tracker()
 
     def advance(self, numbers: dict[str, Any]) -> None:
         """One step on; shows the numbers of the moment beside the bar."""
@@ -70,10 +63,7 @@ class RunLog:
         with explained(self._path, len(line)):
             while line:
                 line = line[os.write(self._descriptor, line) :]
-        if self._events is not None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(name, value, row["step"])
+        self._tracker.write(row)
 
     def sync(self) -> None:
         """Makes the lines so far survive a loss of power, as the checkpoint does that is written next."""
@@ -86,11 +76,9 @@ class RunLog:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
+        """Ends the bar and closes the file."""
         self._bar.close()
         os.close(self._descriptor)
-        if self._events is not None:
-            self._events.close()
 
 
 class NoLog(RunLog):
@@ -117,17 +105,6 @@ class NoLog(RunLog):
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
-
-
-def check_log(directory: Path, report_to: str, step: int) -> None:
-    """Raises what `RunLog` would at `step`, without a run: before the first hour, not after it.
-
-    Raises:
-        UserError: metrics.jsonl is not a log, or TensorBoard is not installed.
-    """
-    read_metrics(directory, step)
-    if report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("train.report_to: tensorboard is not installed; pip install tensorboard, or use none")
 
 
 def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
@@ -159,34 +136,3 @@ def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any
             raise UserError(f"{path}:{number}: is not a line of a run's log, expected a step; move the file away")
         rows.append(row)
     return rows
-
-
-def plot_metrics(directory: Path) -> Path | None:
-    """Draws loss.png from metrics.jsonl; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_metrics(directory)
-    figure, (loss, rate) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-    for name, axis, style in (
-        ("train_loss", loss, {"alpha": 0.4}),
-        ("eval_loss", loss, {"marker": "o"}),
-        ("eval_accuracy", loss, {"marker": "s", "linestyle": "--"}),
-        ("learning_rate", rate, {"color": "tab:gray"}),
-    ):
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=name, **style)
-            axis.legend()
-            axis.grid(alpha=0.3)
-    loss.set_ylabel("nats per supervised token; accuracy")
-    rate.set_xlabel("optimizer step")
-    figure.tight_layout()
-    path = directory / "loss.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path

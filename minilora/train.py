@@ -10,7 +10,7 @@ Several ranks go through it in step (`distributed.py`). The first alone touches 
 cannot do without the others knowing stands within `ranks.together()` or is done `ranks.once()`.
 
     outputs/
-        metrics.jsonl, loss.png
+        metrics.jsonl, loss.png, report.html
         checkpoints/step-000100/    see checkpoint.py
         checkpoints/final/          see final.py
 """
@@ -39,9 +39,10 @@ from minilora.optim import lr_at
 from minilora.origin import current_origin
 from minilora.plan import run_ledger
 from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
-from minilora.runlog import NoLog, RunLog, check_log
+from minilora.runlog import NoLog, RunLog, read_metrics
 from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
+from minilora.trackers import Tracker, check_tracker, open_tracker
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = ALONE) -> Path:
@@ -75,7 +76,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
             origin = current_origin(config, model_folder, ranks.size)
             run = open_run(config, directory, model_folder, origin, ranks)
             _train(run)
-            return finish(run, final)
+            return finish(run, final, process_bytes)
         except Interrupted as stop:
             if stop.is_explained or run is None:
                 raise
@@ -104,7 +105,9 @@ def _claim(directory: Path, final: Path, restart: bool, config: Config, lock: Ex
         set_run_aside(directory)
     recover_folders(directory / "checkpoints")
     steps = map(step_of, list_checkpoints(directory / "checkpoints"))
-    check_log(directory, config.train.report_to, max(steps, default=0))
+    # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
+    read_metrics(directory, max(steps, default=0))
+    check_tracker(config.train.report_to)
     return True
 
 
@@ -112,21 +115,22 @@ def _train(run: Run) -> None:
     """All steps that are left, with their validations and checkpoints."""
     limit = run.config.train.save_total_limit
     run.ranks.once(lambda: prune_checkpoints(run.checkpoints, limit))  # what a killed one left to do
-    if run.config.train.do_predict and run.state.test_before is None:
-        with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
-            run.state = replace(run.state, test_before=score_test_set(run, "test before training"))
-    if run.state.test_before is not None:
-        say(f"test before training: {in_words(run.state.test_before)}")
-
     done = run.state.step - (run.state.unfinished_row is not None)
-    with run.ranks.together():
-        is_first, report_to = run.ranks.is_first, run.config.train.report_to
-        log = RunLog(run.directory, run.total_steps, done, report_to) if is_first else NoLog()
-    try:
+    report_to, is_first = run.config.train.report_to, run.ranks.is_first
+    with ExitStack() as stack:
+        with run.ranks.together():
+            tracker = open_tracker(report_to, run.directory, done, run.config.to_dict()) if is_first else Tracker()
+            stack.enter_context(tracker)
+        if run.config.train.do_predict and run.state.test_before is None:
+            with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
+                run.state = replace(run.state, test_before=score_test_set(run, "test before training")[0])
+        if run.state.test_before is not None:
+            say(f"test before training: {in_words(run.state.test_before)}")
+        with run.ranks.together():
+            log = RunLog(run.directory, run.total_steps, done, tracker) if is_first else NoLog()
+            stack.callback(log.close)
         with SafePoints() as safe_points:
             _take_steps(run, log, safe_points)
-    finally:
-        log.close()
     if _has_stalled(run):
         say(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
 
@@ -318,7 +322,7 @@ def _is_due(run: Run, every: int) -> bool:
 
 def _validate(run: Run, row: dict[str, Any], safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `row`; says whether they are the best so far and keeps count of it."""
-    metrics = score_split(run, "validation", interruptible=safe_points.anywhere)
+    metrics, _ = score_split(run, "validation", interruptible=safe_points.anywhere)
     row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)

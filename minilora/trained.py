@@ -1,26 +1,41 @@
-"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model.
+"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model,
+and what it is scored on.
 
 Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
 same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
-prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold.
+prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold, and for a
+base model alone.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from minilora.adapter import damage_of_adapter, load_adapter
 from minilora.adapterconfig import read_adapter_config
-from minilora.build import build_model, build_prompt, choose_device, choose_dtype
+from minilora.build import (
+    Examples,
+    build_examples,
+    build_model,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    read_split,
+)
 from minilora.config import Config, config_from_dict
-from minilora.console import warn
+from minilora.console import progress, warn
 from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
-from minilora.files import read_json
-from minilora.hub import fetch_model
+from minilora.evaluate import score
+from minilora.files import read_json, sha256
+from minilora.hub import PACKAGE_ASSETS, fetch_model
 from minilora.manifest import MANIFEST
 from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.rows import read_rows
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
 KEYS_READ = (
@@ -38,30 +53,81 @@ class Trained:
     """An adapter and what it belongs to.
 
     Attributes:
-        path: the adapter's folder.
+        path: the adapter's folder; None for a base model alone.
         config: of its run, or the defaults; overridden by the command line.
         model_folder: files of the base model.
         prompt: how the adapter expects a text.
     """
 
-    path: Path
+    path: Path | None
     config: Config
     model_folder: Path
     prompt: ClassificationPrompt
 
     def load(self, allow_bin: bool = False, ranks: Ranks = ALONE) -> Qwen2ForCausalLM:
-        """The base model with the adapter, in evaluation mode, on each of `ranks`.
+        """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`.
 
         Raises:
             UserError: see `load_model` and `load_adapter`.
         """
         device = choose_device(self.config)
         model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device), ranks)
-        load_adapter(model, self.path, allow_bin)
+        if self.path is not None:
+            load_adapter(model, self.path, allow_bin)
         return model.eval()
 
+    def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
+        """Labelled reviews to score the model on, and the file that they are from.
 
-def open_trained(path: Path, base: str | None, overrides: list[str], other_data: bool = True) -> Trained:
+        Args:
+            data: TSV, CSV, JSONL or parquet; None for the test split of the adapter's run.
+            encoding: of `data`, where it is a text file.
+
+        Raises:
+            UserError: the file is missing, or holds no review or one without a label.
+        """
+        config, prompt = self.config, self.prompt
+        if data is None:
+            path = Path(config.data.dir) / "test.jsonl"
+            reviews = read_split(config, prompt, "test")
+            if self.path is not None:
+                warn_of_another_test_set(self.path, path)
+        else:
+            path = data
+            reviews = build_examples(read_rows(path, encoding=encoding)[: config.data.max_test_examples], prompt)
+        if not reviews.examples or not reviews.labelled:
+            raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+        return path, reviews
+
+    def score(
+        self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = ALONE
+    ) -> tuple[float, np.ndarray]:
+        """Loss and (N, labels) probabilities of labelled reviews, behind a progress bar.
+
+        Args:
+            model: with the adapter, or any other that is to be compared with it.
+            reviews: N of them.
+            title: of the progress bar.
+            ranks: that share the work; all of them get all of the result.
+
+        Raises:
+            UserError: the loss is no number.
+        """
+        batch_size = self.config.train.per_device_eval_batch_size
+        with progress(title, len(reviews.examples), "review") as bar:
+            scores = score(model, reviews.examples, self.prompt, batch_size, bar.update, ranks)
+        if not math.isfinite(scores.loss):
+            raise UserError(
+                f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an "
+                "adapter from before its run went astray"
+            )
+        assert scores.probabilities is not None  # a prompt was given
+        return scores.loss, scores.probabilities
+
+
+def open_trained(
+    path: Path, base: str | None, overrides: list[str], other_data: bool = True, keys_read: tuple[str, ...] = KEYS_READ
+) -> Trained:
     """Everything but the weights, checked before they are loaded.
 
     Args:
@@ -69,14 +135,41 @@ def open_trained(path: Path, base: str | None, overrides: list[str], other_data:
         base: base model to take in place of the adapter's own.
         overrides: `section.key=value` from the command line.
         other_data: see `read_run_config`.
+        keys_read: beginnings of the keys that the caller reads; another one among the overrides is noted.
 
     Raises:
         UserError: the folder is damaged, names no base model, or was trained on another one.
     """
     config = read_run_config(path, base, other_data, overrides)
+    note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     refuse_another_base(path, folder, base is not None)
     return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def open_base(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> Trained:
+    """A base model without an adapter, with the default prompt.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        overrides: `section.key=value` from the command line.
+        keys_read: as for `open_trained`.
+
+    Raises:
+        UserError: see `fetch_model`.
+    """
+    config = config_from_dict({"model": {"name_or_path": name_or_path}}, overrides, "--model_path")
+    note_unread(overrides, keys_read)
+    folder = fetch_model(config.model.name_or_path, config.model.revision)
+    return Trained(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
+
+
+def is_base(path: Path) -> bool:
+    """Whether --model_path names a base model: a folder with a model and no adapter, or no folder but a hub's name."""
+    if path.is_dir():
+        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
+    return is_hub_name or path.as_posix().startswith(PACKAGE_ASSETS)
 
 
 def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
@@ -106,12 +199,15 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
         raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
     if other_data:
         data = {**data, "max_test_examples": None}
-    config = config_from_dict({**content, "model": model, "data": data}, overrides, where)
+    return config_from_dict({**content, "model": model, "data": data}, overrides, where)
+
+
+def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
+    """Says which of the overrides change nothing."""
     for override in overrides:
-        if not override.startswith(KEYS_READ):
+        if not override.startswith(keys_read):
             name = override.partition("=")[0]
-            warn(f"note: {name} changes nothing here: the adapter is as its files say")
-    return config
+            warn(f"note: {name} changes nothing here: an adapter is as its files say")
 
 
 def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
@@ -120,6 +216,16 @@ def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
     content = read_json(known[0]) if known else None
     digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
     return digests if isinstance(digests, dict) else None
+
+
+def warn_of_another_test_set(model_path: Path, data: Path) -> None:
+    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+    digests = run_digests(model_path, "data")
+    if digests is not None and digests.get(data.name) != sha256(data):
+        warn(
+            f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
+            "was trained on may be in it"
+        )
 
 
 def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:

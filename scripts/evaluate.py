@@ -5,27 +5,28 @@ Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --com
 
 import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minilora.answers import Answers
 from minilora.attach import adapter_disabled
-from minilora.build import Examples, build_examples, read_split
+from minilora.build import Examples, choose_device
 from minilora.config import Config
-from minilora.console import progress, warn
 from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
-from minilora.evaluate import score
 from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
+from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
+from minilora.origin import model_digests
 from minilora.prompt import ClassificationPrompt
-from minilora.rows import ENCODINGS, read_rows
+from minilora.report import Report, render_report
+from minilora.rows import ENCODINGS
 from minilora.script import build_parser, run_script
-from minilora.trained import open_trained, run_digests
+from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\
 examples:
@@ -45,7 +46,7 @@ def main(ranks: Ranks = ALONE) -> None:
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
     parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
     parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
-    parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl and evaluation.json")
+    parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
     parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
@@ -55,21 +56,13 @@ def main(ranks: Ranks = ALONE) -> None:
     with ranks.in_turn():
         trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
     config, prompt = trained.config, trained.prompt
-    if arguments.data is None:
-        data = Path(config.data.dir) / "test.jsonl"
-        examples = read_split(config, prompt, "test")
-        warn_of_another_test_set(arguments.model_path, data)
-    else:
-        data = arguments.data
-        examples = build_examples(read_rows(data, encoding=arguments.encoding)[: config.data.max_test_examples], prompt)
-    if not examples.examples or not examples.labelled:
-        raise UserError(f"{data}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+    data, examples = trained.read_reviews(arguments.data, arguments.encoding)
     model = trained.load(arguments.allow_bin, ranks)
 
-    results, probabilities = evaluate(config, model, prompt, examples, "evaluate", ranks)
+    results, probabilities = evaluate(trained, model, examples, "evaluate", ranks)
     if arguments.compare_base:
         with adapter_disabled(model):
-            results["base"], base_probabilities = evaluate(config, model, prompt, examples, "base model", ranks)
+            results["base"], base_probabilities = evaluate(trained, model, examples, "base model", ranks)
         labels = np.array(examples.labels)
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
@@ -79,38 +72,20 @@ def main(ranks: Ranks = ALONE) -> None:
     print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
-        write_results(arguments.output_dir, results, examples, probabilities, prompt)
-
-
-def warn_of_another_test_set(model_path: Path, data: Path) -> None:
-    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
-    digests = run_digests(model_path, "data")
-    if digests is not None and digests.get(data.name) != sha256(data):
-        warn(
-            f"warning: {data}: is not the file of the adapter's run, its SHA-256 is another; reviews that the adapter "
-            "was trained on may be in it"
-        )
+        report = render_report(report_of(trained, results, examples, probabilities))
+        write_results(arguments.output_dir, results, examples, probabilities, prompt, report)
 
 
 def evaluate(
-    config: Config, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: Examples, title: str, ranks: Ranks
+    trained: Trained, model: Qwen2ForCausalLM, examples: Examples, title: str, ranks: Ranks
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Metrics and (N, labels) probabilities, behind a progress bar; the ranks share the work."""
+    """Metrics and (N, labels) probabilities; the ranks share the work."""
     started = time.perf_counter()
-    with progress(title, len(examples.examples), "review") as bar:
-        batch_size = config.train.per_device_eval_batch_size
-        scores = score(model, examples.examples, prompt, batch_size, on_progress=bar.update, ranks=ranks)
-    if not math.isfinite(scores.loss):
-        raise UserError(
-            f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an adapter "
-            "from before its run went astray"
-        )
-    assert scores.probabilities is not None  # a prompt was given
+    loss, probabilities = trained.score(model, examples, title, ranks)
     seconds = time.perf_counter() - started
-    labels = np.array(examples.labels)
-    metrics = classification_metrics(labels, scores.probabilities, prompt.labels, config.prompt.positive)
-    speed = round(len(labels) / seconds, 2)
-    return {**metrics, "loss": scores.loss, "reviews_per_s": speed}, scores.probabilities
+    labels, prompt = np.array(examples.labels), trained.prompt
+    metrics = classification_metrics(labels, probabilities, prompt.labels, trained.config.prompt.positive)
+    return {**metrics, "loss": loss, "reviews_per_s": round(len(labels) / seconds, 2)}, probabilities
 
 
 def print_table(results: dict[str, Any], truncated: str) -> None:
@@ -145,14 +120,50 @@ def _figure(value: float | None) -> str:
     return f"{'-':>10}" if value is None else f"{value:10.4f}"
 
 
+def report_of(trained: Trained, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
+    """What the report of an evaluation shows: of the configuration only what scoring reads."""
+    config, data = trained.config, Path(results["data"])
+    scored = {"base model": results["base"], "adapter": results} if "base" in results else {"adapter": results}
+    cut = f"{examples.num_truncated:,} cut to {config.data.max_length} tokens"
+    remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
+    if "mcnemar" in results:
+        test = results["mcnemar"]
+        remark += (
+            f" The adapter alone is right in {test['b']:,} of them, the base model alone in {test['c']:,}; "
+            f"by chance that or more would come with p = {test['p_value']:.3g} (McNemar)."
+        )
+    return Report(
+        title="Evaluation report",
+        remark=remark,
+        results=scored,
+        answers=Answers(examples.rows, np.array(examples.labels), probabilities, trained.prompt.labels),
+        log=[],
+        ledger=None,
+        peak_bytes=peak_memory_bytes(choose_device(config)),
+        config={
+            section: {name: value for name, value in keys.items() if f"{section}.{name}".startswith(KEYS_READ)}
+            for section, keys in config.to_dict().items()
+        },
+        defaults=Config().to_dict(),
+        facts={
+            "adapter": trained.path,
+            "base model": {"name": config.model.name_or_path, "folder": trained.model_folder},
+            "speed": f"{results['reviews_per_s']} reviews a second",
+            "SHA-256 of the data": {data.name: sha256(data)},
+            "SHA-256 of the base model": model_digests(trained.model_folder),
+        },
+    )
+
+
 def write_results(
     directory: Path,
     results: dict[str, Any],
     examples: Examples,
     probabilities: np.ndarray,
     prompt: ClassificationPrompt,
+    report: str,
 ) -> None:
-    """predictions.jsonl, a line a review in the file's order, and evaluation.json.
+    """predictions.jsonl, a line a review in the file's order, evaluation.json and report.html.
 
     Raises:
         UserError: they cannot be written.
@@ -170,6 +181,7 @@ def write_results(
     contents = {
         "predictions.jsonl": "".join(lines),
         "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
+        "report.html": report,
     }
     try:
         for name, content in contents.items():

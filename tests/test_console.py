@@ -49,12 +49,35 @@ def test_progress_in_a_log_file_is_whole_lines(capsys: pytest.CaptureFixture[str
     assert not any(character in "".join(lines) for character in "\r\x1b")
 
 
-def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with console.progress("train", 3, "step", leave=True) as bar:
         bar.update(3)
     assert "\rtrain: 100%|" in sys.stderr.getvalue()
+
+
+def test_results_stand_on_lines_of_their_own_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with console.progress("predict", 3, "review") as bar:
+        bar.update(1)
+        console.emit("a result\n")
+    before, result, after = terminal.getvalue().partition("a result\n")
+    assert result
+    assert before.endswith("\r")  # the bar's line is blank, and the cursor at its beginning
+    assert not before.rpartition("\r")[0].rpartition("\r")[2].strip()
+    assert "predict:" in after
+
+
+def test_results_are_out_at_once_and_alone_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("predict", 3, "review") as bar:
+        console.emit("one\ntwo\n")
+        assert capsys.readouterr().out == "one\ntwo\n"
+        bar.update(3)
+    assert capsys.readouterr().out == ""

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.errors import UserError
-from minilora.files import StorageError
+from minilora.files import StorageError, sha256
 from minilora.train import fit
+from minilora.trained import warn_of_another_test_set
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 Evaluate = Callable[..., dict[str, Any]]
@@ -154,14 +155,14 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
 
 
 def test_where_no_run_is_known_there_is_nothing_to_warn_of(
-    final: Path, script: ModuleType, processed_data: Path, capsys: pytest.CaptureFixture[str]
+    final: Path, processed_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (final / "metrics.json").unlink()
-    script.warn_of_another_test_set(final, processed_data / "test.jsonl")
+    warn_of_another_test_set(final, processed_data / "test.jsonl")
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["predictions.jsonl", "evaluation.json"])
+@pytest.mark.parametrize("name", ["predictions.jsonl", "evaluation.json", "report.html"])
 def test_results_that_cannot_be_written_are_named_and_the_figures_are_not_lost(
     trained: Path, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -180,7 +181,7 @@ def test_a_full_disk_leaves_the_earlier_results_together(
 ) -> None:
     evaluate(trained / "final", "--output_dir", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert sorted(before) == ["evaluation.json", "predictions.jsonl"]
+    assert sorted(before) == ["evaluation.json", "predictions.jsonl", "report.html"]
     plain = script.write_file
 
     def fill(path: Path, content: bytes) -> None:
@@ -192,6 +193,29 @@ def test_a_full_disk_leaves_the_earlier_results_together(
     with pytest.raises(UserError, match=r"out: the results cannot be written \(.+No space left on device"):
         evaluate(trained / "final", "--output_dir", tmp_path / "out", "data.max_test_examples=4")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_reads(
+    trained: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    attack = "<script>alert(1)</script>"
+    (tmp_path / "reviews.tsv").write_text(f"label\ttext\n1\t{attack}\n0\t{attack}\n", "utf-8")
+    data, output = tmp_path / "reviews.tsv", tmp_path / "out"
+    results = evaluate(trained / "final", "--data", data, "--output_dir", output, "--compare-base")
+    page = (output / "report.html").read_text("utf-8")
+    assert "<h1>Evaluation report</h1>" in page
+    for metrics in (results, results["base"]):
+        assert f"<td>{metrics['log_loss']:.4f}</td>" in page
+    assert '<th scope="col">base model</th><th scope="col">adapter</th>' in page
+    assert f"{data}: 2 reviews, 0 cut to 512 tokens. The adapter alone is right in {results['mcnemar']['b']}" in page
+    assert sha256(data) in page
+    assert "<mark>prompt.<wbr>instruction</mark>" in page
+    assert "train.<wbr>per_device_eval_batch_size" in page
+    assert "lora.<wbr>r<" not in page
+    assert "<script" not in page
+    # one of two equal texts with different labels is answered wrong
+    assert "1 of 2 reviews are answered wrong" in page
+    assert '<p class="review" dir="auto">&lt;script&gt;alert(1)&lt;/script&gt;</p>' in page
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"model": {}}', '{"train": {}}', '{"model": 3}'])

@@ -19,6 +19,7 @@ import pytest
 from minilora import files
 from minilora.errors import UserError
 from minilora.files import (
+    GrowingFile,
     StorageError,
     explained,
     json_bytes,
@@ -26,6 +27,7 @@ from minilora.files import (
     make_folder,
     parse_json,
     remove,
+    replace_file,
     sha256,
     write_file,
 )
@@ -277,3 +279,75 @@ def test_a_holder_whose_name_is_no_text_is_told_all_the_same(tmp_path: Path) -> 
 def test_minus_zero_stays_one() -> None:
     found = parse_json("[-0, 0, -1]")
     assert [str(number) for number in found] == ["-0.0", "0", "-1"]
+
+
+def test_a_growing_file_replaces_what_stood_there_with_its_first_piece(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"a longer file than the new one")
+    file = GrowingFile(path)
+    assert path.read_bytes() == b"a longer file than the new one"
+    for piece in (b"one\n", b"two\n"):
+        file.append(piece)
+    assert path.read_bytes() == b"one\ntwo\n"
+    file.close()
+    file.close()
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_growing_file_that_gets_nothing_is_not_made(tmp_path: Path) -> None:
+    GrowingFile(tmp_path / "a").close()
+    assert names_in(tmp_path) == []
+    file = GrowingFile(tmp_path / "a")
+    file.append(b"")
+    file.close()
+    assert names_in(tmp_path) == ["a"]
+
+
+def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = GrowingFile(tmp_path / "a")
+    file.append(b"one\n")
+    plain, calls = os.write, []
+
+    def fill(descriptor: int, content: bytes) -> int:
+        calls.append(len(content))
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return plain(descriptor, content[:2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill)
+        with pytest.raises(StorageError, match=r"a: cannot be written \(No space left on device\); 4 bytes were to be"):
+            file.append(b"two\n")
+    assert calls == [4, 2]
+    assert (tmp_path / "a").read_bytes() == b"one\n"
+    file.append(b"three\n")
+    file.close()
+    assert (tmp_path / "a").read_bytes() == b"one\nthree\n"
+
+
+def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StorageError, match=r"cannot be written \(Is a directory\)"):
+        GrowingFile(tmp_path).append(b"x")
+    file = GrowingFile(tmp_path / "a")
+    file.append(b"x")
+    monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
+    with pytest.raises(StorageError, match=r"a: cannot be written \(Input/output error\)"):
+        file.close()
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = tmp_path / "report.html"
+    replace_file(path, b"first")
+    with monkeypatch.context() as patch:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(Path if name == "replace" else os, name, raising(error))
+        with pytest.raises(StorageError, match=r"report\.html: cannot be written \(No space left on device\)"):
+            replace_file(path, b"second")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"first")
+    replace_file(path, b"third")
+    assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"third")

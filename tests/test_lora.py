@@ -6,15 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.lora import (
-    Again,
-    DropoutSeed,
-    LoRALinear,
-    LoRAWeights,
-    dropped_places,
-    merged_weight,
-    project,
-)
+from minilora.lora import Again, DropoutSeed, LoRALinear, LoRAWeights, dropped_places, merged_weight, project
 from minilora.nf4 import Linear4bit, quantize
 
 

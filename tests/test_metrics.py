@@ -14,6 +14,7 @@ from sklearn import metrics as sklearn_metrics
 
 from minilora.metrics import (
     bootstrap_intervals,
+    calibration_bins,
     classification_metrics,
     confusion_matrix,
     expected_calibration_error,
@@ -148,6 +149,15 @@ def test_log_loss_of_certainty_is_clipped_as_well() -> None:
         # numpy's and C's logarithm may differ in the last bit.
         loss = log_loss(np.array([0]), np.array([[certain, 0.0]]))
         assert loss == pytest.approx(-math.log(1 - 2**-52), rel=1e-14, abs=0)
+
+
+def test_calibration_bins_count_every_review_once() -> None:
+    # confidences 0.5 | 0.6, 0.9, 0.9: an edge belongs to the bin below it
+    labels = np.array([0, 0, 1, 0])
+    probabilities = np.array([[0.5, 0.5], [0.6, 0.4], [0.1, 0.9], [0.1, 0.9]])
+    counts, correct, confidence = calibration_bins(labels, probabilities, num_bins=2)
+    assert (counts.tolist(), correct.tolist()) == ([1, 3], [1, 2])
+    assert confidence == pytest.approx([0.5, 2.4])
 
 
 def test_calibration_error_of_hand_worked_bins() -> None:

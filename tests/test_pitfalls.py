@@ -22,8 +22,9 @@ from minilora.batch import pack
 from minilora.config import Config, load_config
 from minilora.errors import UserError
 from minilora.lora import DropoutSeed
+from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge
 from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
+from minilora.nf4 import Linear4bit, quantize
 from minilora.optim import build_optimizer
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.runlog import MEASURED_KEYS, read_metrics
@@ -140,8 +141,8 @@ def test_2_2_a_resumed_run_is_the_same_run(
 
 
 def test_2_3_nothing_quantises_the_base_again(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
-    """peft#1043, #2321: merging into 4 bits loses the fine-tune. There is no merging here yet; training, which could
-    do the same harm, leaves every byte of the 4-bit base as it was loaded."""
+    """peft#1043, #2321: merging into 4 bits loses the fine-tune. Training leaves every byte of the 4-bit base as it was
+    loaded."""
     model = tiny_model("nf4")
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 2 * 7
@@ -153,6 +154,28 @@ def test_2_3_nothing_quantises_the_base_again(tiny_model: LoadModel, chat_tokeni
     for layer, values in zip(layers, before, strict=True):
         assert {name for name, _ in layer.named_buffers()} == set(values)
         assert all(torch.equal(value, values[name]) for name, value in layer.named_buffers())
+
+
+@pytest.mark.parametrize("into", [ORIGINAL, DEQUANTIZED])
+def test_2_3_a_merge_keeps_an_adapter_that_4_bits_would_round_away(
+    tiny_checkpoint: Callable[..., Path], tiny_model: LoadModel, tmp_path: Path, into: str
+) -> None:
+    """unsloth-zoo#810, mlx-tune#15: what is put in 4 bits again has lost most of a small product; a merge has not."""
+    model = tiny_model("nf4")
+    attach_adapter(model, ADAPTER)
+    for _, w in iter_lora_weights(model):
+        torch.nn.init.normal_(w.lora_B, std=0.01, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path, ADAPTER)
+    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, "nf4", True)
+    for path, w in iter_lora_weights(model):
+        product = w.scaling * w.lora_B @ w.lora_A
+        base = merge.weights.in_4bit(f"{path}.weight")
+        assert base is not None
+        held = base.dequantize(torch.float32) if into == DEQUANTIZED else merge.weights.read(f"{path}.weight")
+        kept = merge.tensor(f"{path}.weight", into, torch.float32) - held
+        torch.testing.assert_close(kept, product, rtol=0, atol=1e-6)  # float32 ulps of numbers below 1
+        again = quantize(held + product).dequantize(torch.float32) - held
+        assert (again - product).norm() > product.norm()  # gone in the rounding
 
 
 def drop_prefix(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> dict[str, torch.Tensor]:

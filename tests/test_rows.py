@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.errors import UserError
-from minilora.rows import LABEL_COLUMNS, TEXT_COLUMNS, Row, read_demo_rows, read_rows
+from minilora.rows import LABEL_COLUMNS, TEXT_COLUMNS, Row, iter_line_rows, iter_texts, read_demo_rows, read_rows
 
 RECORDS = [(1, '很好，"推荐"'), (0, "差")]
 
@@ -181,9 +181,9 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
             r"prepare the file with scripts/preprocess_data\.py --label-column NAME",
         ),
         ("a.tsv", "label\ttext\n \t好\n", r"a\.tsv:2: label is '', expected a word or a whole number; correct the row"),
-        ("a.tsv", b"label\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 13\); save it as UTF-8"),
-        ("a.tsv", b"\xef\xbb\xbflabel\ttext\n1\t\xff\n", r"a\.tsv: is not UTF-8 \(byte 16\)"),
-        ("a.jsonl", '{"label": 1}'.encode("utf-16"), r"a\.jsonl: is not UTF-8 \(byte 0\)"),
+        ("a.tsv", b"label\ttext\n1\t\xff\n", r"a\.tsv:2: is not UTF-8 \(byte 13\); save it as UTF-8"),
+        ("a.tsv", b"\xef\xbb\xbflabel\ttext\n1\t\xff\n", r"a\.tsv:2: is not UTF-8 \(byte 16\)"),
+        ("a.jsonl", '{"label": 1}'.encode("utf-16"), r"a\.jsonl:1: is not UTF-8 \(byte 0\)"),
         ("a.tsv", "label\ttext\tlabel\n1\t好\t0\n", r"a\.tsv:1: column label is there twice; rename or remove one"),
         ("a.csv", "\ntext,label, text\n好,0,坏\n", r"a\.csv:2: column text is there twice; rename or remove one"),
         ("a.tsv", "label\ttext\n\n", r"a\.tsv: has a line of column names and no record; add records, or end each"),
@@ -322,3 +322,68 @@ def test_a_review_of_any_length_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(f"label\ttext\n1\t{'很好' * 50_000}\n0\tshort\n", "utf-8")
     assert [len(row.text or "") for row in read_rows(path)] == [100_000, 5]
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "arrow", "arrow-file", "txt"])
+def test_texts_are_read_from_every_kind_of_file_and_need_no_label(kind: str, tmp_path: Path) -> None:
+    texts = ["很好", "", "差"]
+    path = tmp_path / f"reviews.{kind.partition('-')[0]}"
+    table = pyarrow.table({"id": [1, 2, 3], "text": texts})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind.startswith("arrow"):
+        new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        content = {
+            "tsv": "id\ttext\n1\t很好\n2\t\n3\t差\n",
+            "csv": "id,text\n1,很好\n2,\n3,差\n",
+            "jsonl": '{"text": "很好"}\n{"text": null}\n{"text": "差", "label": [1]}\n',
+            "txt": "很好\n\n差",
+        }[kind]
+        write(path, content)
+    first = 2 if kind in ("tsv", "csv") else 1
+    expected = [Row(f"{path}:{first + place}", text) for place, text in enumerate(texts)]
+    assert list(iter_texts(path)) == expected
+
+
+def test_texts_are_there_before_a_bad_line_behind_them(tmp_path: Path) -> None:
+    rows = iter_texts(write(tmp_path / "a.jsonl", '{"text": "好"}\n{"text": "差"}\n{"text"\n'))
+    assert [next(rows).text, next(rows).text] == ["好", "差"]
+    with pytest.raises(UserError, match=r"a\.jsonl:3: is not JSON"):
+        next(rows)
+
+
+def test_a_parquet_file_of_several_batches_keeps_its_order(tmp_path: Path) -> None:
+    texts = [str(number) for number in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=700)
+    rows = list(iter_texts(tmp_path / "a.parquet"))
+    assert [row.text for row in rows] == texts
+    assert rows[-1].where == f"{tmp_path / 'a.parquet'}:2500"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.csv", "a,b\n1,2\n", None, r"a\.csv:2: no text column .*; the file has a, b; name it with --text-column$"),
+        ("a.csv", "a,text\n1,2\n", "c", r"a\.csv:2: no text column 'c'; the file has a, text; name it with --text-c"),
+        ("a.txt", "好\n", "c", r"a\.txt:1: no text column 'c'; the file has text;"),
+        ("a.jsonl", '{"messages": []}\n', None, r"a\.jsonl:1: no text column .*; the file has messages;"),
+        ("a.jsonl", '{"text": 3}\n', None, r"a\.jsonl:1: text is 3, expected a string"),
+        ("a.jsonl", '{"text": "坏\\ud83d"}\n', None, r"a\.jsonl:1: holds half a character"),
+        ("a.doc", "x", None, r"a\.doc: is not one of \.tsv, \.csv, \.jsonl, \.parquet, \.arrow, \.txt; convert it or"),
+        ("a.txt", "\n \n", None, r"a\.txt: is empty; give a file with records"),
+    ],
+)
+def test_a_file_without_texts_is_named(
+    name: str, content: str, column: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        list(iter_texts(write(tmp_path / name, content), column))
+
+
+def test_lines_are_rows_that_are_named_after_their_source() -> None:
+    assert list(iter_line_rows(["好", ""], "pipe")) == [Row("pipe:1", "好"), Row("pipe:2", "")]
+    with pytest.raises(UserError, match=r"command line:1: holds half a character"):  # a byte that was no UTF-8
+        list(iter_line_rows(["\udcff"], "command line"))

@@ -35,6 +35,7 @@ from minilora.run import set_run_aside
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from minilora.script import Interrupted
 from minilora.step import StepResult
+from minilora.trackers import Tracker
 from minilora.train import fit
 
 Fit = Callable[..., Path]
@@ -472,17 +473,18 @@ def test_restart_sets_everything_aside_and_begins_anew(
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
-@pytest.mark.parametrize("moment", range(1, 6))
+@pytest.mark.parametrize("moment", range(1, 8))
 def test_a_restart_that_was_killed_anywhere_is_ended_by_the_next_run_whatever_it_asks_for(
     final: Path, run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, is_finished: bool
 ) -> None:
     directory = tmp_path / "run"
-    (directory / "tensorboard").mkdir()
+    for name in ("tensorboard", "wandb"):
+        (directory / name).mkdir()
     (directory / "loss.png").write_bytes(b"a plot")
     if not is_finished:
         shutil.rmtree(final)
     names = sorted(name for name in run_module.RUN_FILES if (directory / name).exists())
-    assert len(names) == 4  # and the folder that they are in: five renamings
+    assert len(names) == 6  # and the folder that they are in: seven renamings
     log, saved = lasting(directory), saved_steps(final)
     calls = itertools.count(1)
     plain = Path.rename
@@ -1043,3 +1045,77 @@ def test_a_scale_that_was_lost_on_the_way_to_the_file_is_noticed(run: Fit, monke
     monkeypatch.setattr(final_module, "adapter_files", files_rescaled)
     with pytest.raises(UserError, match="read back, the adapter is not the one that was trained"):
         run()
+
+
+def report_of(final: Path) -> str:
+    return (final.parent.parent / "report.html").read_text("utf-8")
+
+
+def test_the_report_shows_the_run_and_is_written_again_with_the_final_folder(final: Path, run: Fit) -> None:
+    metrics, page = read(final / "metrics.json"), report_of(final)
+    for name in ("test_before", "test"):
+        low, high = metrics[name]["confidence_intervals_95"]["f1"]
+        assert f"<td>{metrics[name]['f1']:.4f}<small>{low:.3f} to {high:.3f}</small></td>" in page
+    confusion = metrics["test"]["confusion_matrix"]
+    assert f"{confusion[0][1] + confusion[1][0]} of 12 reviews are answered wrong" in page
+    for digest in (*metrics["data_sha256"].values(), *metrics["model_sha256"].values()):
+        assert digest in page
+    assert "<mark>lora.<wbr>r</mark>" in page
+    assert "Predicted " in page
+    shutil.rmtree(final)
+    (final.parent.parent / "report.html").unlink()
+    run()
+    around = re.compile("<section.aria-labelledby=.(?:memory|skipped-steps).>")  # the memory is measured anew
+    assert around.split(report_of(final))[::2] == around.split(page)[::2]
+
+
+def test_without_a_test_set_the_report_says_so_whatever_was_scored_before(final: Path, run: Fit) -> None:
+    shutil.rmtree(final)
+    run(**{"train.do_predict": False})
+    page = report_of(final)
+    assert "The test set was not scored (train.do_predict=false)" in page
+    assert "Worst mistakes" not in page
+    assert "Loss of training and validation" in page
+
+
+@pytest.mark.parametrize("name", ["report.html", "loss.png"])
+def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
+    run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / "run" / name
+    path.mkdir(parents=True)
+    final = run()
+    assert f"note: {path} cannot be written (Is a directory)\n" in capsys.readouterr().err
+    assert verify_folder(final) is None
+    other = path.with_name({"report.html": "loss.png", "loss.png": "report.html"}[name])
+    assert other.stat().st_size > 10_000
+    assert not list(path.parent.glob(".writing-*"))
+
+
+def test_a_tracker_has_every_line_of_the_log_and_hears_of_an_interruption(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Notes(Tracker):
+        def write(self, row: dict[str, Any]) -> None:
+            heard.append(dict(row))
+
+        def close(self, is_done: bool) -> None:
+            ends.append(is_done)
+
+    def interrupted(*arguments: Any) -> StepResult:
+        if arguments[7] == 3:
+            raise Interrupted(signal.SIGTERM)
+        return step_module.train_step(*arguments)
+
+    heard: list[dict[str, Any]] = []
+    ends: list[bool] = []
+    opened: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(train, "open_tracker", lambda *arguments: opened.append(arguments) or Notes())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        with pytest.raises(Interrupted):
+            run()
+    run()
+    assert [step for _, _, step, _ in opened] == [0, 2]
+    assert ends == [False, True]
+    assert heard == read_metrics(tmp_path / "run")

@@ -1,12 +1,9 @@
-"""metrics.jsonl survives an interruption, and the plot shows what is in it."""
+"""metrics.jsonl survives an interruption."""
 
-import builtins
-import importlib.util
 import json
 import math
 import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ import pytest
 from minilora import runlog
 from minilora.errors import UserError
 from minilora.files import StorageError
-from minilora.runlog import RunLog, check_log, plot_metrics, read_metrics
+from minilora.runlog import RunLog, read_metrics
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
 
@@ -193,50 +190,8 @@ def test_a_line_that_is_no_row_does_no_harm_behind_the_checkpoint_and_is_named_b
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 40 + b"\n" + json.dumps(row(4)).encode() + b"\n")
     assert read_metrics(tmp_path, 2) == [row(1), row(2)]
-    check_log(tmp_path, "none", 2)
     for step in (None, 3):
         with pytest.raises(UserError, match=r"metrics\.jsonl:3: is not a line of a run's log"):
             read_metrics(tmp_path, step)
-    with pytest.raises(UserError, match=r"metrics\.jsonl:3: is not a line of a run's log"):
-        check_log(tmp_path, "none", 3)
     write_rows(tmp_path, 3, start=2)
     assert read_metrics(tmp_path) == [row(1), row(2), row(3)]
-
-
-def test_the_plot_is_drawn_from_rows_with_different_keys(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    write_rows(tmp_path, 1, 2)
-    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**row(3), "eval_loss": 0.4, "eval_accuracy": 0.9}) + "\n")
-        file.write(json.dumps({**row(4), "train_loss": None, "skipped": True}) + "\n")
-    path = plot_metrics(tmp_path)
-    assert path == tmp_path / "loss.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_empty_log_can_be_plotted(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = plot_metrics(tmp_path)
-    assert path is not None
-    assert path.is_file()
-
-
-def test_without_matplotlib_there_is_no_plot_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **keywords: Any) -> ModuleType:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return plain(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    assert plot_metrics(tmp_path) is None
-    assert not (tmp_path / "loss.png").exists()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_files_are_written_where_asked_for(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 10, 0, "tensorboard")
-    log.write({**row(1), "grad_norm": None, "skipped": True})
-    log.close()
-    assert list((tmp_path / "tensorboard").glob("events.*"))

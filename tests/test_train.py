@@ -145,6 +145,7 @@ def test_the_final_folder_and_the_log_hold_what_is_promised(undisturbed: Path) -
         "manifest.json",
     }
     assert (undisturbed / "loss.png").stat().st_size > 10_000
+    assert "<h1>Training report</h1>" in (undisturbed / "report.html").read_text("utf-8")
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert {"epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_s"} <= set(rows[0])
@@ -242,6 +243,9 @@ def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: 
     assert "Test set: 4 records." in card
     assert "正面" not in card
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    page = (output / "report.html").read_text("utf-8")
+    assert "4 records, 0 cut to 40 tokens. Conversations have no labels" in page
+    assert "Worst mistakes" not in page
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(keys: list[str], tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
-"""What must not matter does not: how a batch is cut, ordered and packed; an adapter of zeros; the names of labels."""
+"""What must not matter does not: how a batch is cut, ordered and packed; an adapter of zeros; whether an adapter is
+merged; the names of labels."""
 
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from minilora.adapter import save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import lora_parameters
 from minilora.batch import pack
 from minilora.evaluate import score
-from minilora.loss import next_token_nll
+from minilora.loss import head_logits, next_token_nll
+from minilora.merge import open_merge
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from tests.conftest import make_reviews
@@ -81,6 +85,34 @@ def test_an_adapter_of_zeros_changes_nothing(
     plain, zero = (score(model, examples, prompt, 4) for model in (base, adapted))
     assert plain.loss == zero.loss
     np.testing.assert_array_equal(plain.probabilities, zero.probabilities)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_merged_equals_adapted(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_model: Callable[..., Qwen2ForCausalLM],
+    examples: list[Example],
+    prompt: ClassificationPrompt,
+    tmp_path: Path,
+    quantization: str,
+) -> None:
+    adapted = tiny_model(quantization)
+    base = score(adapted, examples, prompt, 4)
+    attach_adapter(adapted, ADAPTER, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora_parameters(adapted):
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    save_adapter(adapted, tmp_path, ADAPTER)
+    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, quantization, True)
+    merged = merge.build(merge.variants[0], torch.float32, torch.float32, "cpu")  # of nf4, what training saw
+    batch = pack(examples)
+    with torch.no_grad():
+        found, expected = (head_logits(model(batch), model.head_weight) for model in (merged, adapted))
+    # Float32, W + s B A multiplied at once or apart: sums of 64 to 128 products in another order, logits up to 6.
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
+    trained, whole = score(adapted, examples, prompt, 4), score(merged, examples, prompt, 4)
+    np.testing.assert_allclose(whole.probabilities, trained.probabilities, rtol=0, atol=1e-5)
+    assert abs(trained.loss - base.loss) > 0.01  # the adapter does something
 
 
 def test_swapped_labels_mirror_the_probabilities(

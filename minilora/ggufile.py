@@ -1,0 +1,172 @@
+"""A dense Qwen2.5 checkpoint in, one GGUF file for llama.cpp and what is built on it out.
+
+A GGUF file is a table of metadata, then the tensors: all that llama.cpp knows of a model, its tokenizer and its chat
+template too. The `gguf` package, llama.cpp's own, writes the format, names the tensors and rounds to 8 bits; here is
+what is Qwen2's: which metadata the architecture asks for, and how its vocabulary is laid out.
+
+    f32, f16, bf16    the numbers, in that type
+    q8_0              8 bits and a float16 scale for every 32 numbers of a row
+
+Norms and biases stay in float32, as llama.cpp wants them. A tied head is left out: llama.cpp takes the embedding.
+
+Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from minilora.errors import UserError
+from minilora.files import explained, read_json
+from minilora.load import read_config
+from minilora.tensorfile import read_checkpoint_entries, read_tensor
+
+KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
+CHUNK = 1 << 24  # numbers that are converted at a time
+
+
+def import_gguf() -> Any:
+    """The `gguf` package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("--gguf: needs the gguf package; pip install 'minilora[gguf]'") from None
+    return gguf
+
+
+def check_gguf(checkpoint: Path) -> None:
+    """Raises UserError for what `write_gguf` would lack, before anything else is computed."""
+    import_gguf()
+    _context_length(checkpoint)
+
+
+def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
+    """Size of the tensors in a GGUF file of `kind`; some megabytes of vocabulary come to it."""
+    return sum(math.prod(_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
+
+
+def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
+    """Writes `path` from a checkpoint's weights, configuration and tokenizer, one tensor at a time.
+
+    Args:
+        checkpoint: folder with a dense Qwen2.5 model.
+        path: of the file.
+        kind: one of KINDS.
+        name: what llama.cpp calls the model.
+
+    Raises:
+        UserError: the gguf package is missing, or the checkpoint lacks what llama.cpp needs.
+        StorageError: the disk is full or fails.
+    """
+    gguf = import_gguf()
+    entries = read_checkpoint_entries(checkpoint)
+    config = read_config(checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    with explained(path):
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
+        try:
+            for key, entry in entries.items():
+                kept_as = _type_of(entry.shape, kind)
+                shape = _byte_shape(entry.shape, kept_as)
+                short = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                writer.add_tensor_info(short, shape, np.dtype(np.uint8), math.prod(shape), kept_as)
+            _add_metadata(writer, checkpoint, kind, name)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for key, entry in entries.items():
+                writer.write_tensor_data(_convert(key, read_tensor(entry), _type_of(entry.shape, kind)))
+        finally:
+            writer.close()
+
+
+def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
+    """All that llama.cpp reads of a qwen2 model beside its tensors."""
+    gguf = import_gguf()
+    config, context_length = read_config(checkpoint), _context_length(checkpoint)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
+    writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    tokens, types = zip(*_iter_tokens(checkpoint, config.vocab_size), strict=True)
+    writer.add_tokenizer_model("gpt2")  # byte-level merges
+    writer.add_tokenizer_pre("qwen2")  # the pattern that text is split by before them
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=config.vocab_size)
+    special.add_special_token["bos"] = False  # Qwen's tokenizer puts no token before a text
+    special.add_to_gguf(writer, quiet=True)  # merges, ids of eos, bos and pad, chat template
+
+
+def _context_length(checkpoint: Path) -> int:
+    path = checkpoint / "config.json"
+    length = read_json(path).get("max_position_embeddings")
+    if type(length) is not int or length < 1:
+        raise UserError(
+            f"{path}: max_position_embeddings is {length!r}, llama.cpp needs the longest text in tokens; put it in, as "
+            "the base model's config.json has it"
+        )
+    return length
+
+
+def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:
+    """Text and type of every id, in order; rows of the embedding that no token has are unused ones."""
+    kinds = import_gguf().TokenType
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    by_id = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.get_added_tokens_decoder()
+    for token_id in range(vocab_size):
+        text = by_id.get(token_id)
+        if text is None:
+            yield f"[PAD{token_id}]", kinds.UNUSED
+        elif token_id not in added:
+            yield text, kinds.NORMAL
+        else:  # Qwen's file marks <|fim_prefix|> and others as ordinary; no text may become them
+            is_control = added[token_id].special or (text.startswith("<|") and text.endswith("|>"))
+            yield text, kinds.CONTROL if is_control else kinds.USER_DEFINED
+
+
+def _type_of(shape: torch.Size, kind: str) -> Any:
+    """The type that a tensor is written in: float32 with one axis, float16 where a row has no whole blocks."""
+    gguf = import_gguf()
+    if len(shape) == 1:
+        return gguf.GGMLQuantizationType.F32
+    chosen = gguf.GGMLQuantizationType[kind.upper()]
+    return chosen if shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else gguf.GGMLQuantizationType.F16
+
+
+def _byte_shape(shape: torch.Size, kept_as: Any) -> tuple[int, ...]:
+    """`shape` with the bytes of a row in place of its numbers."""
+    return tuple(import_gguf().quant_shape_to_byte_shape(shape, kept_as))
+
+
+def _convert(key: str, tensor: torch.Tensor, kept_as: Any) -> np.ndarray:
+    """The tensor in the type `kept_as`: (rows, bytes of a row) uint8."""
+    gguf = import_gguf()
+    matrix = tensor.view(-1, tensor.shape[-1])
+    data = np.empty(_byte_shape(matrix.shape, kept_as), np.uint8)
+    step = max(1, CHUNK // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        piece = matrix[start : start + step].float()
+        if kept_as == gguf.GGMLQuantizationType.F16 and piece.abs().max() > torch.finfo(torch.float16).max:
+            raise UserError(f"{key}: has values that float16 cannot hold; write --gguf bf16 or f32")
+        data[start : start + step] = gguf.quantize(piece.numpy(), kept_as).view(np.uint8)
+    return data

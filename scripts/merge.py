@@ -1,0 +1,201 @@
+"""Merges an adapter into its base model: one dense checkpoint that transformers, vLLM or the next training loads.
+
+Ends with a drift table, so that you see what merging costs before you ship it: accuracy on given reviews, and how far
+the probabilities of their labels move, of the adapter on its base as it was trained, and of both ways to merge. The
+last line is JSON; the table is in OUTPUT/drift.json too. What is written is dense, never put in 4 bits again.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilora.build import Examples, choose_device, choose_dtype
+from minilora.console import progress, say, warn
+from minilora.drift import drift, render_drift
+from minilora.errors import UserError
+from minilora.files import WRITING, explained, json_bytes, make_folder, remove, write_file
+from minilora.ggufile import KINDS, check_gguf, gguf_bytes, write_gguf
+from minilora.load import load_model
+from minilora.manifest import finish_folder
+from minilora.merge import (
+    DEQUANTIZED,
+    DTYPES,
+    FACT,
+    ORIGINAL,
+    Merge,
+    open_merge,
+    refuse_full_disk,
+    refuse_output,
+    refuse_variant,
+    write_merged,
+)
+from minilora.rows import ENCODINGS
+from minilora.script import build_parser, run_script
+from minilora.tensorfile import dtype_name
+from minilora.trained import Trained, open_trained
+
+EXAMPLES = """\
+examples:
+  python scripts/merge.py --model_path outputs/checkpoints/final --output merged
+  python scripts/merge.py --model_path outputs/checkpoints/final --output merged --into dequantized --data reviews.tsv
+  python scripts/merge.py --model_path outputs/checkpoints/final --output merged --no-drift --gguf q8_0
+  python scripts/merge.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --output merged \\
+      --data reviews.tsv model.quantization=none
+"""
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def main() -> None:
+    """Reads the command line, merges, measures, puts the finished folder in place."""
+    arguments = parse_arguments()
+    output: Path = arguments.output.resolve()
+    refuse_output(output)
+    make_folder(output.parent, "--output")
+    limit = [] if arguments.max_examples is None else [f"data.max_test_examples={arguments.max_examples}"]
+    trained = open_trained(
+        arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None
+    )
+    if output == trained.model_folder.resolve():
+        raise UserError(f"{output}: is the base model's own folder; choose another --output")
+    if arguments.gguf is not None:
+        check_gguf(trained.model_folder)
+    merge, into = open_run(trained, arguments.allow_bin), arguments.into
+    refuse_variant(merge, into)
+    if into == ORIGINAL and trained.config.lora.init_lora_weights == "loftq":
+        warn(
+            "warning: the run began with LoftQ, so the adapter also repairs what 4 bits lost; the original weights "
+            f"lost nothing, and --into {DEQUANTIZED} fits better"
+        )
+    dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
+    of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
+    refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
+    data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, arguments.encoding)
+
+    temporary = output.with_name(WRITING + output.name)
+    results: dict[str, Any] = {"output": str(arguments.output), FACT: into, "dtype": dtype_name(dtype)}
+    try:
+        with explained(temporary):
+            remove(temporary)  # of a merge that was killed
+            temporary.mkdir()
+        with progress(f"merge into {into}", len(merge.shapes), "tensor") as bar:
+            write_merged(merge, into, dtype, temporary, arguments.max_shard_size, bar.update)
+        if arguments.gguf is not None:
+            say(f"write model-{arguments.gguf}.gguf")
+            write_gguf(temporary, temporary / f"model-{arguments.gguf}.gguf", arguments.gguf, output.name)
+        if reviews is not None:
+            rows = measure_drift(trained, merge, into, dtype, temporary, reviews, arguments.allow_bin)
+            results["drift"] = {"data": str(data), "num_examples": len(reviews.examples), "models": rows}
+            write_file(temporary / "drift.json", json_bytes(results["drift"]))
+            print(f"{len(reviews.examples)} reviews of {data}; written: merged {into}")
+            print(render_drift(rows, len(reviews.examples)))
+        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path.resolve())})
+    finally:
+        remove(temporary)
+    say(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
+    print(json.dumps(results, ensure_ascii=False))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__, EXAMPLES)
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the merged model; replaces another merge"
+    )
+    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
+    parser.add_argument(
+        "--into",
+        choices=(ORIGINAL, DEQUANTIZED),
+        default=ORIGINAL,
+        help="the base's own weights (the default), or those that training saw, in 4 bits and back",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written tensors (default: the base's own)")
+    parser.add_argument(
+        "--max-shard-size", type=read_size, default="2GB", help="of one file, as 500MB or 2GB (default: 2GB)"
+    )
+    parser.add_argument(
+        "--gguf", choices=KINDS, nargs="?", const="f16", help="also write a GGUF file for llama.cpp (default type: f16)"
+    )
+    parser.add_argument("--data", type=Path, help="reviews for the drift table (default: the test split of its run)")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
+    parser.add_argument("--max_examples", help="score the first so many reviews; data.max_test_examples does the same")
+    parser.add_argument("--no-drift", action="store_true", help="merge, and measure nothing")
+    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    return parser.parse_intermixed_args()
+
+
+def read_size(text: str) -> int:
+    """Bytes of "500MB" or "2GB", of a thousand each, as Hugging Face counts them."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size such as 500MB or 2GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def open_run(trained: Trained, allow_bin: bool) -> Merge:
+    """Base and adapter, with the 4-bit weights that the adapter's run had."""
+    config = trained.config
+    device = choose_device(config)
+    return open_merge(
+        trained.model_folder,
+        trained.path,
+        choose_dtype(config, device),
+        config.model.quantization,
+        config.model.double_quantization,
+        device,
+        allow_bin,
+    )
+
+
+def read_reviews(trained: Trained, data: Path | None, encoding: str) -> tuple[Path, Examples]:
+    """`Trained.read_reviews`, with what to do where there is no test split."""
+    split = Path(trained.config.data.dir) / "test.jsonl"
+    if data is None and not split.is_file():
+        raise UserError(
+            f"{split}: is not there, so drift cannot be measured on the test split of the adapter's run; give other "
+            "reviews with --data, or merge with --no-drift"
+        )
+    return trained.read_reviews(data, encoding)
+
+
+def measure_drift(
+    trained: Trained, merge: Merge, into: str, dtype: torch.dtype, folder: Path, reviews: Examples, allow_bin: bool
+) -> dict[str, dict[str, Any]]:
+    """`drift` from the adapter as it was trained, of the model in `folder` and of the other way to merge, by name.
+
+    The written model is loaded from its files, as whoever uses it will load it, so its figures are the check of them.
+
+    Args:
+        trained: the adapter and its run.
+        merge: the same adapter and base.
+        into: what `folder` was merged into.
+        dtype: of its tensors.
+        folder: the written model.
+        reviews: labelled.
+        allow_bin: see `Trained.load`.
+    """
+    device = choose_device(trained.config)
+    compute_dtype = choose_dtype(trained.config, device)
+    labels = np.array(reviews.labels)
+    _, before = trained.score(trained.load(allow_bin), reviews, "score adapter")
+    quantization = trained.config.model.quantization
+    rows = {f"adapter on {'the base' if quantization == 'none' else quantization}": drift(labels, before, before)}
+    for variant in merge.variants:
+        if variant == into:
+            model = load_model(folder, compute_dtype, "none", device=device)
+        else:
+            model = merge.build(variant, dtype, compute_dtype, device)
+        _, after = trained.score(model, reviews, f"score merged {variant}")
+        rows[f"merged {variant}"] = drift(labels, before, after)
+        del model  # before the next one is built
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main)

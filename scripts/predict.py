@@ -1,0 +1,267 @@
+"""Predicts the label of reviews, and says how probable it is: of one review, of a file, or of lines from a pipe.
+
+The probabilities are the model's own softmax over the label words; nothing has calibrated them.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from minilora.console import emit, progress, say, warn
+from minilora.errors import UserError
+from minilora.evaluate import MAX_TOKENS
+from minilora.files import GrowingFile, make_folder
+from minilora.lines import count_lines, iter_lines
+from minilora.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
+from minilora.rows import ENCODINGS, Row, iter_line_rows, iter_texts
+from minilora.script import Interrupted, SafePoints, build_parser, run_script
+from minilora.trained import Trained, is_base, open_base, open_trained
+
+STANDARD_INPUT = Path("-")
+FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output
+EXAMPLES = """\
+examples:
+  python scripts/predict.py --model_path outputs/checkpoints/final "房间很干净，早餐也不错"
+  python scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv --output predictions.csv
+  tail -f reviews.txt | python scripts/predict.py --model_path outputs/checkpoints/final --format jsonl
+  python scripts/predict.py --model_path Qwen/Qwen2.5-0.5B-Instruct "房间很干净" model.quantization=none
+
+What stands behind -- is a review, whatever it looks like. Results are written in the order of the input, some while the
+rest is still computed; a line from a pipe waits a second at most for others to be computed with. An index counts the
+input's records from 0; empty ones are skipped, and their number is said at the end.
+"""
+KEYS_READ = ("model.", "prompt.", "data.max_length")
+OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
+
+
+def main() -> None:
+    """Reads the command line, predicts, writes the results as they come."""
+    arguments = parse_arguments()
+    path, reviews = arguments.input, arguments.reviews
+    if arguments.output is not None:
+        check_output(arguments.output, path, arguments.overwrite)
+    if path == STANDARD_INPUT:
+        rows = iter_line_rows(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
+        windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
+    elif path is not None:
+        rows = iter_texts(path, arguments.text_column, arguments.encoding)
+        windows = iter_windows(read_first(rows, path))
+    else:
+        windows = iter_windows(iter_line_rows(reviews, "command line"))
+
+    trained = open_model(arguments)
+    total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
+    predictor = Predictor(trained.load(arguments.allow_bin), trained.prompt, arguments.max_batch_tokens)
+    write_all(windows, predictor, arguments, total)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; what is not said is decided here."""
+    parser = build_parser(__doc__, EXAMPLES)
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter, or a base model alone")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="TSV, CSV, JSONL or parquet with a text column, .txt with a review a line, or - for such lines on "
+        "standard input, which is read too where there is nothing else",
+    )
+    parser.add_argument("--text-column", help="of --input (default: text, text_a, review, sentence or content)")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files and standard input")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="grows while it is written (default: the screen)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    parser.add_argument(
+        "--format",
+        choices=("table", "jsonl", "csv"),
+        help="default: that of --output's ending, else a table on a terminal and JSONL elsewhere",
+    )
+    parser.add_argument(
+        "--max-batch-tokens", type=int, default=MAX_TOKENS, metavar="N", help="of a forward pass (default: %(default)s)"
+    )
+    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
+    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
+    parser.add_argument(
+        "words", nargs="*", metavar="REVIEW or section.key=value", help="reviews, and keys as in train.py"
+    )
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # argparse loses its way there
+    arguments = parser.parse_intermixed_args(words[:end])
+
+    arguments.overrides = [word for word in arguments.words if OVERRIDE.fullmatch(word)]
+    arguments.reviews = [word for word in arguments.words if not OVERRIDE.fullmatch(word)] + words[end + 1 :]
+    if arguments.reviews == ["-"] and end == len(words):
+        arguments.input, arguments.reviews = arguments.input or STANDARD_INPUT, []
+    if arguments.reviews and arguments.input is not None:
+        parser.error("give reviews or --input, not both")
+    if not arguments.reviews and arguments.input is None:
+        if sys.stdin.isatty():
+            parser.error("give a review, a file with --input, or lines on standard input")
+        arguments.input = STANDARD_INPUT
+    if arguments.max_batch_tokens < 1:
+        parser.error("--max-batch-tokens: expected 1 or more")
+    ending = "" if arguments.output is None else arguments.output.suffix.lower()
+    if arguments.format is None and arguments.output is not None and ending not in FORMATS:
+        parser.error(f"--output {arguments.output}: is neither .csv nor .jsonl; rename it or choose a --format")
+    if arguments.format is None:
+        arguments.format = FORMATS.get(ending) or ("table" if sys.stdout.isatty() else "jsonl")
+    return arguments
+
+
+def check_output(output: Path, path: Path | None, overwrite: bool) -> None:
+    """Refuses an output that cannot be written, or must not be, before anything is computed."""
+    if path is not None and output.exists() and path.exists() and output.samefile(path):
+        raise UserError(f"{output}: is the input too; choose another --output")
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; give --output a file's name")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output}: is there already; choose another --output, or replace it with --overwrite")
+    make_folder(output.parent, "--output")
+
+
+def standard_input() -> BinaryIO:
+    """A reader of its own: Python's would be locked by the thread that waits in it when the program ends."""
+    return open(0, "rb", closefd=False)
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether counting its lines says about how many reviews it holds, and takes none of them away."""
+    return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
+
+
+def read_first(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+    """The same rows, the first of them read at once: a wrong file should be known before the model is loaded."""
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path}: holds no record; give another file with --input")
+    return itertools.chain([first], rows)
+
+
+def open_model(arguments: argparse.Namespace) -> Trained:
+    """The adapter with its base and prompt, or the base model that --model_path names."""
+    if not is_base(arguments.model_path):
+        return open_trained(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
+    if arguments.base is not None:
+        raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
+    return open_base(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
+
+
+def write_all(
+    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None
+) -> None:
+    """Predicts and writes window by window; a signal waits while one is written, so that lines are whole."""
+    output = None if arguments.output is None else GrowingFile(arguments.output)
+    width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
+    num_written, header = 0, render_header(arguments.format, predictor.prompt.labels)
+    try:
+        with progress("predict", total, "review") as bar, SafePoints() as safe_points:
+            window: list[Row] | None = []
+            while window is not None:
+                with safe_points.anywhere():
+                    window = next(windows, None)
+                    predictions = predictor.predict(window or [], bar.update)
+                # Written behind the last window too: an output without results is there all the same.
+                text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
+                if output is None:
+                    emit(text)
+                else:
+                    output.append(text.encode())
+                num_written, header = num_written + len(predictions), ""
+            bar.total = bar.n
+        if output is not None:
+            output.close()
+    except Interrupted as stop:
+        raise Interrupted(stop.signum, f"{stop}: {account(predictor, num_written, arguments.output)}") from None
+    except UserError as error:
+        raise UserError(f"{error}\n  {account(predictor, num_written, arguments.output)}") from error
+    if predictor.num_empty or predictor.num_cut:
+        warn(f"note: {account(predictor, num_written, arguments.output)}")
+    elif output is not None:
+        say(account(predictor, num_written, arguments.output))
+
+
+def account(predictor: Predictor, num_written: int, output: Path | None) -> str:
+    """What became of the rows, in a line."""
+    parts = [f"predictions written{'' if output is None else f' to {output}'}: {num_written:,}"]
+    if predictor.num_empty:
+        parts.append(f"empty reviews skipped: {predictor.num_empty:,}, the first at {predictor.first_empty}")
+    if predictor.num_cut:
+        parts.append(f"cut to {predictor.prompt.max_length} tokens: {predictor.num_cut:,}")
+    return "; ".join(parts)
+
+
+def render_header(kind: str, labels: Sequence[str]) -> str:
+    """What stands above the results."""
+    if kind == "table":
+        return f"{'index':>7}  {padded('label', column_width(labels))}  probability  text\n"
+    if kind == "csv":
+        return csv_line(["index", "text", "label", "probability", *(f"probability_{label}" for label in labels)])
+    return ""
+
+
+def render(kind: str, prediction: Prediction, width: int | None) -> str:
+    """A result as a line of its kind.
+
+    Args:
+        kind: table, jsonl or csv.
+        prediction: the result.
+        width: of the terminal, where a table's lines are to fit into it.
+    """
+    scores = prediction.probabilities
+    if kind == "csv":
+        return csv_line([prediction.index, prediction.text, prediction.label, prediction.probability, *scores.values()])
+    if kind == "jsonl":
+        line = {
+            "index": prediction.index,
+            "text": prediction.text,
+            "label": prediction.label,
+            "probability": prediction.probability,
+            "probabilities": scores,
+        }
+        return json.dumps(line, ensure_ascii=False) + "\n"
+    label = padded(prediction.label, column_width(list(scores)))
+    begin = f"{prediction.index:7}  {label}  {prediction.probability:11.4f}  "
+    return begin + fitted(prediction.text, None if width is None else width - columns(begin)) + "\n"
+
+
+def csv_line(values: Sequence[object]) -> str:
+    """A line of CSV; text stands in quotes, whatever it is, so that a lone carriage return in it does no harm."""
+    line = io.StringIO()
+    csv.writer(line, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def column_width(labels: Sequence[str]) -> int:
+    """Columns of the table's labels."""
+    return max(map(columns, [*labels, "label"]))
+
+
+def columns(text: str) -> int:
+    """Columns that a text takes on a terminal: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else unicodedata.combining(c) == 0 for c in text)
+
+
+def padded(text: str, width: int) -> str:
+    """The text and as many blanks as fill `width` columns."""
+    return text + " " * (width - columns(text))
+
+
+def fitted(text: str, width: int | None) -> str:
+    """The text on one line, cut to `width` columns, and without characters that would move a terminal's cursor."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    if width is None or columns(text) <= width:
+        return text
+    widths = itertools.accumulate(map(columns, text))
+    return text[: sum(1 for _ in itertools.takewhile(lambda taken: taken < width, widths))] + "…"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,332 @@
+"""scripts/merge.py writes a whole model or none, says what merging costs, and replaces nothing but an earlier merge."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minilora.config import load_config
+from minilora.errors import UserError
+from minilora.files import WRITING, StorageError
+from minilora.load import load_model
+from minilora.manifest import read_manifest, verify_folder
+from minilora.quantized import save_quantized
+from minilora.train import fit
+from tests.test_evaluate_script import SCRIPTS, load_script
+
+Merge = Callable[..., dict[str, Any]]
+KEYS = (
+    "lora.r=2",
+    "model.compute_dtype=float32",
+    "prompt.instruction=评论：",
+    "data.max_test_examples=8",
+    "train.max_steps=3",
+    "train.learning_rate=0.02",
+    "train.per_device_train_batch_size=4",
+)
+ADAPTER, DEQUANTIZED, ORIGINAL = "adapter on nf4", "merged dequantized", "merged original"
+
+
+def train(model: Path, data: Path, output: Path, *keys: str) -> Path:
+    """The final adapter of a short run."""
+    places = (f"model.name_or_path={model}", f"data.dir={data}", f"train.output_dir={output}")
+    return fit(load_config(None, [*KEYS, *places, *keys]), model)
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("merge")
+
+
+@pytest.fixture(scope="module")
+def final(tiny_checkpoint: Callable[..., Path], processed_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_checkpoint(), processed_data, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def merge(
+    script: ModuleType,
+    final: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Merge:
+    """Merges the final adapter into `tmp_path / "merged"`, with more arguments: the results that the script prints.
+
+    What it printed is under "printed" and "warned".
+    """
+
+    def call(*arguments: object, model_path: Path = final, output: Path = tmp_path / "merged") -> dict[str, Any]:
+        command = ["merge.py", "--model_path", model_path, "--output", output, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        script.main()
+        printed = capsys.readouterr()
+        results: dict[str, Any] = json.loads(printed.out.splitlines()[-1])
+        return {**results, "printed": printed.out, "warned": printed.err}
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_merge_is_a_whole_checkpoint_with_its_drift(merge: Merge, tmp_path: Path) -> None:
+    results = merge()
+    folder = tmp_path / "merged"
+    assert names(tmp_path) == ["merged"]
+    assert names(folder) == ["config.json", "drift.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+    assert verify_folder(folder) is None
+    manifest = read_manifest(folder)
+    assert sorted(manifest["files"]) == sorted(set(names(folder)) - {"manifest.json"})
+    assert manifest["facts"]["merged_into"] == "original"
+    assert json.loads((folder / "drift.json").read_text("utf-8")) == results["drift"]
+    assert (results["output"], results["merged_into"], results["dtype"]) == (str(folder), "original", "float32")
+
+
+def test_the_table_compares_both_merges_with_what_was_trained(merge: Merge, final: Path, processed_data: Path) -> None:
+    results = merge()
+    models = results["drift"]["models"]
+    assert list(models) == [ADAPTER, DEQUANTIZED, ORIGINAL]
+    test = json.loads((final / "metrics.json").read_text("utf-8"))["test"]
+    assert results["drift"]["num_examples"] == test["num_examples"] == 8
+    assert models[ADAPTER]["accuracy"] == test["accuracy"]
+    assert models[ADAPTER]["largest_change"] == models[ADAPTER]["num_flipped"] == 0
+    # Float32 on both sides: rounding alone. Into the original weights all that 4 bits had lost comes back.
+    assert 0 <= models[DEQUANTIZED]["largest_change"] < 1e-5
+    assert models[ORIGINAL]["largest_change"] > 1e-3
+    assert models[ORIGINAL]["mean_change"] <= models[ORIGINAL]["largest_change"]
+    assert f"8 reviews of {processed_data / 'test.jsonl'}; written: merged original\n" in results["printed"]
+    for name, row in models.items():
+        (line,) = (line for line in results["printed"].splitlines() if line.startswith(f"{name}  "))
+        assert f"{row['accuracy']:.4f}" in line
+        assert f"({row['num_correct']}/8)" in line
+        assert (f"{row['largest_change']:.4f}" in line) == (name != ADAPTER)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_figure_is_the_same_from_files_and_from_memory(merge: Merge, tmp_path: Path, dtype: str) -> None:
+    both = [merge("--into", into, "--dtype", dtype)["drift"]["models"] for into in ("original", "dequantized")]
+    assert both[0] == both[1]
+    assert read_manifest(tmp_path / "merged")["facts"]["merged_into"] == "dequantized"  # it replaced the first
+    tensors = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert {str(tensor.dtype) for tensor in tensors} == {f"torch.{dtype}"}
+
+
+def test_the_figures_of_what_is_written_are_those_of_its_files(
+    merge: Merge, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = merge()["drift"]["models"]
+
+    def write_and_spoil(*arguments: Any) -> None:
+        plain(*arguments)
+        path = arguments[3] / "model.safetensors"
+        save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path)
+
+    plain = script.write_merged
+    monkeypatch.setattr(script, "write_merged", write_and_spoil)
+    spoilt = merge()["drift"]["models"]
+    assert spoilt[DEQUANTIZED] == right[DEQUANTIZED]
+    assert spoilt[ORIGINAL]["largest_change"] > right[ORIGINAL]["largest_change"] + 0.01
+
+
+def test_given_reviews_are_scored_and_bounded(merge: Merge, processed_data: Path) -> None:
+    path = processed_data / "validation.jsonl"
+    assert merge("--data", path)["drift"]["num_examples"] == 12
+    assert merge("--data", path, "--max_examples", 5)["drift"]["num_examples"] == 5
+    assert merge("--data", path, "data.max_test_examples=4")["drift"]["num_examples"] == 4
+    with pytest.raises(UserError, match=r"data\.max_test_examples: got 0, expected 1 or more"):
+        merge("--max_examples", 0)
+
+
+def test_without_reviews_it_asks_for_some(merge: Merge, tmp_path: Path, processed_data: Path) -> None:
+    elsewhere = f"data.dir={tmp_path / 'absent'}"
+    message = (
+        r"absent/test\.jsonl: is not there, so drift cannot be measured .+; give other reviews with --data, or mer"
+    )
+    with pytest.raises(UserError, match=message):
+        merge(elsewhere)
+    assert names(tmp_path) == []
+    assert "drift" not in merge(elsewhere, "--no-drift")
+    assert "drift.json" not in names(tmp_path / "merged")
+    assert verify_folder(tmp_path / "merged") is None
+    assert "drift" in merge(elsewhere, "--data", processed_data / "test.jsonl")
+
+
+def test_reviews_without_a_label_are_refused_before_anything_is_merged(merge: Merge, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"messages": turns}), "utf-8")
+    with pytest.raises(UserError, match=r"chat\.jsonl: holds no labelled review or unlabelled ones"):
+        merge("--data", path)
+    assert names(tmp_path) == ["chat.jsonl"]
+
+
+def test_what_is_there_stays_and_only_an_earlier_merge_is_replaced(merge: Merge, tmp_path: Path, final: Path) -> None:
+    merge("--no-drift")
+    merge("--no-drift")
+    (tmp_path / "merged" / "notes.txt").write_text("mine", "utf-8")
+    with pytest.raises(UserError, match=r"merged: holds notes\.txt beside an earlier merge; choose another --output"):
+        merge("--no-drift")
+    with pytest.raises(UserError, match=r"final: is not empty, and not an earlier merge; choose another --output"):
+        merge("--no-drift", output=final)
+    assert verify_folder(final) is None
+
+
+def test_the_base_itself_is_not_replaced_though_it_was_merged_once(
+    merge: Merge, tmp_path: Path, processed_data: Path
+) -> None:
+    merge("--no-drift")
+    base = tmp_path / "merged"
+    second = train(base, processed_data, tmp_path / "second")
+    with pytest.raises(UserError, match=r"merged: is the base model's own folder; choose another --output"):
+        merge("--no-drift", model_path=second, output=base)
+    merge("--no-drift", model_path=second, output=tmp_path / "merged twice")
+
+
+@pytest.mark.parametrize("where", ["write_merged", "measure_drift", "finish_folder"])
+def test_a_merge_that_fails_leaves_the_earlier_one_and_nothing_else(
+    merge: Merge, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    merge()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+
+    def fail(*_: object) -> None:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(script, where, fail)
+    for output in (tmp_path / "merged", tmp_path / "another"):
+        with pytest.raises(StorageError, match="No space left"):
+            merge("--into", "dequantized", output=output)
+    assert names(tmp_path) == ["merged"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+
+
+def test_what_a_killed_merge_left_does_not_get_in(merge: Merge, tmp_path: Path) -> None:
+    leftover = tmp_path / f"{WRITING}merged"
+    leftover.mkdir()
+    (leftover / "model-00001-of-00009.safetensors").write_bytes(b"half of it")
+    merge("--no-drift")
+    assert names(tmp_path) == ["merged"]
+    assert names(tmp_path / "merged") == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_disk_without_room_is_named_before_the_work_starts(
+    merge: Merge, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+    monkeypatch.setattr(script, "write_merged", lambda *_: pytest.fail("too late"))
+    with pytest.raises(StorageError, match=r"merged: 444,672 bytes are to be written, 300,000 are free in "):
+        merge("--no-drift")
+    # 111,168 numbers of 2 bytes, twice, and 576 of norms and biases that a GGUF keeps in float32.
+    with pytest.raises(StorageError, match=r"merged: 445,824 bytes are to be written"):
+        merge("--no-drift", "--dtype", "bfloat16", "--gguf", "f16")
+    assert names(tmp_path) == []
+
+
+def test_a_loss_that_is_no_number_is_said_and_nothing_is_left(
+    merge: Merge, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_spoilt(*arguments: Any, **settings: Any) -> Any:
+        model = load_model(*arguments, **settings)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(script, "load_model", load_spoilt)
+    with pytest.raises(UserError, match="score merged original: the loss is nan, expected a number"):
+        merge()
+    assert names(tmp_path) == []
+
+
+def test_a_base_in_4_bits_is_merged_dequantized_and_never_called_original(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base-bnb-4bit"
+    save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base)
+    with pytest.raises(UserError, match=r"base-bnb-4bit: is in 4 bits, its original weights are not there"):
+        merge("--base", base)
+    results = merge("--base", base, "--into", "dequantized")
+    assert "was trained on another base model than" in results["warned"]  # it is another file
+    assert list(results["drift"]["models"]) == [ADAPTER, DEQUANTIZED]
+    assert results["drift"]["models"][DEQUANTIZED]["largest_change"] < 1e-5
+    expected = tmp_path / "expected"
+    merge("--into", "dequantized", "--no-drift", output=expected)
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_of_plain_lora_has_one_way_to_merge(merge: Merge) -> None:
+    with pytest.raises(UserError, match=r"--into dequantized: the adapter was trained beside weights in full"):
+        merge("--into", "dequantized", "model.quantization=none")
+    models = merge("model.quantization=none")["drift"]["models"]
+    assert list(models) == ["adapter on the base", ORIGINAL]
+    assert models[ORIGINAL]["largest_change"] < 1e-5
+
+
+def test_a_loftq_adapter_is_told_where_it_fits(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], processed_data: Path, tmp_path: Path
+) -> None:
+    trained = train(tiny_checkpoint(), processed_data, tmp_path / "run", "lora.init_lora_weights=loftq")
+    assert "warning: the run began with LoftQ" in merge("--no-drift", model_path=trained)["warned"]
+    assert "LoftQ" not in merge("--no-drift", "--into", "dequantized", model_path=trained)["warned"]
+
+
+def test_shards_are_as_large_as_asked(merge: Merge, tmp_path: Path) -> None:
+    merge("--no-drift", "--max-shard-size", "0.2MB")
+    shards = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize(("text", "expected"), [("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("20KB", 20_000)])
+def test_a_size_is_read_as_hugging_face_counts(script: ModuleType, text: str, expected: int) -> None:
+    assert script.read_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["2", "2GiB", "-1GB", "0MB", "GB", "two GB"])
+def test_a_size_that_is_none_is_refused(merge: Merge, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        merge(f"--max-shard-size={text}")
+    assert caught.value.code == 2
+    assert f"got {text!r}, expected a size such as 500MB or 2GB" in capsys.readouterr().err
+
+
+def test_a_gguf_file_belongs_to_the_folder(merge: Merge, tmp_path: Path) -> None:
+    merge("--no-drift", "--gguf")
+    assert "model-f16.gguf" in read_manifest(tmp_path / "merged")["files"]
+    merge("--no-drift", "--gguf", "q8_0")
+    assert [path.name for path in (tmp_path / "merged").glob("*.gguf")] == ["model-q8_0.gguf"]
+
+
+def test_without_the_gguf_package_it_says_how_to_get_it_before_the_work_starts(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"--gguf: needs the gguf package; pip install 'minilora\[gguf\]'"):
+        merge("--gguf")
+    assert names(tmp_path) == []
+    merge("--no-drift")
+
+
+def test_quiet_leaves_the_table_and_a_mistake_ends_with_status_2(final: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, SCRIPTS / "merge.py", "--model_path", final, "--output", tmp_path / "merged"]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "PYTHONWARNINGS": "default"}
+        return subprocess.run(list(map(str, [*command, *arguments])), capture_output=True, text=True, env=environment)
+
+    done = run("--quiet", "--max_examples", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 6  # file, heading, three models, JSON
+    mistaken = run("model.compute_type=float32")
+    assert mistaken.returncode == 2
+    assert mistaken.stdout == ""
+    assert mistaken.stderr.startswith("error: model.compute_type: unknown key")
