@@ -28,7 +28,7 @@ Left out: a base that does not fit one GPU in 4 bits; a Qwen2.5-72B takes some 4
 * Each forward pass becomes a meeting. So all ranks need equally many micro-batches, of training and of scoring, and one
   without an example runs one for nothing.
 
-A step then moves all 4-bit weights to every rank twice for each micro-batch: 75 GB for a 72B, over a hundred times the
+A step then moves all 4-bit weights to every rank twice for each micro-batch: 72 GB for a 72B, over a hundred times the
 bytes of its gradient at r = 8. What fits one GPU is better off as it is.
 
 Source: torch.distributed (gloo on CPUs, NCCL between GPUs); data parallel as in arXiv 2006.15704, section 2.
@@ -278,7 +278,9 @@ def _join(local_rank: int) -> tuple[dist.Store, Ranks]:
     """Connects this process with the others, and takes its GPU, if there is one for it."""
     has_gpu = local_rank < torch.cuda.device_count()
     try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        found, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store outlives its ranks: with --max-restarts, those of the next attempt would find the dead ones.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found)
         set_silent(rank > 0)
         if has_gpu:
             torch.cuda.set_device(local_rank)

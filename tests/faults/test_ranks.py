@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +18,9 @@ import pytest
 
 from minilora.checkpoint import damage_of, list_checkpoints
 from minilora.manifest import recover_folders
+from minilora.runlog import read_metrics
 from tests.faults.conftest import outcome
-from tests.faults.runner import Runs
+from tests.faults.runner import SCRIPTS, Runs
 
 HANGING_S = 60  # ranks that have not ended by then never will: it takes 3 s
 
@@ -190,3 +193,32 @@ def test_a_full_disk_of_the_first_rank_ends_both_with_one_message(
             assert second == ""
         assert "Traceback" not in first
         finishes(output)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_after_one_was_killed(runs: Runs, rank_keys: list[str], tmp_path: Path) -> None:
+    keys = [*rank_keys, "train.max_steps=200", "train.eval_steps=50", "train.save_steps=40"]
+    assert wait(runs, runs.start_ranks(2, keys, tmp_path / "whole")) == [0, 0]
+    output = tmp_path / "run"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    command = [sys.executable, *launch, str(SCRIPTS / "train.py"), *keys, f"train.output_dir={output}"]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment
+    )
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_bytes():
+        assert torchrun.poll() is None, torchrun.communicate()
+        time.sleep(0.001)
+    ranks = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text("ascii").split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    printed, errors = torchrun.communicate(timeout=2 * HANGING_S)
+    assert torchrun.returncode == 0, errors
+    assert "going on from" in printed
+    assert "another rank is gone" in errors
+    found, expected = (
+        [(row["step"], row["train_loss"], row.get("eval_loss")) for row in read_metrics(folder)]
+        for folder in (output, tmp_path / "whole")
+    )
+    assert found == expected
+    name = Path("checkpoints/final/adapter_model.safetensors")
+    assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
