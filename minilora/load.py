@@ -89,7 +89,7 @@ def _fill(
         module_path, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_path)
         is_projection = isinstance(module, nn.Linear) and attribute == "weight" and name != "lm_head.weight"
-        if name in quantized:
+        if name in quantized and is_projection:
             _replace(model, module_path, quantized[name].read().to(device), entries, compute_dtype, device)
         elif is_projection and quantization != "none":
             # Quantised from the compute dtype, as transformers does, so that the 4-bit weights are the same.
@@ -98,7 +98,10 @@ def _fill(
                 model, module_path, quantize(weight, quantization, double_quantization), entries, compute_dtype, device
             )
         elif not isinstance(module, Linear4bit):  # a Linear4bit took its bias along
-            weight = _read_finite(name, entries[name]).to(device, compute_dtype)
+            if name in quantized:
+                weight = quantized[name].read().to(device).dequantize(compute_dtype)
+            else:
+                weight = _read_finite(name, entries[name]).to(device, compute_dtype)
             setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
@@ -205,12 +208,13 @@ def _check_entries(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings and "lm_head.weight" in entries:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    can_be_quantized = {name for name in expected if name.endswith("_proj.weight") or name == "lm_head.weight"}
     problems = [
-        f"{name}: is in 4 bits, which only projections can be"
-        if not name.endswith("_proj.weight")
-        else f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected.get(name, ()))}"
+        f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected[name])}"
+        if name in can_be_quantized
+        else f"{name}: is in 4 bits, which only projections and the head of an untied model can be"
         for name, entry in quantized.items()
-        if entry.shape != expected.get(name) or not name.endswith("_proj.weight")
+        if entry.shape != expected.get(name) or name not in can_be_quantized
     ]
     expected = {name: shape for name, shape in expected.items() if name not in quantized}
     problems += _iter_mismatches(expected, entries)

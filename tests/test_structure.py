@@ -28,7 +28,7 @@ ALLOWED = {
     "recompute": set(),
     "model": {"ops", "batch", "lora", "fields", "errors", "recompute"},
     "tensorfile": {"files", "errors"},
-    "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
+    "quantized": {"tensorfile", "files", "manifest", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapter": {"tensorfile", "files", "manifest", "lora", "model", "fields", "errors"},
     "memory": {"tensorfile", "loss", "lora", "model", "errors"},
