@@ -108,13 +108,15 @@ def _fill(
 
 
 def _read_finite(name: str, entry: TensorEntry) -> torch.Tensor:
-    """A tensor whose values are all numbers: one sum over it, which a NaN or an infinity cannot leave finite.
+    """A tensor whose values are all numbers: sums over it, which a NaN or an infinity cannot leave finite.
+
+    Piece by piece, because PyTorch makes all that it sums float32 first: twice the tensor once more.
 
     Raises:
         UserError: one is not.
     """
     tensor = read_tensor(entry)
-    if not math.isfinite(tensor.sum(dtype=torch.float32)):
+    if not all(math.isfinite(piece.sum(dtype=torch.float32)) for piece in tensor.view(-1).split(1 << 20)):
         raise UserError(f"{entry.path}: {name} holds NaN or infinite values; download it again or choose another model")
     return tensor
 

@@ -99,6 +99,14 @@ def is_quantized(folder: Path) -> bool:
     return bool(split_entries(read_checkpoint_entries(folder))[1])
 
 
+def projections_in_full(folder: Path) -> list[str]:
+    """Names of the projections' weights that a checkpoint in 4 bits holds in full; none where it holds no 4 bits."""
+    if not read_json(folder / "config.json").get("quantization_config"):
+        return []
+    dense, quantized = split_entries(read_checkpoint_entries(folder))
+    return [name for name in dense if name.endswith("_proj.weight")] if quantized else []
+
+
 def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], dict[str, QuantizedEntry]]:
     """A checkpoint's tensors that are held in full, and its 4-bit weights, by name.
 
