@@ -21,38 +21,39 @@ from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
 from minilora.files import WRITING, sha256
 
-MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+MODEL_FILES = [*SMALL_FILES, "*.safetensors", "*.safetensors.index.json"]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
 
 
-def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
+def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder with the model's files, downloaded if it has to be.
 
     Args:
         name_or_path: a folder, a name below `minilora/assets/` (found from any working directory), or a hub name.
         revision: branch, tag or commit on the hub.
+        weights: whether its weights are downloaded too.
 
     Raises:
         UserError: there is no such folder, or the hub did not give it.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
-        folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
-    if not folder.is_dir():
+    folder = local_folder(name_or_path)
+    if folder is None:
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-        folder = _download("model", name_or_path, revision, MODEL_FILES)
+        folder = _download("model", name_or_path, revision, MODEL_FILES if weights else SMALL_FILES)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
     return folder
+
+
+def local_folder(name_or_path: str) -> Path | None:
+    """The folder of a model that is here already, None for a name on the hub."""
+    folder = Path(name_or_path)
+    if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
+        folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
+    return folder if folder.is_dir() else None
 
 
 def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None = None) -> list[Path]:

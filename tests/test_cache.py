@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from minilora import cache as cache_module
+from minilora import quantized
 from minilora.cache import load_through_cache
 from minilora.files import lock_folder
 from minilora.load import load_model
@@ -99,11 +101,11 @@ def test_what_is_not_quantised_here_is_not_copied(source: Path, tmp_path: Path, 
 def test_an_interrupted_copy_is_not_taken_for_one(
     source: Path, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "save_quantized", interrupted)
+        patched.setattr(quantized, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_through_cache(source, tmp_path / "cache", *NF4)
     load_through_cache(source, tmp_path / "cache", *NF4)
@@ -118,12 +120,14 @@ def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
     assert load_through_cache(source, tmp_path / "file", *NF4).model.layers
     assert "model.quantized_cache" in capsys.readouterr().err
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(cache_module, "save_quantized", full)
+    monkeypatch.setattr(quantized, "save_file", full)
     assert load_through_cache(source, tmp_path / "cache", *NF4).model.layers
-    assert "cannot be used (No space left on device); goes on without" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot be written (I/O error: No space left on device (os error 28))" in said
+    assert said.endswith("; goes on without\n")
     assert copies(tmp_path / "cache") == []
 
 

@@ -31,7 +31,7 @@ ALLOWED = {
     "recompute": set(),
     "model": {"ops", "batch", "lora", "fields", "errors", "recompute"},
     "tensorfile": {"files", "errors"},
-    "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
+    "quantized": {"tensorfile", "files", "manifest", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapterconfig": {"files", "attach", "lora", "model", "fields", "errors"},
     "adapter": {"adapterconfig", "tensorfile", "files", "manifest", "attach", "lora", "model", "errors"},
