@@ -54,7 +54,7 @@ ALLOWED = {
     "plots": {"markup"},
     "answers": {"plots", "markup", "metrics", "rows"},
     "report": {"answers", "plots", "markup"},
-    "memory": {"tensorfile", "loss", "attach", "model", "errors"},
+    "memory": {"tensorfile", "loss", "attach", "batch", "model", "errors"},
 }
 
 
@@ -94,7 +94,7 @@ def test_the_core_depends_on_little(module: str) -> None:
 
 def test_only_the_top_knows_the_configuration() -> None:
     readers = {module for module in MODULES if "config" in imported_modules(PACKAGE / f"{module}.py")}
-    assert readers == {"build", "plan", "origin", "trained", "run", "final", "train"}
+    assert readers == {"build", "plan", "budget", "origin", "trained", "run", "final", "train"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
