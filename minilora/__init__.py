@@ -31,7 +31,8 @@
     evaluate    model + examples -> label probabilities and loss
     runlog      metrics.jsonl, progress bar, plot
     memory      bytes predicted and bytes measured
-    hub         a name -> a local folder
+    download    a name on the hub -> the folder of its snapshot, continued after a break, hashed
+    hub         the name of a model or a data set -> a local folder
     build       what a configuration names, as objects
     plan        what --dry-run prints
     modelcard   the README of an adapter
