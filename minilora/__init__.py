@@ -47,7 +47,8 @@
     report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
     predict     reviews without a label, as many as come -> labels, in their order
-    hub         a name -> a local folder
+    download    a name on the hub -> the folder of its snapshot, continued after a break, hashed
+    hub         the name of a model or a data set -> a local folder
     build       what a configuration names, as objects
     plan        what a configuration takes: its largest micro-batch, its ledger, what --dry-run prints
     budget      what fits a budget of memory, and what would help

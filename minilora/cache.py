@@ -21,7 +21,7 @@ import torch
 from minilora import bnb
 from minilora.console import warn
 from minilora.errors import UserError
-from minilora.files import lock_folder, sha256
+from minilora.files import lock_folder, sha256_once
 from minilora.load import load_model
 from minilora.manifest import read_manifest, recover_folders, verify_folder
 from minilora.model import Qwen2ForCausalLM
@@ -94,7 +94,7 @@ def _made_from(
     kind = torch.device(device).type
     return {
         "format": FORMAT,
-        "files": {path.name: sha256(path) for path in [*companions, *sorted(folder.glob("*.safetensors"))]},
+        "files": {path.name: sha256_once(path) for path in [*companions, *sorted(folder.glob("*.safetensors"))]},
         "quantization": quantization,
         "double_quantization": double_quantization,
         "compute_dtype": dtype_name(compute_dtype),

@@ -44,6 +44,31 @@ def sha256(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
+def sha256_once(path: Path) -> str:
+    """`sha256`, taken once a process: for a base model's files, whose hashes several parts of a program ask for.
+
+    A file is known again by device, inode, size and time of its last change; one that changed within the last second
+    is not remembered, because the clock may not tell its next change from that. What changes a file and none of these,
+    a disk that loses bits, a second reading would not see either: it comes from memory, where the system keeps what was
+    read. What this program writes itself is read back by `hash_file`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    digest = _known_digests.get(key) or sha256(path)
+    if time.time_ns() - found.st_mtime_ns > 1e9:
+        _known_digests[key] = digest
+    return digest
+
+
+_known_digests: dict[tuple[int, int, int, int], str] = {}
+
+
 def hash_file(path: Path) -> str:
     """`sha256` for whoever wants to know why a file cannot be read: OSError as it comes."""
     digest = hashlib.sha256()

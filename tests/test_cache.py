@@ -1,5 +1,6 @@
 """The cache of 4-bit copies: used when it is whole, made again when it is not, never out of date."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 from minilora import cache as cache_module
-from minilora import quantized
+from minilora import files, quantized
 from minilora.cache import load_through_cache
 from minilora.files import lock_folder
 from minilora.load import load_model
 from minilora.manifest import read_manifest, verify_folder
+from minilora.origin import model_digests
 from minilora.quantized import save_quantized
 
 How = tuple[torch.dtype, str, bool]
@@ -217,3 +219,17 @@ def test_the_manifest_says_what_the_copy_was_made_from(source: Path, tmp_path: P
     assert sorted(manifest["facts"]["made_from"]["files"]) == sorted(manifest["files"]) == names
     assert copy.name == manifest["facts"]["key"][:16]
     assert verify_folder(copy) is None
+
+
+def test_the_hashes_of_the_base_model_are_taken_once_for_the_cache_and_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    plain = files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or plain(path))
+    for path in source.iterdir():
+        os.utime(path, (0, 0))  # what has just changed is hashed again
+    for _ in range(2):
+        model_digests(source)
+        load_through_cache(source, tmp_path / "cache", *NF4)
+    assert sorted(path for path in read if path.parent == source) == sorted(source.iterdir())

@@ -29,6 +29,7 @@ from minilora.files import (
     remove,
     replace_file,
     sha256,
+    sha256_once,
     write_file,
 )
 
@@ -56,6 +57,52 @@ def test_a_digest_of_a_file_of_several_blocks_is_that_of_the_whole(tmp_path: Pat
     content = bytes(range(256)) * 10_000
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def counting_hashes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that are read to be hashed from now on."""
+    read: list[Path] = []
+    plain = files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or plain(path))
+    return read
+
+
+def write_long_ago(path: Path, content: bytes, seconds: int) -> None:
+    path.write_bytes(content)
+    long_ago = time.time_ns() - seconds * 10**9
+    os.utime(path, ns=(long_ago, long_ago))
+
+
+def test_a_digest_is_taken_once_while_the_file_is_the_same_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = counting_hashes(monkeypatch)
+    write_long_ago(tmp_path / "a", b"abc", 60)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert sha256_once(tmp_path / "a") == sha256_once(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
+    assert read == [tmp_path / "a"]
+    write_long_ago(tmp_path / "a", b"abd", 50)  # as long as before
+    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
+    (tmp_path / "b").write_bytes(b"abe")
+    os.utime(tmp_path / "b", ns=(0, (tmp_path / "a").stat().st_mtime_ns))
+    (tmp_path / "b").replace(tmp_path / "a")  # another file as old as the one before
+    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
+
+
+@pytest.mark.parametrize("seconds", [0, -60], ids=["just now", "in the future"])
+def test_a_digest_of_a_file_whose_next_change_the_clock_may_not_tell_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    read = counting_hashes(monkeypatch)
+    write_long_ago(tmp_path / "a", b"abc", seconds)
+    for _ in range(2):
+        sha256_once(tmp_path / "a")
+    assert read == [tmp_path / "a"] * 2
+
+
+def test_a_digest_of_what_is_not_there_is_asked_for_in_vain(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
+        sha256_once(tmp_path / "nowhere")
 
 
 def test_json_is_the_same_bytes_for_the_same_content() -> None:
