@@ -21,6 +21,7 @@ what stands before it, and the answer stands behind the row that predicts it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from minilora.distributed import ALONE, Ranks
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.model import KeyValues, Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
+
+T = TypeVar("T")
 
 # Tokens of a forward pass, the prefix counted in each example: 32 of the longest reviews at once took 4 GB in a 0.5B,
 # and larger passes are no faster.
@@ -100,35 +103,48 @@ def score(
     was_training = model.training
     model.eval()
     batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
-    parts: list[tuple[float, int, list[list[float]]]] = []  # of each batch: summed loss, tokens, scores of the labels
+    prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
+
+    def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
+        """Summed loss, supervised tokens, and the labels' scores."""
+        batch, hidden = prefix.run(model, chosen)
+        nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
+        scores = [] if prompt is None else _label_scores(model, prefix, chosen, prompt, (batch, hidden)).tolist()
+        return nll.item(), count, scores
+
     try:
-        with ranks.together(), interruptible():
-            prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-            for number, places in enumerate(batches):
-                if ranks.takes(number):
-                    parts.append(_score_batch(model, prefix, [examples[place] for place in places], prompt))
-                if on_progress is not None:
-                    on_progress(len(places))
+        parts = _deal(batches, examples, score_batch, on_progress, ranks, interruptible)
     finally:
         model.train(was_training)
-    parts = ranks.collect(parts)
     loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
-    if prompt is None:
-        return Scores(loss, None)
-    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-    for places, (_, _, scores) in zip(batches, parts, strict=True):
-        log_scores[places] = torch.tensor(scores, dtype=torch.float64)
-    return Scores(loss, torch.softmax(log_scores, dim=-1).numpy())
+    return Scores(loss, None if prompt is None else _softmax(batches, [scores for _, _, scores in parts]))
 
 
-def _score_batch(
-    model: Qwen2ForCausalLM, prefix: Prefix, examples: Sequence[Example], prompt: ClassificationPrompt | None
-) -> tuple[float, int, list[list[float]]]:
-    """Summed loss, supervised tokens, and `_label_scores` of one forward pass."""
-    batch, hidden = prefix.run(model, examples)
-    nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-    scores = [] if prompt is None else _label_scores(model, prefix, examples, prompt, (batch, hidden)).tolist()
-    return nll.item(), count, scores
+def _deal(
+    batches: Sequence[list[int]],
+    examples: Sequence[Example],
+    work: Callable[[Sequence[Example]], T],
+    on_progress: Callable[[int], object] | None,
+    ranks: Ranks,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[T]:
+    """What `work` makes of each batch, given by its places in `examples`: each is done by one of `ranks`, for all."""
+    parts: list[T] = []
+    with ranks.together(), interruptible():
+        for number, places in enumerate(batches):
+            if ranks.takes(number):
+                parts.append(work([examples[place] for place in places]))
+            if on_progress is not None:
+                on_progress(len(places))
+    return ranks.collect(parts)
+
+
+def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
+    """(N, labels) float64 of the labels' scores by batch, each in the place of its example."""
+    log_scores = torch.empty(sum(map(len, batches)), len(scores[0][0]), dtype=torch.float64)
+    for places, values in zip(batches, scores, strict=True):
+        log_scores[places] = torch.tensor(values, dtype=torch.float64)
+    return torch.softmax(log_scores, dim=-1).numpy()
 
 
 @torch.inference_mode()
@@ -139,6 +155,7 @@ def label_probabilities(
     prompt: ClassificationPrompt,
     max_tokens: int,
     on_progress: Callable[[int], object] | None = None,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
 
@@ -148,14 +165,16 @@ def label_probabilities(
         examples: at least one; the answers that they carry have no say.
         prompt: whose labels are scored.
         max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
-        on_progress: called with the number of examples finished.
+        on_progress: as for `score`, like ranks.
+        ranks: that share the work.
     """
-    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-    for places in _iter_batches(examples, len(examples), max_tokens):
-        log_scores[places] = _label_scores(model, prefix, [examples[place] for place in places], prompt)
-        if on_progress is not None:
-            on_progress(len(places))
-    return torch.softmax(log_scores, dim=-1).numpy()
+
+    def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
+        scores: list[list[float]] = _label_scores(model, prefix, chosen, prompt).tolist()
+        return scores
+
+    batches = list(_iter_batches(examples, len(examples), max_tokens))
+    return _softmax(batches, _deal(batches, examples, score_batch, on_progress, ranks))
 
 
 def _iter_batches(examples: Sequence[Example], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@
 
 A window is what is in memory at once, and what a result waits for. The first ones are small, so that something is seen
 soon; later ones are large enough to give batches of similar length. What all prompts begin with is computed once for
-all windows.
+all windows. Several ranks see the same windows and deal the batches of each among themselves.
 
 The probabilities are the model's own softmax over the label words. Nothing has calibrated them: of the answers that it
 is 90 % sure of, more or fewer than 90 % may be right (scripts/evaluate.py measures that).
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.evaluate import Prefix, label_probabilities
 from minilora.memory import is_out_of_memory
@@ -69,15 +70,19 @@ class Predictor:
         first_empty: where the first of these stands.
     """
 
-    def __init__(self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int):
+    def __init__(
+        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int, ranks: Ranks = ALONE
+    ):
         """Computes what all prompts begin with.
 
         Args:
             model: put into evaluation mode.
             prompt: how a review becomes a question.
             max_batch_tokens: of a forward pass, see `label_probabilities`.
+            ranks: that share the work; each predicts the same rows and gets all of the result.
         """
         self._model = model.eval()
+        self._ranks = ranks
         self.prompt = prompt
         self.max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
@@ -111,7 +116,7 @@ class Predictor:
     ) -> np.ndarray:
         try:
             found = label_probabilities(
-                self._model, self._prefix, examples, self.prompt, self.max_batch_tokens, on_progress
+                self._model, self._prefix, examples, self.prompt, self.max_batch_tokens, on_progress, self._ranks
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

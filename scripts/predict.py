@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minilora.console import emit, progress, say, warn
+from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS
 from minilora.files import GrowingFile, make_folder
@@ -34,6 +35,7 @@ examples:
   python scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv --output predictions.csv
   tail -f reviews.txt | python scripts/predict.py --model_path outputs/checkpoints/final --format jsonl
   python scripts/predict.py --model_path Qwen/Qwen2.5-0.5B-Instruct "房间很干净" model.quantization=none
+  torchrun --nproc-per-node 4 scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv
 
 What stands behind -- is a review, whatever it looks like. Results are written in the order of the input, some while the
 rest is still computed; a line from a pipe waits a second at most for others to be computed with. An index counts the
@@ -43,12 +45,14 @@ KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
 
 
-def main() -> None:
+def main(ranks: Ranks = ALONE) -> None:
     """Reads the command line, predicts, writes the results as they come."""
     arguments = parse_arguments()
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
-        check_output(arguments.output, path, arguments.overwrite)
+        ranks.once(lambda: check_output(arguments.output, path, arguments.overwrite))
+    if path == STANDARD_INPUT and ranks.size > 1:
+        raise UserError(f"standard input: one of {ranks.size} ranks alone would read it; give a file with --input")
     if path == STANDARD_INPUT:
         rows = iter_line_rows(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
         windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
@@ -58,10 +62,12 @@ def main() -> None:
     else:
         windows = iter_windows(iter_line_rows(reviews, "command line"))
 
-    trained = open_model(arguments)
+    with ranks.in_turn():
+        trained = open_model(arguments)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
-    predictor = Predictor(trained.load(arguments.allow_bin), trained.prompt, arguments.max_batch_tokens)
-    write_all(windows, predictor, arguments, total)
+    model = trained.load(arguments.allow_bin, ranks)
+    predictor = Predictor(model, trained.prompt, arguments.max_batch_tokens, ranks)
+    write_all(windows, predictor, arguments, total, ranks)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,10 +161,13 @@ def open_model(arguments: argparse.Namespace) -> Trained:
 
 
 def write_all(
-    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None
+    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None, ranks: Ranks
 ) -> None:
-    """Predicts and writes window by window; a signal waits while one is written, so that lines are whole."""
-    output = None if arguments.output is None else GrowingFile(arguments.output)
+    """Predicts and writes window by window; a signal waits while one is written, so that lines are whole.
+
+    Of several ranks the first writes.
+    """
+    output = None if arguments.output is None or not ranks.is_first else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
     num_written, header = 0, render_header(arguments.format, predictor.prompt.labels)
     try:
@@ -170,10 +179,10 @@ def write_all(
                     predictions = predictor.predict(window or [], bar.update)
                 # Written behind the last window too: an output without results is there all the same.
                 text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
-                if output is None:
-                    emit(text)
-                else:
+                if output is not None:
                     output.append(text.encode())
+                elif ranks.is_first:
+                    emit(text)
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
@@ -264,4 +273,4 @@ def fitted(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(with_ranks(main))

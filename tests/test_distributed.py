@@ -3,6 +3,7 @@
 The ranks are real processes on this machine, joined by gloo. tests/faults/test_ranks.py kills them.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -316,6 +317,31 @@ def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int
     assert len(together.stdout.splitlines()) == len(one.stdout.splitlines())
     name = "predictions.jsonl"
     assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_prediction_by_several_ranks_writes_the_bytes_of_one(
+    finished: dict[int, Path], processed_data: Path, tmp_path: Path
+) -> None:
+    data = ("--input", processed_data / "train.jsonl", "--max-batch-tokens", 100)
+    command = ("--model_path", finished[1] / "checkpoints" / "final", *data, "--output")
+    alone = [sys.executable, SCRIPTS / "predict.py", *command, tmp_path / "alone.jsonl"]
+    one = subprocess.run(list(map(str, alone)), capture_output=True, encoding="utf-8", timeout=300)
+    assert one.returncode == 0, one.stderr
+    together = run_ranks(2, SCRIPTS / "predict.py", *command, tmp_path / "together.jsonl")
+    assert together.returncode == 0, together.stderr
+    assert together.stdout == one.stdout.replace("alone", "together")
+    assert (tmp_path / "together.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+
+
+def test_ranks_do_not_share_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("predict", SCRIPTS / "predict.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", "absent", "-"])
+    with pytest.raises(UserError, match="standard input: one of 3 ranks alone would read it; give a file with --input"):
+        script.main(Ranks(1, 3, 1))
 
 
 # One process.
