@@ -103,51 +103,48 @@ def score(
     was_training = model.training
     model.eval()
     batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
+    prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
+
+    def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
+        """Summed loss, supervised tokens, and the labels' scores."""
+        batch, hidden = prefix.run(model, chosen)
+        nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
+        scores = [] if prompt is None else _label_scores(model, prefix, chosen, prompt, (batch, hidden)).tolist()
+        return nll.item(), count, scores
+
     try:
-        with ranks.together(), interruptible():
-            prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-
-        def work(places: list[int]) -> tuple[float, int, list[list[float]]]:
-            return _score_batch(model, prefix, [examples[place] for place in places], prompt)
-
-        parts = _share(batches, work, on_progress, ranks, interruptible)
+        parts = _deal(batches, examples, score_batch, on_progress, ranks, interruptible)
     finally:
         model.train(was_training)
     loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
-    if prompt is None:
-        return Scores(loss, None)
-    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-    for places, (_, _, scores) in zip(batches, parts, strict=True):
-        log_scores[places] = torch.tensor(scores, dtype=torch.float64)
-    return Scores(loss, torch.softmax(log_scores, dim=-1).numpy())
+    return Scores(loss, None if prompt is None else _softmax(batches, [scores for _, _, scores in parts]))
 
 
-def _share(
+def _deal(
     batches: Sequence[list[int]],
-    work: Callable[[list[int]], T],
+    examples: Sequence[Example],
+    work: Callable[[Sequence[Example]], T],
     on_progress: Callable[[int], object] | None,
     ranks: Ranks,
     interruptible: Callable[[], AbstractContextManager[None]],
 ) -> list[T]:
-    """What `work` makes of each batch, in JSON's types and the batches' order; each rank does its share."""
-    parts = []
+    """What `work` makes of each batch, given by its places in `examples`: each is done by one of `ranks`, for all."""
+    parts: list[T] = []
     with ranks.together(), interruptible():
         for number, places in enumerate(batches):
             if ranks.takes(number):
-                parts.append(work(places))
+                parts.append(work([examples[place] for place in places]))
             if on_progress is not None:
                 on_progress(len(places))
     return ranks.collect(parts)
 
 
-def _score_batch(
-    model: Qwen2ForCausalLM, prefix: Prefix, examples: Sequence[Example], prompt: ClassificationPrompt | None
-) -> tuple[float, int, list[list[float]]]:
-    """Summed loss, supervised tokens, and `_label_scores` of one forward pass."""
-    batch, hidden = prefix.run(model, examples)
-    nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-    scores = [] if prompt is None else _label_scores(model, prefix, examples, prompt, (batch, hidden)).tolist()
-    return nll.item(), count, scores
+def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
+    """(N, labels) float64 of the labels' scores by batch, each in the place of its example."""
+    log_scores = torch.empty(sum(map(len, batches)), len(scores[0][0]), dtype=torch.float64)
+    for places, values in zip(batches, scores, strict=True):
+        log_scores[places] = torch.tensor(values, dtype=torch.float64)
+    return torch.softmax(log_scores, dim=-1).numpy()
 
 
 @torch.inference_mode()
@@ -169,19 +166,17 @@ def label_probabilities(
         examples: at least one; the answers that they carry have no say.
         prompt: whose labels are scored.
         max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
-        on_progress: see `score`, as for the other two.
-        ranks: that share the work; all of them get all of the result.
+        on_progress: as for `score`, like the other two.
+        ranks: that share the work.
         interruptible: entered around the work of this rank.
     """
+
+    def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
+        scores: list[list[float]] = _label_scores(model, prefix, chosen, prompt).tolist()
+        return scores
+
     batches = list(_iter_batches(examples, len(examples), max_tokens))
-
-    def work(places: list[int]) -> list[list[float]]:
-        return _label_scores(model, prefix, [examples[place] for place in places], prompt).tolist()
-
-    log_scores = torch.empty(len(examples), len(prompt.labels), dtype=torch.float64)
-    for places, scores in zip(batches, _share(batches, work, on_progress, ranks, interruptible), strict=True):
-        log_scores[places] = torch.tensor(scores, dtype=torch.float64)
-    return torch.softmax(log_scores, dim=-1).numpy()
+    return _softmax(batches, _deal(batches, examples, score_batch, on_progress, ranks, interruptible))
 
 
 def _iter_batches(examples: Sequence[Example], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

@@ -36,6 +36,7 @@ examples:
   python scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv --output predictions.csv
   tail -f reviews.txt | python scripts/predict.py --model_path outputs/checkpoints/final --format jsonl
   python scripts/predict.py --model_path Qwen/Qwen2.5-0.5B-Instruct "房间很干净" model.quantization=none
+  torchrun --nproc-per-node 4 scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv
 
 What stands behind -- is a review, whatever it looks like. Results are written in the order of the input, some while the
 rest is still computed; a line from a pipe waits a second at most for others to be computed with. An index counts the

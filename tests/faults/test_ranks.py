@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import platform
 import random
 import shutil
 import signal
@@ -152,16 +153,37 @@ def test_a_signal_at_a_random_instant_ends_all_ranks_and_loses_nothing(
     assert late < signals / 2
 
 
-@pytest.mark.slow
+def start_long_run(runs: Runs, rank_keys: list[str], output: Path) -> list[int]:
+    """Two ranks that are within their loop, and will be for minutes."""
+    keys = [*rank_keys, "train.max_steps=5000", "train.eval_steps=9999", "train.save_steps=9999"]
+    pids = runs.start_ranks(2, keys, output)
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_bytes():
+        time.sleep(0.001)
+    return pids
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_within_the_loop_the_first_rank_saves_what_is_done_when_another_is_killed(
+    runs: Runs, rank_keys: list[str], tmp_path: Path, victim: int
+) -> None:
+    output = tmp_path / "run"
+    pids = start_long_run(runs, rank_keys, output)
+    os.kill(pids[victim], signal.SIGKILL)
+    assert wait(runs, pids)[1 - victim] == 2
+    message = errors_of(output)[1 - victim].splitlines()[-1]
+    kept = [int(path.name[5:]) for path in list_checkpoints(output / "checkpoints")]
+    assert len(kept) == victim
+    begin = f"error: step {kept[0]} is saved; another" if victim else f"error: rank 1 on {platform.node()}: another"
+    assert message.startswith(f"{begin} rank is gone or does not answer (")
+    assert message.endswith("); its own message, if it could leave one, says why; run the same command again")
+
+
 @pytest.mark.parametrize("whom", [(0, 1), (0,), (1,)], ids=["both", "the first", "the other"])
 def test_within_the_loop_a_signal_to_any_rank_stops_all_at_the_same_step(
     runs: Runs, rank_keys: list[str], tmp_path: Path, whom: tuple[int, ...]
 ) -> None:
     output = tmp_path / "run"
-    keys = [*rank_keys, "train.max_steps=5000", "train.eval_steps=9999", "train.save_steps=9999"]
-    pids = runs.start_ranks(2, keys, output)
-    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_bytes():
-        time.sleep(0.001)
+    pids = start_long_run(runs, rank_keys, output)
     # One rank stands still, so that the other waits for it in the middle of an exchange when its signal comes.
     os.kill(pids[0], signal.SIGSTOP)
     time.sleep(0.2)
