@@ -88,7 +88,9 @@ class WeightsAndBiases(Tracker):
                 f"train.report_to: wandb cannot begin a run ({error}); log in with `wandb login`, set "
                 "WANDB_MODE=offline, or use none"
             ) from error
-        say(f"Weights & Biases: {self._run.dir if self._run.offline else self._run.url}")
+        place = self._run.dir if self._run.offline else self._run.url
+        if place:  # WANDB_MODE=disabled has none
+            say(f"Weights & Biases: {place}")
 
     def write(self, row: dict[str, Any]) -> None:
         """Sends a row. Where that fails, the run goes on without."""

@@ -128,10 +128,8 @@ def report_of(trained: Trained, results: dict[str, Any], examples: Examples, pro
     remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
     if "mcnemar" in results:
         test = results["mcnemar"]
-        remark += (
-            f" The adapter alone is right in {test['b']:,} of them, the base model alone in {test['c']:,}; "
-            f"by chance that or more would come with p = {test['p_value']:.3g} (McNemar)."
-        )
+        remark += f" {test['b']:,} only the adapter has right, {test['c']:,} only the base model"
+        remark += f" (McNemar's test: p = {test['p_value']:.3g})."
     return Report(
         title="Evaluation report",
         remark=remark,
