@@ -3,6 +3,11 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
 """
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import contextlib
 import json
 import math
@@ -23,7 +28,6 @@ from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt
 from minilora.rows import ENCODINGS, read_rows
-from minilora.script import build_parser, run_script
 from minilora.trained import open_trained, run_digests
 
 EXAMPLES = """\
