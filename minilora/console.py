@@ -8,9 +8,10 @@ progress  a bar on standard error                 not with --quiet; where that i
 """
 
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -80,6 +81,8 @@ def progress(
         leave: whether the bar stays on the screen when it is done.
         is_hidden: shows nothing, as with --quiet.
     """
+    from tqdm import tqdm  # here: a script can answer signals before it waits for this
+
     settings: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "unit_scale": unit == "B"}
     settings |= {"initial": initial, "disable": is_quiet() or is_hidden}
     if sys.stderr.isatty():

@@ -263,7 +263,7 @@ def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
     if _is_of_disk(error):
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return f"not or not wholly in the cache {constants.HF_HUB_CACHE}; unset HF_HUB_OFFLINE, or {local}"
+        return f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset HF_HUB_OFFLINE, or {local}"
     if isinstance(cause, errors.FileMetadataError | ValueError):
         return f"{endpoint} does not answer as a hub does; correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError) and status is None:

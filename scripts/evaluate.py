@@ -3,6 +3,11 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
 """
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import contextlib
 import json
 import time
@@ -25,7 +30,6 @@ from minilora.origin import model_digests
 from minilora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report
 from minilora.rows import ENCODINGS
-from minilora.script import build_parser, run_script
 from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\

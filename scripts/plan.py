@@ -4,6 +4,11 @@ A model is named by its size, a folder or a name on the hub, of which config.jso
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import argparse
 import json
 from pathlib import Path
@@ -32,7 +37,6 @@ from minilora.memory import peak_memory_bytes
 from minilora.model import Qwen2Config
 from minilora.prompt import ChatTokenizer
 from minilora.rows import ENCODINGS, Row, read_rows
-from minilora.script import build_parser, run_script
 from minilora.sizes import SIZES, hub_name, size_of
 from minilora.tensorfile import dtype_name
 

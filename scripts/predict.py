@@ -3,6 +3,11 @@
 The probabilities are the model's own softmax over the label words; nothing has calibrated them.
 """
 
+from minilora.script import Interrupted, SafePoints, answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import argparse
 import csv
 import functools
@@ -25,7 +30,6 @@ from minilora.files import GrowingFile, make_folder
 from minilora.lines import count_lines, iter_lines
 from minilora.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.rows import ENCODINGS, Row, iter_line_rows, iter_texts
-from minilora.script import Interrupted, SafePoints, build_parser, run_script
 from minilora.trained import Trained, is_base, open_base, open_trained
 
 STANDARD_INPUT = Path("-")

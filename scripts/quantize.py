@@ -1,5 +1,10 @@
 """Writes a base model in 4 bits, once, as a checkpoint that loads in a second here and opens in transformers."""
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 from pathlib import Path
 
 from minilora.build import DTYPES, build_model, choose_device
@@ -9,7 +14,6 @@ from minilora.files import make_folder
 from minilora.hub import fetch_model
 from minilora.nf4 import LEVELS
 from minilora.quantized import is_quantized, write_quantized
-from minilora.script import build_parser, run_script
 
 EXAMPLES = """\
 examples:

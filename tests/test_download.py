@@ -278,7 +278,7 @@ def test_a_token_that_is_wrong_or_does_not_suffice_is_said(make_hub: MakeHub, tm
 def test_without_a_hub_it_is_said_what_is_missing(make_hub: MakeHub, tmp_path: Path) -> None:
     cache = tmp_path / "home" / "hub"
     assert fetch("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1").stdout == (
-        f"error: some/thing: not or not wholly in the cache {cache}; unset HF_HUB_OFFLINE, or give a local folder\n"
+        f"error: some/thing: not in the cache {cache}, or not all of it; unset HF_HUB_OFFLINE, or give a local folder\n"
     )
     assert fetch("http://127.0.0.1:9", tmp_path).stdout.startswith(
         "error: some/thing: not in the cache, and http://127.0.0.1:9 cannot be reached ("

@@ -215,6 +215,7 @@ def _serve() -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: F401
+    from tqdm import tqdm  # noqa: F401
 
     spec = importlib.util.spec_from_file_location("train_script", SCRIPTS / "train.py")
     assert spec is not None
