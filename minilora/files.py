@@ -21,10 +21,12 @@ from minilora.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows, where output folders are not locked
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 LOCK = ".lock"
+LOCKED_BYTE = 1 << 30  # on Windows, which lets nobody read what is locked: far behind the holder's name
 WRITING = ".writing-"  # begins the name of what is not finished
 
 
@@ -255,7 +257,8 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder.encode(), 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, holder.encode())
         yield
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -264,12 +267,15 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path, key: str) -> None:
-    if fcntl is None:
-        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "another process"
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 1000).decode("utf-8", "replace") or "another process"
         raise UserError(
             f"{folder}: another run is writing there ({holder}); wait for it, stop it, or choose another {key}"
         ) from None

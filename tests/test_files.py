@@ -259,7 +259,7 @@ def test_a_lock_is_let_go_of_after_an_error_too(tmp_path: Path) -> None:
 def test_a_holder_that_could_not_write_its_name_holds_the_folder_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "pwrite", raising(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(os, "write", raising(OSError(errno.ENOSPC, "No space left on device")))
     with (
         lock_folder(tmp_path, "a"),
         pytest.raises(UserError, match=r"is writing there \(another process\); wait"),
@@ -289,15 +289,48 @@ def test_where_the_file_system_has_no_locks_it_is_said_and_the_work_is_done(
     assert capsys.readouterr().err == said
 
 
-def test_where_the_system_has_no_locks_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class WindowsLocks:
+    """msvcrt's part in locking: a byte that is locked can be read by nobody; closing the file lets go of it."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, int], int] = {}
+
+    def locking(self, descriptor: int, mode: int, size: int) -> None:
+        assert (mode, size) == (self.LK_NBLCK, 1)
+        place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
+        if place in self.held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        self.held[place] = descriptor
+
+    def close(self, descriptor: int) -> None:
+        self.held = {place: holder for place, holder in self.held.items() if holder != descriptor}
+
+
+def test_on_windows_the_folder_belongs_to_one_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks, close = WindowsLocks(), os.close
+    monkeypatch.setattr(os, "close", lambda descriptor: (locks.close(descriptor), close(descriptor)))
+    for name in ("pread", "pwrite"):  # Windows has none
+        monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    spec = importlib.util.spec_from_file_location("files_without_locks", files.__file__)
+    monkeypatch.setitem(sys.modules, "msvcrt", locks)
+    spec = importlib.util.spec_from_file_location("files_on_windows", files.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with module.lock_folder(tmp_path, "a"), module.lock_folder(tmp_path, "a"):
-        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text("utf-8")
+    for _ in range(2):
+        with module.lock_folder(tmp_path, "key"):
+            holder = (tmp_path / ".lock").read_text("utf-8")
+            assert f"process {os.getpid()} " in holder
+            assert len(holder) < module.LOCKED_BYTE
+            with (
+                pytest.raises(UserError, match=r"another run is writing there \(process \d+ on .*\); wait"),
+                module.lock_folder(tmp_path, "key"),
+            ):
+                pytest.fail("two have the folder")
+        assert (tmp_path / ".lock").read_bytes() == b""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
