@@ -14,7 +14,7 @@ from typing import Any
 
 from minilora.console import say, warn
 from minilora.errors import UserError
-from minilora.files import make_folder, write_file
+from minilora.files import make_folder, replace_file
 
 PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
 
@@ -71,9 +71,9 @@ class WeightsAndBiases(Tracker):
         make_folder(folder, "train.output_dir")
         path = folder / "run-id"
         if not path.is_file():
-            write_file(path, secrets.token_hex(4).encode())
+            replace_file(path, secrets.token_hex(4).encode())
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or PROJECT,
                 id=path.read_text("utf-8"),
                 resume="allow",
