@@ -16,10 +16,12 @@
     ops         RMSNorm, rotary embedding, SwiGLU, attention, each with its gradient derived by hand
     bnb         bitsandbytes, imported on first use
     nf4         4-bit NormalFloat: quantise, dequantise, the linear layer over it
+    gemv        products of a few rows straight from 4 bits, for generating
     targets     which linear layers get an adapter, and of which rank
     lora        the LoRA linear layer, its gradient derived; DoRA
     attach      adapters on a model: attached, listed, switched, scaled, merged for the time being
     recompute   gradient checkpointing: a layer that runs again in backward
+    keyvalues   keys and values of rows that were run, for the rows behind them
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
     tensorfile  safetensors files, one tensor at a time
     quantized   checkpoints that are in 4 bits already, as transformers reads and writes them
@@ -37,6 +39,7 @@
     cache       4-bit copies of base models on disk, checked by hash
     metrics     accuracy, precision, recall, F1, their intervals and tests, from scratch
     evaluate    model + examples -> label probabilities and loss
+    generate    model + ids -> the ids that go on, one after another, with a key/value cache
     drift       how far two models' probabilities are apart
     trackers    TensorBoard and Weights & Biases
     runlog      metrics.jsonl, progress bar
@@ -46,6 +49,7 @@
     report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
     predict     reviews without a label, as many as come -> labels, in their order
+    chat        turns of a conversation -> an answer's text, piece by piece
     hub         a name -> a local folder
     build       what a configuration names, as objects
     plan        what --dry-run prints

@@ -7,6 +7,7 @@ warn      what should be looked at, on standard error    always
 progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then
 """
 
+import os
 import sys
 from typing import Any, TextIO
 
@@ -37,6 +38,11 @@ def set_silent(silent: bool) -> None:
 def is_silent() -> bool:
     """Whether another process speaks for this one."""
     return _is_silent
+
+
+def uses_colour() -> bool:
+    """Whether standard output is a terminal on which colours are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def say(text: str) -> None:

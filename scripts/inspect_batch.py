@@ -1,13 +1,13 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
+from minilora.console import uses_colour
 from minilora.data import epoch_order
 from minilora.errors import UserError
 from minilora.hub import fetch_model
@@ -81,8 +81,7 @@ def main() -> None:
 
 def coloured(tokenizer: ChatTokenizer, example: Example) -> str:
     """The example's text, supervised stretches green, or in [[ ]] where colours are not wanted."""
-    use_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    opening, closing = (GREEN, RESET) if use_colour else ("[[", "]]")
+    opening, closing = (GREEN, RESET) if uses_colour() else ("[[", "]]")
     parts = []
     start = 0
     for end in range(1, len(example.input_ids) + 1):
