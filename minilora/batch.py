@@ -233,12 +233,17 @@ def _own_rows(examples: Sequence[Example], prefix: int) -> int:
     return sum(len(example.input_ids) - 1 - prefix for example in examples)
 
 
-def pack_rows(lengths: Sequence[int]) -> tuple[SegmentGroup, ...]:
-    """Attention groups of segments that stand one after another and share no prefix (pretraining, tests)."""
-    starts = [0]
+def pack_rows(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
+    """Attention groups of segments that stand one after another and share no prefix but one that is cached.
+
+    Args:
+        lengths: of the segments.
+        cached_prefix: rows that all of them see, whose keys and values are at hand.
+    """
+    starts = [cached_prefix]
     for length in lengths:
         starts.append(starts[-1] + length)
-    return _build_groups(0, _group_spans(0, list(pairwise(starts))))
+    return _build_groups(cached_prefix, _group_spans(cached_prefix, list(pairwise(starts))), cached_prefix)
 
 
 def common_prefix(examples: Sequence[Example]) -> int:

@@ -7,6 +7,7 @@ warn      what should be looked at, on standard error    always
 progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -45,6 +46,11 @@ def is_quiet() -> bool:
     return _is_quiet or _is_silent
 
 
+def uses_colour() -> bool:
+    """Whether standard output is a terminal on which colours are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def say(text: str) -> None:
     """A line about what is going on."""
     if not is_quiet():
@@ -57,6 +63,8 @@ def emit(text: str) -> None:
     Args:
         text: whole lines with their ends.
     """
+    from tqdm import tqdm
+
     with tqdm.external_write_mode():
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -28,8 +28,9 @@ import torch
 
 from minilora.batch import MicroBatch, common_prefix, pack
 from minilora.distributed import ALONE, Ranks
+from minilora.keyvalues import KeyValues
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
-from minilora.model import KeyValues, Qwen2ForCausalLM
+from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
 
 T = TypeVar("T")

@@ -36,6 +36,7 @@ from minilora import ops
 from minilora.batch import MicroBatch, SegmentGroup, pack_rows
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
+from minilora.keyvalues import KeyValues
 from minilora.lora import Again, project
 from minilora.ops import HeadGroup
 from minilora.recompute import run_twice
@@ -55,6 +56,7 @@ class Qwen2Config:
     rms_norm_eps: float = field(metadata=limits(above=0))
     rope_theta: float = field(metadata=limits(above=0))
     tie_word_embeddings: bool = False
+    max_position_embeddings: int | None = field(default=None, metadata=limits(minimum=1))
 
     @property
     def head_dim(self) -> int:
@@ -131,31 +133,6 @@ class RMSNorm(nn.Module):
         return Again(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
 
 
-class KeyValues:
-    """Keys and values of one layer for the rows that stand before those of a forward pass.
-
-    A prompt's common prefix is run once and then stands before every batch of an evaluation.
-
-    Attributes:
-        keys: (rows, K, D) compute dtype, positions turned in; None before the first pass.
-        values: (rows, K, D) compute dtype.
-        growing: whether a pass adds its own rows for the next one.
-    """
-
-    def __init__(self) -> None:
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-        self.growing = True
-
-    def before(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values that this pass may look at: the earlier ones, then its own, (T, K, D) each."""
-        if self.keys is not None and self.values is not None:
-            keys, values = torch.cat((self.keys, keys)), torch.cat((self.values, values))
-        if self.growing:
-            self.keys, self.values = keys, values
-        return keys, values
-
-
 class Embedding(nn.Embedding):
     """PyTorch's, but for first values on the meta device: there are none, and to draw them it imports its compiler."""
 
@@ -183,11 +160,14 @@ class Attention(nn.Module):
         again: Again,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        groups: tuple[HeadGroup, ...],
+        groups: tuple[HeadGroup, ...] | None,
         rows: torch.Tensor | None = None,
         past: KeyValues | None = None,
     ) -> torch.Tensor:
-        """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`."""
+        """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`.
+
+        Without groups it is one row that asks, the last, and it looks at all.
+        """
         if rows is None:
             q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), again)
             q = ops.rotary(self._heads(q), cos, sin)
@@ -198,7 +178,7 @@ class Attention(nn.Module):
         keys, values = ops.rotary(self._heads(k), cos, sin), self._heads(v)
         if past is not None:
             keys, values = past.before(keys, values)
-        mixed = ops.attention(q, keys, values, groups)
+        mixed = ops.last_row_attention(q, keys, values) if groups is None else ops.attention(q, keys, values, groups)
         return project(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -235,7 +215,7 @@ class DecoderLayer(nn.Module):
         hidden: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        groups: tuple[HeadGroup, ...],
+        groups: tuple[HeadGroup, ...] | None,
         rows: torch.Tensor | None = None,
         past: KeyValues | None = None,
     ) -> torch.Tensor:
@@ -268,19 +248,22 @@ class Qwen2Model(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        groups: tuple[SegmentGroup, ...],
+        groups: tuple[SegmentGroup, ...] | None,
         last_groups: tuple[SegmentGroup, ...] | None = None,
         rows: torch.Tensor | None = None,
         past: Sequence[KeyValues] | None = None,
     ) -> torch.Tensor:
-        """(T,) ids -> hidden states after the last norm: (T, C), or with `last_groups` (S, C) of `rows` alone."""
+        """(T,) ids -> hidden states after the last norm: (T, C), or (S, C) of `rows` alone, by `last_groups`.
+
+        Where groups are None, a single row asks, the last one: all of a pass over one id, or `rows` of the last layer.
+        """
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        seen = ops.split_heads(groups, *heads, len(hidden))
+        seen = None if groups is None else ops.split_heads(groups, *heads, len(hidden))
         last_seen = seen
-        if last_groups is not None and rows is not None:
-            last_seen = ops.split_heads(last_groups, *heads, len(rows))
+        if rows is not None:
+            last_seen = None if last_groups is None else ops.split_heads(last_groups, *heads, len(rows))
         pasts: Sequence[KeyValues | None] = [None] * len(self.layers) if past is None else past
         for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
             hidden = self._run(layer, hidden, cos, sin, seen, None, layer_past)
@@ -326,8 +309,23 @@ class Qwen2ForCausalLM(nn.Module):
     def run_prefix(self, input_ids: torch.Tensor) -> list[KeyValues]:
         """Keys and values, by layer, of (P,) ids that all later batches begin with."""
         past = [KeyValues() for _ in self.model.layers]
-        positions = torch.arange(len(input_ids), device=input_ids.device)
-        self.model(input_ids, positions, tuple(g.to(input_ids.device) for g in pack_rows([len(input_ids)])), past=past)
+        self.run_behind(input_ids, past)
         for layer in past:
             layer.growing = False
         return past
+
+    def run_behind(self, input_ids: torch.Tensor, past: Sequence[KeyValues]) -> torch.Tensor:
+        """Runs (T,) ids behind the rows of `past`, which they join.
+
+        Returns:
+            Hidden state (1, C) compute dtype of the last one, which predicts what comes next.
+        """
+        start, count, device = past[0].rows, len(input_ids), input_ids.device
+        positions = torch.arange(start, start + count, device=device)
+        if count == 1:
+            hidden: torch.Tensor = self.model(input_ids, positions, None, past=past)
+            return hidden
+        groups = tuple(group.to(device) for group in pack_rows([count], start))
+        last = torch.arange(count - 1, count, device=device)
+        hidden = self.model(input_ids, positions, groups, rows=last, past=past)
+        return hidden

@@ -15,7 +15,8 @@ bitsandbytes does the work (`bnb.py`). The PyTorch functions at the end say the 
 take over where it cannot be imported; on a CPU they always quantise, being three times as fast as its own.
 
 Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2
-on a CPU. Left out: other block sizes; products straight from 4 bits, which gain nothing from 64 rows on.
+on a CPU. Left out: other block sizes; products straight from 4 bits, which gain nothing from 64 rows on: for a few
+rows `gemv.py` has them.
 """
 
 import functools
@@ -32,6 +33,7 @@ from minilora import bnb
 BLOCK_SIZE = 64  # weights under one scale
 ABSMAX_BLOCK_SIZE = 256  # scales under one scale of scales
 SMALLEST_ABSMAX = 1e-38  # so that a block of zeros does not divide by zero
+FEW_ROWS = 32  # up to so many a product straight from 4 bits is faster than to dequantise
 PIECE = 1 << 20  # numbers that are quantised at a time on a CPU; whole blocks
 
 # fmt: off
@@ -75,18 +77,26 @@ class QuantizedTensor:
         """
         if not bnb.is_available():
             return _dequantize_in_pytorch(self, dtype)
-        # The operators under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
-        kernels, absmax = torch.ops.bitsandbytes, self.absmax
-        if self.offset is not None:
-            absmax = kernels.dequantize_blockwise.default(
-                absmax, self.nested_absmax, self.nested_code, ABSMAX_BLOCK_SIZE, torch.float32
-            ).add_(self.offset)
+        # The operator under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         # The AVX512 kernel begins a new block with every row and the quantiser does not, so bitsandbytes 0.50.2
         # returns another weight where `in` is a multiple of 16 and not of 64. As one long row it comes out right.
         whole = self.shape[1] % BLOCK_SIZE == 0
         rows = self.shape if whole else (1, 2 * self.packed.numel())
-        dense = kernels.dequantize_4bit.default(self.packed, absmax, BLOCK_SIZE, self.quant_type, rows, dtype)
+        dense = dequantize(self.packed, self.scales(), BLOCK_SIZE, self.quant_type, rows, dtype)
         return dense if whole else dense.view(-1)[: self.shape.numel()].view(self.shape)
+
+    def scales(self) -> torch.Tensor:
+        """(blocks,) float32 absmax of each block, made from 8 bits where they are quantised too."""
+        if self.offset is None or self.nested_absmax is None or self.nested_code is None:  # the three come together
+            return self.absmax
+        if bnb.is_available():
+            dequantize = torch.ops.bitsandbytes.dequantize_blockwise.default
+            scales = dequantize(self.absmax, self.nested_absmax, self.nested_code, ABSMAX_BLOCK_SIZE, torch.float32)
+        else:
+            wide = self.nested_absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: self.absmax.numel()]
+            scales = self.nested_code[self.absmax.int()] * wide
+        return scales.add_(self.offset)
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +171,7 @@ class Linear4bit(nn.Module):
     Attributes:
         bias: (out,) compute dtype, or None.
         cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes a number in bfloat16.
+        straight: (x, bias) -> y straight from 4 bits, from `gemv.py`; used in inference mode for up to FEW_ROWS rows.
     """
 
     bias: torch.Tensor | None
@@ -170,6 +181,7 @@ class Linear4bit(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.quant_type = weight.quant_type
         self.cache_dequantized = False
+        self.straight: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
         self._dense: torch.Tensor | None = None
         self._shape = weight.shape
         self._weight_names = tuple(weight.tensors())
@@ -190,7 +202,14 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        return _FrozenLinear.apply(x, self, self.bias)
+        y = self.straight_product(x, self.bias)
+        return _FrozenLinear.apply(x, self, self.bias) if y is None else y
+
+    def straight_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """x W^T + bias by `straight`, None where that is not the way to go."""
+        if self.straight is None or len(x) > FEW_ROWS or not torch.is_inference_mode_enabled():
+            return None
+        return self.straight(x, bias)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(out, in) `dtype`, constant: made anew, unless it is kept."""
@@ -208,7 +227,7 @@ class Linear4bit(nn.Module):
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        self._dense = None
+        self._dense = self.straight = None
         return super()._apply(move, recurse)
 
 
@@ -291,14 +310,8 @@ def _dynamic_levels() -> torch.Tensor:
 
 def _dequantize_in_pytorch(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """As bitsandbytes, but for what its processor decides: the sign of an FP4 zero, and bfloat16 below 1.2e-38."""
-    absmax = quantized.absmax
-    if quantized.offset is not None:
-        assert quantized.nested_absmax is not None  # the three come together
-        assert quantized.nested_code is not None
-        scales = quantized.nested_absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: absmax.numel()]
-        absmax = quantized.nested_code[absmax.int()] * scales + quantized.offset
-    levels = torch.tensor(LEVELS[quantized.quant_type], device=absmax.device)
+    levels = torch.tensor(LEVELS[quantized.quant_type], device=quantized.packed.device)
     pairs = torch.cartesian_prod(levels, levels)  # row b: the two numbers that byte b stands for
     values = pairs.index_select(0, quantized.packed.view(-1).int()).view(-1)[: quantized.shape.numel()]
-    scales = absmax.repeat_interleave(BLOCK_SIZE)[: values.numel()]
+    scales = quantized.scales().repeat_interleave(BLOCK_SIZE)[: values.numel()]
     return (values * scales).to(dtype).view(quantized.shape)

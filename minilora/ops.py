@@ -325,3 +325,21 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
         The shape and dtype of q. Source: arXiv 1706.03762, grouped queries arXiv 2305.13245.
     """
     return _Attention.apply(q, k, v, groups)
+
+
+def last_row_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Grouped-query attention of one row that sees all keys; for generating, where no gradient is asked for.
+
+    The G query heads of a key/value head are PyTorch's rows: its fused kernel then reads each key once and not G times.
+
+    Args:
+        q: (1, H, D) compute dtype.
+        k: (T, K, D) compute dtype.
+        v: (T, K, D) compute dtype.
+
+    Returns:
+        (1, H, D) dtype of q.
+    """
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    queries = q.view(len(keys), -1, q.shape[-1])
+    return F.scaled_dot_product_attention(queries[None], keys[None], values[None]).view(q.shape)

@@ -19,7 +19,7 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 (tests/parity/test_prompt.py compares them).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -105,6 +105,21 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens spelled out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def iter_text(self, ids: Iterable[int]) -> Iterator[str]:
+        """Text of ids that come one by one, in pieces that never hold part of a character.
+
+        What is no whole character yet waits for the rest of it; what never becomes one is shown as U+FFFD at the end.
+        """
+        waiting: list[int] = []
+        for token in ids:
+            waiting.append(token)
+            text = self.decode(waiting)
+            if not text.endswith("\ufffd"):
+                waiting = []
+                yield text
+        if waiting:
+            yield self.decode(waiting)
 
     def open_turn(self, role: str, content: str = "") -> list[int]:
         """`<|im_start|>{role}\\n{content}`: a turn that is still open."""

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -202,6 +202,43 @@ class SafePoints:
             self.check()
 
 
+class Stopped(Interrupted):
+    """SIGINT came within `Interruptible`."""
+
+
+class Interruptible:
+    """A stretch that Ctrl-C ends, and nothing but the stretch: a context manager behind which the script goes on.
+
+    Attributes:
+        came: whether it did.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._is_within = False
+        self._handling = _handling(self._note, (signal.SIGINT,))
+
+    def __enter__(self) -> "Interruptible":
+        self._handling.__enter__()
+        self._is_within = True
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        self._is_within = False
+        self._handling.__exit__(None, None, None)
+        return self.came and isinstance(error, Exception | Stopped)  # C code may have made another error of it
+
+    def check(self) -> None:
+        """To be called now and then, for an interruption that Python dropped."""
+        if self.came:
+            raise Stopped(signal.SIGINT)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.came = True
+        if self._is_within:
+            raise Stopped(signum)
+
+
 class _AtOnce:
     """The handler outside a run's loop: ends what is going on."""
 
@@ -262,12 +299,12 @@ def _write(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _handling(handler: Handler) -> Iterator[None]:
-    """Sets the handler of SIGNALS, but for those that are ignored, as `nohup` and shells ask for."""
+def _handling(handler: Handler, signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Sets the handler of `signals`, but for those that are ignored, as `nohup` and shells ask for."""
     if threading.current_thread() is not threading.main_thread():  # only there may they be set
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals}
     chosen = [number for number, old in before.items() if old != signal.SIG_IGN]
     try:
         for number in chosen:

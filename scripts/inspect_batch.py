@@ -6,13 +6,13 @@ if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
+from minilora.console import uses_colour
 from minilora.data import epoch_order
 from minilora.errors import UserError
 from minilora.hub import fetch_model
@@ -85,8 +85,7 @@ def main() -> None:
 
 def coloured(tokenizer: ChatTokenizer, example: Example) -> str:
     """The example's text, supervised stretches green, or in [[ ]] where colours are not wanted."""
-    use_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    opening, closing = (GREEN, RESET) if use_colour else ("[[", "]]")
+    opening, closing = (GREEN, RESET) if uses_colour() else ("[[", "]]")
     parts = []
     start = 0
     for end in range(1, len(example.input_ids) + 1):

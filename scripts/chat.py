@@ -1,0 +1,276 @@
+"""Talks with a trained adapter or a base model: in a terminal, or with --prompt for one answer.
+
+Where standard input is no terminal, each of its lines is a turn of the conversation.
+"""
+
+from minilora.script import Interruptible, answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
+import argparse
+import contextlib
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from minilora.attach import adapter_disabled
+from minilora.chat import Conversation, GenerationConfig, read_generation_config
+from minilora.config import MAX_SEED
+from minilora.console import say, uses_colour, warn
+from minilora.errors import UserError
+from minilora.fields import coerce
+from minilora.generate import speed_up
+from minilora.lines import iter_lines
+from minilora.model import Qwen2ForCausalLM
+from minilora.trained import Trained, is_base, open_base, open_trained
+
+EXAMPLES = """\
+examples:
+  python scripts/chat.py --model_path outputs/checkpoints/final
+  python scripts/chat.py --model_path Qwen/Qwen2.5-0.5B-Instruct --greedy --prompt "用一句话介绍杭州"
+  git diff | python scripts/chat.py --model_path Qwen/Qwen2.5-Coder-0.5B-Instruct --system "Review this." --prompt -
+  python scripts/chat.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct model.quantization=none
+
+How a token is drawn: as is said here, else as the model's generation_config.json says, else temperature 0.7, top-p 0.8,
+top-k 20, repetition penalty 1.05, 1024 tokens at most. Projections in 4 bits that cannot be multiplied straight from
+them are kept in full beside: model.cache_dequantized=false saves these 2 bytes a number, and is slower.
+"""
+COMMANDS = """\
+/reset         forgets the conversation
+/system TEXT   sets another system turn, and forgets the conversation
+/base          switches the adapter off, and on again; the conversation goes on
+/help          shows these lines
+/exit          ends, as Ctrl-D does; Ctrl-C ends an answer, or here the program
+What begins with a blank is said as it stands."""
+KEYS_READ = ("model.", "prompt.system")
+CACHED = "model.cache_dequantized=true"  # the default here: the command line's own stands behind it and wins
+BOLD, DIM, RESET = "\033[1m", "\033[2m", "\033[0m"
+
+
+def main() -> None:
+    """Reads the command line, loads the model, talks."""
+    arguments = parse_arguments()
+    prompt = arguments.prompt
+    if prompt == "-":
+        prompt = "\n".join(iter_lines(sys.stdin.buffer, "standard input"))
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt: is empty; say something, or leave it away to talk in turns")
+    trained = open_model(arguments)
+    settings = choose_settings(arguments, read_generation_config(trained.model_folder))
+    model = trained.load(arguments.allow_bin)
+    speed_up(model)
+    generator = torch.Generator(model.head_weight.device)
+    generator.manual_seed(generator.seed() if arguments.seed is None else arguments.seed)
+    system = trained.config.prompt.system if arguments.system is None else arguments.system
+    conversation = Conversation(model, trained.prompt.tokenizer, system, settings, generator)
+    if prompt is not None:
+        show_answer(conversation, prompt)
+        return
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        say(f"{describe(trained, settings)}; /help lists the commands")
+    lines = iter_typed() if is_typed else iter_lines(sys.stdin.buffer, "standard input")
+    Talk(conversation, model, trained.path is not None, is_typed).go_on(lines)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = build_parser(__doc__, EXAMPLES)
+    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter, or a base model alone")
+    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
+    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end; - for all of standard input")
+    parser.add_argument("--system", metavar="TEXT", help="system turn (default: prompt.system of the adapter's run)")
+    parser.add_argument("--greedy", action="store_true", help="always the most probable token")
+    parser.add_argument("--temperature", type=float, metavar="T", help="above 1 more varied, below less; 0 is --greedy")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable that together reach P")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable; 0 for all")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="of what was said before; 1 for none")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer")
+    parser.add_argument("--seed", type=int, help="the same seed, questions and machine give the same answers")
+    parser.add_argument("overrides", nargs="*", metavar="model.key=value", help="keys as in train.py")
+    arguments = parser.parse_intermixed_args()
+    if arguments.greedy and not {arguments.temperature, arguments.top_p, arguments.top_k} <= {None}:
+        parser.error("--greedy draws nothing: leave it away, or --temperature, --top-p and --top-k")
+    if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
+        parser.error(f"--seed: expected 0 to {MAX_SEED}")
+    return arguments
+
+
+def open_model(arguments: argparse.Namespace) -> Trained:
+    """The adapter with its base, or the base model that --model_path names."""
+    overrides = [CACHED, *arguments.overrides]
+    if not is_base(arguments.model_path):
+        return open_trained(arguments.model_path, arguments.base, overrides, keys_read=KEYS_READ)
+    if arguments.base is not None:
+        raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
+    return open_base(arguments.model_path.as_posix(), overrides, KEYS_READ)
+
+
+def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -> GenerationConfig:
+    """The model's own settings with what the command line says in their place.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    given = {}
+    for item in fields(GenerationConfig):
+        value = getattr(arguments, item.name, None)
+        if value is not None:
+            try:
+                given[item.name] = coerce(value, item)
+            except ValueError as error:
+                option = f"--{item.name.replace('_', '-')}"
+                raise UserError(f"{option}: is {value}, expected {error}; choose another") from None
+    draws = not arguments.greedy and (
+        settings.do_sample or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
+    )
+    return replace(settings, do_sample=draws, **given)
+
+
+def describe(trained: Trained, settings: GenerationConfig) -> str:
+    """Who answers, and how, in a line."""
+    base = trained.config.model.name_or_path
+    name = base if trained.path is None else f"{trained.path} on {base}"
+    if not settings.do_sample or settings.temperature == 0:
+        how = "greedy"
+    else:
+        how = f"temperature {settings.temperature:g}, top-p {settings.top_p:g}, top-k {settings.top_k}"
+    return f"{name}: {how}, repetition penalty {settings.repetition_penalty:g}"
+
+
+def iter_typed() -> Iterator[str]:
+    """Lines as they are typed, until Ctrl-D."""
+    with contextlib.suppress(ImportError):  # Windows has none, and its own editing
+        import readline  # noqa: F401
+    shows_prompt = sys.stdout.isatty()
+    # A terminal's editor counts columns, but for what stands between these two.
+    prompt = f"\001{BOLD}\002>\001{RESET}\002 " if uses_colour() else "> "
+    while True:
+        try:
+            line = input(prompt if shows_prompt else "")
+            line.encode()
+        except EOFError:
+            if shows_prompt:
+                print()
+            return
+        except UnicodeError:
+            warn("error: what was typed is no UTF-8; set the terminal to UTF-8, or type something else")
+        else:
+            yield line
+
+
+class Talk:
+    """Takes lines as turns or commands, and shows what comes of them."""
+
+    def __init__(self, conversation: Conversation, model: Qwen2ForCausalLM, has_adapter: bool, is_typed: bool):
+        """A talk about nothing yet.
+
+        Args:
+            conversation: takes the turns.
+            model: the one that answers.
+            has_adapter: whether there is one to switch.
+            is_typed: somebody sits there: who can say something else, end an answer, and wants to know what happens.
+        """
+        self._conversation = conversation
+        self._model = model
+        self._has_adapter = has_adapter
+        self._is_typed = is_typed
+        self._adapter_off: contextlib.ExitStack | None = None
+
+    def go_on(self, lines: Iterator[str]) -> None:
+        """Until the lines end, or one of them says so.
+
+        Raises:
+            UserError: a turn cannot be answered, and nobody sits there.
+        """
+        for line in lines:
+            if line.rstrip() == "/exit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._obey(*line.strip().partition(" ")[::2])
+                elif line.strip():
+                    self._answer(line.strip())
+            except UserError as error:
+                if not self._is_typed:
+                    raise
+                warn(f"error: {error}")
+
+    def _answer(self, text: str) -> None:
+        if not self._is_typed:
+            show_answer(self._conversation, text)
+            return
+        started = time.perf_counter()
+        with Interruptible() as interruption:
+            show_answer(self._conversation, text, interruption.check)
+        seconds, count = time.perf_counter() - started, self._conversation.num_tokens
+        self._note(f"{'stopped; ' if interruption.came else ''}{count} tokens, {count / seconds:.1f} a second")
+
+    def _obey(self, command: str, text: str) -> None:
+        if command == "/reset" and not text:
+            self._conversation.reset()
+            self._note("the conversation begins anew")
+        elif command == "/system" and text.strip():
+            self._conversation.system = text.strip()
+            self._conversation.reset()
+            self._note("the system turn is set, the conversation begins anew")
+        elif command == "/base" and not text:
+            self._switch()
+        elif command == "/help" and not text:
+            print(COMMANDS)
+        else:
+            raise UserError(f"{command}: is no command, or not with that; /help lists them, a blank before it says it")
+
+    def _switch(self) -> None:
+        if not self._has_adapter:
+            raise UserError("/base: there is no adapter, the base model answers already; open one with --model_path")
+        if self._adapter_off is None:
+            self._adapter_off = contextlib.ExitStack()
+            self._adapter_off.enter_context(adapter_disabled(self._model))
+        else:
+            self._adapter_off.close()
+            self._adapter_off = None
+        self._conversation.recompute()
+        self._note("the adapter is on" if self._adapter_off is None else "the adapter is off: the base model answers")
+
+    def _note(self, text: str) -> None:
+        if self._is_typed:
+            say(f"{DIM}({text}){RESET}" if uses_colour() else f"({text})")
+
+
+def show_answer(conversation: Conversation, text: str, check: Callable[[], object] = bool) -> None:
+    """Prints the answer to `text` as it comes, and calls `check` for each piece.
+
+    Raises:
+        UserError: see `Conversation.answer`.
+    """
+    has_begun = False
+    try:
+        for piece in conversation.answer(text):
+            has_begun = True
+            sys.stdout.write(harmless(piece) if sys.stdout.isatty() else piece)
+            sys.stdout.flush()
+            check()
+    except BaseException:
+        if has_begun:
+            print()
+        raise
+    print(flush=True)
+    if conversation.cut_off is not None:
+        warn(f"note: {conversation.cut_off}")
+
+
+def harmless(text: str) -> str:
+    """The text without characters that would do something to a terminal; a line's end and a tab may."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+if __name__ == "__main__":
+    run_script(main)
