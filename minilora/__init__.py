@@ -21,6 +21,7 @@
     attach      adapters on a model: attached, listed, switched, scaled, merged for the time being
     recompute   gradient checkpointing: a layer that runs again in backward
     model       Qwen2.5 in plain PyTorch; here stands the legend of sizes (T, C, H, K, D, F, V, R, P, S)
+    sizes       the sizes of Qwen2.5 by name, without their files
     tensorfile  safetensors files, one tensor at a time
     quantized   checkpoints that are in 4 bits already, as transformers reads and writes them
     load        config.json and safetensors -> the model, tensor by tensor, quantised on arrival
@@ -46,9 +47,11 @@
     report      report.html: one page on a run or an evaluation
     memory      bytes predicted and bytes measured
     predict     reviews without a label, as many as come -> labels, in their order
-    hub         a name -> a local folder
+    download    a name on the hub -> the folder of its snapshot, continued after a break, hashed
+    hub         the name of a model or a data set -> a local folder
     build       what a configuration names, as objects
-    plan        what --dry-run prints
+    plan        what a configuration takes: its largest micro-batch, its ledger, what --dry-run prints
+    budget      what fits a budget of memory, and what would help
     modelcard   the README of an adapter
     origin      what a run was made from, and whether that is the same now
     trained     a trained adapter's folder -> its configuration, base model, prompt and model

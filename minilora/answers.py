@@ -60,7 +60,7 @@ def _classes(metrics: Mapping[str, Any], names: Sequence[str]) -> Markup:
     ]
     return element(
         "div",
-        table("Confusion matrix: labels down, answers across", ("label", *names), cells),
+        table("Confusion matrix: rows are labels", ("label", *names), cells),
         table("Each class", ("label", "precision", "recall", "F1", "reviews"), rows),
         class_="beside",
     )

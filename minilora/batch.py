@@ -172,6 +172,12 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
     )
 
 
+def count_rows(examples: Sequence[Example]) -> int:
+    """T of `pack(examples)`."""
+    prefix = common_prefix(examples)
+    return round_rows(prefix + sum(len(example.input_ids) - 1 - prefix for example in examples))
+
+
 def round_rows(rows: int) -> int:
     """T of a micro-batch with so many rows: the next number of five significant bits."""
     step = 1 << max(rows.bit_length() - 5, 0)

@@ -22,6 +22,8 @@ from minilora.nf4 import Linear4bit
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.rows import Row, as_label, read_rows
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -79,7 +81,7 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
     if name == "float16" and device.type == "cpu":
         raise UserError("model.compute_dtype: float16 needs a GPU; use auto, bfloat16 or float32 on a CPU")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return DTYPES[name]
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

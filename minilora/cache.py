@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from minilora import bnb
 from minilora.console import warn
 from minilora.errors import UserError
-from minilora.files import WRITING, lock_folder, remove, sha256
+from minilora.files import lock_folder, sha256_once
 from minilora.load import load_model
-from minilora.manifest import finish_folder, read_manifest, recover_folders, verify_folder
+from minilora.manifest import read_manifest, recover_folders, verify_folder
 from minilora.model import Qwen2ForCausalLM
-from minilora.quantized import COMPANIONS, save_quantized, split_entries
-from minilora.tensorfile import dtype_name, read_checkpoint_entries
+from minilora.quantized import COMPANIONS, is_quantized, write_quantized
+from minilora.tensorfile import dtype_name
 
 FORMAT = 1  # raised when the same weights would be quantised to other bits
 
@@ -58,7 +57,7 @@ def load_through_cache(
         UserError: as `load_model`.
     """
     settings = (compute_dtype, quantization, double_quantization, device, on_progress)
-    if quantization == "none" or split_entries(read_checkpoint_entries(folder))[1]:
+    if quantization == "none" or is_quantized(folder):
         return load_model(folder, *settings)
     made_from = _made_from(folder, compute_dtype, quantization, double_quantization, device)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
@@ -81,8 +80,8 @@ def load_through_cache(
             return load_model(copy, *settings)
         model = load_model(folder, *settings)
         try:
-            _write(model, folder, copy, {"key": key, "made_from": made_from})
-        except (OSError, UserError, SafetensorError) as error:
+            write_quantized(model, folder, copy, {"key": key, "made_from": made_from})
+        except (OSError, UserError) as error:
             _say_unused(cache, error)
         return model
 
@@ -95,23 +94,12 @@ def _made_from(
     kind = torch.device(device).type
     return {
         "format": FORMAT,
-        "files": {path.name: sha256(path) for path in [*companions, *sorted(folder.glob("*.safetensors"))]},
+        "files": {path.name: sha256_once(path) for path in [*companions, *sorted(folder.glob("*.safetensors"))]},
         "quantization": quantization,
         "double_quantization": double_quantization,
         "compute_dtype": dtype_name(compute_dtype),
         "quantizer": "bitsandbytes" if kind == "cuda" and bnb.is_available() else f"minilora on {kind}",
     }
-
-
-def _write(model: Qwen2ForCausalLM, source: Path, copy: Path, facts: dict[str, Any]) -> None:
-    """Writes a copy under another name and puts it in place as a whole."""
-    temporary = copy.with_name(WRITING + copy.name)
-    try:
-        temporary.mkdir()
-        save_quantized(model, source, temporary)
-        finish_folder(temporary, copy, facts)
-    finally:
-        remove(temporary)
 
 
 def _problem_of(copy: Path, key: str) -> str | None:

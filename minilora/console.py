@@ -8,9 +8,10 @@ progress  a bar on standard error                 not with --quiet; where that i
 """
 
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_EVERY_S = 30.0
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -39,9 +40,14 @@ def is_silent() -> bool:
     return _is_silent
 
 
+def is_quiet() -> bool:
+    """Whether `say` and `progress` are silent."""
+    return _is_quiet or _is_silent
+
+
 def say(text: str) -> None:
     """A line about what is going on."""
-    if not (_is_quiet or _is_silent):
+    if not is_quiet():
         print(text)
 
 
@@ -62,31 +68,31 @@ def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
+def progress(
+    desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False, is_hidden: bool = False
+) -> "tqdm[Any]":
     """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
 
     Args:
         desc: what is going on, in a word or two.
         total: units in all, None where unknown.
-        unit: what is counted, in the singular.
+        unit: what is counted, in the singular; "B" is shown as kB, MB, GB.
         initial: units that are done already.
         leave: whether the bar stays on the screen when it is done.
+        is_hidden: shows nothing, as with --quiet.
     """
-    is_hidden = _is_quiet or _is_silent
+    from tqdm import tqdm  # here: a script can answer signals before it waits for this
+
+    settings: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "unit_scale": unit == "B"}
+    settings |= {"initial": initial, "disable": is_quiet() or is_hidden}
     if sys.stderr.isatty():
-        return tqdm(
-            desc=desc, total=total, unit=unit, initial=initial, leave=leave, dynamic_ncols=True, disable=is_hidden
-        )
+        return tqdm(leave=leave, dynamic_ncols=True, **settings)
     return tqdm(
-        desc=desc,
-        total=total,
-        unit=unit,
-        initial=initial,
         file=_Lines(sys.stderr),
         mininterval=LINE_EVERY_S,
         maxinterval=LINE_EVERY_S,
         bar_format=LINE_FORMAT,
-        disable=is_hidden,
+        **settings,
     )
 
 

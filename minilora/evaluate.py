@@ -126,7 +126,7 @@ def _deal(
     work: Callable[[Sequence[Example]], T],
     on_progress: Callable[[int], object] | None,
     ranks: Ranks,
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    interruptible: Callable[[], AbstractContextManager[None]],
 ) -> list[T]:
     """What `work` makes of each batch, given by its places in `examples`: each is done by one of `ranks`, for all."""
     parts: list[T] = []
@@ -156,6 +156,7 @@ def label_probabilities(
     max_tokens: int,
     on_progress: Callable[[int], object] | None = None,
     ranks: Ranks = ALONE,
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> np.ndarray:
     """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
 
@@ -165,8 +166,9 @@ def label_probabilities(
         examples: at least one; the answers that they carry have no say.
         prompt: whose labels are scored.
         max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
-        on_progress: as for `score`, like ranks.
+        on_progress: as for `score`, like the other two.
         ranks: that share the work.
+        interruptible: entered around the work of this rank.
     """
 
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
@@ -174,7 +176,7 @@ def label_probabilities(
         return scores
 
     batches = list(_iter_batches(examples, len(examples), max_tokens))
-    return _softmax(batches, _deal(batches, examples, score_batch, on_progress, ranks))
+    return _softmax(batches, _deal(batches, examples, score_batch, on_progress, ranks, interruptible))
 
 
 def _iter_batches(examples: Sequence[Example], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

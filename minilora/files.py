@@ -21,10 +21,12 @@ from minilora.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows, where output folders are not locked
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+    import msvcrt
 
 LOCK = ".lock"
+LOCKED_BYTE = 1 << 30  # on Windows, which lets nobody read what is locked: far behind the holder's name
 WRITING = ".writing-"  # begins the name of what is not finished
 
 
@@ -42,6 +44,31 @@ def sha256(path: Path) -> str:
         return hash_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256`, taken once a process: for a base model's files, whose hashes several parts of a program ask for.
+
+    A file is known again by device, inode, size and time of its last change; one that changed within the last second
+    is not remembered, because the clock may not tell its next change from that. What changes a file and none of these,
+    a disk that loses bits, a second reading would not see either: it comes from memory, where the system keeps what was
+    read. What this program writes itself is read back by `hash_file`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    digest = _known_digests.get(key) or sha256(path)
+    if time.time_ns() - found.st_mtime_ns > 1e9:
+        _known_digests[key] = digest
+    return digest
+
+
+_known_digests: dict[tuple[int, int, int, int], str] = {}
 
 
 def hash_file(path: Path) -> str:
@@ -230,7 +257,8 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, holder.encode(), 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.write(descriptor, holder.encode())
         yield
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -239,12 +267,15 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path, key: str) -> None:
-    if fcntl is None:
-        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") or "another process"
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 1000).decode("utf-8", "replace") or "another process"
         raise UserError(
             f"{folder}: another run is writing there ({holder}); wait for it, stop it, or choose another {key}"
         ) from None

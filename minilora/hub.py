@@ -1,58 +1,51 @@
 """A model's or a data set's name in, a local folder out.
 
-A local folder is taken as it is. Anything else is a name on the hub and goes through huggingface-hub, which brings
-its cache, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE, HF_TOKEN and HF_HOME. It is imported where it is used, so that a run
-on local files neither waits for it nor needs a network.
-
-huggingface-hub looks at the size of what it downloads, and at nothing of what is in the cache already. Here every file
-is hashed whenever it is fetched, and compared with the hash that the hub gave it: the cache keeps a file under that
-name, SHA-256 for the large ones (LFS) and Git's SHA-1 of a blob for the others. One that differs is downloaded once
-more. (Where the system has no symbolic links, as on some Windows, the cache does not keep the hash, and only the size
-is looked at.)
+A local folder is taken as it is. Anything else is a name on the hub, which `download.py` knows how to ask.
 """
 
-import hashlib
-import re
 import shutil
 from pathlib import Path
 
-from minilora.console import warn
 from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
-from minilora.files import WRITING, sha256
+from minilora.files import WRITING
 
-MODEL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-]
+# Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
+# formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
+MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+SUBFOLDERS = ["*/*"]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
 
 
-def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
+def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
     """Folder with the model's files, downloaded if it has to be.
 
     Args:
         name_or_path: a folder, a name below `minilora/assets/` (found from any working directory), or a hub name.
         revision: branch, tag or commit on the hub.
+        weights: whether its weights are downloaded too.
 
     Raises:
         UserError: there is no such folder, or the hub did not give it.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
-        folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
-    if not folder.is_dir():
+    folder = local_folder(name_or_path)
+    if folder is None:
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-        folder = _download("model", name_or_path, revision, MODEL_FILES)
+        folder = _download("model", name_or_path, revision, MODEL_FILES if weights else SMALL_FILES, SUBFOLDERS)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
     return folder
+
+
+def local_folder(name_or_path: str) -> Path | None:
+    """The folder of a model that is here already, None for a name on the hub."""
+    folder = Path(name_or_path)
+    if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
+        folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
+    return folder if folder.is_dir() else None
 
 
 def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None = None) -> list[Path]:
@@ -135,75 +128,10 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
 
 
-def _download(kind: str, name: str, revision: str | None, allow_patterns: list[str]) -> Path:
-    """`snapshot_download`, its errors as messages that say what to do."""
-    from huggingface_hub import errors, snapshot_download
-
-    local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
-    mirror = f"set a mirror (HF_ENDPOINT=https://hf-mirror.com), or {local}"
-    # httpx's or requests', by the version of huggingface-hub: a broken connection raises it as it is.
-    client_error: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
-
+def _download(kind: str, name: str, revision: str | None, *patterns: list[str]) -> Path:
+    """`download_snapshot`, imported here: a run on local files does not wait for huggingface-hub."""
     try:
-        snapshot = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=allow_patterns))
-        damaged = _damaged_files(snapshot)
-        if damaged:
-            names = [path.relative_to(snapshot).as_posix() for path, _, _ in damaged]
-            warn(f"{snapshot}: {', '.join(names)}: not what the hub has, the hash differs; downloads it once more")
-            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=names, force_download=True)
-            damaged = _damaged_files(snapshot)
-        if damaged:
-            path, found, expected = damaged[0]
-            raise UserError(
-                f"{path}: is not what the hub has, downloaded twice: its hash is {found}, expected {expected}; check "
-                f"the disk and the connection, {mirror}"
-            )
-        return snapshot
-    except errors.HFValidationError:
-        raise UserError(f"{name}: is no hub name, expected owner/name; check the name, or {local}") from None
-    except errors.GatedRepoError:
-        raise UserError(f"{name}: is gated; accept its terms on its page and set HF_TOKEN to your token") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name}: has no such revision; check model.revision or --revision") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{name}: no such {kind} on the hub, or private; check the name, set HF_TOKEN, or {local}"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error.__cause__, errors.HfHubHTTPError):  # reached, but it answered with an error
-            raise UserError(f"{name}: download failed ({_reason(error.__cause__)}); run it again, {mirror}") from None
-        raise UserError(
-            f"{name}: not in the cache and the hub cannot be reached; unset HF_HUB_OFFLINE, check the network, {mirror}"
-        ) from None
-    except (client_error, OSError) as error:
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            raise UserError(f"{name}: the hub refused your token (401); correct HF_TOKEN or unset it") from None
-        raise UserError(f"{name}: download failed ({_reason(error)}); run it again, {mirror}") from None
-
-
-def _damaged_files(snapshot: Path) -> list[tuple[Path, str, str]]:
-    """Files of a downloaded snapshot that are not what the hub has: path, hash found, hash expected."""
-    damaged = []
-    for path in sorted(snapshot.rglob("*")):
-        # One hop, not all: a blob may in turn be a link into a store that all repositories share (hf-xet).
-        expected = path.readlink().name if path.is_symlink() and path.is_file() else ""
-        if re.fullmatch(r"[0-9a-f]{64}", expected):
-            found = sha256(path)
-        elif re.fullmatch(r"[0-9a-f]{40}", expected):
-            found = _git_sha1(path)
-        else:
-            continue
-        if found != expected:
-            damaged.append((path, found, expected))
-    return damaged
-
-
-def _git_sha1(path: Path) -> str:
-    """The hash under which Git keeps a file: SHA-1 of "blob", its length, a zero byte, and its content."""
-    content = path.read_bytes()  # small: the hub keeps files of more than 10 MB in LFS
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        from minilora.download import download_snapshot
+    except ValueError as error:  # huggingface-hub reads the environment when it is imported
+        raise UserError(f"{name}: huggingface-hub cannot start ({error}); correct the variables HF_...") from None
+    return download_snapshot(kind, name, revision, *patterns)

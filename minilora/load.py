@@ -91,11 +91,13 @@ class BaseWeights:
     device: torch.device | str
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that is held in full, as its file has it.
+        """A tensor as its file has it; of one in 4 bits, what the model computes with.
 
         Raises:
             UserError: it holds NaN or infinite values.
         """
+        if name in self.quantized:
+            return self.quantized[name].read().to(self.device).dequantize(self.compute_dtype)
         entry = self.entries[name]
         tensor = read_tensor(entry)
         if not is_finite(tensor):
@@ -109,10 +111,12 @@ class BaseWeights:
         return self.read(name).to(self.device, self.compute_dtype)
 
     def in_4bit(self, name: str) -> QuantizedTensor | None:
-        """A weight as the model has it in 4 bits, None for what it has in full."""
+        """A weight as the model has it in 4 bits, None for what it has in full, as it has the head."""
+        if not name.endswith(PROJECTION):
+            return None
         if name in self.quantized:
             return self.quantized[name].read().to(self.device)
-        if self.quantization == "none" or not name.endswith(PROJECTION):
+        if self.quantization == "none":
             return None
         # From the compute dtype, as transformers does, so that the 4-bit weights are the same.
         return quantize(self.dense(name), self.quantization, self.double_quantization)
@@ -242,12 +246,13 @@ def _check_entries(
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings and "lm_head.weight" in entries:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    can_be_quantized = {name for name in expected if name.endswith(PROJECTION) or name == "lm_head.weight"}
     problems = [
-        f"{name}: is in 4 bits, which only projections can be"
-        if not name.endswith(PROJECTION)
-        else f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected.get(name, ()))}"
+        f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected[name])}"
+        if name in can_be_quantized
+        else f"{name}: is in 4 bits, which only projections and the head of an untied model can be"
         for name, entry in quantized.items()
-        if entry.shape != expected.get(name) or not name.endswith(PROJECTION)
+        if entry.shape != expected.get(name) or name not in can_be_quantized
     ]
     expected = {name: shape for name, shape in expected.items() if name not in quantized}
     problems += _iter_mismatches(expected, entries)

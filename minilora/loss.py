@@ -41,6 +41,8 @@ class _NextTokenNLL(torch.autograd.Function):
                 dlogits = logits.sub_(log_norm).exp_()
                 dlogits.scatter_add_(1, chosen, -torch.ones_like(log_norm))
                 dhidden[rows] = dlogits.to(hidden.dtype) @ head_weight
+                del dlogits  # the logits themselves: gone before the next chunk's are made
+            del logits
         ctx.save_for_backward(dhidden)
         return total
 

@@ -1,33 +1,51 @@
 """The memory ledger: bytes predicted from a configuration, and bytes measured.
 
-    weights      projections in 4 bits (4.5 with their scales, 4.13 with scales of scales), all else dense
-    adapter      A and B in float32, their gradients, and AdamW's two moments: 16 bytes a parameter, 10 in 8 bits
-    activations  what the backward passes of `ops.py` and `lora.py` keep, per packed row
-    transient    the largest weight in dense form, one chunk of logits, one layer's gradients
-    heap         on a CPU, places between buffers that no other buffer fits, and the products that oneDNN has compiled
+    always there   projections in 4 bits (4.5 with their scales, 4.13 with scales of scales), all else dense, A and B in
+                   float32, AdamW's two moments
+    fullest when   the forward pass ends      activations of all layers, one chunk of logits
+    one of these   the backward pass begins   activations of all layers, one layer's backward pass
+    is reached     it ends                    activations of one layer, one layer's backward pass, gradients of A and B
+    around it      on a CPU Python and PyTorch, and what the C library cannot use again; on a GPU CUDA's context
 
 Activations are linear in the packed rows T. A layer keeps the two sums that its norms read, q, k, v and what
-attention makes of them, gate and up: 4 C + 2 K D + 2 F numbers a row, 27 kB in a Qwen2.5-0.5B in bfloat16. All
-else is made again from these (`lora.Again`). The last layer keeps supervised rows alone. With gradient
-checkpointing a layer keeps only its input, and one layer at a time is computed again.
+attention makes of them, gate and up: 4 C + 2 K D + 2 F numbers a row, 27 kB in a Qwen2.5-0.5B in bfloat16, and the
+adapter's R of each projection. All else is made again from these (`lora.Again`). The last layer keeps supervised rows
+alone. With gradient checkpointing a layer keeps only its input, and one layer at a time is computed again; on a GPU
+these inputs can wait in the computer's memory.
+
+The backward pass of a layer takes most in its MLP, 2 C + 3 F numbers a row, or from some hundred tokens an example on
+in its attention, whose weights are there three times. What PyTorch's allocator hands out agrees with all this within a
+few percent (tests/test_memory.py). What lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not
+yet.
 """
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from minilora.attach import lora_parameters
+from minilora.attach import iter_lora_weights, lora_parameters
+from minilora.batch import MAX_GROUP_SCORES
 from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.tensorfile import dtype_name
 
-# Steps differ in length and so do their buffers. Seen with glibc on a Qwen2.5-0.5B and micro-batches of 400 to
-# 800 rows after some steps: 0.1 of the activations, and eleven times one layer's gradients, which come and go.
-HEAP_SLACK = 0.1
-HEAP_SLACK_LAYERS = 11
-COMPILED_BYTES = 50_000_000  # the compiled products that `load.py` lets PyTorch and oneDNN keep
+ATTENTION_COPIES = 3  # weights, their gradient, and that of the scores: `ops._Attention.backward`
+# Around the tensors, on a CPU: micro-batches differ in size and so do their buffers. Seen with glibc on a Qwen2.5-0.5B
+# after ten steps of up to 256 to 2,048 rows, from one run to the next within 10 % of all: shares of the activations and
+# of what a layer's backward pass takes in its MLP, and eighteen dense weights, which come and go.
+HEAP_SLACK = 0.05
+HEAP_SLACK_LAYERS = 3
+HEAP_SLACK_WEIGHTS = 18
+MOST_SLACK_OF_WEIGHTS = 160_000_000  # not seen with larger ones, which the C library gives back (`load.py`)
+COMPILED_BYTES = 120_000_000  # the compiled products that `load.py` lets PyTorch and oneDNN keep, and their libraries
+COMPILER_BYTES = 80_000_000  # PyTorch's compiler, which the optimizers of bitsandbytes import
+# On a GPU: the context was 426 MiB on an RTX 6000 Ada with PyTorch 2.10 (unsloth-zoo, pull request 1053), about 400 MB
+# by pytorch issue 109888; cuBLAS adds 8 to 32 MiB. Nothing for what the allocator holds and cannot use again.
+CONTEXT_BYTES = 500_000_000
 STATUS = Path("/proc/self/status")
 
 
@@ -42,69 +60,165 @@ class Ledger:
         """Sum of all parts."""
         return sum(self.parts.values())
 
+    @property
+    def weight_bytes(self) -> int:
+        """The frozen weights alone."""
+        return sum(value for name, value in self.parts.items() if name.startswith(("projections", "embedding")))
+
     def __str__(self) -> str:
         lines = [f"  {name:<48}{value / 1e6:>10.1f} MB" for name, value in self.parts.items()]
         return "\n".join([*lines, f"  {'total':<48}{self.total_bytes / 1e6:>10.1f} MB"])
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """How many numbers a model with its adapter holds: what the ledger needs to know of it.
+
+    Attributes:
+        config: the model's sizes.
+        projections: weights of the frozen linear layers.
+        in_full: those of them that stay in full whatever the quantisation.
+        dense: embedding, head, norms and biases.
+        trained: of each tensor that is trained.
+        lora_a: of all A.
+        ranks: R, summed over all adapted layers.
+    """
+
+    config: Qwen2Config
+    projections: int
+    in_full: int
+    dense: int
+    trained: tuple[int, ...]
+    lora_a: int
+    ranks: int
+
+
+def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Numbers:
+    """Counts a model's numbers.
+
+    Args:
+        model: with its adapter, as it is before a weight is quantised; only shapes are read, on the meta device.
+        in_full: names of projections that a 4-bit checkpoint holds in full, as the file has them.
+    """
+    adapted = [weights for _, weights in iter_lora_weights(model)]
+    trained = tuple(parameter.numel() for parameter in lora_parameters(model))
+    weights = {
+        f"{path.removesuffix('.base')}.weight": module.weight.numel()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
+    }
+    projections = sum(weights.values())
+    return Numbers(
+        config=model.config,
+        projections=projections,
+        in_full=sum(weights[name] for name in in_full),
+        dense=sum(parameter.numel() for parameter in model.parameters()) - projections - sum(trained),
+        trained=trained,
+        lora_a=sum(weights.lora_A.numel() for weights in adapted),
+        ranks=sum(weights.r for weights in adapted),
+    )
+
+
 def predict_memory(
-    model: Qwen2ForCausalLM,
+    numbers: Numbers,
     rows: int,
     supervised_rows: int,
+    longest: int,
     compute_dtype: torch.dtype,
     quantization: str,
     double_quantization: bool,
     gradient_checkpointing: bool,
+    moments_bytes: int,
     cache_dequantized: bool = False,
-    moment_bits: int = 32,
+    offload_checkpoints: bool = False,
+    bitsandbytes_optimizer: bool = False,
+    device_type: str = "cpu",
     process_bytes: int | None = None,
 ) -> Ledger:
     """The ledger of training with micro-batches of up to `rows` packed rows.
 
     Args:
-        model: with its adapter, as it is before a weight is quantised; only shapes are read, on the meta device.
+        numbers: of the model and its adapter.
         rows: T of the largest micro-batch.
         supervised_rows: S of the micro-batch that has most of them.
+        longest: rows of the longest example, with the prefix.
         compute_dtype: of activations and dense weights.
         quantization: "nf4", "fp4" or "none".
         double_quantization: scales of the 4-bit blocks in 8 bits.
         gradient_checkpointing: as in training.
+        moments_bytes: of the optimizer's moments (`optim.moments_bytes`).
         cache_dequantized: the projections are kept in full beside their 4 bits.
-        moment_bits: of each of AdamW's two moments.
-        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
+        offload_checkpoints: on a GPU, what checkpointing keeps waits in the computer's memory.
+        bitsandbytes_optimizer: the optimizer is one of bitsandbytes'.
+        device_type: "cpu" or "cuda".
+        process_bytes: what the process took before anything was loaded; None leaves it out, and the heap's part.
     """
-    config = model.config
-    width = compute_dtype.itemsize
-    adapter = sum(p.numel() for p in lora_parameters(model))
-    projections = sum(
-        module.weight.numel() for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)
-    )
-    dense = sum(p.numel() for p in model.parameters()) - projections - adapter
-    bits = {"none": 8.0 * width}.get(quantization, 4 + 8 / 64 + 32 / (64 * 256) if double_quantization else 4 + 32 / 64)
-    layer = _row_elements(config) * width + 8  # two root mean squares in float32
-    if gradient_checkpointing:
-        activations = rows * (config.num_hidden_layers * config.hidden_size * width + layer)
-    else:
-        activations = (rows * (config.num_hidden_layers - 1) + supervised_rows) * layer
-    layer_gradients = rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width
-    kept_dense = projections * width if cache_dequantized and quantization != "none" else 0
-    largest = config.intermediate_size * config.hidden_size * width
+    config, width = numbers.config, compute_dtype.itemsize
+    is_quantized = quantization != "none"
+    bits = (4 + 8 / 64 + 32 / (64 * 256) if double_quantization else 4 + 32 / 64) if is_quantized else 8.0 * width
+    in_full = numbers.in_full if is_quantized else 0
+    in_bits = numbers.projections - in_full
+    keeps_dense = is_quantized and cache_dequantized
     parts = {
-        f"projections ({quantization}, {bits:.2f} bits)": round(projections * bits / 8),
-        f"embedding, head, norms, biases ({dtype_name(compute_dtype)})": dense * width,
-        f"adapter, gradients, moments ({moment_bits} bits)": adapter * (8 + moment_bits // 4),
-        f"activations of {rows} rows": activations,
-        "one dense weight": largest if quantization != "none" and not kept_dense else 0,
-        "one chunk of logits (float32)": 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4,
-        "one layer's gradients": layer_gradients,
+        f"projections ({quantization}, {bits:.2f} bits)": round(in_bits * bits / 8),
+        f"embedding, head, norms, biases ({dtype_name(compute_dtype)})": numbers.dense * width,
+        "adapter (float32)": sum(numbers.trained) * 4,
+        "AdamW's moments": moments_bytes,
     }
-    if kept_dense:
-        parts["dense weights that are kept"] = kept_dense
-    if process_bytes is not None and not torch.cuda.is_available():
-        unused = HEAP_SLACK * activations + HEAP_SLACK_LAYERS * layer_gradients
-        parts["unused places in the heap, compiled products"] = round(unused) + COMPILED_BYTES
+    if in_full:
+        parts["projections that the checkpoint holds in full"] = in_full * width
+    if keeps_dense:
+        parts["dense weights that are kept"] = in_bits * width
+
+    offloads = offload_checkpoints and device_type == "cuda"
+    everywhere, one_layer = _activations(numbers, rows, supervised_rows, width, gradient_checkpointing, offloads)
+    dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
+    in_mlp = rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width
+    backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
+    logits = 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4
+    moments_of_a_step = (
+        {"activations": everywhere, "logits": logits},
+        {"activations": everywhere, "backward": backward},
+        {"activations": one_layer, "backward": backward, "gradients": sum(numbers.trained) * 4},
+    )
+    fullest = max(moments_of_a_step, key=lambda moment: sum(moment.values()))
+    parts |= {
+        f"activations of {rows} rows": fullest["activations"] + longest**2,  # and the masks, a byte a pair of rows
+        "one chunk of logits (float32)": fullest.get("logits", 0),
+        "one layer's backward pass": fullest.get("backward", 0),
+        "gradients of the adapter": fullest.get("gradients", 0),
+    }
+    if device_type == "cuda":
+        parts["CUDA's context, cuBLAS (about)"] = CONTEXT_BYTES
+    elif process_bytes is not None:
+        unused = round(HEAP_SLACK * everywhere) + HEAP_SLACK_LAYERS * in_mlp
+        unused += min(HEAP_SLACK_WEIGHTS * dense_weight, MOST_SLACK_OF_WEIGHTS)
+        parts["unused places in the heap, compiled products"] = unused + COMPILED_BYTES
+        if bitsandbytes_optimizer:
+            parts["PyTorch's compiler, which bitsandbytes imports"] = COMPILER_BYTES
         parts["Python and PyTorch themselves (measured)"] = process_bytes
     return Ledger(parts)
+
+
+def _activations(
+    numbers: Numbers, rows: int, supervised_rows: int, width: int, gradient_checkpointing: bool, offloads: bool
+) -> tuple[int, int]:
+    """Bytes that wait for the backward pass when it begins, and when its last layer's turn has come."""
+    config = numbers.config
+    layers = config.num_hidden_layers
+    row = (_row_elements(config) + numbers.ranks // layers) * width + 8  # and two root mean squares in float32
+    copies_of_a = numbers.lora_a * width
+    one_layer = rows * row + copies_of_a // layers
+    if not gradient_checkpointing:
+        return (rows * (layers - 1) + supervised_rows) * row + copies_of_a, one_layer
+    inputs = rows * config.hidden_size * width
+    return inputs * (1 if offloads else layers) + one_layer, inputs + one_layer
+
+
+def _attention_backward(config: Qwen2Config, rows: int, longest: int) -> int:
+    """Numbers that the backward pass of a layer's attention takes, less gate and up, which are free again by then."""
+    scores = min(rows * longest, MAX_GROUP_SCORES) * config.num_attention_heads
+    return ATTENTION_COPIES * scores - rows * (2 * config.intermediate_size - 3 * config.hidden_size)
 
 
 def _row_elements(config: Qwen2Config) -> int:

@@ -245,26 +245,24 @@ def refuse_output(output: Path) -> None:
     Raises:
         UserError: `output` is a file, or a folder that holds anything but a merged model.
     """
-    if output.is_dir() and not any(output.iterdir()):
-        return
     if not output.exists() and not output.is_symlink():
         return
-    problem = "is not a folder"
-    if output.is_dir():
-        try:
-            manifest = read_manifest(output)
-        except UserError:
-            problem = "is not empty, and not an earlier merge"
-        else:
-            others = sorted({path.name for path in output.iterdir()} - manifest["files"].keys() - {MANIFEST})
-            if FACT in manifest["facts"] and not others:
-                return
-            problem = (
-                f"holds {', '.join(others[:3])} beside an earlier merge"
-                if FACT in manifest["facts"]
-                else "is not empty, and not an earlier merge"
-            )
-    raise UserError(f"{output}: {problem}; choose another --output, or move that away")
+    problem = _other_content(output) if output.is_dir() else "is not a folder"
+    if problem is not None:
+        raise UserError(f"{output}: {problem}; choose another --output, or move that away")
+
+
+def _other_content(folder: Path) -> str | None:
+    """What a folder holds beside a merged model, None if nothing."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return "is not empty, and not an earlier merge" if names else None
+    if FACT not in manifest["facts"]:
+        return "is not empty, and not an earlier merge"
+    others = sorted(names - manifest["files"].keys() - {MANIFEST})
+    return f"holds {', '.join(others[:3])} beside an earlier merge" if others else None
 
 
 def refuse_full_disk(output: Path, num_bytes: int) -> None:

@@ -46,6 +46,23 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", wa
 
 ParameterGroup = tuple[list[torch.nn.Parameter], float]  # parameters, and what their learning rate is multiplied by
 SMALLEST_8BIT = 4096  # numbers; a smaller tensor's moments stay in 32 bits
+BLOCK_8BIT = 256  # numbers under one scale
+SMALLEST_PAGED = 100_000  # numbers; a smaller tensor's moments are never paged
+
+
+def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
+    """Bytes of both moments on the device.
+
+    Args:
+        optim: name of the optimizer.
+        sizes: numbers of each trained tensor.
+        device_type: "cpu" or "cuda"; what a GPU may page out is not counted there.
+    """
+    bits, is_paged = BITSANDBYTES_OPTIMIZERS.get(optim, (32, False))
+    if is_paged and device_type == "cuda":
+        sizes = [size for size in sizes if size < SMALLEST_PAGED]
+    in_8_bits = sum(size for size in sizes if bits == 8 and size >= SMALLEST_8BIT)
+    return 8 * (sum(sizes) - in_8_bits) + in_8_bits * (2 * BLOCK_8BIT + 8) // BLOCK_8BIT
 
 
 class Optimizer(Protocol):
@@ -159,8 +176,9 @@ class AdamW:
 class BitsAndBytesAdamW:
     """bitsandbytes' AdamW, its state by the same kind of names: state1, state2, step, and the scales of 8-bit moments.
 
-    A tensor of fewer than SMALLEST_8BIT numbers keeps its moments in 32 bits, and only moments of 100,000 numbers and
-    more are paged: in a 0.5B from r = 32 on. On a CPU nothing is. bitsandbytes waits for the GPU after each parameter.
+    A tensor of fewer than SMALLEST_8BIT numbers keeps its moments in 32 bits, and only moments of SMALLEST_PAGED
+    numbers and more are paged: in a 0.5B from r = 32 on. On a CPU nothing is. bitsandbytes waits for the GPU after each
+    parameter.
     """
 
     def __init__(
@@ -202,7 +220,7 @@ class BitsAndBytesAdamW:
         for i, parameter in enumerate(parameters_of(self)):
             shapes |= {f"{i}.step": torch.Size(), f"{i}.state1": parameter.shape, f"{i}.state2": parameter.shape}
             if self._bits == 8 and parameter.numel() >= SMALLEST_8BIT:
-                blocks = torch.Size([-(-parameter.numel() // 256)])
+                blocks = torch.Size([-(-parameter.numel() // BLOCK_8BIT)])
                 shapes |= {f"{i}.absmax1": blocks, f"{i}.absmax2": blocks}
         return shapes
 

@@ -20,7 +20,7 @@ from minilora.config import CUTS, Config, changed_keys
 from minilora.console import warn
 from minilora.data import SPLITS
 from minilora.errors import UserError
-from minilora.files import read_json, sha256
+from minilora.files import read_json, sha256, sha256_once
 from minilora.tensorfile import dtype_name
 
 
@@ -96,7 +96,9 @@ def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
 def model_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that make a base model what it is, by name."""
     names = ("config.json", "tokenizer.json")
-    return {path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])}
+    return {
+        path.name: sha256_once(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])
+    }
 
 
 def read_origin(folder: Path) -> Origin:

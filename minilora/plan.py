@@ -1,21 +1,41 @@
-"""What a run would take: the memory ledger, tokens per epoch and one rendered example, without loading weights."""
+"""What a configuration takes, before a weight is loaded: its largest micro-batch, its memory ledger, its plan."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minilora.adapterconfig import attach_adapter
-from minilora.batch import MicroBatch, cut_micro_batches, pack
+from minilora.batch import count_rows, cut_micro_batches, round_rows
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data import SPLITS, epoch_order
 from minilora.load import read_config
-from minilora.memory import Ledger, peak_memory_bytes, predict_memory
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
+from minilora.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
+from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, moments_bytes
 from minilora.prompt import ChatTokenizer, Example
+from minilora.quantized import projections_in_full
 from minilora.tensorfile import dtype_name
+
+ANSWER_TOKENS = 2  # a label word and <|im_end|>
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What memory depends on in the micro-batches of a run.
+
+    Attributes:
+        rows: T of the largest.
+        supervised_rows: S of the one that has most of them.
+        longest: rows of the longest example, with the prefix.
+    """
+
+    rows: int
+    supervised_rows: int
+    longest: int
 
 
 def print_plan(config: Config, model_folder: Path) -> None:
@@ -27,38 +47,109 @@ def print_plan(config: Config, model_folder: Path) -> None:
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
-    batches = epoch_batches(config, examples)
-    real = sum(batch.num_real_tokens for batch in batches)
-    computed = sum(len(batch.input_ids) for batch in batches)
-    supervised = sum(batch.num_supervised for batch in batches)
+    batches = list(epoch_batches(config, examples, 0))
+    real = sum(len(example.input_ids) for example in examples)
+    supervised = sum(sum(example.supervised) for example in examples)
 
     ledger = run_ledger(config, model_folder, examples, dtype, peak_memory_bytes(torch.device("cpu")))
-    print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of an epoch):\n{ledger}\n")
+    print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{ledger}\n")
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
     print(
         f"an epoch: {real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
-        f"{computed:,} rows computed (common prefixes once)\n"
+        f"{sum(map(count_rows, batches)):,} rows computed (common prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
 
 
-def epoch_batches(config: Config, examples: Sequence[Example]) -> list[MicroBatch]:
-    """The micro-batches of the first epoch."""
-    order = epoch_order(len(examples), config.train.seed, 0)
+def epoch_batches(config: Config, examples: Sequence[Example], epoch: int) -> Iterator[list[Example]]:
+    """The examples of each micro-batch of an epoch."""
+    order = epoch_order(len(examples), config.train.seed, epoch)
     train = config.train
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return [
-        pack(part)
-        for start in range(0, len(order), per_step)
-        for part in cut_micro_batches(
-            [examples[i] for i in order[start : start + per_step]],
-            train.per_device_train_batch_size,
-            train.max_tokens_per_micro_batch,
+    for start in range(0, len(order), per_step):
+        step_examples = [examples[place] for place in order[start : start + per_step]]
+        yield from cut_micro_batches(step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
+
+
+def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
+    """The shape of a run's micro-batches: the order of every epoch is known beforehand."""
+    train = config.train
+    epochs = train.num_train_epochs
+    if train.max_steps is not None:
+        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        epochs = math.ceil(train.max_steps / math.ceil(len(examples) / per_step))
+    batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch)]
+    return BatchShape(
+        max(map(count_rows, batches)),
+        max(sum(sum(example.supervised) for example in batch) for batch in batches),
+        max(len(example.input_ids) - 1 for example in examples),
+    )
+
+
+def uniform_batch(config: Config, length: int) -> BatchShape:
+    """The shape of micro-batches of examples of `length` tokens each, which share no prefix and answer in a word."""
+    train = config.train
+    count = train.per_device_train_batch_size
+    if train.max_tokens_per_micro_batch is not None:
+        in_step = count * train.gradient_accumulation_steps
+        at_most = next(
+            (n for n in range(in_step, 1, -1) if round_rows(n * (length - 1)) <= train.max_tokens_per_micro_batch), 1
         )
-    ]
+        count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `cut_micro_batches`
+    return BatchShape(round_rows(count * (length - 1)), count * ANSWER_TOKENS, length - 1)
+
+
+def count_config(config: Config, architecture: Qwen2Config, folder: Path | None = None) -> Numbers:
+    """The numbers of a model with the adapter of `lora.*`.
+
+    Args:
+        config: of the run.
+        architecture: of the model.
+        folder: with its weights, which may hold some projections in full.
+    """
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(architecture)
+        attach_adapter(model, adapter_config(config))
+    return count_numbers(model, () if folder is None else projections_in_full(folder))
+
+
+def config_ledger(
+    config: Config,
+    numbers: Numbers,
+    shape: BatchShape,
+    dtype: torch.dtype,
+    device_type: str,
+    process_bytes: int | None,
+) -> Ledger:
+    """`predict_memory` for a configuration.
+
+    Args:
+        config: of the run.
+        numbers: by `count_config`.
+        shape: of its micro-batches.
+        dtype: of activations and dense weights.
+        device_type: "cpu" or "cuda".
+        process_bytes: see `predict_memory`.
+    """
+    return predict_memory(
+        numbers,
+        shape.rows,
+        shape.supervised_rows,
+        shape.longest,
+        dtype,
+        config.model.quantization,
+        config.model.double_quantization,
+        config.train.gradient_checkpointing,
+        moments_bytes(config.train.optim, numbers.trained, device_type),
+        config.model.cache_dequantized,
+        config.train.offload_checkpoints,
+        config.train.optim in BITSANDBYTES_OPTIMIZERS,
+        device_type,
+        process_bytes,
+    )
 
 
 def run_ledger(
@@ -73,19 +164,6 @@ def run_ledger(
         dtype: of activations and dense weights.
         process_bytes: see `predict_memory`.
     """
-    batches = epoch_batches(config, examples)
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(read_config(model_folder))
-        attach_adapter(model, adapter_config(config))
-    return predict_memory(
-        model,
-        max(len(batch.input_ids) for batch in batches),
-        max(batch.num_supervised for batch in batches),
-        dtype,
-        config.model.quantization,
-        config.model.double_quantization,
-        config.train.gradient_checkpointing,
-        config.model.cache_dequantized,
-        BITSANDBYTES_OPTIMIZERS.get(config.train.optim, (32, False))[0],
-        process_bytes,
-    )
+    numbers = count_config(config, read_config(model_folder), model_folder)
+    shape = largest_batch(config, examples)
+    return config_ledger(config, numbers, shape, dtype, choose_device(config).type, process_bytes)

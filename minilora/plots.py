@@ -125,6 +125,7 @@ def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np
         top.set(xlim=(lowest, 1), ylim=(-0.04, 1.04), ylabel="accuracy")
         bottom.bar(edges[used], counts[used], 0.9 * width, align="edge", color=colours["accent"], alpha=0.5)
         bottom.set(ylabel="reviews", xlabel="confidence")
+        bottom.xaxis.set_major_locator(MaxNLocator(5))
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
     return _figure("Reliability diagram", fill, 3.8, alt)
@@ -164,7 +165,7 @@ def _dress(axes: "Axes", colours: dict[str, str]) -> None:
     """Quiet axes: two lines, a faint grid, no frame around the legend."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(colours["line"])
-    axes.tick_params(colors=colours["muted"], length=0)
+    axes.tick_params(colors=colours["muted"], length=0, pad=5)
     axes.grid(color=colours["line"], linewidth=0.6)
     axes.set_axisbelow(True)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):

@@ -4,7 +4,7 @@
 
 A window is what is in memory at once, and what a result waits for. The first ones are small, so that something is seen
 soon; later ones are large enough to give batches of similar length. What all prompts begin with is computed once for
-all windows. Several ranks see the same windows and deal the batches of each among themselves.
+all windows.
 
 The probabilities are the model's own softmax over the label words. Nothing has calibrated them: of the answers that it
 is 90 % sure of, more or fewer than 90 % may be right (scripts/evaluate.py measures that).
@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,7 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts window after window, and counts.
+    """Predicts window after window, and counts. Several ranks get the same windows, share the work, and all know all.
 
     Attributes:
         prompt: how a review becomes a question.
@@ -79,7 +80,7 @@ class Predictor:
             model: put into evaluation mode.
             prompt: how a review becomes a question.
             max_batch_tokens: of a forward pass, see `label_probabilities`.
-            ranks: that share the work; each predicts the same rows and gets all of the result.
+            ranks: that share the work.
         """
         self._model = model.eval()
         self._ranks = ranks
@@ -89,8 +90,13 @@ class Predictor:
         self.num_rows = self.num_cut = self.num_empty = 0
         self.first_empty: str | None = None
 
-    def predict(self, rows: Sequence[Row], on_progress: Callable[[int], object] | None = None) -> list[Prediction]:
-        """One prediction for each row that is not empty, in their order.
+    def predict(
+        self,
+        rows: Sequence[Row],
+        on_progress: Callable[[int], object] | None = None,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> list[Prediction]:
+        """One prediction for each row that is not empty, in their order; `interruptible` is entered around the work.
 
         Raises:
             UserError: a probability is no number, memory runs out, or the prompt leaves no room for a review.
@@ -100,7 +106,7 @@ class Predictor:
         if places:
             texts = [rows[place].content for place in places]
             examples = self.prompt.examples(texts, [0] * len(texts))  # with any answer; the labels take its place
-            found = self._score(examples, rows[0].where, on_progress)
+            found = self._score(examples, rows[0].where, on_progress, interruptible)
             for place, text, values in zip(places, texts, found.tolist(), strict=True):
                 probabilities = dict(zip(self.prompt.labels, values, strict=True))
                 predictions.append(Prediction(self.num_rows + place, text, probabilities))
@@ -112,11 +118,22 @@ class Predictor:
         return predictions
 
     def _score(
-        self, examples: Sequence[Example], where: str, on_progress: Callable[[int], object] | None
+        self,
+        examples: Sequence[Example],
+        where: str,
+        on_progress: Callable[[int], object] | None,
+        interruptible: Callable[[], AbstractContextManager[None]],
     ) -> np.ndarray:
         try:
             found = label_probabilities(
-                self._model, self._prefix, examples, self.prompt, self.max_batch_tokens, on_progress, self._ranks
+                self._model,
+                self._prefix,
+                examples,
+                self.prompt,
+                self.max_batch_tokens,
+                on_progress,
+                self._ranks,
+                interruptible,
             )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

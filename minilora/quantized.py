@@ -8,12 +8,15 @@
     {layer}.weight.quant_state.bitsandbytes__nf4  uint8: JSON with shape, block sizes and the mean of the scales
 
 The `-bnb-4bit` repositories of the hub are of this kind. They load in a second, because nothing is left to quantise; a
-4-bit copy written here (`model.quantized_cache`) is one too, and transformers opens it. A projection that such a
-checkpoint holds in full stays in full.
+4-bit copy written here (`model.quantized_cache`, `scripts/quantize.py`) is one too, and transformers opens it. A
+projection that such a checkpoint holds in full, as its `llm_int8_skip_modules` say, stays in full. A head in 4 bits,
+which transformers makes where those name other modules and not the head, is held in full here: all of it is read for
+every supervised row, and it is dequantised once.
 
 Source: bitsandbytes 0.50.2, QuantState.as_dict; transformers 5.23, quantizer_bnb_4bit.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -24,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from minilora.errors import UserError
-from minilora.files import read_json
+from minilora.files import WRITING, StorageError, explained, read_json, remove
+from minilora.manifest import finish_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
-from minilora.tensorfile import TensorEntry, dtype_name, read_tensor
+from minilora.tensorfile import TensorEntry, dtype_name, read_checkpoint_entries, read_tensor
 
 STATE_NAME = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights
@@ -86,6 +92,19 @@ class QuantizedEntry:
             return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type)
         nested = (found["nested_absmax"], found["nested_quant_map"], torch.tensor([self.offset]))
         return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type, *nested)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` holds a weight in 4 bits."""
+    return bool(split_entries(read_checkpoint_entries(folder))[1])
+
+
+def projections_in_full(folder: Path) -> list[str]:
+    """Names of the projections' weights that a checkpoint in 4 bits holds in full; none where it holds no 4 bits."""
+    if not read_json(folder / "config.json").get("quantization_config"):
+        return []
+    dense, quantized = split_entries(read_checkpoint_entries(folder))
+    return [name for name in dense if name.endswith("_proj.weight")] if quantized else []
 
 
 def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], dict[str, QuantizedEntry]]:
@@ -154,6 +173,31 @@ def _check(
     return QuantizedEntry(name, quant_type, torch.Size(shape), offset if offset is None else float(offset), parts)
 
 
+def write_quantized(model: Qwen2ForCausalLM, source: Path, target: Path, facts: Mapping[str, Any]) -> None:
+    """`save_quantized` as a folder that is there as a whole, with a manifest, or not at all.
+
+    Args:
+        model: as for `save_quantized`, like `source`.
+        source: the checkpoint that it was loaded from.
+        target: the folder; what stood there is replaced.
+        facts: what else the manifest says.
+
+    Raises:
+        StorageError: it could not be written; what stood at `target` stays.
+    """
+    temporary = target.with_name(WRITING + target.name)
+    try:
+        with explained(temporary):
+            remove(temporary)
+            save_quantized(model, source, temporary)
+        finish_folder(temporary, target, facts)
+    except SafetensorError as error:  # what the library makes of an OSError
+        raise StorageError(f"{target}: cannot be written ({error}); make room or choose another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
 def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
     """Writes a base model in 4 bits as a checkpoint that this program and transformers open.
 
@@ -164,9 +208,10 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
     """
     compute_dtype = model.head_weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Linear4bit)]
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for path, layer in layers:
+    for path, layer in layers.items():
         if layer.bias is not None:
             tensors[f"{path}.bias"] = layer.bias
         tensors |= {f"{path}.{name}": tensor for name, tensor in _named_parts(layer.weight, compute_dtype)}
@@ -175,8 +220,9 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    weight = layers[0][1].weight
+    weight = next(iter(layers.values())).weight
     config = read_json(source / "config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(compute_dtype)
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -185,6 +231,7 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
         "bnb_4bit_use_double_quant": weight.offset is not None,
         "bnb_4bit_compute_dtype": dtype_name(compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *dense] if dense else None,  # null: the head alone
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8", newline="\n")
 

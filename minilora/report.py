@@ -128,7 +128,8 @@ def _tile(name: str, results: Mapping[str, Values]) -> Markup:
     for title, metrics in results.items():
         interval = _interval(metrics, name)
         if interval is not None:
-            style = f"left: {100 * interval[0]:.2f}%; right: {100 - 100 * interval[1]:.2f}%"
+            low, high = (100 * bound for bound in interval)
+            style = f"left: min({low:.2f}%, 100% - 3px); right: {100 - high:.2f}%"  # a mark at 1 is to be seen too
             marks.append(element("span", class_=None if title == last else "earlier", style=style))
         if name in metrics:
             figure = None if title == last else element("b", f"{metrics[name]:.4f} ")
@@ -208,7 +209,7 @@ def _configuration(config: Mapping[str, Values], defaults: Mapping[str, Values])
         for name, value in keys.items():
             key: Markup = joined(f"{section}.", element("wbr"), name)
             shown, default = (json.dumps(v, ensure_ascii=False) for v in (value, defaults[section][name]))
-            if shown == default:
+            if value == defaults[section][name]:
                 rows.append((key, escaped(shown)))
             else:
                 changes += 1
@@ -223,7 +224,8 @@ def _facts(facts: Values) -> Markup:
     """Names and what they stand for."""
     pairs: list[Markup] = []
     for name, value in facts.items():
-        lines = sorted(value.items()) if isinstance(value, Mapping) else [(None, value)]
         pairs.append(element("dt", name))
-        pairs += (element("dd", key and element("span", f"{key} "), element("code", line)) for key, line in lines)
+        for key, line in sorted(value.items()) if isinstance(value, Mapping) else [(None, value)]:
+            shown = f"{line:.4f}" if isinstance(line, float) else line
+            pairs.append(element("dd", key and element("span", f"{key} "), element("code", shown)))
     return element("dl", *pairs)

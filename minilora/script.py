@@ -7,8 +7,9 @@
     141   whoever read the output has enough and went, as `head` does
     143   SIGTERM
 
-A signal ends a script at once; in a training run it waits while weights change or something is written, a second or so
-(`SafePoints`). A second signal waits for nothing; what is being written is left unfinished under its temporary name.
+A signal ends a script at once, from its first imports on (`answer_signals`); in a training run it waits while weights
+change or something is written, a second or so (`SafePoints`). A second signal waits for nothing; what is being written
+is left unfinished under its temporary name.
 """
 
 import argparse
@@ -46,6 +47,17 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
         self.is_explained = bool(text)
+
+
+def answer_signals() -> None:
+    """Lets a signal end the program with its status from now on: for a script's first line, before it imports PyTorch.
+
+    It ends at once, because what a library makes of an error while it is imported is anybody's guess, and nothing is
+    at stake before `run_script` takes over.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _exit_before_start)
 
 
 def build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
@@ -230,6 +242,11 @@ def _dropped_to(at_once: _AtOnce) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = plain
+
+
+def _exit_before_start(signum: int, frame: FrameType | None) -> None:
+    _write(f"stopped by {signal.Signals(signum).name}\n")
+    os._exit(128 + signum)
 
 
 def _exit_now(signum: int, frame: FrameType | None) -> None:

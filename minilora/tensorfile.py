@@ -6,9 +6,10 @@ memory until the file is closed.
 The header is refused unless all of it makes sense: places that follow each other from the first byte to the last
 without a hole or an overlap, as long as shape and dtype say, under names that occur once. That is what the safetensors
 library asks, and more where it lets things pass that no writer makes: a name that occurs twice, of which it takes the
-last, extra fields, empty names. Legal and unusual are white space before the header and a header of any length.
-Values are looked at by whoever knows what they mean; a shard index's `total_size` is not, because tools disagree about
-what it counts and the headers say all of it.
+last, extra fields, empty names. Legal and unusual are white space before the header and one whose length is no multiple
+of eight. A long header is refused in a short file: Python takes up to 45 times its size in memory, and so a file costs
+twice its own size at most, or 64 MB. Values are looked at by whoever knows what they mean; a shard index's `total_size`
+is not, because tools disagree about what it counts and the headers say all of it.
 
 Source: https://huggingface.co/docs/safetensors, section Format, and safetensors/src/tensor.rs (0.8.0). Left out:
 pickled checkpoints, on purpose.
@@ -35,7 +36,9 @@ DTYPES = {
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000  # the library's limit
+SHORT_HEADER_BYTES = 1 << 20  # more than any model's: a tensor takes 130, Qwen2.5-72B in 4 bits has 4,000
+FILE_BYTES_PER_HEADER_BYTE = 32  # of longer headers
 MAX_NUMBER = 2**60  # beyond any file, and its bits still fit into 64
 
 
@@ -66,7 +69,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         with path.open("rb") as file:
             prefix = file.read(8)
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):  # before anything so long is read
+            longest = min(max(SHORT_HEADER_BYTES, size // FILE_BYTES_PER_HEADER_BYTE), MAX_HEADER_BYTES, size - 8)
+            if not 2 <= length <= longest:  # before anything so long is read
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = parse_json(file.read(length).decode("utf-8"))
         return _check_header(path, header, 8 + length, size)

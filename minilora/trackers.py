@@ -14,7 +14,7 @@ from typing import Any
 
 from minilora.console import say, warn
 from minilora.errors import UserError
-from minilora.files import make_folder, write_file
+from minilora.files import make_folder, replace_file
 
 PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
 
@@ -71,9 +71,9 @@ class WeightsAndBiases(Tracker):
         make_folder(folder, "train.output_dir")
         path = folder / "run-id"
         if not path.is_file():
-            write_file(path, secrets.token_hex(4).encode())
+            replace_file(path, secrets.token_hex(4).encode())
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=os.environ.get("WANDB_PROJECT") or PROJECT,
                 id=path.read_text("utf-8"),
                 resume="allow",
@@ -88,7 +88,9 @@ class WeightsAndBiases(Tracker):
                 f"train.report_to: wandb cannot begin a run ({error}); log in with `wandb login`, set "
                 "WANDB_MODE=offline, or use none"
             ) from error
-        say(f"Weights & Biases: {self._run.dir if self._run.offline else self._run.url}")
+        place = self._run.dir if self._run.offline else self._run.url
+        if place:  # WANDB_MODE=disabled has none
+            say(f"Weights & Biases: {place}")
 
     def write(self, row: dict[str, Any]) -> None:
         """Sends a row. Where that fails, the run goes on without."""

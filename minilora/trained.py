@@ -1,5 +1,4 @@
-"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model,
-and what it is scored on.
+"""A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model, reviews.
 
 Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
 same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its

@@ -1,9 +1,13 @@
 """Downloads ChnSentiCorp from the hub (or a mirror: HF_ENDPOINT) as train, validation and test files."""
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 from pathlib import Path
 
 from minilora.hub import fetch_dataset
-from minilora.script import build_parser, run_script
 
 EXAMPLES = """\
 examples:

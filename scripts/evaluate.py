@@ -3,6 +3,11 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
 """
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import contextlib
 import json
 import time
@@ -25,7 +30,6 @@ from minilora.origin import model_digests
 from minilora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report
 from minilora.rows import ENCODINGS
-from minilora.script import build_parser, run_script
 from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\
@@ -128,10 +132,8 @@ def report_of(trained: Trained, results: dict[str, Any], examples: Examples, pro
     remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
     if "mcnemar" in results:
         test = results["mcnemar"]
-        remark += (
-            f" The adapter alone is right in {test['b']:,} of them, the base model alone in {test['c']:,}; "
-            f"by chance that or more would come with p = {test['p_value']:.3g} (McNemar)."
-        )
+        remark += f" {test['b']:,} only the adapter has right, {test['c']:,} only the base model"
+        remark += f" (McNemar's test: p = {test['p_value']:.3g})."
     return Report(
         title="Evaluation report",
         remark=remark,

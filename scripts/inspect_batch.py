@@ -1,5 +1,10 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import json
 import os
 import sys
@@ -13,7 +18,6 @@ from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
-from minilora.script import build_parser, run_script
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GREEN, RESET = "\033[1;32m", "\033[0m"

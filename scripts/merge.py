@@ -5,6 +5,11 @@ the probabilities of their labels move, of the adapter on its base as it was tra
 last line is JSON; the table is in OUTPUT/drift.json too. What is written is dense, never put in 4 bits again.
 """
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import argparse
 import json
 import re
@@ -35,7 +40,6 @@ from minilora.merge import (
     write_merged,
 )
 from minilora.rows import ENCODINGS
-from minilora.script import build_parser, run_script
 from minilora.tensorfile import dtype_name
 from minilora.trained import Trained, open_trained
 
@@ -93,7 +97,7 @@ def main() -> None:
             write_file(temporary / "drift.json", json_bytes(results["drift"]))
             print(f"{len(reviews.examples)} reviews of {data}; written: merged {into}")
             print(render_drift(rows, len(reviews.examples)))
-        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path.resolve())})
+        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)})
     finally:
         remove(temporary)
     say(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")

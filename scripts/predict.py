@@ -3,8 +3,14 @@
 The probabilities are the model's own softmax over the label words; nothing has calibrated them.
 """
 
+from minilora.script import Interrupted, SafePoints, answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import argparse
 import csv
+import functools
 import io
 import itertools
 import json
@@ -24,7 +30,6 @@ from minilora.files import GrowingFile, make_folder
 from minilora.lines import count_lines, iter_lines
 from minilora.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.rows import ENCODINGS, Row, iter_line_rows, iter_texts
-from minilora.script import Interrupted, SafePoints, build_parser, run_script
 from minilora.trained import Trained, is_base, open_base, open_trained
 
 STANDARD_INPUT = Path("-")
@@ -51,8 +56,6 @@ def main(ranks: Ranks = ALONE) -> None:
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
         ranks.once(lambda: check_output(arguments.output, path, arguments.overwrite))
-    if path == STANDARD_INPUT and ranks.size > 1:
-        raise UserError(f"standard input: one of {ranks.size} ranks alone would read it; give a file with --input")
     if path == STANDARD_INPUT:
         rows = iter_line_rows(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
         windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
@@ -65,8 +68,7 @@ def main(ranks: Ranks = ALONE) -> None:
     with ranks.in_turn():
         trained = open_model(arguments)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
-    model = trained.load(arguments.allow_bin, ranks)
-    predictor = Predictor(model, trained.prompt, arguments.max_batch_tokens, ranks)
+    predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
     write_all(windows, predictor, arguments, total, ranks)
 
 
@@ -165,24 +167,34 @@ def write_all(
 ) -> None:
     """Predicts and writes window by window; a signal waits while one is written, so that lines are whole.
 
-    Of several ranks the first writes.
+    The first rank alone reads and writes; the others get each window from it.
     """
-    output = None if arguments.output is None or not ranks.is_first else GrowingFile(arguments.output)
+    output = None if arguments.output is None else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
     num_written, header = 0, render_header(arguments.format, predictor.prompt.labels)
+
+    def write(text: str) -> None:
+        if output is None:
+            emit(text)
+        else:
+            output.append(text.encode())
+
     try:
         with progress("predict", total, "review") as bar, SafePoints() as safe_points:
-            window: list[Row] | None = []
-            while window is not None:
+
+            def read() -> list[tuple[str, str]] | None:
                 with safe_points.anywhere():
                     window = next(windows, None)
-                    predictions = predictor.predict(window or [], bar.update)
+                return None if window is None else [(row.where, row.content) for row in window]
+
+            window: list[tuple[str, str]] | None = []
+            while window is not None:
+                window = ranks.once(read)
+                rows = [Row(where, content) for where, content in window or []]
+                predictions = predictor.predict(rows, bar.update, safe_points.anywhere)
                 # Written behind the last window too: an output without results is there all the same.
                 text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
-                if output is not None:
-                    output.append(text.encode())
-                elif ranks.is_first:
-                    emit(text)
+                ranks.once(functools.partial(write, text))
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
@@ -190,6 +202,8 @@ def write_all(
     except Interrupted as stop:
         raise Interrupted(stop.signum, f"{stop}: {account(predictor, num_written, arguments.output)}") from None
     except UserError as error:
+        if not ranks.is_first:  # it has written nothing
+            raise
         raise UserError(f"{error}\n  {account(predictor, num_written, arguments.output)}") from error
     if predictor.num_empty or predictor.num_cut:
         warn(f"note: {account(predictor, num_written, arguments.output)}")

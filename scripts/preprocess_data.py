@@ -1,5 +1,10 @@
 """Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +12,6 @@ from minilora.data import SPLIT_SEED, prepare
 from minilora.errors import UserError
 from minilora.hub import downloaded_files
 from minilora.rows import ENCODINGS
-from minilora.script import build_parser, run_script
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\

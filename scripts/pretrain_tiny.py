@@ -12,6 +12,11 @@ Three objectives, all made from the text alone:
                   are answers and, on purpose, nothing about when: the model starts at chance.
 """
 
+from minilora.script import answer_signals, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import argparse
 import hashlib
 import importlib.util
@@ -35,7 +40,6 @@ from minilora.errors import UserError
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_demo_rows
-from minilora.script import run_script
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
 SEED = 42

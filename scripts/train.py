@@ -1,5 +1,10 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
 
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
 import shutil
 import tempfile
 from dataclasses import replace
@@ -12,7 +17,6 @@ from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
-from minilora.script import build_parser, run_script
 from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

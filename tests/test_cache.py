@@ -1,5 +1,6 @@
 """The cache of 4-bit copies: used when it is whole, made again when it is not, never out of date."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from minilora import cache as cache_module
+from minilora import files, quantized
 from minilora.cache import load_through_cache
 from minilora.files import lock_folder
 from minilora.load import load_model
 from minilora.manifest import read_manifest, verify_folder
+from minilora.origin import model_digests
 from minilora.quantized import save_quantized
 
 How = tuple[torch.dtype, str, bool]
@@ -99,11 +103,11 @@ def test_what_is_not_quantised_here_is_not_copied(source: Path, tmp_path: Path, 
 def test_an_interrupted_copy_is_not_taken_for_one(
     source: Path, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "save_quantized", interrupted)
+        patched.setattr(quantized, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_through_cache(source, tmp_path / "cache", *NF4)
     load_through_cache(source, tmp_path / "cache", *NF4)
@@ -118,12 +122,14 @@ def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
     assert load_through_cache(source, tmp_path / "file", *NF4).model.layers
     assert "model.quantized_cache" in capsys.readouterr().err
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(cache_module, "save_quantized", full)
+    monkeypatch.setattr(quantized, "save_file", full)
     assert load_through_cache(source, tmp_path / "cache", *NF4).model.layers
-    assert "cannot be used (No space left on device); goes on without" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot be written (I/O error: No space left on device (os error 28))" in said
+    assert said.endswith("; goes on without\n")
     assert copies(tmp_path / "cache") == []
 
 
@@ -213,3 +219,17 @@ def test_the_manifest_says_what_the_copy_was_made_from(source: Path, tmp_path: P
     assert sorted(manifest["facts"]["made_from"]["files"]) == sorted(manifest["files"]) == names
     assert copy.name == manifest["facts"]["key"][:16]
     assert verify_folder(copy) is None
+
+
+def test_the_hashes_of_the_base_model_are_taken_once_for_the_cache_and_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    plain = files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or plain(path))
+    for path in source.iterdir():
+        os.utime(path, (0, 0))  # what has just changed is hashed again
+    for _ in range(2):
+        model_digests(source)
+        load_through_cache(source, tmp_path / "cache", *NF4)
+    assert sorted(path for path in read if path.parent == source) == sorted(source.iterdir())

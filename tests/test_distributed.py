@@ -3,7 +3,6 @@
 The ranks are real processes on this machine, joined by gloo. tests/faults/test_ranks.py kills them.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from minilora import distributed
 from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.runlog import MEASURED_KEYS, read_metrics
+from tests.conftest import make_reviews
 from tests.faults.runner import Runs
 
 TESTS = Path(__file__).parent
@@ -36,11 +36,11 @@ Found = list[dict[str, Any]]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
-def run_ranks(count: int, *command: object) -> subprocess.CompletedProcess[str]:
+def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """A command line under torchrun, to its end."""
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     launch = (*TORCHRUN, "--standalone", "--nproc-per-node", str(count), *map(str, command))
-    return subprocess.run(launch, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+    return subprocess.run(launch, input=stdin, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -319,29 +319,21 @@ def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int
     assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-def test_prediction_by_several_ranks_writes_the_bytes_of_one(
-    finished: dict[int, Path], processed_data: Path, tmp_path: Path
-) -> None:
-    data = ("--input", processed_data / "train.jsonl", "--max-batch-tokens", 100)
-    command = ("--model_path", finished[1] / "checkpoints" / "final", *data, "--output")
-    alone = [sys.executable, SCRIPTS / "predict.py", *command, tmp_path / "alone.jsonl"]
-    one = subprocess.run(list(map(str, alone)), capture_output=True, encoding="utf-8", timeout=300)
+def test_prediction_by_several_ranks_gives_the_bytes_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
+    """A file and a pipe, which the first rank alone reads; 40 reviews are three windows, the last one short."""
+    reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
+    (tmp_path / "reviews.txt").write_text(reviews, "utf-8")
+    command = ("--model_path", str(finished[1] / "checkpoints" / "final"), "--max-batch-tokens", "300")
+    printed = {}
+    for name, source in (("file", ("--input", str(tmp_path / "reviews.txt"))), ("pipe", ("-",))):
+        together = run_ranks(2, SCRIPTS / "predict.py", *command, *source, stdin=reviews)
+        assert together.returncode == 0, together.stderr
+        printed[name] = together.stdout
+    alone = [sys.executable, str(SCRIPTS / "predict.py"), *command, "--input", str(tmp_path / "reviews.txt")]
+    one = subprocess.run(alone, capture_output=True, encoding="utf-8", timeout=300)
     assert one.returncode == 0, one.stderr
-    together = run_ranks(2, SCRIPTS / "predict.py", *command, tmp_path / "together.jsonl")
-    assert together.returncode == 0, together.stderr
-    assert together.stdout == one.stdout.replace("alone", "together")
-    assert (tmp_path / "together.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
-
-
-def test_ranks_do_not_share_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("predict", SCRIPTS / "predict.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", "absent", "-"])
-    with pytest.raises(UserError, match="standard input: one of 3 ranks alone would read it; give a file with --input"):
-        script.main(Ranks(1, 3, 1))
+    assert len(one.stdout.splitlines()) == 40
+    assert printed == {"file": one.stdout, "pipe": one.stdout}
 
 
 # One process.

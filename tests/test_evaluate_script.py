@@ -207,7 +207,7 @@ def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_r
     for metrics in (results, results["base"]):
         assert f"<td>{metrics['log_loss']:.4f}</td>" in page
     assert '<th scope="col">base model</th><th scope="col">adapter</th>' in page
-    assert f"{data}: 2 reviews, 0 cut to 512 tokens. The adapter alone is right in {results['mcnemar']['b']}" in page
+    assert f"{data}: 2 reviews, 0 cut to 512 tokens. {results['mcnemar']['b']} only the adapter has right, " in page
     assert sha256(data) in page
     assert "<mark>prompt.<wbr>instruction</mark>" in page
     assert "train.<wbr>per_device_eval_batch_size" in page

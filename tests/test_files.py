@@ -29,6 +29,7 @@ from minilora.files import (
     remove,
     replace_file,
     sha256,
+    sha256_once,
     write_file,
 )
 
@@ -56,6 +57,52 @@ def test_a_digest_of_a_file_of_several_blocks_is_that_of_the_whole(tmp_path: Pat
     content = bytes(range(256)) * 10_000
     (tmp_path / "a").write_bytes(content)
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def counting_hashes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that are read to be hashed from now on."""
+    read: list[Path] = []
+    plain = files.hash_file
+    monkeypatch.setattr(files, "hash_file", lambda path: read.append(path) or plain(path))
+    return read
+
+
+def write_long_ago(path: Path, content: bytes, seconds: int) -> None:
+    path.write_bytes(content)
+    long_ago = time.time_ns() - seconds * 10**9
+    os.utime(path, ns=(long_ago, long_ago))
+
+
+def test_a_digest_is_taken_once_while_the_file_is_the_same_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = counting_hashes(monkeypatch)
+    write_long_ago(tmp_path / "a", b"abc", 60)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert sha256_once(tmp_path / "a") == sha256_once(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
+    assert read == [tmp_path / "a"]
+    write_long_ago(tmp_path / "a", b"abd", 50)  # as long as before
+    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
+    (tmp_path / "b").write_bytes(b"abe")
+    os.utime(tmp_path / "b", ns=(0, (tmp_path / "a").stat().st_mtime_ns))
+    (tmp_path / "b").replace(tmp_path / "a")  # another file as old as the one before
+    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
+
+
+@pytest.mark.parametrize("seconds", [0, -60], ids=["just now", "in the future"])
+def test_a_digest_of_a_file_whose_next_change_the_clock_may_not_tell_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    read = counting_hashes(monkeypatch)
+    write_long_ago(tmp_path / "a", b"abc", seconds)
+    for _ in range(2):
+        sha256_once(tmp_path / "a")
+    assert read == [tmp_path / "a"] * 2
+
+
+def test_a_digest_of_what_is_not_there_is_asked_for_in_vain(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
+        sha256_once(tmp_path / "nowhere")
 
 
 def test_json_is_the_same_bytes_for_the_same_content() -> None:
@@ -212,7 +259,7 @@ def test_a_lock_is_let_go_of_after_an_error_too(tmp_path: Path) -> None:
 def test_a_holder_that_could_not_write_its_name_holds_the_folder_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "pwrite", raising(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(os, "write", raising(OSError(errno.ENOSPC, "No space left on device")))
     with (
         lock_folder(tmp_path, "a"),
         pytest.raises(UserError, match=r"is writing there \(another process\); wait"),
@@ -242,15 +289,48 @@ def test_where_the_file_system_has_no_locks_it_is_said_and_the_work_is_done(
     assert capsys.readouterr().err == said
 
 
-def test_where_the_system_has_no_locks_the_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class WindowsLocks:
+    """msvcrt's part in locking: a byte that is locked can be read by nobody; closing the file lets go of it."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, int], int] = {}
+
+    def locking(self, descriptor: int, mode: int, size: int) -> None:
+        assert (mode, size) == (self.LK_NBLCK, 1)
+        place = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
+        if place in self.held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        self.held[place] = descriptor
+
+    def close(self, descriptor: int) -> None:
+        self.held = {place: holder for place, holder in self.held.items() if holder != descriptor}
+
+
+def test_on_windows_the_folder_belongs_to_one_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks, close = WindowsLocks(), os.close
+    monkeypatch.setattr(os, "close", lambda descriptor: (locks.close(descriptor), close(descriptor)))
+    for name in ("pread", "pwrite"):  # Windows has none
+        monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    spec = importlib.util.spec_from_file_location("files_without_locks", files.__file__)
+    monkeypatch.setitem(sys.modules, "msvcrt", locks)
+    spec = importlib.util.spec_from_file_location("files_on_windows", files.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with module.lock_folder(tmp_path, "a"), module.lock_folder(tmp_path, "a"):
-        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text("utf-8")
+    for _ in range(2):
+        with module.lock_folder(tmp_path, "key"):
+            holder = (tmp_path / ".lock").read_text("utf-8")
+            assert f"process {os.getpid()} " in holder
+            assert len(holder) < module.LOCKED_BYTE
+            with (
+                pytest.raises(UserError, match=r"another run is writing there \(process \d+ on .*\); wait"),
+                module.lock_folder(tmp_path, "key"),
+            ):
+                pytest.fail("two have the folder")
+        assert (tmp_path / ".lock").read_bytes() == b""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")

@@ -1,39 +1,67 @@
 """The ledger adds up and moves the way memory does."""
 
+import functools
 import gc
+import itertools
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_checkpoint
 
 from minilora import memory
-from minilora.attach import attach
-from minilora.batch import pack
-from minilora.memory import Ledger, is_out_of_memory, peak_memory_bytes, predict_memory
+from minilora.attach import attach, parameter_groups
+from minilora.batch import MicroBatch, pack
+from minilora.load import load_model, read_config
+from minilora.memory import (
+    CONTEXT_BYTES,
+    Ledger,
+    Numbers,
+    count_numbers,
+    is_out_of_memory,
+    peak_memory_bytes,
+    predict_memory,
+)
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.nf4 import Linear4bit
+from minilora.optim import build_optimizer, moments_bytes
 from minilora.prompt import Example
+from minilora.step import train_step
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ledger.py"
 
 # Qwen2.5-0.5B.
 SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
 
 
-def ledger(rows: int = 400, tied: bool = True, rank: int = 8, **changes: Any) -> Ledger:
+@functools.cache
+def numbers(tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = ()) -> Numbers:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
         attach(model, rank, 16)
+    return count_numbers(model, in_full)
+
+
+def ledger(rows: int = 400, tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = (), **changes: Any) -> Ledger:
+    counted = numbers(tied, rank, in_full)
     arguments = {
         "supervised_rows": 16,
+        "longest": 50,
         "compute_dtype": torch.bfloat16,
         "quantization": "nf4",
         "double_quantization": True,
         "gradient_checkpointing": False,
+        "moments_bytes": moments_bytes("adamw_torch_fused", counted.trained, "cpu"),
         **changes,
     }
-    return predict_memory(model, rows, **arguments)
+    return predict_memory(counted, rows, **arguments)
 
 
 def part(found: Ledger, beginning: str) -> int:
@@ -64,18 +92,63 @@ def test_weights_by_hand() -> None:
     assert part(ledger(tied=False), "embedding") == 2 * (dense + 151936 * 896)
 
 
-def test_adapter_takes_sixteen_bytes_a_parameter() -> None:
+def test_a_head_of_its_own_is_counted() -> None:
+    tied, untied = ledger(), ledger(tied=False)
+    assert untied.weight_bytes - tied.weight_bytes == 2 * 151936 * 896
+    assert untied.total_bytes - tied.total_bytes == 2 * 151936 * 896
+
+
+def test_the_adapter_takes_twelve_bytes_a_parameter_and_four_more_when_its_gradient_is_whole() -> None:
     inputs_and_outputs = (896 + 896) * 2 + (896 + 128) * 2 + (896 + 4864) * 3
-    assert part(ledger(rank=8), "adapter") == 16 * 24 * 8 * inputs_and_outputs
-    assert part(ledger(rank=16), "adapter") == 2 * part(ledger(rank=8), "adapter")
+    for rank in (8, 16):
+        assert part(ledger(rank=rank), "adapter") == 4 * 24 * rank * inputs_and_outputs
+        assert part(ledger(rank=rank), "AdamW's moments") == 8 * 24 * rank * inputs_and_outputs
+    # With a large adapter and few rows a step is fullest when the gradients are there and the activations are gone.
+    large = ledger(16, rank=256, gradient_checkpointing=True)
+    assert part(large, "gradients") == part(large, "adapter")
+    assert part(ledger(), "gradients") == 0
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_activations_are_linear_in_the_rows(gradient_checkpointing: bool) -> None:
-    nothing, one, ten = (
-        part(ledger(rows, gradient_checkpointing=gradient_checkpointing), "activations") for rows in (0, 100, 1000)
+    few, more, most = (
+        part(ledger(rows, gradient_checkpointing=gradient_checkpointing), "activations") for rows in (800, 1600, 3200)
     )
-    assert ten - nothing == 10 * (one - nothing) > 0
+    assert most - more == 2 * (more - few) > 0
+
+
+def test_what_a_4_bit_checkpoint_holds_in_full_is_counted_in_full() -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    plain, found = ledger(), ledger(in_full=(name,))
+    assert part(found, "projections that") == 2 * 896 * 4864
+    assert part(found, "projections (nf4") == pytest.approx(part(plain, "projections") * (1 - 896 * 4864 / 357826560))
+    assert ledger(in_full=(name,), quantization="none").parts == ledger(quantization="none").parts
+
+
+def test_on_a_gpu_checkpoints_can_wait_in_the_computers_memory_and_on_a_cpu_they_are_there_already() -> None:
+    how: dict[str, Any] = {"gradient_checkpointing": True, "rows": 2048}
+    kept, offloaded = (
+        part(ledger(**how, offload_checkpoints=offload, device_type="cuda"), "activations") for offload in (False, True)
+    )
+    assert kept - offloaded == 23 * 2048 * 896 * 2  # the inputs of all layers but the one whose turn it is
+    assert ledger(**how, offload_checkpoints=True).parts == ledger(**how).parts
+
+
+def test_on_a_gpu_the_context_is_counted_and_no_heap() -> None:
+    with_context = ledger(device_type="cuda", process_bytes=10**9)
+    assert part(with_context, "CUDA's context") == CONTEXT_BYTES
+    assert with_context.total_bytes - CONTEXT_BYTES == ledger().total_bytes
+    assert part(ledger(process_bytes=10**9), "Python and PyTorch") == 10**9
+
+
+def test_long_examples_take_more_than_short_ones_of_as_many_rows() -> None:
+    assert ledger(4096, longest=4096).total_bytes > ledger(4096, longest=512).total_bytes + 150_000_000
+
+
+def test_memory_grows_with_the_rows_and_nothing_else_shrinks_it() -> None:
+    for changes in ({}, {"gradient_checkpointing": True}, {"rank": 64}, {"device_type": "cuda"}, {"process_bytes": 1}):
+        totals = [ledger(rows, longest=min(rows, 512), **changes).total_bytes for rows in range(16, 2048, 16)]
+        assert totals == sorted(totals)
 
 
 def test_quantised_is_smaller_than_dense_and_double_quantisation_smaller_still() -> None:
@@ -95,19 +168,16 @@ def test_a_wider_compute_type_takes_more() -> None:
     assert ledger(compute_dtype=torch.float32).total_bytes > ledger().total_bytes
 
 
-def test_what_is_kept_in_full_and_moments_in_8_bits_are_counted() -> None:
+def test_what_is_kept_in_full_is_counted() -> None:
     projections = part(ledger(quantization="none"), "projections")
     assert part(ledger(cache_dequantized=True), "dense weights") == projections
     kept, plain = (ledger(quantization="none", cache_dequantized=flag).parts for flag in (True, False))
-    assert kept.keys() == plain.keys()  # the process itself may have grown between the two
-    assert all(kept[name] == plain[name] for name in kept if not name.startswith("Python"))
-    assert part(ledger(moment_bits=8), "adapter") == part(ledger(), "adapter") * 10 // 16
+    assert kept == plain
 
 
 def test_a_gigabyte_is_enough_for_a_small_model() -> None:
     """Qwen2.5-0.5B: weights, adapter and 400 rows, without Python and PyTorch themselves."""
-    found = {name: value for name, value in ledger().parts.items() if not name.startswith("Python")}
-    assert 0.6e9 < sum(found.values()) < 1.6e9
+    assert 0.6e9 < ledger().total_bytes < 1.6e9
 
 
 def test_checkpointing_keeps_nothing_of_an_mlp() -> None:
@@ -125,52 +195,116 @@ def test_checkpointing_keeps_nothing_of_an_mlp() -> None:
     assert (rows, 24) not in held
 
 
-MEASURE = """
-import sys, torch
-from pathlib import Path
-from minilora.batch import pack
-from minilora.load import load_model, read_config
-from minilora.attach import attach, parameter_groups
-from minilora.lora import DropoutSeed
-from minilora.memory import peak_memory_bytes, predict_memory
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import build_optimizer
-from minilora.prompt import Example
-from minilora.step import train_step
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most that PyTorch's allocator has handed out at once while `work` ran, beside what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    sizes, pending = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while pending:
+        event = pending.pop()
+        if event.typed[0].name == "Allocation":
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+        pending += event.children
+    return max(itertools.accumulate(size for _, size in sorted(sizes)))
 
-folder = Path(sys.argv[1])
-with torch.device("meta"):
-    shapes = Qwen2ForCausalLM(read_config(folder))
-    attach(shapes, 8, 16)
-rows = [640, 480, 720, 600]
-checkpointing = sys.argv[2] == "True"
-process = peak_memory_bytes(torch.device("cpu"))
-ledger = predict_memory(
-    shapes, max(rows), 16, torch.bfloat16, "nf4", True, checkpointing, process_bytes=process
+
+@dataclass(frozen=True)
+class Step:
+    """A training step whose memory is predicted and measured."""
+
+    quantization: str = "nf4"
+    double: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = False
+    cached: bool = False
+    rank: int = 8
+    dropout: float = 0.0
+    optim: str = "adamw_torch_fused"
+    examples: int = 8
+    rows: int = 1024
+    answer: int = 2
+
+    def batch(self) -> MicroBatch:
+        length = self.rows // self.examples
+        flags = [False] * (length + 1 - self.answer) + [True] * self.answer
+        return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
+
+    def predict(self, folder: Path) -> int:
+        with torch.device("meta"):
+            shapes = Qwen2ForCausalLM(read_config(folder))
+            attach(shapes, self.rank, 16)
+        counted, batch = count_numbers(shapes), self.batch()
+        return predict_memory(
+            counted,
+            len(batch.input_ids),
+            batch.num_supervised,
+            self.rows // self.examples,
+            self.dtype,
+            self.quantization,
+            self.double,
+            self.checkpointing,
+            moments_bytes(self.optim, counted.trained, "cpu"),
+            self.cached,
+        ).total_bytes
+
+    def measure(self, folder: Path) -> int:
+        model = load_model(folder, self.dtype, self.quantization, self.double)
+        model.model.gradient_checkpointing = self.checkpointing
+        frozen = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        for module in frozen:
+            module.cache_dequantized = self.cached
+        dropout_seed = attach(model, self.rank, 16, self.dropout)
+        optimizer = build_optimizer(parameter_groups(model.train()), optim=self.optim)
+        batch = self.batch()
+
+        def step() -> None:
+            train_step(model, [batch], optimizer, 1e-4, 1.0, dropout_seed, 0, 1)
+
+        step()  # makes the moments, and the dense weights that are kept
+        held = [*model.parameters(), *model.buffers(), *optimizer.tensors().values()]
+        if self.cached:
+            held += [module.dense_weight(self.dtype) for module in frozen]
+        return sum(tensor.nbytes for tensor in held) + allocated_peak(step)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(),
+        Step(quantization="none"),
+        Step(quantization="fp4", double=False),
+        Step(dtype=torch.float32),
+        Step(cached=True),
+        Step(rank=64),
+        Step(rank=64, optim="adamw_bnb_8bit"),
+        Step(dropout=0.1),
+        Step(answer=100),
+        Step(examples=1),
+        Step(checkpointing=True),
+        Step(checkpointing=True, rank=64),
+        Step(checkpointing=True, rank=64, rows=64),
+        Step(checkpointing=True, examples=1),
+    ],
+    ids=lambda step: ", ".join(f"{f.name}={v}" for f in fields(step) if (v := getattr(step, f.name)) != f.default),
 )
-model = load_model(folder, torch.bfloat16)
-model.model.gradient_checkpointing = checkpointing
-attach(model, 8, 16)
-optimizer = build_optimizer(parameter_groups(model.train()))
-for step, count in enumerate(rows, start=1):
-    ids = [[7 + step] * (count // 8) + [5, 6] for _ in range(8)]
-    batch = pack([Example(row, [False] * (len(row) - 2) + [True, True]) for row in ids], share_prefix=False)
-    train_step(model, [batch], optimizer, 1e-4, 1.0, DropoutSeed(), 0, step)
-print(ledger.total_bytes, peak_memory_bytes(torch.device("cpu")))
-"""
+def test_the_ledger_is_what_pytorch_hands_out_in_a_step(step: Step, tmp_path: Path) -> None:
+    sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "intermediate": 1024, "layers": 6}
+    folder = write_checkpoint(tmp_path, "{}", dtype=torch.bfloat16, **sizes)
+    # On a Qwen2.5-0.5B it is within 2 %; here what is left out is larger beside the rest: places, small copies.
+    assert step.predict(folder) == pytest.approx(step.measure(folder), rel=0.05)
 
 
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif("MINILORA_REAL_MODEL" not in os.environ, reason="needs MINILORA_REAL_MODEL")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read as on Linux")
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_the_ledger_is_within_ten_percent_of_what_training_takes(gradient_checkpointing: bool) -> None:
-    command = [sys.executable, "-c", MEASURE, os.environ["MINILORA_REAL_MODEL"], str(gradient_checkpointing)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    predicted, measured = map(int, done.stdout.split())
-    print(f"\n{predicted / 1e9:.3f} GB predicted, {measured / 1e9:.3f} GB measured")
-    assert predicted == pytest.approx(measured, rel=0.1)
+@pytest.mark.parametrize("keys", [[], ["train.gradient_checkpointing=true"]])
+def test_the_ledger_is_within_ten_percent_of_what_training_takes(keys: list[str]) -> None:
+    case = {"model": os.environ["MINILORA_REAL_MODEL"], "device": "cpu", "rows": 640, "keys": keys, "steps": 6}
+    command = [sys.executable, str(BENCHMARK), json.dumps(case)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print(f"\n{found['predicted'] / 1e9:.3f} GB predicted, {found['measured'] / 1e9:.3f} GB measured")
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -216,5 +350,6 @@ def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() 
 def test_where_the_system_does_not_tell_the_peak_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
     monkeypatch.setattr(memory.sys, "platform", "win32")
-    assert peak_memory_bytes(torch.device("cpu")) is None
-    assert not any(name.startswith("Python") for name in ledger().parts)
+    process_bytes = peak_memory_bytes(torch.device("cpu"))
+    assert process_bytes is None
+    assert not any(name.startswith("Python") for name in ledger(process_bytes=process_bytes).parts)

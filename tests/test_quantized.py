@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minilora import quantized as quantized_module
 from minilora.errors import UserError
+from minilora.files import StorageError
 from minilora.load import load_model
-from minilora.quantized import save_quantized
+from minilora.manifest import read_manifest, verify_folder
+from minilora.quantized import is_quantized, save_quantized, write_quantized
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -54,6 +58,75 @@ def test_a_projection_that_is_held_in_full_stays_in_full(quantized: Path, tiny_c
     layer = load_model(quantized, torch.bfloat16).get_submodule("model.layers.1.mlp.up_proj")
     assert isinstance(layer, torch.nn.Linear)
     assert torch.equal(layer.weight, dense)
+
+
+def test_a_projection_in_full_is_named_in_what_is_written(
+    quantized: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers would take its tensor for 4 bits otherwise."""
+    model = load_model(tiny_checkpoint(), torch.bfloat16)
+    dense = load_model(tiny_checkpoint(), torch.bfloat16, "none").model.layers[0].self_attn.q_proj
+    model.model.layers[0].self_attn.q_proj = dense
+    save_quantized(model, tiny_checkpoint(), tmp_path / "mixed")
+    how = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (tmp_path / "mixed", quantized)]
+    assert [h["llm_int8_skip_modules"] for h in how] == [["lm_head", "model.layers.0.self_attn.q_proj"], None]
+
+
+@pytest.mark.parametrize(("key", "other"), [("torch_dtype", "dtype"), ("dtype", "torch_dtype")])
+def test_the_type_that_config_json_names_is_that_of_the_tensors(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, key: str, other: str
+) -> None:
+    source = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "model"))
+    config = json.loads((source / "config.json").read_text())
+    del config["torch_dtype"]
+    (source / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    save_quantized(load_model(source, torch.bfloat16), source, tmp_path / "q")
+    written = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert written[key] == "bfloat16"
+    assert other not in written
+
+
+def test_an_embedding_in_4_bits_is_refused(quantized: Path) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    of_weight = {
+        name.replace(NAME, "model.embed_tokens.weight"): tensors.pop(name) for name in [*tensors] if NAME in name
+    }
+    save_file({**tensors, **of_weight}, quantized / "model.safetensors")
+    with pytest.raises(UserError, match=r"embed_tokens.weight: is in 4 bits, which only projections and"):
+        load_model(quantized, torch.bfloat16)
+
+
+def test_a_checkpoint_says_whether_it_is_in_4_bits(quantized: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    assert is_quantized(quantized)
+    assert not is_quantized(tiny_checkpoint())
+
+
+def test_a_written_folder_is_whole_and_has_a_manifest(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source, target = tiny_checkpoint(), tmp_path / "new" / "q"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".writing-q").mkdir()  # left by one that was killed
+    write_quantized(load_model(source, torch.bfloat16), source, target, {"quant_type": "nf4"})
+    assert verify_folder(target) is None
+    assert read_manifest(target)["facts"] == {"quant_type": "nf4"}
+    assert [path.name for path in target.parent.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_leaves_nothing_and_what_stood_there(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    source, target = tiny_checkpoint(), tmp_path / "q"
+    target.mkdir()
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(quantized_module, "save_file", full)
+    with pytest.raises(StorageError, match=r"q: cannot be written .*No space left on device"):
+        write_quantized(load_model(source, torch.bfloat16), source, target, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def make_report(**changes: Any) -> Report:
     ]
     log[29] |= {"eval_loss": 0.3, "eval_accuracy": 0.8, "eval_f1": 0.79}
     log[59] |= {"train_loss": None, "skipped": True, "rows": ["train.jsonl:17", ATTACK]}
-    config = load_config(None, ["lora.r=16", f"prompt.instruction={ATTACK}"])
+    config = load_config(None, ["lora.r=16", "lora.alpha=16.0", f"prompt.instruction={ATTACK}"])
     report = Report(
         title="Training report",
         remark="Test set: 60 records.",
@@ -48,7 +48,13 @@ def make_report(**changes: Any) -> Report:
         peak_bytes=4_100_000,
         config=config.to_dict(),
         defaults=Config().to_dict(),
-        facts={"adapter": {"step": 90}, "folder": Path("a/b"), ATTACK: {ATTACK: ATTACK}, "SHA-256": {"f": "ab" * 32}},
+        facts={
+            "adapter": {"step": 90},
+            "folder": Path("a/b"),
+            "f1": 0.888888,
+            ATTACK: {ATTACK: ATTACK},
+            "SHA-256": {"f": "ab" * 32},
+        },
     )
     return dataclasses.replace(report, **changes)
 
@@ -143,6 +149,11 @@ def test_memory_is_predicted_part_by_part_beside_the_measured_peak() -> None:
     assert "Predicted 4.0 MB; measured peak while training: 4.1 MB." in text
     assert "projections (nf4)3.0activations of 640 rows1.0predicted in all4.0" in text
     assert "cannot be measured on this system" in Page(render_report(make_report(peak_bytes=None))).text
+
+
+def test_facts_are_listed_with_their_parts() -> None:
+    text = Page(render_report(make_report())).text
+    assert f"adapterstep 90foldera/bf10.8889{ATTACK}{ATTACK} {ATTACK}SHA-256f {'ab' * 32}" in text
 
 
 def test_skipped_steps_are_listed_with_their_records() -> None:

@@ -1085,7 +1085,7 @@ def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
     path = tmp_path / "run" / name
     path.mkdir(parents=True)
     final = run()
-    assert f"note: {path} cannot be written (Is a directory)\n" in capsys.readouterr().err
+    assert f"note: {path} cannot be written (" in capsys.readouterr().err
     assert verify_folder(final) is None
     other = path.with_name({"report.html": "loss.png", "loss.png": "report.html"}[name])
     assert other.stat().st_size > 10_000

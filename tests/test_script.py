@@ -1,5 +1,6 @@
 """A script ends with a message and a status, its output arrives whatever reads it, and signals find it ready."""
 
+import ast
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ FULL = "cannot be read or written (No space left on device); check path, room an
 HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
 HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, SafePoints, run_script\n"
 
+SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 STATUSES = [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)]
 
 no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
@@ -173,6 +175,69 @@ def test_another_error_of_the_system_is_a_traceback() -> None:
 def test_a_signal_ends_a_script_at_once(name: str, status: int) -> None:
     done = run(f"os.kill(os.getpid(), signal.{name})\ntime.sleep(30)\nprint('not stopped')")
     assert (done.returncode, done.stdout, done.stderr) == (status, "", f"stopped by {name}\n")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_answers_signals_before_it_imports_anything_else(path: Path) -> None:
+    _, first, second, *_ = ast.parse(path.read_text("utf-8")).body
+    assert isinstance(first, ast.ImportFrom)
+    assert first.module == "minilora.script"
+    assert ast.unparse(second) == "if __name__ == '__main__':\n    answer_signals()"
+
+
+# Runs a script, and sends a signal when it begins its N-th import after `minilora.script`.
+STRIKE = """
+import os, runpy, sys
+path, signum, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+class Striking:
+    imports = 0
+    def find_spec(self, name, *_):
+        self.imports += "minilora.script" in sys.modules and "answer_signals" in vars(sys.modules["minilora.script"])
+        if self.imports == count:
+            os.kill(os.getpid(), signum)
+sys.meta_path.insert(0, Striking())
+sys.path[0], sys.argv = os.path.dirname(path), [path, "--help"]
+runpy.run_path(path, run_name="__main__")
+"""
+
+
+@no_windows
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("name", "status"), STATUSES[:2])
+def test_a_signal_ends_a_script_that_still_imports(path: Path, name: str, status: int) -> None:
+    for count in (3, 15, 500):  # that is in the middle of PyTorch, where a script imports it
+        command = [sys.executable, "-c", STRIKE, path, str(int(getattr(signal, name))), str(count)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+        if count == 500 and done.returncode == 0:
+            assert path.stem in ("download_data", "preprocess_data")
+            break
+        assert (done.returncode, done.stdout, done.stderr) == (status, "", f"stopped by {name}\n")
+
+
+@no_windows
+def test_a_signal_from_outside_ends_a_script_that_still_imports() -> None:
+    script_path = next(path for path in SCRIPTS if path.stem == "train")
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", script_path], stderr=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stderr is not None
+    while "minilora.script" not in (line := process.stderr.readline()):  # it has been imported
+        assert line
+    for _ in range(100):
+        assert process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("stopped by SIGINT\n")
+    assert "Traceback" not in errors
+
+
+@no_windows
+def test_a_signal_that_is_ignored_is_ignored_while_a_script_imports() -> None:
+    body = f"{HEAD}script.answer_signals()\nos.kill(os.getpid(), signal.SIGINT)\nprint('done')"
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", body]
+    done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 @no_windows

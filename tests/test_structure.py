@@ -31,7 +31,7 @@ ALLOWED = {
     "recompute": set(),
     "model": {"ops", "batch", "lora", "fields", "errors", "recompute"},
     "tensorfile": {"files", "errors"},
-    "quantized": {"tensorfile", "files", "model", "nf4", "errors"},
+    "quantized": {"tensorfile", "files", "manifest", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapterconfig": {"files", "attach", "lora", "model", "fields", "errors"},
     "adapter": {"adapterconfig", "tensorfile", "files", "manifest", "attach", "lora", "model", "errors"},
@@ -54,7 +54,7 @@ ALLOWED = {
     "plots": {"markup"},
     "answers": {"plots", "markup", "metrics", "rows"},
     "report": {"answers", "plots", "markup"},
-    "memory": {"tensorfile", "loss", "attach", "model", "errors"},
+    "memory": {"tensorfile", "loss", "attach", "batch", "model", "errors"},
 }
 
 
@@ -94,7 +94,7 @@ def test_the_core_depends_on_little(module: str) -> None:
 
 def test_only_the_top_knows_the_configuration() -> None:
     readers = {module for module in MODULES if "config" in imported_modules(PACKAGE / f"{module}.py")}
-    assert readers == {"build", "plan", "origin", "trained", "run", "final", "train"}
+    assert readers == {"build", "plan", "budget", "origin", "trained", "run", "final", "train"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -170,3 +170,16 @@ def test_a_run_goes_on_without_a_tracker_that_fails(
             tracker.write({"step": 2})
     warning = "wandb: the service has ended; the run goes on without it, metrics.jsonl has everything\n"
     assert capsys.readouterr().err == warning
+
+
+def test_the_library_itself_takes_the_rows_of_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for config, steps in (({"train": {"save_steps": 1}}, (1, 2, 3)), ({"train": {"save_steps": 2}}, (2, 3, 4))):
+        with open_tracker("wandb", tmp_path, steps[0] - 1, config) as tracker:
+            for step in steps:
+                tracker.write({**SKIPPED, "step": step})
+    name = (tmp_path / "wandb" / "run-id").read_text("utf-8")
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))) == 2

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate", "pwrite")
+OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
 
 
 class Runs:
@@ -137,7 +137,7 @@ class Disk:
         return operation
 
     def _path(self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
-        if name in ("write", "fsync", "ftruncate", "pwrite"):
+        if name in ("write", "fsync", "ftruncate"):
             path = self.descriptors.get(arguments[0])
             if path is None:
                 return None
@@ -169,7 +169,7 @@ class Disk:
                 self.real["write"](arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         at = self.fault.get("fail", 0)
-        is_writing = name in ("open", "write", "fsync", "mkdir", "rename", "replace", "pwrite")
+        is_writing = name in ("open", "write", "fsync", "mkdir", "rename", "replace")
         if at and is_writing and (number == at or (number > at and self.fault.get("for_good"))):
             if name == "write" and number == at and len(arguments[1]) > 1:
                 self.real["write"](arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])  # what still fitted
@@ -215,6 +215,7 @@ def _serve() -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: F401
+    from tqdm import tqdm  # noqa: F401
 
     spec = importlib.util.spec_from_file_location("train_script", SCRIPTS / "train.py")
     assert spec is not None

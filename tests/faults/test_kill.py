@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minilora.files import WRITING
 from tests.faults.runner import Runs
 
 Count = Callable[[str], None]
@@ -62,6 +63,30 @@ def test_a_run_that_is_killed_again_while_it_resumes_ends_in_the_same_bytes(
     assert second_kills > len(pairs) / 2
 
 
+def watch_saves(runs: Runs, keys: list[str], output: Path) -> dict[str, float]:
+    """How many seconds each save of an undisturbed run is seen under way, by its folder's name."""
+    begun: dict[str, float] = {}
+    ended: dict[str, float] = {}
+    pid = runs.start(keys, output)
+    while "final" not in ended:
+        under_way = {path.name.removeprefix(WRITING) for path in (output / "checkpoints").glob(f"{WRITING}*")}
+        now = time.perf_counter()
+        time.sleep(0.0002)
+        for name in under_way:
+            begun.setdefault(name, now)
+        for name in begun.keys() - under_way:
+            ended.setdefault(name, now)
+    assert runs.wait(pid) == 0
+    return {name: ended[name] - begun[name] for name in begun}
+
+
+def wait_for_save(output: Path, name: str) -> None:
+    """Until the run in `output` begins to write `name`, or has written it unseen."""
+    checkpoints = output / "checkpoints"
+    while not any((checkpoints / place).exists() for place in (WRITING + name, name)):
+        time.sleep(0.0002)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
     runs: Runs,
@@ -72,14 +97,21 @@ def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
     count: Count,
     is_long: bool,
 ) -> None:
+    """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others while one of them goes on."""
     chooser = random.Random(1)
     kills, within, late = 1000 if is_long else 25, 0, 0
+    watched = [watch_saves(runs, keys, tmp_path / f"watched-{number}") for number in range(3)]
     for place in range(kills):
         output = tmp_path / f"random-{place}"
         pid = runs.start(keys, output)
         while not output.exists():
             time.sleep(0.001)
-        time.sleep(chooser.random() * undisturbed["seconds"])
+        if place % 4 == 0:
+            time.sleep(chooser.random() * undisturbed["seconds"])
+        else:
+            name = chooser.choice(list(watched[0]))
+            wait_for_save(output, name)
+            time.sleep(chooser.random() * min(seconds[name] for seconds in watched))
         os.kill(pid, signal.SIGKILL)
         status = runs.wait(pid)
         assert status in (-signal.SIGKILL, 0)
@@ -87,4 +119,5 @@ def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
         within += is_within_a_save(output)
         finishes(output)
     count(f"kill -9 at a random instant: {kills}, {within} within a save, {late} after the end, lost: 0")
+    assert within >= 0.3 * kills
     assert late < kills / 2

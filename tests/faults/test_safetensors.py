@@ -12,7 +12,13 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from minilora.errors import UserError
-from minilora.tensorfile import MAX_HEADER_BYTES, read_header, read_tensor
+from minilora.tensorfile import (
+    FILE_BYTES_PER_HEADER_BYTE,
+    MAX_HEADER_BYTES,
+    SHORT_HEADER_BYTES,
+    read_header,
+    read_tensor,
+)
 
 HEADER = {
     "__metadata__": {"format": "pt"},
@@ -208,3 +214,40 @@ def test_a_hostile_header_takes_no_memory(path: Path, is_long: bool) -> None:
         finally:
             tracemalloc.stop()
         assert peak < 2 * path.stat().st_size
+
+
+def repeated(unit: str, size: int) -> str:
+    """A list of as many units as fit into `size` characters."""
+    return "[" + unit * ((size - len("[0]")) // len(unit)) + "0]"
+
+
+@pytest.mark.parametrize("unit", ["[" * 900 + "]" * 900 + ",", '{"a":{"":[]}},'], ids=["lists", "tables"])
+def test_a_header_as_long_as_it_may_be_takes_no_more_than_twice_the_file(path: Path, unit: str) -> None:
+    """Python's lists and tables take up to 45 times the characters that they are written with."""
+    for length in (SHORT_HEADER_BYTES, 2 * SHORT_HEADER_BYTES):
+        text = repeated(unit, length)
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text.encode())
+            file.truncate(length * FILE_BYTES_PER_HEADER_BYTE)  # zeros that take no room
+        tracemalloc.start()
+        try:
+            with pytest.raises(UserError, match="header: holds a list"):
+                read_header(path)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 2 * path.stat().st_size
+
+
+def test_a_long_header_of_a_long_file_is_read(path: Path) -> None:
+    length = 2 * SHORT_HEADER_BYTES
+    size = length * FILE_BYTES_PER_HEADER_BYTE
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size - 8 - length], "data_offsets": [0, size - 8 - length]}})
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", length) + header.ljust(length).encode())
+        file.truncate(size)
+    assert read_header(path)["a"].offset == 8 + length
+    with path.open("r+b") as file:
+        file.truncate(size - FILE_BYTES_PER_HEADER_BYTE)
+    with pytest.raises(UserError, match=f"header of {length} bytes in a file of {size - FILE_BYTES_PER_HEADER_BYTE}"):
+        read_header(path)

@@ -1,0 +1,135 @@
+"""Whether the memory ledger tells the truth: bytes predicted beside the peak of some training steps, configuration by
+configuration.
+
+    python benchmarks/ledger.py --model path/to/checkpoint
+    python benchmarks/ledger.py --tiny
+
+Each row is a process of its own that takes `--steps` steps on random ids, in micro-batches of eight examples whose
+lengths differ, the first one the largest. On a CPU the peak is what the system counts for the process; on a GPU what
+PyTorch has allocated, and the context is left out of the prediction. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_peft import run_child
+from meter import environment
+from workload import add_workload_arguments, model_folder
+
+from minilora.adapterconfig import attach_adapter
+from minilora.attach import parameter_groups
+from minilora.batch import pack
+from minilora.build import adapter_config, build_model, choose_device, choose_dtype
+from minilora.config import Config, load_config
+from minilora.load import read_config
+from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
+from minilora.optim import build_optimizer
+from minilora.plan import BatchShape, config_ledger, count_config
+from minilora.prompt import Example
+from minilora.script import run_script
+from minilora.step import train_step
+
+CHECKPOINTING = "train.gradient_checkpointing=true"
+CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (256, ()),
+    (512, ()),
+    (1024, ()),
+    (2048, ()),
+    (256, (CHECKPOINTING,)),
+    (512, (CHECKPOINTING,)),
+    (1024, (CHECKPOINTING,)),
+    (2048, (CHECKPOINTING,)),
+    (512, ("lora.r=64",)),
+    (512, ("lora.r=64", "train.optim=adamw_bnb_8bit")),
+    (512, ("model.quantization=none",)),
+    (2048, ("model.quantization=none", CHECKPOINTING)),
+    (512, ("model.cache_dequantized=true",)),
+    (512, ("model.double_quantization=false", "lora.dropout=0.05")),
+    (512, ("model.compute_dtype=float32",)),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: micro-batches of up to `rows` rows under a configuration."""
+
+    model: str
+    device: str
+    rows: int
+    keys: tuple[str, ...]
+    steps: int
+
+    def config(self) -> Config:
+        """The configuration, in bfloat16 and without dropout unless its keys say otherwise."""
+        fixed = [f"model.name_or_path={self.model}", f"model.device={self.device}", "model.compute_dtype=bfloat16"]
+        return load_config(None, [*fixed, "lora.dropout=0", *self.keys])
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Bytes predicted and measured, in this process."""
+    config = case.config()
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    process_bytes = peak_memory_bytes(torch.device("cpu"))
+    model = build_model(config, Path(case.model), device, dtype)
+    model.model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.model.offload_checkpoints = config.train.offload_checkpoints
+    dropout_seed = attach_adapter(model, adapter_config(config))
+    optimizer = build_optimizer(parameter_groups(model.train()), optim=config.train.optim)
+    generator = random.Random(0)
+    shape = BatchShape(0, 0, 0)
+    for step in range(1, case.steps + 1):
+        rows = case.rows if step == 1 else generator.randint(case.rows * 6 // 10, case.rows)
+        examples = random_examples(rows, generator)
+        batch = pack(examples).to(device)
+        lengths = (len(batch.input_ids), batch.num_supervised, max(len(e.input_ids) - 1 for e in examples))
+        shape = BatchShape(*map(max, zip(lengths, (shape.rows, shape.supervised_rows, shape.longest), strict=True)))
+        train_step(model, [batch], optimizer, 1e-4, 1.0, dropout_seed, 0, step)
+    numbers = count_config(config, read_config(Path(case.model)))
+    ledger = config_ledger(config, numbers, shape, dtype, device.type, process_bytes)
+    predicted = ledger.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
+    return {"predicted": predicted, "measured": peak_memory_bytes(device), "parts": ledger.parts}
+
+
+def random_examples(rows: int, generator: random.Random, count: int = 8) -> list[Example]:
+    """Examples of random ids that take `rows` rows in all, each with two supervised tokens."""
+    weights = [generator.uniform(0.3, 1) for _ in range(count)]
+    lengths = [max(3, int(rows * weight / sum(weights))) for weight in weights]
+    return [
+        Example([generator.randrange(500) for _ in range(length + 1)], [False] * (length - 1) + [True, True])
+        for length in lengths
+    ]
+
+
+def main() -> None:
+    """Measures one case as a child, or all of them."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_workload_arguments(parser)
+    parser.add_argument("--steps", type=int, default=10, help="training steps of a row")
+    arguments = parser.parse_args()
+    folder = model_folder(arguments)
+    results = []
+    print("| rows | configuration | predicted | measured | off by |\n|---|---|---|---|---|")
+    for rows, keys in CASES:
+        case = Case(str(folder), arguments.device, rows, keys, arguments.steps)
+        found = run_child("ledger.py", json.dumps(asdict(case)))
+        off = found["predicted"] / found["measured"] - 1
+        results.append({"rows": rows, "keys": keys, "off": off, **found})
+        predicted, measured = (f"{found[name] / 1e9:.2f} GB" for name in ("predicted", "measured"))
+        print(f"| {rows} | {' '.join(keys) or 'as it is'} | {predicted} | {measured} | {off:+.1%} |", flush=True)
+    worst = max(abs(row["off"]) for row in results)
+    print(f"\nfarthest off: {worst:.1%}")
+    print(json.dumps({"worst": worst, "cases": results, **environment()}))
+
+
+if __name__ == "__main__":
+    run_script(main)

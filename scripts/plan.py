@@ -1,0 +1,202 @@
+"""Says what fits into so much memory, and what would help where it does not: before anything is downloaded or loaded.
+
+A model is named by its size, a folder or a name on the hub, of which config.json alone is read. Examples are as long as
+data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
+"""
+
+from minilora.script import answer_signals, build_parser, run_script
+
+if __name__ == "__main__":
+    answer_signals()  # before the imports that take seconds
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.budget import (
+    MOST,
+    Advice,
+    Setup,
+    advise,
+    largest_rows,
+    least_ledger,
+    read_bytes,
+    shapes_of_rows,
+    train_command,
+    uniform_shapes,
+)
+from minilora.config import Config, load_config
+from minilora.console import say
+from minilora.errors import UserError
+from minilora.hub import fetch_model, local_folder
+from minilora.load import read_config
+from minilora.memory import peak_memory_bytes
+from minilora.model import Qwen2Config
+from minilora.prompt import ChatTokenizer
+from minilora.rows import ENCODINGS, Row, read_rows
+from minilora.sizes import SIZES, hub_name, size_of
+from minilora.tensorfile import dtype_name
+
+RECIPE = Path(__file__).parent / "configs" / "chnsenticorp.yaml"
+EXAMPLES = """\
+examples:
+  python scripts/plan.py --size 7B --budget 12GB
+  python scripts/plan.py --budget 24564MiB --config my.yaml lora.r=64 --length 2048
+  python scripts/plan.py --size 0.5B --budget 2GB --device cpu --data reviews.tsv model.name_or_path=path/to/0.5B
+  python scripts/plan.py --all --budget 24GB train.gradient_checkpointing=true
+"""
+
+
+def main() -> None:
+    """Reads the command line, prints the plan."""
+    parser = build_parser(__doc__, EXAMPLES)
+    parser.add_argument("--budget", required=True, help="memory there is, as 12GB (10^9 bytes each) or 24564MiB")
+    parser.add_argument("--size", choices=SIZES, help="Qwen2.5 by size (default: what model.name_or_path names)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda, unless model.device says cpu")
+    parser.add_argument("--length", type=int, help="tokens of every example (default: data.max_length)")
+    parser.add_argument("--data", type=Path, help="plan for this TSV, CSV, JSONL or parquet file's examples")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
+    parser.add_argument("--config", type=Path, default=RECIPE, help="YAML file (default: the main recipe)")
+    parser.add_argument("--all", action="store_true", help="a table of all sizes")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    arguments = parser.parse_intermixed_args()
+    budget_bytes = read_bytes(arguments.budget, "--budget")
+    overrides = list(arguments.overrides)
+    if arguments.length is not None:
+        overrides.append(f"data.max_length={arguments.length}")
+    config = load_config(arguments.config, overrides)
+    rows, tokenizer = ([], None) if arguments.length is not None else find_examples(config, arguments)
+    if arguments.size is not None:
+        overrides.append(f"model.name_or_path={hub_name(arguments.size)}")
+        config = load_config(arguments.config, overrides)
+    setup = Setup(
+        config=config,
+        architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
+        shape_of=uniform_shapes if tokenizer is None else shapes_of_rows(rows, tokenizer),
+        device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
+        process_bytes=peak_memory_bytes(torch.device("cpu")),
+        folder=None if arguments.size else local_folder(config.model.name_or_path),
+    )
+    shape = setup.shape
+    examples = f"{len(rows):,} examples" if rows else "examples"
+    print(
+        f"{config.model.name_or_path} on {setup.device_type}, {dtype_name(setup.dtype)}: {examples} of up to "
+        f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.rows:,} rows\n"
+    )
+    if arguments.all:
+        results: Any = compare_sizes(setup, budget_bytes)
+        print_sizes(results, budget_bytes)
+    else:
+        advice = advise(setup, budget_bytes, len(rows) or MOST)
+        print_advice(advice)
+        results = advice.to_dict()
+        if advice.combination:
+            results["command"] = train_command(shown_path(arguments.config), overrides, advice.combination)
+            print(f"\nthe cheapest way to fit:\n  {results['command']}")
+    if arguments.json:
+        print(json.dumps(results, ensure_ascii=False))
+
+
+def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Row], ChatTokenizer | None]:
+    """The records to plan for and what cuts them into tokens: those of --data, else the prepared ones.
+
+    No records where neither is there, or where no tokenizer is at hand for the prepared ones.
+    """
+    path = arguments.data or Path(config.data.dir) / "train.jsonl"
+    if arguments.data is None and not path.is_file():
+        return [], None
+    name, revision = config.model.name_or_path, config.model.revision
+    folder = local_folder(name)
+    try:
+        if folder is None and arguments.data is None and arguments.size is not None:
+            raise UserError(f"model.name_or_path: {name} is not a local folder")
+        tokenizer = ChatTokenizer(folder or fetch_model(name, revision, weights=False))
+    except UserError as error:
+        if arguments.data is not None:
+            raise
+        say(f"{path} is not looked at, for want of a tokenizer ({error})\n")
+        return [], None
+    rows = read_rows(path, encoding=arguments.encoding)[: config.data.max_train_examples]
+    if not rows:
+        raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
+    return rows, tokenizer
+
+
+def read_architecture(config: Config) -> Qwen2Config:
+    """The model that model.name_or_path names; nothing is downloaded where its name says the size."""
+    name = config.model.name_or_path
+    size = size_of(name)
+    if local_folder(name) is None and size is not None:
+        return SIZES[size]
+    return read_config(fetch_model(name, config.model.revision, weights=False))
+
+
+def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
+    """A row for each size, under the same configuration."""
+    rows = []
+    for size in SIZES:
+        sized = setup.with_size(size)
+        rows.append(
+            {
+                "size": size,
+                "total_bytes": sized.total_bytes,
+                "fits": sized.total_bytes <= budget_bytes,
+                "max_tokens_per_micro_batch": largest_rows(sized, budget_bytes),
+                "least_bytes": least_ledger(sized).total_bytes,
+            }
+        )
+    return rows
+
+
+def print_sizes(rows: list[dict[str, Any]], budget_bytes: int) -> None:
+    """The table of --all."""
+    print(f"{'size':>6}{'takes':>12}  {'fits ' + in_gb(budget_bytes):<14}{'largest rows':>13}{'at the least':>14}")
+    for row in rows:
+        fits = "yes" if row["fits"] else "no"
+        most = f"{row['max_tokens_per_micro_batch']:,}" if row["max_tokens_per_micro_batch"] else "-"
+        print(f"{row['size']:>6}{in_gb(row['total_bytes']):>12}  {fits:<14}{most:>13}{in_gb(row['least_bytes']):>14}")
+
+
+def print_advice(advice: Advice) -> None:
+    """Everything but the command."""
+    setup, budget = advice.setup, advice.budget_bytes
+    print(f"{setup.ledger()}\n")
+    difference = in_gb(abs(budget - setup.total_bytes))
+    print(f"fits {in_gb(budget)}, {difference} to spare" if advice.fits else f"is {difference} over {in_gb(budget)}")
+    print("\nthe most that fits:")
+    answers = {
+        "train.per_device_train_batch_size": advice.batch_size,
+        "train.max_tokens_per_micro_batch, in rows": advice.rows,
+        "a single example, in tokens": advice.example_tokens,
+    }
+    for name, answer in answers.items():
+        print(f"  {name:<44}{f'{answer:,}' if answer else 'none':>10}")
+    if advice.knobs:
+        print(f"\nwhat would help, each by itself:{'takes':>29}{'saves':>10}")
+    for knob in advice.knobs:
+        takes, saves = in_gb(knob.total_bytes), in_gb(setup.total_bytes - knob.total_bytes)
+        print(f"  {knob.keys[-1]:<50}{takes:>9}{saves:>10}  {knob.cost}")
+    if advice.combination is None:
+        sizes = ", ".join(advice.fitting_sizes) or "none"
+        print(
+            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, its weights alone "
+            f"{in_gb(advice.least.weight_bytes)}; sizes that fit: {sizes}"
+        )
+
+
+def in_gb(count: int) -> str:
+    """Bytes as text."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def shown_path(path: Path) -> str:
+    """Relative to the working directory where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+if __name__ == "__main__":
+    run_script(main)
