@@ -57,7 +57,7 @@ class RunState:
         data_sha256: of the split files, by name.
         model_sha256: of the base model's files, by name.
         scaler: state of the float16 loss scale, empty otherwise.
-        machine: device, dtype, threads and library versions that it was computed with.
+        machine: device, dtype, threads, library versions and number of ranks that it was computed with.
         config: the resolved configuration.
     """
 

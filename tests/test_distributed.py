@@ -33,7 +33,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 RANKS = 3
 Found = list[dict[str, Any]]
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and gloo over Unix addresses")
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
 def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:

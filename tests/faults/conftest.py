@@ -17,7 +17,7 @@ from tests.faults.runner import Runs
 COUNTS = pytest.StashKey[list[str]]()
 
 # Kills, forks and signals are those of POSIX; elsewhere what needs none of them still runs.
-OF_POSIX = ("damage", "disk", "kill", "power", "resume", "signals")
+OF_POSIX = ("damage", "disk", "kill", "power", "ranks", "resume", "signals")
 collect_ignore = [f"test_{name}.py" for name in OF_POSIX if os.name != "posix"]
 
 
