@@ -28,6 +28,9 @@ from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.quantized import QuantizedEntry, split_entries
 from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor
 
+PIECE = 1 << 20  # numbers that are looked at together for one that is none
+LARGEST_IN_HEAP = 32 << 20  # bytes; in training, glibc gives a larger buffer back as soon as it is freed
+
 
 def read_config(folder: Path) -> Qwen2Config:
     """Architecture of the checkpoint in `folder`."""
@@ -110,13 +113,13 @@ def _fill(
 def _read_finite(name: str, entry: TensorEntry) -> torch.Tensor:
     """A tensor whose values are all numbers: sums over it, which a NaN or an infinity cannot leave finite.
 
-    Piece by piece, because PyTorch makes all that it sums float32 first: twice the tensor once more.
+    A piece at a time, because PyTorch makes all that it sums float32 first: twice the tensor once more.
 
     Raises:
         UserError: one is not.
     """
     tensor = read_tensor(entry)
-    if not all(math.isfinite(piece.sum(dtype=torch.float32)) for piece in tensor.view(-1).split(1 << 20)):
+    if not all(math.isfinite(piece.sum(dtype=torch.float32)) for piece in tensor.view(-1).split(PIECE)):
         raise UserError(f"{entry.path}: {name} holds NaN or infinite values; download it again or choose another model")
     return tensor
 
@@ -153,7 +156,7 @@ def _freed_memory_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        set_option(mmap_threshold, 32 << 20)
+        set_option(mmap_threshold, LARGEST_IN_HEAP)
         set_option(trim_threshold, 64 << 20)
 
 

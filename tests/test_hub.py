@@ -20,7 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from minilora import hub as hub_module
 from minilora.errors import UserError
-from minilora.hub import MODEL_FILES, downloaded_files, fetch_dataset, fetch_model
+from minilora.hub import MODEL_FILES, downloaded_files, fetch_dataset, fetch_model, local_folder
 from minilora.script import GRACE_S
 
 COMMIT = "0" * 39 + "1"
@@ -53,6 +53,13 @@ def test_a_folder_in_the_working_directory_comes_before_the_hub(
     (tmp_path / "some" / "model" / "config.json").write_text("{}", "utf-8")
     monkeypatch.chdir(tmp_path)
     assert fetch_model("some/model") == Path("some/model")
+
+
+def test_only_a_folder_is_here_already(tmp_path: Path) -> None:
+    assert local_folder(str(tmp_path)) == tmp_path
+    assert local_folder("Qwen/Qwen2.5-7B-Instruct") is None
+    assert local_folder("minilora/assets/huge") is None
+    assert local_folder("minilora/assets/tiny-qwen2.5") is not None
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -158,6 +165,9 @@ def test_the_hub_is_asked_for_the_revision_and_the_files_that_are_read(
     offered = [*wanted, "pytorch_model.bin", "onnx/model.onnx", "model.gguf"]
     assert list(filter_repo_objects(offered, allow_patterns=asked[0][1]["allow_patterns"])) == wanted
     assert asked[0][1]["allow_patterns"] == MODEL_FILES
+    assert fetch_model("some/model", "v2", weights=False) == tmp_path / "hub"
+    small = [name for name in wanted if "safetensors" not in name]
+    assert list(filter_repo_objects(offered, allow_patterns=asked[2][1]["allow_patterns"])) == small
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,9 +371,11 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("piece", [10, 10**6])
 def test_weights_that_are_no_numbers_are_refused(
-    write: Callable[..., Path], quantization: str, name: str, value: float
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, quantization: str, name: str, value: float, piece: int
 ) -> None:
+    monkeypatch.setattr(load_module, "PIECE", piece)
     weights = random_weights()
     weights[name].view(-1)[-1] = value
     with pytest.raises(

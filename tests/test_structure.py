@@ -31,7 +31,7 @@ ALLOWED = {
     "quantized": {"tensorfile", "files", "manifest", "model", "nf4", "errors"},
     "load": {"tensorfile", "files", "quantized", "model", "nf4", "errors"},
     "adapter": {"tensorfile", "files", "manifest", "lora", "model", "fields", "errors"},
-    "memory": {"tensorfile", "loss", "lora", "model", "errors"},
+    "memory": {"tensorfile", "batch", "load", "loss", "lora", "model", "errors"},
 }
 
 
@@ -71,7 +71,7 @@ def test_the_core_depends_on_little(module: str) -> None:
 
 def test_only_the_top_knows_the_configuration() -> None:
     readers = {module for module in MODULES if "config" in imported_modules(PACKAGE / f"{module}.py")}
-    assert readers == {"build", "plan", "origin", "trained", "run", "final", "train"}
+    assert readers == {"build", "plan", "budget", "origin", "trained", "run", "final", "train"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
