@@ -58,7 +58,7 @@ class Setup:
         device_type: "cpu" or "cuda".
         process_bytes: see `predict_memory`.
         folder: with the model's weights, where they are at hand.
-        counted: numbers of the model by its adapter, once they are known.
+        counted: numbers of a model by itself and its adapter, once they are known; it takes a while.
     """
 
     config: Config
@@ -67,7 +67,7 @@ class Setup:
     device_type: str
     process_bytes: int | None
     folder: Path | None = None
-    counted: dict[str, Numbers] = field(default_factory=dict)
+    counted: dict[tuple[Any, ...], Numbers] = field(default_factory=dict)
 
     def with_keys(self, keys: Sequence[str]) -> "Setup":
         """The same with other `section.key=value`."""
@@ -75,7 +75,7 @@ class Setup:
 
     def with_size(self, size: str) -> "Setup":
         """The same with another model."""
-        return replace(self, architecture=SIZES[size], folder=None, counted={})
+        return replace(self, architecture=SIZES[size], folder=None)
 
     @cached_property
     def shape(self) -> BatchShape:
@@ -96,7 +96,7 @@ class Setup:
 
     def ledger(self, shape: BatchShape | None = None) -> Ledger:
         """What it takes, with its own micro-batches or with others."""
-        key = repr(self.config.lora)
+        key = (self.architecture, self.folder, repr(self.config.lora))
         if key not in self.counted:
             self.counted[key] = count_config(self.config, self.architecture, self.folder)
         return config_ledger(
@@ -195,26 +195,26 @@ class Knob:
 
 def list_knobs(setup: Setup) -> list[Knob]:
     """What takes less, the cheapest first."""
-    checkpointing = "train.gradient_checkpointing=true"
+    checkpointing, offload = "train.gradient_checkpointing=true", "train.offload_checkpoints=true"
+    paged = "train.optim=paged_adamw_8bit"
     alone = max(round_rows(setup.shape.longest), 16)
     known = [
         ((f"{ROWS}={alone}",), "the same steps; from some 500 rows downwards each row takes longer"),
         (("model.cache_dequantized=false",), "weights are made from 4 bits at every use"),
         ((checkpointing,), "half as much work again"),
-        ((checkpointing, "train.offload_checkpoints=true"), "that, and copies to the computer's memory and back"),
+        ((checkpointing, offload), "with gradient_checkpointing: half as much work again, and copies over the bus"),
         (("model.double_quantization=true",), "scales of the 4 bits are rounded to 8"),
         (("train.optim=adamw_bnb_8bit",), "moments are rounded to 8 bits"),
-        (("train.optim=paged_adamw_8bit",), "that, and slower steps where the GPU is full"),
+        ((paged,), "moments are rounded to 8 bits; slower steps where the GPU is full"),
         (("model.compute_dtype=bfloat16",), "activations are rounded to 8 bits of precision"),
         (("model.quantization=nf4", "model.double_quantization=true"), "weights are rounded to 4 bits"),
         ((f"lora.r={max(setup.config.lora.r // 2, 1)}",), "a smaller adapter"),
         (("lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",), "no adapter in the MLPs"),
         ((f"data.max_length={max((setup.shape.longest + 1) // 2, 16)}",), "longer examples are cut"),
     ]
-    only_on_gpus = ("train.offload_checkpoints=true", "train.optim=paged_adamw_8bit")
     knobs = []
     for keys, cost in known:
-        if setup.device_type == "cpu" and keys[-1] in only_on_gpus:
+        if setup.device_type == "cpu" and keys[-1] in (offload, paged):
             continue
         try:
             total_bytes = setup.with_keys(keys).total_bytes

@@ -30,6 +30,7 @@ from minilora.quantized import QuantizedEntry, split_entries
 from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor
 
 PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
+LARGEST_IN_HEAP = 32 << 20  # bytes; in training, glibc gives a larger buffer back as soon as it is freed
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -197,7 +198,7 @@ def freed_memory_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        set_option(mmap_threshold, 32 << 20)
+        set_option(mmap_threshold, LARGEST_IN_HEAP)
         set_option(trim_threshold, 64 << 20)
 
 

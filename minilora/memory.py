@@ -29,18 +29,19 @@ from torch import nn
 
 from minilora.attach import iter_lora_weights, lora_parameters
 from minilora.batch import MAX_GROUP_SCORES
+from minilora.load import LARGEST_IN_HEAP
 from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.tensorfile import dtype_name
 
 ATTENTION_COPIES = 3  # weights, their gradient, and that of the scores: `ops._Attention.backward`
-# Around the tensors, on a CPU: micro-batches differ in size and so do their buffers. Seen with glibc on a Qwen2.5-0.5B
-# after ten steps of up to 256 to 2,048 rows, from one run to the next within 10 % of all: shares of the activations and
-# of what a layer's backward pass takes in its MLP, and eighteen dense weights, which come and go.
+# Around the tensors, on a CPU: buffers come and go, differ in size from micro-batch to micro-batch, and leave holes.
+# Fitted to a Qwen2.5-0.5B with glibc after ten steps of up to 256 to 2,048 rows, where it differs by 10 % of the whole
+# from one run to the next: shares of the activations and of what a layer's backward pass takes in its MLP, and so many
+# dense weights for each byte of a number's width.
 HEAP_SLACK = 0.05
 HEAP_SLACK_LAYERS = 3
-HEAP_SLACK_WEIGHTS = 18
-MOST_SLACK_OF_WEIGHTS = 160_000_000  # not seen with larger ones, which the C library gives back (`load.py`)
+HEAP_SLACK_WEIGHTS = 9
 COMPILED_BYTES = 120_000_000  # the compiled products that `load.py` lets PyTorch and oneDNN keep, and their libraries
 COMPILER_BYTES = 80_000_000  # PyTorch's compiler, which the optimizers of bitsandbytes import
 # On a GPU: the context was 426 MiB on an RTX 6000 Ada with PyTorch 2.10 (unsloth-zoo, pull request 1053), about 400 MB
@@ -192,7 +193,7 @@ def predict_memory(
         parts["CUDA's context, cuBLAS (about)"] = CONTEXT_BYTES
     elif process_bytes is not None:
         unused = round(HEAP_SLACK * everywhere) + HEAP_SLACK_LAYERS * in_mlp
-        unused += min(HEAP_SLACK_WEIGHTS * dense_weight, MOST_SLACK_OF_WEIGHTS)
+        unused += HEAP_SLACK_WEIGHTS * width * min(dense_weight, LARGEST_IN_HEAP)
         parts["unused places in the heap, compiled products"] = unused + COMPILED_BYTES
         if bitsandbytes_optimizer:
             parts["PyTorch's compiler, which bitsandbytes imports"] = COMPILER_BYTES

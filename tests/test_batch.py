@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import batch
-from minilora.batch import MicroBatch, Places, SegmentGroup, cut_micro_batches, cut_shares, pack, pack_rows, round_rows
+from minilora.batch import (
+    MicroBatch,
+    Places,
+    SegmentGroup,
+    count_rows,
+    cut_micro_batches,
+    cut_shares,
+    pack,
+    pack_rows,
+    round_rows,
+)
 from minilora.prompt import ChatTokenizer, Example, chat_example
 
 
@@ -199,6 +209,11 @@ def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -
     assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
     last, last_behind = ([seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind))
     assert last_behind == last
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, EXAMPLES[:1], [EXAMPLES[0]] * 40, [answered([1, 2]), answered([3, 4])]])
+def test_rows_are_counted_as_they_are_packed(examples: list[Example]) -> None:
+    assert count_rows(examples) == len(pack(examples).input_ids)
 
 
 def test_row_counts_repeat_and_little_is_added() -> None:

@@ -8,7 +8,15 @@ import pytest
 from minilora import download
 from minilora import hub as hub_module
 from minilora.errors import UserError
-from minilora.hub import MODEL_FILES, SUBFOLDERS, downloaded_files, fetch_dataset, fetch_model
+from minilora.hub import (
+    MODEL_FILES,
+    SMALL_FILES,
+    SUBFOLDERS,
+    downloaded_files,
+    fetch_dataset,
+    fetch_model,
+    local_folder,
+)
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -37,6 +45,13 @@ def test_a_folder_in_the_working_directory_comes_before_the_hub(
     (tmp_path / "some" / "model" / "config.json").write_text("{}", "utf-8")
     monkeypatch.chdir(tmp_path)
     assert fetch_model("some/model") == Path("some/model")
+
+
+def test_only_a_folder_is_here_already(tmp_path: Path) -> None:
+    assert local_folder(str(tmp_path)) == tmp_path
+    assert local_folder("Qwen/Qwen2.5-7B-Instruct") is None
+    assert local_folder("minilora/assets/huge") is None
+    assert local_folder("minilora/assets/tiny-qwen2.5") is not None
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
@@ -75,6 +90,8 @@ def test_the_hub_is_asked_for_the_revision_and_the_files_that_are_read(
         ("model", "some/model", "v2", MODEL_FILES, SUBFOLDERS),
         ("dataset", "some/reviews", "v3", ["*.parquet", "*.arrow"]),
     ]
+    assert fetch_model("some/model", "v2", weights=False) == tmp_path / "hub"
+    assert asked[2] == ("model", "some/model", "v2", SMALL_FILES, SUBFOLDERS)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

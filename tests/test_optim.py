@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora import bnb
 from minilora.errors import UserError
-from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, set_rate
+from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, moments_bytes, set_rate
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:
@@ -119,6 +119,22 @@ def test_moments_come_back_from_a_file_and_the_run_goes_on_to_the_bit(tmp_path: 
     assert first.keys() == second.keys() == restored.state_shapes().keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["0.step"].item() == 5
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_bytes_of_moments_are_counted_beforehand(optim: str) -> None:
+    parameters, optimizer = stepped(1, optim)
+    sizes = [parameter.numel() for parameter in parameters]
+    held = sum(tensor.nbytes for name, tensor in optimizer.tensors().items() if not name.endswith(".step"))
+    assert moments_bytes(optim, sizes, "cpu") == held
+
+
+def test_moments_that_a_gpu_may_page_out_are_not_counted_there() -> None:
+    sizes = [99_999, 100_000, 5_000_000]
+    for optim in ("adamw_torch_fused", "adamw_bnb_8bit"):
+        assert moments_bytes(optim, sizes, "cuda") == moments_bytes(optim, sizes, "cpu")
+    for optim in ("paged_adamw_32bit", "paged_adamw_8bit"):
+        assert moments_bytes(optim, sizes, "cuda") == moments_bytes(optim, sizes[:1], "cpu")
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)

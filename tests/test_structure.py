@@ -57,7 +57,7 @@ ALLOWED = {
     "plots": {"markup"},
     "answers": {"plots", "markup", "metrics", "rows"},
     "report": {"answers", "plots", "markup"},
-    "memory": {"tensorfile", "loss", "attach", "batch", "model", "errors"},
+    "memory": {"tensorfile", "loss", "attach", "batch", "load", "model", "errors"},
 }
 
 

@@ -1,0 +1,300 @@
+"""What is said to fit fits, one more does not, and nothing is paid for that a cheaper knob would do."""
+
+import itertools
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import budget
+from minilora.budget import (
+    ROWS,
+    Knob,
+    Setup,
+    advise,
+    cheapest_that_fits,
+    largest_batch_size,
+    largest_rows,
+    largest_that_fits,
+    least_ledger,
+    list_knobs,
+    longest_example,
+    merge_keys,
+    read_bytes,
+    shapes_of_rows,
+    train_command,
+    uniform_shapes,
+)
+from minilora.config import load_config
+from minilora.errors import UserError
+from minilora.memory import Numbers
+from minilora.plan import BatchShape
+from minilora.prompt import ChatTokenizer
+from minilora.rows import read_rows
+from minilora.sizes import LONGEST, SIZES
+
+GB = 10**9
+COUNTED: dict[tuple[Any, ...], Numbers] = {}  # so that each model is counted once
+
+
+def setup_of(size: str, *keys: str, device_type: str = "cuda", process_bytes: int | None = None) -> Setup:
+    return Setup(load_config(None, keys), SIZES[size], uniform_shapes, device_type, process_bytes, None, COUNTED)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12GB", 12 * GB),
+        ("12 gb", 12 * GB),
+        ("12G", 12 * GB),
+        ("0.5GB", GB // 2),
+        ("24564MiB", 24564 * 2**20),
+        ("2Gi", 2**31),
+        ("800MB", 800_000_000),
+        ("1TB", 10**12),
+        ("8e9", 8 * GB),
+        ("5", 5),
+        ("1kB", 1000),
+    ],
+)
+def test_an_amount_of_memory_is_read(text: str, expected: int) -> None:
+    assert read_bytes(text, "--budget") == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "12 apples", "-3GB", "0GB", "12iB", "1e30GB", "nan", "12GBit", "1,5GB"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--budget: got .*, expected an amount of memory, such as 12GB"):
+        read_bytes(text, "--budget")
+
+
+@settings(max_examples=200, deadline=None)
+@given(limit=st.integers(-1, 300), most=st.integers(0, 200))
+def test_the_largest_that_fits_is_found_exactly(limit: int, most: int) -> None:
+    asked: list[int] = []
+
+    def fits(number: int) -> bool:
+        asked.append(number)
+        return number <= limit
+
+    assert largest_that_fits(fits, most) == max(0, min(limit, most))
+    assert len(asked) <= 20
+    assert all(1 <= number <= most for number in asked)
+
+
+@pytest.mark.parametrize("size", ["0.5B", "7B"])
+@pytest.mark.parametrize(
+    "keys",
+    [(), ("train.gradient_checkpointing=true",), ("data.max_length=100", "model.quantization=none"), (f"{ROWS}=512",)],
+)
+def test_a_batch_of_so_many_fits_and_one_more_does_not(size: str, keys: tuple[str, ...]) -> None:
+    setup = setup_of(size, *keys)
+    found = largest_batch_size(setup, 24 * GB)
+    totals = [
+        setup.with_keys([f"train.per_device_train_batch_size={n}", f"{ROWS}=null"]).total_bytes
+        for n in (found, found + 1)
+    ]
+    assert found > 1
+    assert totals[0] <= 24 * GB < totals[1]
+    assert largest_batch_size(setup, 24 * GB, most=5) == 5
+    assert largest_batch_size(setup, GB) == 0
+
+
+@pytest.mark.parametrize("keys", [(), ("train.gradient_checkpointing=true",), ("data.max_length=77",)])
+def test_so_many_rows_fit_and_the_next_number_of_rows_does_not(keys: tuple[str, ...]) -> None:
+    setup = setup_of("7B", *keys)
+    found = largest_rows(setup, 16 * GB)
+    step = 1 << (found.bit_length() - 5)
+    assert found % step == 0, "a number of rows that micro-batches have"
+    # As many examples as there may be: what the cap lets through is what fits.
+    many = ("train.per_device_train_batch_size=64", "train.gradient_accumulation_steps=16")
+    assert setup.with_keys([*many, f"{ROWS}={found}"]).total_bytes <= 16 * GB
+    longest = setup.shape.longest
+    supervised = -(-setup.shape.supervised_rows * (found + step) // setup.shape.rows)
+    assert setup.ledger(BatchShape(found + step, supervised, longest)).total_bytes > 16 * GB
+
+
+def test_where_only_one_example_at_a_time_fits_the_rows_are_its_own() -> None:
+    setup = setup_of("7B")
+    alone = setup.ledger(BatchShape(512, 2, 511)).total_bytes
+    assert largest_rows(setup, alone) == 512
+    assert largest_rows(setup, alone - 1) == 0
+
+
+def test_the_longest_example_fits_and_a_longer_one_does_not() -> None:
+    setup = setup_of("7B")
+    found = longest_example(setup, 16 * GB)
+    one = ("train.per_device_train_batch_size=1",)
+    totals = [setup.with_keys([*one, f"data.max_length={length}"]).total_bytes for length in (found, found + 1)]
+    assert totals[0] <= 16 * GB < totals[1]
+    assert longest_example(setup_of("0.5B"), 1000 * GB) == LONGEST
+    assert longest_example(setup, GB) == 0
+
+
+def test_every_knob_takes_less_by_what_it_says_and_costs_something() -> None:
+    setup = setup_of("7B", "model.quantization=none", "model.compute_dtype=float32", "lora.r=64")
+    knobs = list_knobs(setup)
+    for knob in knobs:
+        assert setup.with_keys(knob.keys).total_bytes == knob.total_bytes < setup.total_bytes
+        assert knob.cost
+    assert [knob.keys[-1] for knob in knobs] == [
+        f"{ROWS}=512",
+        "train.gradient_checkpointing=true",
+        "train.offload_checkpoints=true",
+        "train.optim=adamw_bnb_8bit",
+        "train.optim=paged_adamw_8bit",
+        "model.compute_dtype=bfloat16",
+        "model.double_quantization=true",
+        "lora.r=32",
+        "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",
+        "data.max_length=256",
+    ]
+
+
+def test_what_is_turned_already_is_no_knob() -> None:
+    keys = ("train.gradient_checkpointing=true", "train.offload_checkpoints=true", "train.optim=paged_adamw_8bit")
+    small = ("lora.r=1", "lora.target_modules=[q_proj]", "data.max_length=16", "train.per_device_train_batch_size=1")
+    assert list_knobs(setup_of("7B", *keys, *small)) == []
+
+
+def test_on_a_cpu_nothing_is_offloaded_or_paged() -> None:
+    knobs = list_knobs(setup_of("0.5B", "lora.r=256", device_type="cpu", process_bytes=1))
+    keys = {key for knob in knobs for key in knob.keys}
+    assert "train.gradient_checkpointing=true" in keys
+    assert "train.optim=adamw_bnb_8bit" in keys
+    assert not keys & {"train.offload_checkpoints=true", "train.optim=paged_adamw_8bit"}
+
+
+def test_an_optimizer_whose_imports_take_more_than_it_saves_is_no_knob() -> None:
+    knobs = list_knobs(setup_of("0.5B", "lora.r=8", device_type="cpu", process_bytes=1))
+    assert not any("optim" in key for knob in knobs for key in knob.keys)
+
+
+def test_keys_of_several_knobs_are_one_each() -> None:
+    knobs = [Knob(("a.x=1", "a.y=2"), "", 0), Knob(("a.x=3",), "", 0)]
+    assert merge_keys(knobs) == ["a.x=3", "a.y=2"]
+
+
+@pytest.mark.parametrize("size", ["1.5B", "7B", "14B"])
+def test_the_combination_is_the_cheapest_of_all_that_fit(size: str) -> None:
+    setup = setup_of(size, "lora.r=64", "data.max_length=2048")
+    knobs = list_knobs(setup)
+    least, most = least_ledger(setup).total_bytes, setup.total_bytes
+    for share in (0.0, 0.02, 0.05, 0.1, 0.3, 0.7, 0.999):
+        limit = int(least + share * (most - least))
+        # Counting in binary over the knobs' order: a dearer one counts more than all cheaper ones together.
+        expected = next(
+            chosen
+            for number in range(1, 1 << len(knobs))
+            if setup.with_keys(
+                merge_keys(chosen := [knob for place, knob in enumerate(knobs) if number >> place & 1])
+            ).total_bytes
+            <= limit
+        )
+        found = cheapest_that_fits(setup, knobs, limit)
+        assert found is not None
+        assert {key.split("=")[0] for key in found} == {key.split("=")[0] for key in merge_keys(expected)}
+        assert setup.with_keys(found).total_bytes <= limit
+
+
+def test_micro_batches_are_made_no_smaller_than_they_have_to_be() -> None:
+    setup = setup_of("7B")
+    found = cheapest_that_fits(setup, list_knobs(setup), 12 * GB)
+    assert found == [f"{ROWS}={largest_rows(setup, 12 * GB)}"]
+
+
+def test_where_nothing_fits_there_is_no_combination_but_a_floor_and_sizes_that_do() -> None:
+    advice = advise(setup_of("72B"), 24 * GB)
+    assert not advice.fits
+    assert advice.combination is None
+    assert (advice.batch_size, advice.rows, advice.example_tokens) == (0, 0, 0)
+    assert 41 * GB < advice.least.weight_bytes < advice.least.total_bytes < 44 * GB
+    assert advice.fitting_sizes == ["0.5B", "1.5B", "3B", "7B", "14B", "32B"]
+
+
+def test_where_it_fits_nothing_has_to_change() -> None:
+    advice = advise(setup_of("0.5B"), 24 * GB)
+    assert advice.fits
+    assert advice.combination == []
+    assert advice.batch_size >= advice.setup.config.train.per_device_train_batch_size
+    assert advice.rows >= advice.setup.shape.rows
+
+
+def test_knobs_are_shown_by_what_they_save_and_the_next_smaller_model_is_one() -> None:
+    advice = advise(setup_of("14B"), 24 * GB)
+    totals = [knob.total_bytes for knob in advice.knobs]
+    assert totals == sorted(totals)
+    assert ("model.name_or_path=Qwen/Qwen2.5-7B-Instruct",) in [knob.keys for knob in advice.knobs]
+    assert not any("name_or_path" in key for knob in advise(setup_of("0.5B"), GB).knobs for key in knob.keys)
+
+
+def test_advice_for_machines_is_json() -> None:
+    content = json.loads(json.dumps(advise(setup_of("7B"), 12 * GB).to_dict()))
+    assert content["total_bytes"] == sum(content["ledger"].values()) > content["budget_bytes"] == 12 * GB
+    assert content["fits"] is False
+    assert all(knob["saves_bytes"] == content["total_bytes"] - knob["total_bytes"] for knob in content["knobs"])
+
+
+def test_a_command_says_every_key_once_and_the_last_value_counts() -> None:
+    command = train_command("my file.yaml", ["lora.r=64", "data.max_length=512"], ["lora.r=32", f"{ROWS}=512"])
+    assert shlex.split(command) == [
+        "python",
+        "scripts/train.py",
+        "--config",
+        "my file.yaml",
+        "lora.r=32",
+        "data.max_length=512",
+        f"{ROWS}=512",
+    ]
+
+
+@pytest.fixture
+def real_setup(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> Setup:
+    """The reviews of `processed_data`, on a 0.5B."""
+    rows = read_rows(processed_data / "train.jsonl")
+    shape_of = shapes_of_rows(rows, ChatTokenizer(tiny_checkpoint()))
+    return Setup(load_config(), SIZES["0.5B"], shape_of, "cuda", None, None, COUNTED)
+
+
+def test_real_examples_are_cut_as_training_cuts_them(real_setup: Setup) -> None:
+    shape = real_setup.shape
+    assert shape.longest < 511
+    shorter = real_setup.with_keys([f"data.max_length={shape.longest - 2}"]).shape
+    assert shorter.longest == shape.longest - 3
+    assert real_setup.with_keys(["train.per_device_train_batch_size=1"]).shape.rows < shape.rows
+
+
+def test_all_real_examples_at_once_are_the_most_that_a_batch_can_hold(real_setup: Setup) -> None:
+    assert advise(real_setup, 24 * GB, num_examples=48).batch_size == 48
+
+
+def test_a_length_that_leaves_no_room_for_a_review_is_no_knob(real_setup: Setup) -> None:
+    knobs = list_knobs(real_setup)  # behind the prompt's own 60 tokens no review fits into half the length
+    assert not any("max_length" in key for knob in knobs for key in knob.keys)
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "device_type", "expected"),
+    [("auto", "cuda", "bfloat16"), ("float16", "cuda", "float16"), ("float32", "cpu", "float32")],
+)
+def test_a_gpu_that_is_not_here_is_planned_for(
+    monkeypatch: pytest.MonkeyPatch, compute_dtype: str, device_type: str, expected: str
+) -> None:
+    monkeypatch.setattr(budget.torch.cuda, "is_available", lambda: False)
+    setup = setup_of("0.5B", f"model.compute_dtype={compute_dtype}", device_type=device_type)
+    assert str(setup.dtype) == f"torch.{expected}"
+
+
+def test_every_size_and_length_has_an_answer_that_fits() -> None:
+    """Nothing in the search depends on the budget being a reasonable one."""
+    lengths, budgets = (16, 1000, 30_000), (GB // 100, 5 * GB, 2000 * GB)
+    for length, limit in itertools.product(lengths, budgets):
+        advice = advise(setup_of("3B", f"data.max_length={length}"), limit)
+        found: Any = advice.combination
+        assert (found is None) == (advice.least.total_bytes > limit)
+        if found is not None:
+            assert advice.setup.with_keys(found).total_bytes <= limit
