@@ -62,6 +62,7 @@ class Context:
         """Has all ids run again with the next token: the model has changed, as with its adapter off."""
         self._rows = 0
 
+    @torch.inference_mode()
     def next_logits(self) -> torch.Tensor:
         """(V,) float32 logits of what comes next; runs the ids that were not run yet."""
         self._rows = min(self._rows, len(self.ids) - 1)  # the last one's hidden state is not kept

@@ -1,0 +1,185 @@
+"""Decoding goes on as if everything were run anew, greedy or drawn; its cache and its products change nothing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from minilora.attach import adapter_disabled, attach, iter_lora_weights
+from minilora.batch import pack_rows
+from minilora.gemv import make_product
+from minilora.generate import MAX_ROWS, Context, candidates, generate, penalize, speed_up
+from minilora.keyvalues import KeyValues
+from minilora.loss import head_logits
+from minilora.model import Qwen2ForCausalLM
+from minilora.nf4 import quantize
+
+TinyModel = Callable[..., Qwen2ForCausalLM]
+PROMPT = [5, 17, 90, 3, 44, 8]
+
+
+@torch.inference_mode()
+def logits_anew(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
+    """Logits behind the last id, of one pass over all of them without a cache."""
+    hidden = model.model(torch.tensor(ids), torch.arange(len(ids)), pack_rows([len(ids)]))
+    return head_logits(hidden[-1:], model.head_weight)[0]
+
+
+def greedy_anew(model: Qwen2ForCausalLM, ids: list[int], count: int) -> list[int]:
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(logits_anew(model, ids).argmax()))
+    return ids[-count:]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_greedy_tokens_are_those_of_running_everything_anew(tiny_model: TinyModel, quantization: str) -> None:
+    model = tiny_model(quantization)
+    context = Context(model, PROMPT)
+    found = list(generate(context, 40))
+    assert found == greedy_anew(model, PROMPT, 40)
+    assert context.ids == PROMPT + found
+    assert len(set(found)) > 1
+
+
+def test_a_conversation_costs_its_new_rows_alone_and_says_the_same(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    context = Context(model, PROMPT)
+    list(generate(context, 5))
+    rows: list[int] = []
+    plain = Qwen2ForCausalLM.run_behind
+
+    def counted(self: Qwen2ForCausalLM, ids: torch.Tensor, past: list[KeyValues]) -> torch.Tensor:
+        rows.append(len(ids))
+        return plain(self, ids, past)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "run_behind", counted)
+    context.ids += [7, 8, 9]
+    whole = list(context.ids)
+    assert list(generate(context, 3)) == greedy_anew(model, whole, 3)
+    assert rows == [4, 1, 1]  # the last answer's last token and the three new ones, then one at a time
+
+
+def test_a_prompt_longer_than_a_pass_goes_in_pieces(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    ids = [3 + i % 400 for i in range(50)]
+    expected = logits_anew(model, ids)
+    monkeypatch.setattr("minilora.generate.MAX_ROWS", 16)
+    assert MAX_ROWS >= 1024
+    torch.testing.assert_close(Context(model, ids).next_logits(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_cut_or_changed_is_run_again(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    context = Context(model, PROMPT)
+    list(generate(context, 8))
+    context.cut(len(PROMPT))
+    assert list(generate(context, 4)) == greedy_anew(model, PROMPT, 4)
+    attach(model, 4, 8)
+    for _, weights in iter_lora_weights(model):
+        torch.nn.init.normal_(weights.lora_B, std=0.2)
+    context.recompute()
+    adapted = context.next_logits()
+    torch.testing.assert_close(adapted, logits_anew(model, context.ids), rtol=1e-4, atol=1e-4)
+    with adapter_disabled(model):
+        context.recompute()
+        assert not torch.allclose(context.next_logits(), adapted, atol=1e-2)
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_kept(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    tokens = greedy_anew(model, PROMPT, 10)
+    stop = next(token for token in tokens if tokens.index(token) > 1)
+    context = Context(model, PROMPT)
+    assert list(generate(context, 10, stop_ids={stop})) == tokens[: tokens.index(stop)]
+    assert context.ids == PROMPT + tokens[: tokens.index(stop)]
+
+
+def test_the_same_seed_draws_the_same_tokens(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+
+    def drawn(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return list(generate(Context(model, PROMPT), 12, temperature=1.5, top_k=50, top_p=0.95, generator=generator))
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_draws_follow_the_distribution(tiny_model: TinyModel) -> None:
+    """400 draws of the first token among three: five standard deviations of each count."""
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    context = Context(model, PROMPT)
+    tokens, left = candidates(context.next_logits(), 2.0, 3, 1.0)
+    counts = dict.fromkeys(tokens.tolist(), 0)
+    for _ in range(400):
+        (token,) = generate(context, 1, temperature=2.0, top_k=3, generator=generator)
+        counts[token] += 1
+        context.cut(len(PROMPT))
+    for token, p in zip(tokens.tolist(), left.softmax(dim=-1).tolist(), strict=True):
+        assert abs(counts[token] - 400 * p) < 5 * (400 * p * (1 - p)) ** 0.5
+
+
+def test_a_penalty_makes_what_was_said_less_probable() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    found = penalize(logits, torch.tensor([True, True, False]), 2.0)
+    assert found.tolist() == [1.0, -4.0, 1.0]
+
+
+def test_logits_that_are_no_numbers_are_not_taken_for_a_token(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="a logit is NaN"):
+            list(generate(Context(model, PROMPT), 3, temperature=temperature))
+
+
+def test_a_growing_cache_holds_what_was_put_in_and_copies_little() -> None:
+    cache, rows = KeyValues(), torch.randn(2, 100, 3, 4)
+    for start, end in [(0, 7), (7, 8), (8, 30), (30, 31), (31, 100)]:
+        keys, values = cache.before(rows[0, start:end], rows[1, start:end])
+        assert torch.equal(keys, rows[0, :end])
+        assert torch.equal(values, rows[1, :end])
+    cache.keep(10)
+    keys, values = cache.before(rows[0, 50:51], rows[1, 50:51])
+    assert torch.equal(keys, torch.cat((rows[0, :10], rows[0, 50:51])))
+    cache.growing = False
+    keys, _ = cache.before(rows[0, 60:62], rows[1, 60:62])
+    assert (len(keys), cache.rows) == (13, 11)
+
+
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_product_straight_from_4_bits_is_the_dense_one_within_bfloat16(
+    quant_type: str, double_quantization: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(96, 192, generator=generator), quant_type, double_quantization)
+    product = make_product(weight, torch.bfloat16)
+    if product is None:
+        pytest.skip("no such kernel on this processor")
+    x, bias = torch.randn(3, 192, generator=generator).bfloat16(), torch.randn(96, generator=generator).bfloat16()
+    exact = x.double() @ weight.dequantize(torch.float32).double().T + bias.double()
+    dense = torch.nn.functional.linear(x, weight.dequantize(torch.bfloat16), bias)
+    # Rounding of x, scales and result: as far from the exact product as the dense bfloat16 one is, or twice that.
+    limit = max(2 * (dense.double() - exact).abs().mean(), 0.01 * exact.abs().mean())
+    assert (product(x, bias).double() - exact).abs().mean() < limit
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((96, 200), torch.bfloat16), ((90, 192), torch.bfloat16)])
+def test_a_weight_that_no_kernel_takes_has_no_product(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert make_product(quantize(torch.randn(shape)), dtype) is None
+    assert make_product(quantize(torch.randn(96, 192)), torch.float32) is None
+
+
+def test_a_model_sped_up_answers_as_before(tiny_model: TinyModel) -> None:
+    model = tiny_model("nf4", torch.bfloat16)
+    before = Context(model, PROMPT).next_logits()
+    context = Context(model, PROMPT)
+    speed_up(model)
+    list(generate(context, 6))  # one row at a time
+    after = Context(model, PROMPT).next_logits()
+    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.99
+    assert context.ids[: len(PROMPT)] == PROMPT
