@@ -264,8 +264,8 @@ def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset HF_HUB_OFFLINE, or {local}"
-    if isinstance(cause, errors.FileMetadataError | ValueError):
-        return f"{endpoint} does not answer as a hub does; correct HF_ENDPOINT, or {local}"
+    if isinstance(cause, errors.FileMetadataError | ValueError) or not endpoint.startswith("http"):
+        return f"{endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError) and status is None:
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
     if isinstance(error, RuntimeError):

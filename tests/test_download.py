@@ -253,7 +253,7 @@ def test_what_the_hub_answers_becomes_one_message(make_hub: MakeHub, tmp_path: P
         ("some/thing", "r429", rf"the hub has had too many requests \(429\); wait some minutes, .*, {mirror}.*"),
         ("some/thing", "r500", failed.replace(".+", ".*500.*")),
         ("some/thing", "r501", failed.replace(".+", ".*501.*")),
-        ("some/thing", "page", f"{hub.endpoint} does not answer as a hub does; correct HF_ENDPOINT, or give .*"),
+        ("some/thing", "page", f"'{hub.endpoint}' does not answer as a hub does; correct HF_ENDPOINT, or give .*"),
     ]
     done = fetch(hub, tmp_path, *((name, revision) for name, revision, _ in expected))
     for line, (name, _, message) in zip(done.stdout.splitlines(), expected, strict=True):
@@ -285,8 +285,15 @@ def test_without_a_hub_it_is_said_what_is_missing(make_hub: MakeHub, tmp_path: P
     )
     hub = make_hub(Fault("HEAD hub .*resolve", status=200, content=b"", headers={"ETag": '"x"'}))
     assert fetch(hub, tmp_path).stdout == (
-        f"error: some/thing: {hub.endpoint} does not answer as a hub does; correct HF_ENDPOINT, or give a local "
+        f"error: some/thing: {hub.endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local "
         "folder\n"
+    )
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1", ""])
+def test_an_endpoint_that_is_none_is_said(tmp_path: Path, endpoint: str) -> None:
+    assert fetch(endpoint, tmp_path).stdout == (
+        f"error: some/thing: {endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local folder\n"
     )
 
 
