@@ -35,8 +35,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, config = tmp_path_factory.mktemp("adapter"), AdapterConfig(4, 8, 0.0, "all-linear", False, str(base))
     model = load_model(base, torch.float32)
     attach_adapter(model, config)
+    generator = torch.Generator().manual_seed(0)
     for _, weights in iter_lora_weights(model):
-        torch.nn.init.normal_(weights.lora_B, std=0.2)
+        torch.nn.init.normal_(weights.lora_B, std=0.2, generator=generator)
     save_adapter(model, folder, config)
     return folder
 
@@ -53,12 +54,12 @@ def test_one_answer_is_printed_and_no_more(base: Path) -> None:
 
 
 def test_an_adapter_answers_otherwise_than_its_base_until_it_is_switched_off(base: Path, adapter: Path) -> None:
+    alone = [chat("--model_path", path, "--greedy", "--prompt", "房间很好", *LIMIT).stdout for path in (adapter, base)]
     lines = "房间很好\n/reset\n/base\n房间很好\n/reset\n/base\n房间很好\n/exit\nnever said\n"
     done = chat("--model_path", adapter, "--greedy", *LIMIT, stdin=lines)
     assert done.returncode == 0, done.stderr
-    with_adapter, without, again = done.stdout.rstrip("\n").split("\n")
-    assert with_adapter == again != without
-    assert chat("--model_path", base, "--greedy", "--prompt", "房间很好", *LIMIT).stdout.rstrip("\n") == without
+    assert alone[0] != alone[1]
+    assert done.stdout == alone[0] + alone[1] + alone[0]
 
 
 def test_the_same_seed_gives_the_same_answers(base: Path) -> None:
