@@ -86,6 +86,9 @@ def _order_is_right() -> bool:
     """Whether the kernel is there and reads the order that `_reorder` makes."""
     dense = torch.randn(2 * OUTPUTS, 2 * BLOCK_SIZE, generator=torch.Generator().manual_seed(0))
     weight, x = quantize(dense), torch.eye(2 * BLOCK_SIZE, dtype=torch.bfloat16)
-    y = _reordered_product(weight)(x, None)
+    try:
+        y = _reordered_product(weight)(x, None)
+    except Exception:  # whatever an operator raises that is not there, or takes other things
+        return False
     # An entry of y is one weight, off by the rounding of its level, its scale and itself, 1 / 256 each.
     return torch.allclose(y.float().T, weight.dequantize(torch.float32), rtol=0.02, atol=0)

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minilora.errors import UserError
-from minilora.files import explained, read_json
+from minilora.files import explained
 from minilora.load import read_config
 from minilora.tensorfile import read_checkpoint_entries, read_tensor
 
@@ -117,12 +117,11 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
 
 
 def _context_length(checkpoint: Path) -> int:
-    path = checkpoint / "config.json"
-    length = read_json(path).get("max_position_embeddings")
-    if type(length) is not int or length < 1:
+    length = read_config(checkpoint).max_position_embeddings
+    if length is None:
         raise UserError(
-            f"{path}: max_position_embeddings is {length!r}, llama.cpp needs the longest text in tokens; put it in, as "
-            "the base model's config.json has it"
+            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in tokens; "
+            "put it in, as the base model's config.json has it"
         )
     return length
 

@@ -156,9 +156,11 @@ def iter_typed() -> Iterator[str]:
         try:
             line = input(prompt if shows_prompt else "")
             line.encode()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             if shows_prompt:
                 print()
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return
         except UnicodeError:
             warn("error: what was typed is no UTF-8; set the terminal to UTF-8, or type something else")

@@ -223,11 +223,10 @@ def test_values_that_float16_cannot_hold_are_named(checkpoint: Path, tmp_path: P
     write_gguf(checkpoint, tmp_path / "model.gguf", "bf16", "tiny")
 
 
-@pytest.mark.parametrize("length", [None, 0, "2048", True])
-def test_a_missing_context_length_is_named(checkpoint: Path, tmp_path: Path, length: object) -> None:
+def test_a_missing_context_length_is_named(checkpoint: Path, tmp_path: Path) -> None:
     content = json.loads((checkpoint / "config.json").read_text("utf-8"))
-    (checkpoint / "config.json").write_text(json.dumps({**content, "max_position_embeddings": length}), "utf-8")
-    message = rf"config\.json: max_position_embeddings is {length!r}, llama\.cpp needs the longest text in tokens"
+    (checkpoint / "config.json").write_text(json.dumps({**content, "max_position_embeddings": None}), "utf-8")
+    message = r"config\.json: has no max_position_embeddings, llama\.cpp needs the longest text in tokens"
     with pytest.raises(UserError, match=message):
         check_gguf(checkpoint)
     with pytest.raises(UserError, match=message):

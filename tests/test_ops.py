@@ -138,6 +138,25 @@ def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (2, 2)])
+def test_attention_of_the_last_row_equals_that_row_of_all(heads: int, kv_heads: int) -> None:
+    q, k, v = random(9, heads, 4), random(9, kv_heads, 4), random(9, kv_heads, 4)
+    expected = attention_by_hand(q, k, v, [(0, 9)], prefix=0)
+    torch.testing.assert_close(ops.last_row_attention(q[-1:], k, v), expected[-1:])
+
+
+@pytest.mark.parametrize("cached", [1, 4, 8])
+def test_rows_behind_a_cached_prefix_attend_as_in_one_pass(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random(9, 4, 4), random(9, 2, 4), random(9, 2, 4)
+    expected = attention_by_hand(q, k, v, [(0, 9)], prefix=0)[cached:]
+    groups = pack_rows([9 - cached], cached)
+    torch.testing.assert_close(attention(q[cached:], k, v, groups), expected)
+    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 18)
+    blocks = pack_rows([9 - cached], cached)
+    assert len(blocks) >= len(groups)
+    torch.testing.assert_close(attention(q[cached:], k, v, blocks), expected)
+
+
 def shared_prefix_batch(lengths: list[int], prefix: int) -> tuple[list[tuple[int, int]], tuple[SegmentGroup, ...]]:
     examples = []
     for number, length in enumerate(lengths):

@@ -1,6 +1,7 @@
 """A script ends with a message and a status, its output arrives whatever reads it, and signals find it ready."""
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -8,13 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from minilora import script
 from minilora.errors import UserError
-from minilora.script import Interrupted, SafePoints, run_script
+from minilora.script import Interrupted, Interruptible, SafePoints, Stopped, run_script
 
 TEXT = "负面 é 😀"
 FULL = "cannot be read or written (No space left on device); check path, room and rights"
@@ -417,3 +419,66 @@ def test_another_error_that_python_drops_is_shown() -> None:
     done = run("class A:\n    def __del__(self):\n        raise ValueError('a mistake')\nA()\nprint('done')")
     assert (done.returncode, done.stdout) == (0, "done\n")
     assert "ValueError: a mistake" in done.stderr
+
+
+@no_windows
+def test_ctrl_c_ends_a_stretch_and_not_the_script() -> None:
+    body = """\
+from minilora.script import Interruptible
+for _ in range(2):
+    with Interruptible() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    print(interruption.came)
+with Interruptible() as interruption:
+    pass
+print(interruption.came)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(60)"""
+    done = run(body)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "True\nTrue\nFalse\n", "stopped by SIGINT\n")
+
+
+@no_windows
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_signals_end_the_script_within_such_a_stretch(name: str, status: int) -> None:
+    body = (
+        f"from minilora.script import Interruptible\nwith Interruptible():\n    os.kill(os.getpid(), signal.{name})\n"
+    )
+    assert run(f"{body}    time.sleep(60)\nprint('not here')").stdout == ""
+    assert run(f"{body}    time.sleep(60)").returncode == status
+
+
+@no_windows
+def test_an_interruption_that_was_dropped_or_became_another_error_ends_the_stretch() -> None:
+    with Interruptible() as interruption:
+        with contextlib.suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        interruption.check()
+        pytest.fail("goes on")
+    with Interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except Stopped:
+            raise RuntimeError("what C code makes of it") from None
+
+
+def test_an_error_without_an_interruption_leaves_the_stretch() -> None:
+    def divide() -> None:
+        with Interruptible() as interruption:
+            interruption.check()
+            raise ZeroDivisionError
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError):
+        divide()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@no_windows
+def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
+    body = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom minilora.script import Interruptible\n"
+    body += "with Interruptible():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('goes on')"
+    assert run(body).stdout == "goes on\n"
