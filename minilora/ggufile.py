@@ -120,8 +120,8 @@ def _context_length(checkpoint: Path) -> int:
     length = read_config(checkpoint).max_position_embeddings
     if length is None:
         raise UserError(
-            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in tokens; "
-            "put it in, as the base model's config.json has it"
+            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
+            "tokens; put it in, as the base model's config.json has it"
         )
     return length
 
