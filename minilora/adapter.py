@@ -122,7 +122,10 @@ def load_adapter(
     config = read_adapter_config(folder)
     path, tensors = _read_adapter_tensors(folder, allow_bin)
     before = active_adapter(model)
-    attach_adapter(model, config, device=device, name=name)
+    try:
+        attach_adapter(model, config, device=device, name=name)
+    except UserError as error:
+        raise UserError(f"{folder / 'adapter_config.json'}: {error}") from None
     try:
         _fill(model, path, tensors)
     except UserError:
