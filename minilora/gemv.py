@@ -14,9 +14,9 @@ reads as much, writes two bytes and reads them again. bitsandbytes has two kerne
 
   and the scales are (in / 64, out) bfloat16. This copy stands beside the weight: 4.25 bits a number.
 
-Everywhere else there is no such product, and `Linear4bit` dequantises. Scales in bfloat16 are no worse than a dense
-weight in bfloat16: the exact product is equally far from both. The order is bitsandbytes' own affair, so it is
-tried out on a small weight before it is relied on.
+Everywhere else there is no such product, and `Linear4bit` dequantises. Scales and levels in bfloat16 round a little
+more than a dense weight in bfloat16 does: the exact product is 1.4 times as far. The order is bitsandbytes' own affair,
+so it is tried out on a small weight before it is relied on.
 
 Source: bitsandbytes 0.50.2, its operators and `_convert_weight_packed_for_cpu`.
 """

@@ -37,9 +37,13 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
 def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A command line under torchrun, to its end."""
+    """A command line under torchrun, to its end; for one process without it.
+
+    Each has one thread: products are summed in another order with another number of threads.
+    """
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    launch = (*TORCHRUN, "--standalone", "--nproc-per-node", str(count), *map(str, command))
+    torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", str(count))
+    launch = ((sys.executable,) if count == 1 else torchrun) + tuple(map(str, command))
     return subprocess.run(launch, input=stdin, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
@@ -305,8 +309,7 @@ def test_a_mistake_of_one_rank_is_said_by_it_and_ends_all(
 
 def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
     command = ("--model_path", finished[1] / "checkpoints" / "final", "--compare-base", "--output_dir")
-    alone = [sys.executable, SCRIPTS / "evaluate.py", *command, tmp_path / "alone"]
-    one = subprocess.run(list(map(str, alone)), capture_output=True, encoding="utf-8", timeout=300)
+    one = run_ranks(1, SCRIPTS / "evaluate.py", *command, tmp_path / "alone")
     assert one.returncode == 0, one.stderr
     together = run_ranks(2, SCRIPTS / "evaluate.py", *command, tmp_path / "together")
     assert together.returncode == 0, together.stderr
@@ -329,8 +332,7 @@ def test_prediction_by_several_ranks_gives_the_bytes_of_one(finished: dict[int, 
         together = run_ranks(2, SCRIPTS / "predict.py", *command, *source, stdin=reviews)
         assert together.returncode == 0, together.stderr
         printed[name] = together.stdout
-    alone = [sys.executable, str(SCRIPTS / "predict.py"), *command, "--input", str(tmp_path / "reviews.txt")]
-    one = subprocess.run(alone, capture_output=True, encoding="utf-8", timeout=300)
+    one = run_ranks(1, SCRIPTS / "predict.py", *command, "--input", tmp_path / "reviews.txt")
     assert one.returncode == 0, one.stderr
     assert len(one.stdout.splitlines()) == 40
     assert printed["file"] == one.stdout

@@ -1,4 +1,4 @@
-"""Products straight from 4 bits are as near to the exact ones as dense products are, and used where they should be."""
+"""Products straight from 4 bits are nearly as exact as dense products are, and used where they should be."""
 
 from collections.abc import Callable
 
@@ -27,20 +27,22 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("out", "size"), [(32, 64), (96, 128), (160, 448)])
-def test_the_product_is_as_exact_as_that_of_the_dense_weight(
+def test_the_product_is_nearly_as_exact_as_that_of_the_dense_weight(
     out: int, size: int, quant_type: str, double: bool, rows: int
 ) -> None:
-    w, x = weight(out, size, quant_type, double), torch.randn(rows, size).bfloat16()
-    bias = torch.randn(out).bfloat16()
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(128, size, generator=generator).bfloat16()  # so many that errors are at their mean
+    w, bias = weight(out, size, quant_type, double), torch.randn(out, generator=generator).bfloat16()
     product = make_product(w, torch.bfloat16)
     assert product is not None
     exact = x.double() @ w.dequantize(torch.float32).double().T + bias.double()
     dense = torch.nn.functional.linear(x, w.dequantize(torch.bfloat16), bias)
-    found = product(x, bias)
+    found = torch.cat([product(part, bias) for part in x.split(rows)])
     assert found.dtype == torch.bfloat16
-    # bfloat16 rounds by 1 / 512 at most, 1 / 900 on average: weights and result in one, scales and result in the other.
-    assert relative_error(found, exact) < 1.5 * relative_error(dense, exact) + 5e-4
-    assert relative_error(product(x, None), exact - bias.double()) < 4e-3
+    # bfloat16 rounds by 1 / 512 at most, 1 / 900 on average: each weight in one; its scale, its level and the sum
+    # before the bias in the other. Seen 1.3 to 1.45 times as far, over 300 seeds.
+    assert relative_error(found, exact) < 1.6 * relative_error(dense, exact)
+    assert relative_error(torch.cat([product(part, None) for part in x.split(rows)]), exact - bias.double()) < 4e-3
 
 
 @needs_kernel
