@@ -336,7 +336,9 @@ def test_on_windows_the_folder_belongs_to_one_process_too(tmp_path: Path, monkey
 @pytest.mark.skipif(os.name == "nt", reason="file modes of POSIX")
 def test_a_file_that_is_written_is_no_program(tmp_path: Path) -> None:
     write_file(tmp_path / "a", b"x")
-    assert not (tmp_path / "a").stat().st_mode & 0o111
+    GrowingFile(tmp_path / "b").append(b"x")
+    for name in ("a", "b"):
+        assert not (tmp_path / name).stat().st_mode & 0o111
 
 
 def test_a_folder_is_tried_by_writing_into_it_and_not_elsewhere(
@@ -394,15 +396,16 @@ def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(tmp_path: Path, monkey
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return plain(descriptor, content[:2])
 
+    file.append(b"more\n")
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", fill)
         with pytest.raises(StorageError, match=r"a: cannot be written \(No space left on device\); 4 bytes were to be"):
             file.append(b"two\n")
     assert calls == [4, 2]
-    assert (tmp_path / "a").read_bytes() == b"one\n"
+    assert (tmp_path / "a").read_bytes() == b"one\nmore\n"
     file.append(b"three\n")
     file.close()
-    assert (tmp_path / "a").read_bytes() == b"one\nthree\n"
+    assert (tmp_path / "a").read_bytes() == b"one\nmore\nthree\n"
 
 
 def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import load as load_module
+from minilora import tensorfile
 from minilora.errors import UserError
 from minilora.files import read_json
 from minilora.load import load_model, read_config
@@ -128,6 +129,7 @@ def test_all_mismatches_are_in_one_message(write: Callable[..., Path]) -> None:
     with pytest.raises(UserError) as error:
         load_model(write(weights), torch.float32, "none")
     message = str(error.value)
+    assert message.startswith(f"{write(weights)}: weights and config.json are from different models or incomplete; ")
     assert "model.norm.weight: missing from the file, config.json asks (64,)" in message
     assert "model.layers.2.mlp.up_proj.weight: in the file, unknown" in message
     assert "model.layers.1.mlp.up_proj.weight: file has (64, 128), config.json asks (128, 64)" in message
@@ -223,6 +225,24 @@ def test_a_huge_header_length_is_refused_before_it_is_read(tmp_path: Path) -> No
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
     with pytest.raises(UserError, match="header of 4611686018427387904 bytes in a file of 10"):
         read_header(path)
+
+
+@pytest.mark.parametrize(("size", "longest"), [(10, 2), (100, 92), (1100, 1000), (32_064, 1002), (99_999, 2000)])
+def test_a_header_is_as_long_as_its_file_allows(
+    size: int, longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorfile, "SHORT_HEADER_BYTES", 1000)
+    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", 2000)
+    path = tmp_path / "model.safetensors"
+    found = []
+    for length in (longest, longest + 1):
+        path.write_bytes(struct.pack("<Q", length) + b"{}".ljust(size - 8))
+        try:
+            read_header(path)
+            found.append("read")
+        except UserError as error:
+            found.append("too long" if f"header of {length} bytes in a file of {size}" in str(error) else "read")
+    assert found == ["read", "too long"]
 
 
 def write_header(path: Path, header: bytes, data: bytes = b"data") -> Path:
