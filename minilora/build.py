@@ -1,7 +1,7 @@
 """What a configuration names, as objects: device, dtype, tokenizer, prompt, examples, model.
 
 Training, evaluation and inspection start here, so that they cannot differ in how a prompt is rendered or a
-model is loaded. Everything below this module takes plain values and never sees the configuration.
+model is loaded. What this module imports, but for `config.py`, takes plain values and never sees the configuration.
 """
 
 from collections.abc import Sequence
