@@ -621,7 +621,7 @@ def test_an_overflow_with_which_the_loss_scale_is_searched_for_is_no_step_in_a_r
         return dataclasses.replace(plain(*arguments), scaler=torch.amp.GradScaler("cpu"))
 
     monkeypatch.setattr(train, "open_run", scaled)
-    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(loss, math.inf, 10, False))
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(loss, math.inf, False))
     keys = {"train.max_skipped_steps": 2, "train.eval_steps": 100}
     if is_search:
         assert read(run(**keys) / "metrics.json")["skipped_steps"] == STEPS
@@ -691,7 +691,7 @@ def test_a_validation_that_is_no_number_stops_the_run(run: Fit) -> None:
 
 
 def test_an_infinite_gradient_is_skipped_as_well(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, 10, False))
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, False))
     final = run()
     assert read(final / "metrics.json")["step"] == 2
     rows = read_metrics(final.parent.parent)
