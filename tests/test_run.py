@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1090,6 +1091,17 @@ def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
     other = path.with_name({"report.html": "loss.png", "loss.png": "report.html"}[name])
     assert other.stat().st_size > 10_000
     assert not list(path.parent.glob(".writing-*"))
+
+
+def test_without_matplotlib_a_run_says_what_it_leaves_out(
+    run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run()
+    assert (
+        "loss.png and the report's curves are left out, because matplotlib is not installed" in capsys.readouterr().out
+    )
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_tracker_has_every_line_of_the_log_and_hears_of_an_interruption(
