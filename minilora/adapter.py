@@ -112,7 +112,8 @@ def load_adapter(
     Args:
         model: the base, with or without other adapters.
         folder: with the adapter's two files, and maybe a manifest.
-        allow_bin: see `load_adapter_weights`.
+        allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
+            reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
         device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
         name: of the adapter in the model; one of the same name is replaced.
 
@@ -144,19 +145,17 @@ def damage_of_adapter(folder: Path) -> str | None:
     return verify_folder(folder, names)
 
 
-def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, allow_bin: bool = False) -> None:
+def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
     """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
 
     Args:
         model: with LoRA layers.
         folder: with the adapter's two files; where it has a manifest, they are verified first.
-        allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
-            reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
 
     Raises:
         UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
-    _fill(model, *_read_adapter_tensors(folder, allow_bin))
+    _fill(model, *_read_adapter_tensors(folder, allow_bin=False))
 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:

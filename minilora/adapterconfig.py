@@ -173,7 +173,7 @@ def attach_adapter(
     device: torch.device | str | None = None,
     name: str = DEFAULT,
 ) -> DropoutSeed:
-    """`lora.attach` with the values of an `AdapterConfig`."""
+    """`attach.attach` with the values of an `AdapterConfig`."""
     targets = config.target_modules
     return attach(
         model,

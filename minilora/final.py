@@ -133,6 +133,8 @@ def _write_final(
     _write_if_possible(run.directory / "report.html", lambda path: replace_file(path, report.encode()))
     if plots.is_available():
         _write_if_possible(run.directory / "loss.png", lambda path: plots.save_loss_png(path, log))
+    else:
+        say("loss.png and the report's curves are left out, because matplotlib is not installed")
 
 
 def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:

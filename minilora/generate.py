@@ -1,6 +1,6 @@
 """A model and ids in, the ids that go on out, one after another: greedy or drawn, with a key/value cache.
 
-    ids run so far   keys and values are held by layer     (`model.KeyValues`)
+    ids run so far   keys and values are held by layer     (`keyvalues.py`)
     ids not yet run  a prompt, or the token before         -> hidden state of the last one -> logits, (V,)
     next token       argmax, or a draw from softmax(logits as `candidates` leaves them)
 

@@ -39,7 +39,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("--gguf: needs the gguf package; pip install 'minilora[gguf]'") from None
+        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'") from None
     return gguf
 
 

@@ -158,7 +158,7 @@ def _find_column(
         if name in record:
             return name
     found = ", ".join(map(str, record))
-    expected = repr(chosen) if chosen else " or ".join(usual)
+    expected = repr(chosen) if chosen else f"({', '.join(usual)})"
     raise UserError(f"{where}: no {what} column {expected}; the file has {found}; {advice}")
 
 

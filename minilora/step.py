@@ -36,13 +36,11 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood of the supervised tokens, in nats, over all ranks.
         grad_norm: global norm of the gradient before clipping.
-        num_real_tokens: tokens of this rank's examples, for tokens/s.
         updated: False where loss or gradient was no number: weights and moments are what they were.
     """
 
     loss: float
     grad_norm: float
-    num_real_tokens: int
     updated: bool
 
 
@@ -106,4 +104,4 @@ def train_step(
             optimizer.step()
     finally:
         optimizer.zero_grad()
-    return StepResult(loss_value, grad_norm, sum(b.num_real_tokens for b in micro_batches), updated)
+    return StepResult(loss_value, grad_norm, updated)

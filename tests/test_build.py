@@ -57,6 +57,16 @@ def test_a_label_that_is_neither_word_nor_index_is_refused(
         build_examples([Row("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels))
 
 
+def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them(chat_tokenizer: ChatTokenizer) -> None:
+    rows = [Row(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
+    words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
+    with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
+        build_examples(rows, prompt_with(chat_tokenizer, "负面", "正面"))
+    many = [Row("a.csv:2", "好", f"word {number}") for number in range(21)]
+    with pytest.raises(UserError, match=r"correct the file or set prompt\.labels$"):
+        build_examples(many, prompt_with(chat_tokenizer, "负面", "正面"))
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -311,7 +311,7 @@ def test_without_the_gguf_package_it_says_how_to_get_it_before_the_work_starts(
     merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"--gguf: needs the gguf package; pip install 'minilora\[gguf\]'"):
+    with pytest.raises(UserError, match=r"--gguf: needs the gguf package; pip install -e '\.\[gguf\]'"):
         merge("--gguf")
     assert names(tmp_path) == []
     merge("--no-drift")

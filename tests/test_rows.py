@@ -162,7 +162,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             "stars\tcomment\n1\t好\n",
-            r"no text column text or .*; the file has stars, comment; rename the column",
+            r"no text column \(text, text_a, .*\); the file has stars, comment; rename the column",
         ),
         (
             "a.tsv",
@@ -177,7 +177,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             "text\tstars\n好\t1\n",
-            r"no label column label or labels or sentiment or target; the file has text, stars; rename the column, or "
+            r"no label column \(label, labels, sentiment, target\); the file has text, stars; rename the column, or "
             r"prepare the file with scripts/preprocess_data\.py --label-column NAME",
         ),
         ("a.tsv", "label\ttext\n \t好\n", r"a\.tsv:2: label is '', expected a word or a whole number; correct the row"),

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -621,7 +622,7 @@ def test_an_overflow_with_which_the_loss_scale_is_searched_for_is_no_step_in_a_r
         return dataclasses.replace(plain(*arguments), scaler=torch.amp.GradScaler("cpu"))
 
     monkeypatch.setattr(train, "open_run", scaled)
-    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(loss, math.inf, 10, False))
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(loss, math.inf, False))
     keys = {"train.max_skipped_steps": 2, "train.eval_steps": 100}
     if is_search:
         assert read(run(**keys) / "metrics.json")["skipped_steps"] == STEPS
@@ -691,7 +692,7 @@ def test_a_validation_that_is_no_number_stops_the_run(run: Fit) -> None:
 
 
 def test_an_infinite_gradient_is_skipped_as_well(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, 10, False))
+    monkeypatch.setattr(train, "train_step", lambda *_: StepResult(0.5, math.inf, False))
     final = run()
     assert read(final / "metrics.json")["step"] == 2
     rows = read_metrics(final.parent.parent)
@@ -1090,6 +1091,17 @@ def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
     other = path.with_name({"report.html": "loss.png", "loss.png": "report.html"}[name])
     assert other.stat().st_size > 10_000
     assert not list(path.parent.glob(".writing-*"))
+
+
+def test_without_matplotlib_a_run_says_what_it_leaves_out(
+    run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run()
+    assert (
+        "loss.png and the report's curves are left out, because matplotlib is not installed" in capsys.readouterr().out
+    )
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_a_tracker_has_every_line_of_the_log_and_hears_of_an_interruption(
