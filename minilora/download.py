@@ -37,7 +37,8 @@ from minilora.files import sha256_once
 from minilora.script import DISK_ERRORS
 
 PARALLEL = 8  # files at a time, as many as huggingface-hub takes
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a server that may do better in a moment
+NO_SUCH_RANGE = 416
+PASSING = {408, NO_SUCH_RANGE, 429, 500, 502, 503, 504}  # statuses of a server that may do better in a moment
 PAUSES_S = (1, 3, 6)  # before an attempt that follows on one that failed
 HUB = "https://huggingface.co"
 MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
@@ -167,10 +168,20 @@ class _LargeFile:
 
     def _ask_for_rest(self, bar: Any) -> None:
         if self.count_fetched() > self.size:
-            self.part.unlink()
+            self._throw_away(bar)
         headers = utils.build_hf_headers()  # the HTTP client drops the token where a redirect leaves the hub
-        with self.part.open("ab") as file:  # what came before an error stays
-            http_get(self.url, file, resume_size=file.tell(), headers=headers, expected_size=self.size, _tqdm_bar=bar)
+        try:
+            with self.part.open("ab") as file:  # what came before an error stays
+                start = file.tell()
+                http_get(self.url, file, resume_size=start, headers=headers, expected_size=self.size, _tqdm_bar=bar)
+        except CLIENT_ERROR as error:
+            if _status_of(error) == NO_SUCH_RANGE:  # nor will there be one the next time
+                self._throw_away(bar)
+            raise
+
+    def _throw_away(self, bar: Any) -> None:
+        bar.update(-self.count_fetched())
+        self.part.unlink()
 
 
 def _fetch_in_parallel(files: list[_LargeFile], bar: Any) -> None:

@@ -222,6 +222,16 @@ def test_a_hub_that_ignores_ranges_sends_the_whole_again(make_hub: MakeHub, tmp_
     assert fetched(fetch(hub, tmp_path)) == READ
 
 
+def test_a_hub_that_knows_no_such_range_is_asked_for_the_whole(make_hub: MakeHub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": b"train"}
+    hub = make_hub(Fault("GET cdn", 1, status=416), files=files, large=["model.safetensors"])
+    blobs = tmp_path / "home" / "hub" / "models--some--thing" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hub.digest('model.safetensors')}.incomplete").write_bytes(b"tr")
+    assert fetched(fetch(hub, tmp_path)) == files
+    assert [request.range for request in hub.requests if " cdn " in request.line] == ["bytes=2-", None]
+
+
 @pytest.mark.parametrize("status", [500, 429])
 def test_an_error_of_the_hub_that_passes_is_waited_for(make_hub: MakeHub, tmp_path: Path, status: int) -> None:
     kinds = ["/api/models/some/thing$", "/revision/", "/tree/", "HEAD hub .*/config.json", "GET hub .*resolve", "cdn"]
