@@ -45,6 +45,9 @@ MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
 # Of the HTTP client, httpx or requests by the version of huggingface-hub: a broken connection raises it as it is.
 CLIENT_ERROR: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
 
+OTHER_JSON = (AssertionError, AttributeError, KeyError, TypeError)  # what huggingface-hub makes of one that is no hub's
+SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
+
 Result = TypeVar("Result")
 
 
@@ -77,7 +80,7 @@ def download_snapshot(
             again = {**wanted, "allow_patterns": names, "force_download": True}
             _patiently(lambda: snapshot_download(name, **again))
             damaged = _damaged_files(snapshot)
-    except (CLIENT_ERROR, OSError, ValueError, RuntimeError) as error:
+    except (CLIENT_ERROR, OSError, ValueError, RuntimeError, *OTHER_JSON) as error:
         raise UserError(f"{name}: {_explanation(error, kind, name, local)}") from None
     if damaged:
         path, found, expected = damaged[0]
@@ -105,10 +108,14 @@ def _fetch_large_files(kind: str, name: str, revision: str | None, patterns: dic
         info: Any = _patiently(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True))
     except (CLIENT_ERROR, OSError):
         return True  # `snapshot_download` asks again, and knows whether the cache will do
+    if not GIT_SHA1.fullmatch(info.sha):  # it becomes a path, as the files' hashes do
+        raise ValueError(f"commit {info.sha!r}")
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
     folder = repo_folder_name(repo_id=name, repo_type=kind)
     missing = []
     for file in utils.filter_repo_objects(info.siblings or [], key=lambda file: file.rfilename, **patterns):
+        if file.lfs and not SHA256.fullmatch(file.lfs.sha256):
+            raise ValueError(f"SHA-256 of {file.rfilename} is {file.lfs.sha256!r}")
         if file.lfs and not (blob := cache / folder / "blobs" / file.lfs.sha256).exists():
             url = hf_hub_url(name, file.rfilename, repo_type=kind, revision=info.sha)
             missing.append(_LargeFile(url, blob, cache / ".locks" / folder / f"{blob.name}.lock", file.lfs.size))
@@ -255,7 +262,7 @@ def _reason(error: BaseException) -> str:
 def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
     """What went wrong and what to do, as the rest of a message."""
     cause, status, endpoint = _cause_of(error), _status_of(error), constants.ENDPOINT
-    reason = _reason(cause)
+    reason = "it sends other JSON" if isinstance(cause, OTHER_JSON) else _reason(cause)
     if isinstance(error, errors.HFValidationError):
         return f"is no hub name, expected owner/name; check the name, or {local}"
     if isinstance(cause, errors.GatedRepoError):
@@ -275,8 +282,10 @@ def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset HF_HUB_OFFLINE, or {local}"
-    if isinstance(cause, errors.FileMetadataError | ValueError) or not endpoint.startswith("http"):
-        return f"{endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or {local}"
+    if isinstance(cause, UnicodeEncodeError):  # of a header: the address has been understood
+        return "HF_TOKEN holds characters that no token has; correct it"
+    if isinstance(cause, (errors.FileMetadataError, ValueError, *OTHER_JSON)) or not endpoint.startswith("http"):
+        return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError) and status is None:
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
     if isinstance(error, RuntimeError):

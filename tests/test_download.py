@@ -232,6 +232,18 @@ def test_a_hub_that_knows_no_such_range_is_asked_for_the_whole(make_hub: MakeHub
     assert [request.range for request in hub.requests if " cdn " in request.line] == ["bytes=2-", None]
 
 
+def test_a_hash_of_the_hub_that_is_a_path_is_refused(make_hub: MakeHub, tmp_path: Path) -> None:
+    """Under its hash a file is stored."""
+    outside = tmp_path / "outside"
+    lfs = {"sha256": str(outside / "x"), "size": 32_000, "pointerSize": 134}
+    siblings = [{"rfilename": SHARDS[0], "size": 32_000, "lfs": lfs}]
+    content = json.dumps({"id": "some/thing", "sha": COMMIT, "siblings": siblings}).encode()
+    hub = make_hub(Fault("/api/models/some/thing", status=200, content=content))
+    done = fetch(hub, tmp_path)
+    assert f"does not answer as a hub does (SHA-256 of {SHARDS[0]} is '{outside / 'x'}'); correct HF_" in done.stdout
+    assert not outside.exists()
+
+
 @pytest.mark.parametrize("status", [500, 429])
 def test_an_error_of_the_hub_that_passes_is_waited_for(make_hub: MakeHub, tmp_path: Path, status: int) -> None:
     kinds = ["/api/models/some/thing$", "/revision/", "/tree/", "HEAD hub .*/config.json", "GET hub .*resolve", "cdn"]
@@ -252,7 +264,8 @@ def test_what_the_hub_answers_becomes_one_message(make_hub: MakeHub, tmp_path: P
     hub = make_hub()
     by_revision = {"r403": 403, "r404": 404, "r429": 429, "r500": 500, "r501": 501}
     hub.faults += [Fault(f"/revision/{name}", status=status) for name, status in by_revision.items()]
-    hub.faults.append(Fault("/revision/page", status=200, content=b"<html>Welcome to this airport</html>"))
+    pages = {"page": b"<html>Welcome to this airport</html>", "json": b"[]", "path": b'{"id": "a", "sha": "../../x"}'}
+    hub.faults += [Fault(f"/revision/{name}", status=200, content=content) for name, content in pages.items()]
     mirror = r"set a mirror \(HF_ENDPOINT=https://hf-mirror\.com\)"
     failed = rf"download failed \(.+\); run it again, {mirror}, or give a local folder"  # the client says why
     expected = [
@@ -263,7 +276,13 @@ def test_what_the_hub_answers_becomes_one_message(make_hub: MakeHub, tmp_path: P
         ("some/thing", "r429", rf"the hub has had too many requests \(429\); wait some minutes, .*, {mirror}.*"),
         ("some/thing", "r500", failed.replace(".+", ".*500.*")),
         ("some/thing", "r501", failed.replace(".+", ".*501.*")),
-        ("some/thing", "page", f"'{hub.endpoint}' does not answer as a hub does; correct HF_ENDPOINT, or give .*"),
+        (
+            "some/thing",
+            "page",
+            rf"'{hub.endpoint}' does not answer as a hub does \(.+\); correct HF_ENDPOINT, or give .*",
+        ),
+        ("some/thing", "json", rf"'{hub.endpoint}' does not answer as a hub does \(it sends other JSON\); correct .*"),
+        ("some/thing", "path", rf"'{hub.endpoint}' does not answer as a hub does \(commit '\.\./\.\./x'\); correct .*"),
     ]
     done = fetch(hub, tmp_path, *((name, revision) for name, revision, _ in expected))
     for line, (name, _, message) in zip(done.stdout.splitlines(), expected, strict=True):
@@ -278,6 +297,9 @@ def test_a_token_that_is_wrong_or_does_not_suffice_is_said(make_hub: MakeHub, tm
     assert done.stdout == (
         "error: some/thing: the hub refused your token (401); correct HF_TOKEN, or the token that `hf auth login` has "
         "kept\n"
+    )
+    assert fetch(hub, tmp_path, HF_TOKEN="令牌").stdout == (
+        "error: some/thing: HF_TOKEN holds characters that no token has; correct it\n"
     )
     done = fetch(hub, tmp_path, ("some/gated", None), ("some/nothing", None), HF_TOKEN="hf_right")
     gated, nothing = done.stdout.splitlines()
@@ -294,17 +316,16 @@ def test_without_a_hub_it_is_said_what_is_missing(make_hub: MakeHub, tmp_path: P
         "error: some/thing: not in the cache, and http://127.0.0.1:9 cannot be reached ("
     )
     hub = make_hub(Fault("HEAD hub .*resolve", status=200, content=b"", headers={"ETag": '"x"'}))
-    assert fetch(hub, tmp_path).stdout == (
-        f"error: some/thing: {hub.endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local "
-        "folder\n"
-    )
+    said = fetch(hub, tmp_path).stdout
+    assert said.startswith(f"error: some/thing: {hub.endpoint!r} does not answer as a hub does (")
+    assert said.endswith("); correct HF_ENDPOINT, or give a local folder\n")
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1", ""])
 def test_an_endpoint_that_is_none_is_said(tmp_path: Path, endpoint: str) -> None:
-    assert fetch(endpoint, tmp_path).stdout == (
-        f"error: some/thing: {endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local folder\n"
-    )
+    said = fetch(endpoint, tmp_path).stdout
+    assert said.startswith(f"error: some/thing: {endpoint!r} does not answer as a hub does (")
+    assert said.endswith("); correct HF_ENDPOINT, or give a local folder\n")
 
 
 def test_variables_with_which_the_client_cannot_start_are_said(tmp_path: Path) -> None:
