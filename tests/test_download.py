@@ -347,8 +347,16 @@ def test_a_file_that_comes_damaged_is_downloaded_again(make_hub: MakeHub, tmp_pa
     where = f"GET cdn /{hub.digest(name)}" if name in SHARDS else f"GET hub /api/resolve-cache/{name}"
     hub.faults.append(Fault(where, 1, is_damaging=True))
     done = fetch(hub, tmp_path)
-    assert f"{name}: not what the hub has, the hash differs; downloads it once more" in done.stderr
+    assert f"{name}: not what the hub has; downloads it once more" in done.stderr
     assert fetched(done) == READ
+
+
+def test_a_file_that_is_downloaded_again_goes_on_where_it_broke_off(make_hub: MakeHub, tmp_path: Path) -> None:
+    name = "model[1].safetensors"  # no pattern, although it looks like one
+    files = {"config.json": b"{}", name: large_content(CHUNK + 1)}
+    hub = make_hub(Fault("GET cdn", 1, is_damaging=True), Fault("GET cdn", 1, cut=CHUNK), files=files, large=[name])
+    assert fetched(fetch(hub, tmp_path)) == files
+    assert [request.range for request in hub.requests if " cdn " in request.line] == [None, None, f"bytes={CHUNK}-"]
 
 
 def test_a_file_that_comes_damaged_twice_is_refused_with_both_hashes(make_hub: MakeHub, tmp_path: Path) -> None:
@@ -375,6 +383,52 @@ def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(make_hub: Make
 
 
 @needs_posix
+def test_a_damaged_file_stays_where_it_is_while_the_hub_is_down(make_hub: MakeHub, tmp_path: Path) -> None:
+    hub = make_hub()
+    fetch(hub, tmp_path)
+    blob = next((tmp_path / "home").rglob(f"blobs/{hub.digest(SHARDS[0])}"))
+    blob.write_bytes(b"other")
+    done = fetch("http://127.0.0.1:9", tmp_path)
+    assert done.stdout.startswith("error: some/thing: download failed (")
+    assert blob.read_bytes() == b"other"
+
+
+@needs_posix
+def test_of_a_cache_that_another_program_filled_only_what_is_read_is_looked_at(
+    make_hub: MakeHub, tmp_path: Path
+) -> None:
+    hub = make_hub()
+    program = "from huggingface_hub import snapshot_download; snapshot_download('some/thing')"
+    environment = environment_of(hub, tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL, timeout=120, check=True)
+    next((tmp_path / "home").rglob(f"blobs/{hub.digest('pytorch_model.bin')}")).write_bytes(b"damaged, and not read")
+    hub.requests.clear()
+    assert READ.items() <= fetched(fetch(hub, tmp_path)).items()
+    assert not hub.lines("resolve|cdn")
+
+
+@needs_posix
+def test_a_file_that_is_missing_from_the_cache_is_named(make_hub: MakeHub, tmp_path: Path) -> None:
+    hub = make_hub()
+    fetch(hub, tmp_path)
+    next((tmp_path / "home").rglob(f"blobs/{hub.digest(SHARDS[0])}")).unlink()
+    for listing in (tmp_path / "home").rglob("trees/*.json"):  # which older clients do not keep
+        listing.unlink()
+    done = fetch(hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert f"{SHARDS[0]}: is not what the hub has: it is missing; unset HF_HUB_OFFLINE" in done.stdout
+    assert fetched(fetch(hub, tmp_path)) == READ
+
+
+@needs_posix
+def test_a_file_of_which_a_mirror_gives_no_hash_is_named(make_hub: MakeHub, tmp_path: Path) -> None:
+    headers = {"ETag": '"5f3-61a"', "X-Repo-Commit": COMMIT}
+    hub = make_hub(Fault("HEAD hub .*resolve/.*/config.json", status=200, content=READ["config.json"], headers=headers))
+    done = fetch(hub, tmp_path)
+    assert fetched(done) == READ
+    assert f"{COMMIT}: config.json: not verified, because {hub.endpoint} gave no hash for it\n" in done.stderr
+
+
+@needs_posix
 def test_a_blob_that_is_a_link_into_a_store_of_its_own_is_verified_by_its_own_name(
     make_hub: MakeHub, tmp_path: Path
 ) -> None:
@@ -386,11 +440,11 @@ def test_a_blob_that_is_a_link_into_a_store_of_its_own_is_verified_by_its_own_na
     blob.rename(stored)
     blob.symlink_to(stored)
     done = fetch(hub, tmp_path)
-    assert "hash differs" not in done.stderr
+    assert "not what the hub has" not in done.stderr
     assert fetched(done) == READ
     stored.write_bytes(b"other")
     done = fetch(hub, tmp_path)
-    assert ": not what the hub has, the hash differs; downloads it once more" in done.stderr
+    assert ": not what the hub has; downloads it once more" in done.stderr
     assert fetched(done) == READ
 
 
