@@ -11,7 +11,7 @@ come by HTTP, because Xet's servers are not mirrored.)
 Files are hashed. huggingface-hub looks at the size of what it downloads, and at nothing of what is in the cache
 already. The cache keeps a file under its hash, SHA-256 for the large ones (LFS) and Git's SHA-1 of a blob for the
 others; one that differs is downloaded once more. (Where the system has no symbolic links, as on some Windows, the cache
-does not keep the hash, and only the size is looked at.)
+does not keep the hash, and only the size is looked at. A file of which a mirror gives no hash is named.)
 
 An error becomes one message that says what to do, after what may pass by itself was tried again.
 """
@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -37,12 +38,16 @@ from minilora.files import sha256_once
 from minilora.script import DISK_ERRORS
 
 PARALLEL = 8  # files at a time, as many as huggingface-hub takes
-PASSING = {408, 429, 500, 502, 503, 504}  # statuses of a server that may do better in a moment
+NO_SUCH_RANGE = 416
+PASSING = {408, NO_SUCH_RANGE, 429, 500, 502, 503, 504}  # statuses of a server that may do better in a moment
 PAUSES_S = (1, 3, 6)  # before an attempt that follows on one that failed
 HUB = "https://huggingface.co"
 MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
 # Of the HTTP client, httpx or requests by the version of huggingface-hub: a broken connection raises it as it is.
 CLIENT_ERROR: type[BaseException] = errors.HfHubHTTPError.__mro__[1]
+
+OTHER_JSON = (AssertionError, AttributeError, KeyError, TypeError)  # what huggingface-hub makes of one that is no hub's
+SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 Result = TypeVar("Result")
 
@@ -64,29 +69,35 @@ def download_snapshot(
     """
     local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
     patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
-    wanted: dict[str, Any] = {"repo_type": kind, "revision": revision, **patterns}
     try:
-        is_xet_left = not constants.HF_HUB_OFFLINE and not _fetch_large_files(kind, name, revision, patterns)
-        _show_bars(is_xet_left and sys.stderr.isatty() and not is_quiet())
-        snapshot = Path(_patiently(lambda: snapshot_download(name, **wanted)))
-        damaged = _damaged_files(snapshot)
+        snapshot = _bring(kind, name, revision, patterns)
+        damaged = _damaged_files(snapshot, patterns)
         if damaged and not constants.HF_HUB_OFFLINE:
-            names = [path.relative_to(snapshot).as_posix() for path, _, _ in damaged]
-            warn(f"{snapshot}: {', '.join(names)}: not what the hub has, the hash differs; downloads it once more")
-            again = {**wanted, "allow_patterns": names, "force_download": True}
-            _patiently(lambda: snapshot_download(name, **again))
-            damaged = _damaged_files(snapshot)
-    except (CLIENT_ERROR, OSError, ValueError, RuntimeError) as error:
+            names = [path.relative_to(snapshot).as_posix() for path, _ in damaged]
+            warn(f"{snapshot}: {', '.join(names)}: not what the hub has; downloads it once more")
+            _patiently(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision))  # before it is thrown away
+            for path, _ in damaged:
+                (path.parent / path.readlink()).unlink(missing_ok=True)  # two names may have one content
+            _bring(kind, name, revision, {"allow_patterns": [escape(file) for file in names]}, is_again=True)
+            damaged = _damaged_files(snapshot, patterns)
+    except (CLIENT_ERROR, OSError, ValueError, RuntimeError, *OTHER_JSON) as error:
         raise UserError(f"{name}: {_explanation(error, kind, name, local)}") from None
     if damaged:
-        path, found, expected = damaged[0]
+        path, problem = damaged[0]
         advice = "another download did not mend it, check the disk"
         if constants.HF_HUB_OFFLINE:
             advice = "unset HF_HUB_OFFLINE to have it downloaded again"
-        raise UserError(
-            f"{path}: is not what the hub has: its hash is {found}, expected {expected}; {advice}, {MIRROR}, or {local}"
-        )
+        raise UserError(f"{path}: is not what the hub has: {problem}; {advice}, {MIRROR}, or {local}")
     return snapshot
+
+
+def _bring(kind: str, name: str, revision: str | None, patterns: dict[str, Any], is_again: bool = False) -> Path:
+    """Folder of the snapshot, with the files that match `patterns` downloaded if the cache lacks them."""
+    is_xet_left = not constants.HF_HUB_OFFLINE and not _fetch_large_files(kind, name, revision, patterns)
+    _show_bars(is_xet_left and sys.stderr.isatty() and not is_quiet())
+    wanted: dict[str, Any] = {"repo_type": kind, "revision": revision, **patterns}
+    wanted["force_download"] = is_again and is_xet_left  # Xet's client has a store of its own, as damaged
+    return Path(_patiently(lambda: snapshot_download(name, **wanted)))
 
 
 def _show_bars(is_shown: bool) -> None:
@@ -104,10 +115,14 @@ def _fetch_large_files(kind: str, name: str, revision: str | None, patterns: dic
         info: Any = _patiently(lambda: HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True))
     except (CLIENT_ERROR, OSError):
         return True  # `snapshot_download` asks again, and knows whether the cache will do
+    if not GIT_SHA1.fullmatch(info.sha):  # it becomes a path, as the files' hashes do
+        raise ValueError(f"commit {info.sha!r}")
     cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
     folder = repo_folder_name(repo_id=name, repo_type=kind)
     missing = []
     for file in utils.filter_repo_objects(info.siblings or [], key=lambda file: file.rfilename, **patterns):
+        if file.lfs and not SHA256.fullmatch(file.lfs.sha256):
+            raise ValueError(f"SHA-256 of {file.rfilename} is {file.lfs.sha256!r}")
         if file.lfs and not (blob := cache / folder / "blobs" / file.lfs.sha256).exists():
             url = hf_hub_url(name, file.rfilename, repo_type=kind, revision=info.sha)
             missing.append(_LargeFile(url, blob, cache / ".locks" / folder / f"{blob.name}.lock", file.lfs.size))
@@ -167,10 +182,20 @@ class _LargeFile:
 
     def _ask_for_rest(self, bar: Any) -> None:
         if self.count_fetched() > self.size:
-            self.part.unlink()
+            self._throw_away(bar)
         headers = utils.build_hf_headers()  # the HTTP client drops the token where a redirect leaves the hub
-        with self.part.open("ab") as file:  # what came before an error stays
-            http_get(self.url, file, resume_size=file.tell(), headers=headers, expected_size=self.size, _tqdm_bar=bar)
+        try:
+            with self.part.open("ab") as file:  # what came before an error stays
+                start = file.tell()
+                http_get(self.url, file, resume_size=start, headers=headers, expected_size=self.size, _tqdm_bar=bar)
+        except CLIENT_ERROR as error:
+            if _status_of(error) == NO_SUCH_RANGE:  # nor will there be one the next time
+                self._throw_away(bar)
+            raise
+
+    def _throw_away(self, bar: Any) -> None:
+        bar.update(-self.count_fetched())
+        self.part.unlink()
 
 
 def _fetch_in_parallel(files: list[_LargeFile], bar: Any) -> None:
@@ -244,7 +269,7 @@ def _reason(error: BaseException) -> str:
 def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
     """What went wrong and what to do, as the rest of a message."""
     cause, status, endpoint = _cause_of(error), _status_of(error), constants.ENDPOINT
-    reason = _reason(cause)
+    reason = "it sends other JSON" if isinstance(cause, OTHER_JSON) else _reason(cause)
     if isinstance(error, errors.HFValidationError):
         return f"is no hub name, expected owner/name; check the name, or {local}"
     if isinstance(cause, errors.GatedRepoError):
@@ -264,8 +289,10 @@ def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset HF_HUB_OFFLINE, or {local}"
-    if isinstance(cause, errors.FileMetadataError | ValueError) or not endpoint.startswith("http"):
-        return f"{endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or {local}"
+    if isinstance(cause, UnicodeEncodeError):  # of a header: the address has been understood
+        return "HF_TOKEN holds characters that no token has; correct it"
+    if isinstance(cause, (errors.FileMetadataError, ValueError, *OTHER_JSON)) or not endpoint.startswith("http"):
+        return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError) and status is None:
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
     if isinstance(error, RuntimeError):
@@ -273,20 +300,22 @@ def _explanation(error: BaseException, kind: str, name: str, local: str) -> str:
     return f"download failed ({reason}); run it again, {MIRROR}, or {local}"
 
 
-def _damaged_files(snapshot: Path) -> list[tuple[Path, str, str]]:
-    """Files of a downloaded snapshot that are not what the hub has: path, hash found, hash expected."""
-    damaged = []
-    for path in sorted(snapshot.rglob("*")):
+def _damaged_files(snapshot: Path, patterns: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Those of a snapshot's files that match `patterns` and are not what the hub has, each with what is wrong."""
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_symlink()]
+    damaged, unverified = [], []
+    for name in sorted(utils.filter_repo_objects(names, **patterns)):
+        path = snapshot / name
         # One hop, not all: a blob may in turn be a link into a store that all repositories share (hf-xet).
-        expected = path.readlink().name if path.is_symlink() and path.is_file() else ""
-        if re.fullmatch(r"[0-9a-f]{64}", expected):
-            found = sha256_once(path)
-        elif re.fullmatch(r"[0-9a-f]{40}", expected):
-            found = _git_sha1(path)
-        else:
-            continue
-        if found != expected:
-            damaged.append((path, found, expected))
+        expected = path.readlink().name
+        if not path.exists():
+            damaged.append((path, "it is missing"))
+        elif not SHA256.fullmatch(expected) and not GIT_SHA1.fullmatch(expected):
+            unverified.append(name)
+        elif (found := sha256_once(path) if SHA256.fullmatch(expected) else _git_sha1(path)) != expected:
+            damaged.append((path, f"its hash is {found}, expected {expected}"))
+    if unverified:
+        warn(f"{snapshot}: {', '.join(unverified)}: not verified, because {constants.ENDPOINT} gave no hash for it")
     return damaged
 
 

@@ -35,6 +35,12 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
         folder = _download("model", name_or_path, revision, MODEL_FILES if weights else SMALL_FILES, SUBFOLDERS)
+        if weights and not any(folder.glob("*.safetensors")):  # a cache may hold what another program needed, no more
+            raise UserError(
+                f"{name_or_path}: no *.safetensors came from the hub or are in its cache ({folder}); unset "
+                "HF_HUB_OFFLINE, check the network, or choose a model that has them (.bin files are not read: they can "
+                "run code)"
+            )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
     return folder

@@ -1,6 +1,6 @@
 """Checkpoints whose projections are in 4 bits already, in the layout of transformers and bitsandbytes.
 
-    {layer}.weight                                (out * in / 2, 1) uint8, two codes a byte
+    {layer}.weight                                (out * in / 2, 1) uint8, two codes a byte; these bytes as any STORAGE
     {layer}.weight.absmax                         (blocks,) float32; with double quantisation their uint8 codes
     {layer}.weight.quant_map                      (16,) float32, the levels
     {layer}.weight.nested_absmax                  (blocks / 256 rounded up,) float32     with double quantisation
@@ -49,6 +49,12 @@ COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weight
     "merges.txt",
     "chat_template.jinja",
 )
+STORAGE = (
+    torch.uint8,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+)  # bnb_4bit_quant_storage; FSDP needs one of floats
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -77,6 +83,7 @@ class QuantizedEntry:
             UserError: its levels are not those of its type.
         """
         found = {part: read_tensor(entry) for part, entry in self.parts.items()}
+        packed = found["packed"].view(torch.uint8).view(-1, 1)
         if not torch.equal(found["quant_map"], torch.tensor(LEVELS[self.quant_type])):
             raise UserError(
                 f"{self.parts['packed'].path}: {self.name} has other levels than {self.quant_type}; "
@@ -89,9 +96,9 @@ class QuantizedEntry:
                 "choose another model"
             )
         if self.offset is None:
-            return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type)
+            return QuantizedTensor(packed, found["absmax"], self.shape, self.quant_type)
         nested = (found["nested_absmax"], found["nested_quant_map"], torch.tensor([self.offset]))
-        return QuantizedTensor(found["packed"], found["absmax"], self.shape, self.quant_type, *nested)
+        return QuantizedTensor(packed, found["absmax"], self.shape, self.quant_type, *nested)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -146,8 +153,9 @@ def _check(
         raise UserError(f"{path}: {name} has the shape {shape!r}, expected [out, in]; download the file again")
     blocks = -(-shape[0] * shape[1] // BLOCK_SIZE)
     nested = offset is not None
+    storage = parts["packed"].dtype if "packed" in parts and parts["packed"].dtype in STORAGE else torch.uint8
     expected = {
-        "packed": ((-(-shape[0] * shape[1] // 2), 1), torch.uint8),
+        "packed": ((-(-shape[0] * shape[1] // (2 * storage.itemsize)), 1), storage),
         "absmax": ((blocks,), torch.uint8 if nested else torch.float32),
         "quant_map": ((16,), torch.float32),
     }

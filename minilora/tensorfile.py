@@ -174,6 +174,8 @@ def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise UserError(f"{index_path}: names {shard!r}, which is not a file of this folder; download it again")
+        if not (folder / shard).exists():
+            raise UserError(f"{index_path}: names {shard}, which is missing; download or copy the checkpoint again")
         found = read_header(folder / shard)
         twice = sorted(entries.keys() & found.keys())
         if twice:

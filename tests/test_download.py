@@ -222,6 +222,28 @@ def test_a_hub_that_ignores_ranges_sends_the_whole_again(make_hub: MakeHub, tmp_
     assert fetched(fetch(hub, tmp_path)) == READ
 
 
+def test_a_hub_that_knows_no_such_range_is_asked_for_the_whole(make_hub: MakeHub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": b"train"}
+    hub = make_hub(Fault("GET cdn", 1, status=416), files=files, large=["model.safetensors"])
+    blobs = tmp_path / "home" / "hub" / "models--some--thing" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hub.digest('model.safetensors')}.incomplete").write_bytes(b"tr")
+    assert fetched(fetch(hub, tmp_path)) == files
+    assert [request.range for request in hub.requests if " cdn " in request.line] == ["bytes=2-", None]
+
+
+def test_a_hash_of_the_hub_that_is_a_path_is_refused(make_hub: MakeHub, tmp_path: Path) -> None:
+    """Under its hash a file is stored."""
+    outside = tmp_path / "outside"
+    lfs = {"sha256": str(outside / "x"), "size": 32_000, "pointerSize": 134}
+    siblings = [{"rfilename": SHARDS[0], "size": 32_000, "lfs": lfs}]
+    content = json.dumps({"id": "some/thing", "sha": COMMIT, "siblings": siblings}).encode()
+    hub = make_hub(Fault("/api/models/some/thing", status=200, content=content))
+    done = fetch(hub, tmp_path)
+    assert f"does not answer as a hub does (SHA-256 of {SHARDS[0]} is '{outside / 'x'}'); correct HF_" in done.stdout
+    assert not outside.exists()
+
+
 @pytest.mark.parametrize("status", [500, 429])
 def test_an_error_of_the_hub_that_passes_is_waited_for(make_hub: MakeHub, tmp_path: Path, status: int) -> None:
     kinds = ["/api/models/some/thing$", "/revision/", "/tree/", "HEAD hub .*/config.json", "GET hub .*resolve", "cdn"]
@@ -242,7 +264,8 @@ def test_what_the_hub_answers_becomes_one_message(make_hub: MakeHub, tmp_path: P
     hub = make_hub()
     by_revision = {"r403": 403, "r404": 404, "r429": 429, "r500": 500, "r501": 501}
     hub.faults += [Fault(f"/revision/{name}", status=status) for name, status in by_revision.items()]
-    hub.faults.append(Fault("/revision/page", status=200, content=b"<html>Welcome to this airport</html>"))
+    pages = {"page": b"<html>Welcome to this airport</html>", "json": b"[]", "path": b'{"id": "a", "sha": "../../x"}'}
+    hub.faults += [Fault(f"/revision/{name}", status=200, content=content) for name, content in pages.items()]
     mirror = r"set a mirror \(HF_ENDPOINT=https://hf-mirror\.com\)"
     failed = rf"download failed \(.+\); run it again, {mirror}, or give a local folder"  # the client says why
     expected = [
@@ -253,7 +276,13 @@ def test_what_the_hub_answers_becomes_one_message(make_hub: MakeHub, tmp_path: P
         ("some/thing", "r429", rf"the hub has had too many requests \(429\); wait some minutes, .*, {mirror}.*"),
         ("some/thing", "r500", failed.replace(".+", ".*500.*")),
         ("some/thing", "r501", failed.replace(".+", ".*501.*")),
-        ("some/thing", "page", f"'{hub.endpoint}' does not answer as a hub does; correct HF_ENDPOINT, or give .*"),
+        (
+            "some/thing",
+            "page",
+            rf"'{hub.endpoint}' does not answer as a hub does \(.+\); correct HF_ENDPOINT, or give .*",
+        ),
+        ("some/thing", "json", rf"'{hub.endpoint}' does not answer as a hub does \(it sends other JSON\); correct .*"),
+        ("some/thing", "path", rf"'{hub.endpoint}' does not answer as a hub does \(commit '\.\./\.\./x'\); correct .*"),
     ]
     done = fetch(hub, tmp_path, *((name, revision) for name, revision, _ in expected))
     for line, (name, _, message) in zip(done.stdout.splitlines(), expected, strict=True):
@@ -268,6 +297,9 @@ def test_a_token_that_is_wrong_or_does_not_suffice_is_said(make_hub: MakeHub, tm
     assert done.stdout == (
         "error: some/thing: the hub refused your token (401); correct HF_TOKEN, or the token that `hf auth login` has "
         "kept\n"
+    )
+    assert fetch(hub, tmp_path, HF_TOKEN="令牌").stdout == (
+        "error: some/thing: HF_TOKEN holds characters that no token has; correct it\n"
     )
     done = fetch(hub, tmp_path, ("some/gated", None), ("some/nothing", None), HF_TOKEN="hf_right")
     gated, nothing = done.stdout.splitlines()
@@ -284,17 +316,16 @@ def test_without_a_hub_it_is_said_what_is_missing(make_hub: MakeHub, tmp_path: P
         "error: some/thing: not in the cache, and http://127.0.0.1:9 cannot be reached ("
     )
     hub = make_hub(Fault("HEAD hub .*resolve", status=200, content=b"", headers={"ETag": '"x"'}))
-    assert fetch(hub, tmp_path).stdout == (
-        f"error: some/thing: {hub.endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local "
-        "folder\n"
-    )
+    said = fetch(hub, tmp_path).stdout
+    assert said.startswith(f"error: some/thing: {hub.endpoint!r} does not answer as a hub does (")
+    assert said.endswith("); correct HF_ENDPOINT, or give a local folder\n")
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1", ""])
 def test_an_endpoint_that_is_none_is_said(tmp_path: Path, endpoint: str) -> None:
-    assert fetch(endpoint, tmp_path).stdout == (
-        f"error: some/thing: {endpoint!r} does not answer as a hub does; correct HF_ENDPOINT, or give a local folder\n"
-    )
+    said = fetch(endpoint, tmp_path).stdout
+    assert said.startswith(f"error: some/thing: {endpoint!r} does not answer as a hub does (")
+    assert said.endswith("); correct HF_ENDPOINT, or give a local folder\n")
 
 
 def test_variables_with_which_the_client_cannot_start_are_said(tmp_path: Path) -> None:
@@ -316,8 +347,16 @@ def test_a_file_that_comes_damaged_is_downloaded_again(make_hub: MakeHub, tmp_pa
     where = f"GET cdn /{hub.digest(name)}" if name in SHARDS else f"GET hub /api/resolve-cache/{name}"
     hub.faults.append(Fault(where, 1, is_damaging=True))
     done = fetch(hub, tmp_path)
-    assert f"{name}: not what the hub has, the hash differs; downloads it once more" in done.stderr
+    assert f"{name}: not what the hub has; downloads it once more" in done.stderr
     assert fetched(done) == READ
+
+
+def test_a_file_that_is_downloaded_again_goes_on_where_it_broke_off(make_hub: MakeHub, tmp_path: Path) -> None:
+    name = "model[1].safetensors"  # no pattern, although it looks like one
+    files = {"config.json": b"{}", name: large_content(CHUNK + 1)}
+    hub = make_hub(Fault("GET cdn", 1, is_damaging=True), Fault("GET cdn", 1, cut=CHUNK), files=files, large=[name])
+    assert fetched(fetch(hub, tmp_path)) == files
+    assert [request.range for request in hub.requests if " cdn " in request.line] == [None, None, f"bytes={CHUNK}-"]
 
 
 def test_a_file_that_comes_damaged_twice_is_refused_with_both_hashes(make_hub: MakeHub, tmp_path: Path) -> None:
@@ -344,6 +383,52 @@ def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(make_hub: Make
 
 
 @needs_posix
+def test_a_damaged_file_stays_where_it_is_while_the_hub_is_down(make_hub: MakeHub, tmp_path: Path) -> None:
+    hub = make_hub()
+    fetch(hub, tmp_path)
+    blob = next((tmp_path / "home").rglob(f"blobs/{hub.digest(SHARDS[0])}"))
+    blob.write_bytes(b"other")
+    done = fetch("http://127.0.0.1:9", tmp_path)
+    assert done.stdout.startswith("error: some/thing: download failed (")
+    assert blob.read_bytes() == b"other"
+
+
+@needs_posix
+def test_of_a_cache_that_another_program_filled_only_what_is_read_is_looked_at(
+    make_hub: MakeHub, tmp_path: Path
+) -> None:
+    hub = make_hub()
+    program = "from huggingface_hub import snapshot_download; snapshot_download('some/thing')"
+    environment = environment_of(hub, tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL, timeout=120, check=True)
+    next((tmp_path / "home").rglob(f"blobs/{hub.digest('pytorch_model.bin')}")).write_bytes(b"damaged, and not read")
+    hub.requests.clear()
+    assert READ.items() <= fetched(fetch(hub, tmp_path)).items()
+    assert not hub.lines("resolve|cdn")
+
+
+@needs_posix
+def test_a_file_that_is_missing_from_the_cache_is_named(make_hub: MakeHub, tmp_path: Path) -> None:
+    hub = make_hub()
+    fetch(hub, tmp_path)
+    next((tmp_path / "home").rglob(f"blobs/{hub.digest(SHARDS[0])}")).unlink()
+    for listing in (tmp_path / "home").rglob("trees/*.json"):  # which older clients do not keep
+        listing.unlink()
+    done = fetch(hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert f"{SHARDS[0]}: is not what the hub has: it is missing; unset HF_HUB_OFFLINE" in done.stdout
+    assert fetched(fetch(hub, tmp_path)) == READ
+
+
+@needs_posix
+def test_a_file_of_which_a_mirror_gives_no_hash_is_named(make_hub: MakeHub, tmp_path: Path) -> None:
+    headers = {"ETag": '"5f3-61a"', "X-Repo-Commit": COMMIT}
+    hub = make_hub(Fault("HEAD hub .*resolve/.*/config.json", status=200, content=READ["config.json"], headers=headers))
+    done = fetch(hub, tmp_path)
+    assert fetched(done) == READ
+    assert f"{COMMIT}: config.json: not verified, because {hub.endpoint} gave no hash for it\n" in done.stderr
+
+
+@needs_posix
 def test_a_blob_that_is_a_link_into_a_store_of_its_own_is_verified_by_its_own_name(
     make_hub: MakeHub, tmp_path: Path
 ) -> None:
@@ -355,11 +440,11 @@ def test_a_blob_that_is_a_link_into_a_store_of_its_own_is_verified_by_its_own_na
     blob.rename(stored)
     blob.symlink_to(stored)
     done = fetch(hub, tmp_path)
-    assert "hash differs" not in done.stderr
+    assert "not what the hub has" not in done.stderr
     assert fetched(done) == READ
     stored.write_bytes(b"other")
     done = fetch(hub, tmp_path)
-    assert ": not what the hub has, the hash differs; downloads it once more" in done.stderr
+    assert ": not what the hub has; downloads it once more" in done.stderr
     assert fetched(done) == READ
 
 

@@ -81,7 +81,7 @@ def test_the_hub_is_asked_for_the_revision_and_the_files_that_are_read(
 ) -> None:
     asked: list[tuple[Any, ...]] = []
     (tmp_path / "hub").mkdir()
-    for name in ("config.json", "train.parquet"):
+    for name in ("config.json", "model.safetensors", "train.parquet"):
         (tmp_path / "hub" / name).write_text("{}", "utf-8")
     monkeypatch.setattr(download, "download_snapshot", lambda *question: asked.append(question) or tmp_path / "hub")
     assert fetch_model("some/model", "v2") == tmp_path / "hub"
@@ -189,6 +189,14 @@ def test_two_files_of_one_split_are_no_complete_set(tmp_path: Path, monkeypatch:
     downloads(monkeypatch, tmp_path / "out", *names)
     downloads(monkeypatch, tmp_path / "hub", "data/train-0.parquet", "data/train-1.parquet", "data/dev.parquet")
     assert fetch_dataset(tmp_path / "out")[0].read_text("utf-8") == "data/train-0.parquet"
+
+
+def test_a_cache_without_weights_is_named_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers leaves it where only a tokenizer was asked for."""
+    downloads(monkeypatch, tmp_path / "hub", "config.json", "tokenizer.json")
+    with pytest.raises(UserError, match=r"^some/model: no \*\.safetensors .*hub\); unset HF_HUB_OFFLINE, check"):
+        fetch_model("some/model")
+    assert fetch_model("some/model", weights=False) == tmp_path / "hub"
 
 
 def test_a_model_without_config_is_refused_after_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,6 +371,13 @@ def test_json_without_mistakes_is_read_as_it_stands(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"a": [1, -2, 1.5, "好", None], "b": {"a": True}}
 
 
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json: names model-1\.safetensors, which is missing; download or copy"):
+        read_checkpoint_entries(tmp_path)
+
+
 def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
     for name in ("1.safetensors", "2.safetensors"):
         save_file({"a": torch.ones(2)}, tmp_path / name)

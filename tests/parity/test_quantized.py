@@ -12,6 +12,7 @@ import transformers
 from minilora.load import load_model
 from minilora.prompt import Example
 from minilora.quantized import save_quantized
+from minilora.tensorfile import read_checkpoint_entries
 from parity.reference import load_reference, our_logits, reference_logits
 
 pytestmark = pytest.mark.parity
@@ -89,6 +90,20 @@ def test_a_file_of_another_compute_type_is_read(
         for logits in (ours, reference_logits(theirs, examples))
     ]
     assert 0 < errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32], ids=["bfloat16", "half", "float32"])
+def test_codes_that_are_stored_as_another_type_are_the_same(
+    reference_checkpoint: Callable[..., Path], tmp_path: Path, storage: torch.dtype
+) -> None:
+    """As `bnb_4bit_quant_storage` says, so that FSDP can cut them as it cuts the other weights."""
+    folder = reference_checkpoint()
+    saved = quantize_with_transformers(folder, tmp_path / "saved", bnb_4bit_quant_storage=storage)
+    entries = read_checkpoint_entries(saved)
+    assert entries["model.layers.0.mlp.up_proj.weight"].dtype == storage
+    found, expected = (load_model(path, torch.float32).state_dict() for path in (saved, folder))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_file_in_shards_is_read(
