@@ -183,7 +183,7 @@ class Knob:
     """A change that takes less memory.
 
     Attributes:
-        keys: what to set, as `section.key=value`.
+        keys: what to set, as `section.key=value`; the last is the one that names it.
         cost: what it costs, in words.
         total_bytes: what the run takes with it alone.
     """
@@ -207,7 +207,7 @@ def list_knobs(setup: Setup) -> list[Knob]:
         (("train.optim=adamw_bnb_8bit",), "moments are rounded to 8 bits"),
         ((paged,), "moments are rounded to 8 bits; slower steps where the GPU is full"),
         (("model.compute_dtype=bfloat16",), "activations are rounded to 8 bits of precision"),
-        (("model.quantization=nf4", "model.double_quantization=true"), "weights are rounded to 4 bits"),
+        (("model.double_quantization=true", "model.quantization=nf4"), "weights are rounded to 4 bits"),
         ((f"lora.r={max(setup.config.lora.r // 2, 1)}",), "a smaller adapter"),
         (("lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",), "no adapter in the MLPs"),
         ((f"data.max_length={max((setup.shape.longest + 1) // 2, 16)}",), "longer examples are cut"),
@@ -215,6 +215,8 @@ def list_knobs(setup: Setup) -> list[Knob]:
     knobs = []
     for keys, cost in known:
         if setup.device_type == "cpu" and keys[-1] in (offload, paged):
+            continue
+        if keys[-1] == "model.quantization=nf4" and setup.config.model.quantization != "none":
             continue
         try:
             total_bytes = setup.with_keys(keys).total_bytes

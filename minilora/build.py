@@ -185,7 +185,7 @@ def build_model(
         if config.model.quantized_cache is None:
             model = load_model(folder, *settings)
         else:
-            model = load_through_cache(folder, Path(config.model.quantized_cache).expanduser(), *settings)
+            model = load_through_cache(folder, Path(config.model.quantized_cache), *settings)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.cache_dequantized = config.model.cache_dequantized

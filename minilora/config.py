@@ -2,12 +2,14 @@
 
 Each key stands here once, with its type, default and meaning; `--help` prints this table and a test fails for
 a key that nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as
-text and `no` as False. There is no interpolation, and no environment variable has a say.
+text and `no` as False. There is no interpolation, and no environment variable has a
+say, but for the home folder at which a path begins.
 """
 
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +199,10 @@ HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) 
 )
 
 
+# A shell leaves ~ alone behind `section.key=`, and in a YAML file it never sees it.
+PATHS = ("model.name_or_path", "model.quantized_cache", "data.dir", "train.output_dir")
+
+
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration.
 
@@ -295,7 +301,10 @@ def _build(
             continue
         section, _, attribute = name.partition(".")
         try:
-            values[section][attribute] = coerce(_number_in(value, known[name].type), known[name])
+            taken = coerce(_number_in(value, known[name].type), known[name])
+            if taken and name in PATHS:
+                taken = os.path.expanduser(taken)  # noqa: PTH111  Path would turn a hub name's slash on Windows
+            values[section][attribute] = taken
         except ValueError as error:
             problems.append(f"{name}: got {value!r}, expected {error} ({where})")
     if not problems:

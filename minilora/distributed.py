@@ -40,7 +40,6 @@ import os
 import platform
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -308,24 +307,27 @@ def _is_said(store: dist.Store, ranks: Ranks, error: BaseException) -> bool:
     """
     key = "ended" if isinstance(error, LostRankError) else hashlib.sha256(str(error).encode()).hexdigest()
     said = [isinstance(error, FailedElsewhereError)]
+    over = threading.Event()
 
     def ask() -> None:
         with suppress(RuntimeError):  # the store has gone all the same
             if ranks.is_first:
                 store.set(key, "")
                 store.set("ended", "")
-                while store.add("heard", 0) < ranks.size - 1:
-                    time.sleep(0.02)
+                while not over.is_set() and store.add("heard", 0) < ranks.size - 1:
+                    over.wait(0.02)
             else:
-                while not said[0]:
+                while not over.is_set() and not said[0]:
                     said[0] = store.check([key])
-                    time.sleep(0.02)
+                    over.wait(0.02)
                 store.add("heard", 1)
 
     asking = threading.Thread(target=ask, daemon=True)  # a store behind a broken cable does not answer for long
     asking.start()
-    with suppress(Interrupted):  # torchrun ends this rank too
-        asking.join(GRACE_S)
+    for _ in range(2):  # one that still asks when Python ends would abort the process, in the library's C++ code
+        with suppress(Interrupted):  # torchrun ends this rank too
+            asking.join(GRACE_S)
+        over.set()
     return said[0]
 
 

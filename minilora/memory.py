@@ -14,9 +14,9 @@ alone. With gradient checkpointing a layer keeps only its input, and one layer a
 these inputs can wait in the computer's memory.
 
 The backward pass of a layer takes most in its MLP, 2 C + 3 F numbers a row, or from some hundred tokens an example on
-in its attention, whose weights are there three times. What PyTorch's allocator hands out agrees with all this within a
-few percent (tests/test_memory.py). What lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not
-yet.
+in its attention, whose weights are there three times. DoRA keeps the outputs of q, k, o and down as well. Layers below
+the first adapted one keep nothing. What PyTorch's allocator hands out agrees with all this within a few percent
+(tests/test_memory.py). What lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not yet.
 """
 
 import sys
@@ -34,6 +34,7 @@ from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.tensorfile import dtype_name
 
+KEPT_ANYWAY = ("v_proj", "gate_proj", "up_proj")  # whose outputs are kept as they are, with DoRA or without
 ATTENTION_COPIES = 3  # weights, their gradient, and that of the scores: `ops._Attention.backward`
 # Around the tensors, on a CPU: buffers come and go, differ in size from micro-batch to micro-batch, and leave holes.
 # Fitted to a Qwen2.5-0.5B with glibc after ten steps of up to 256 to 2,048 rows, where it differs by 10 % of the whole
@@ -83,6 +84,9 @@ class Numbers:
         trained: of each tensor that is trained.
         lora_a: of all A.
         ranks: R, summed over all adapted layers.
+        trained_layers: decoder layers from the first adapted one on; those below keep nothing for a backward pass.
+        dora_kept: outputs that are kept for DoRA's magnitudes alone, summed over its layers.
+        dora_widest: outputs of the widest of its layers.
     """
 
     config: Qwen2Config
@@ -92,6 +96,9 @@ class Numbers:
     trained: tuple[int, ...]
     lora_a: int
     ranks: int
+    trained_layers: int
+    dora_kept: int
+    dora_widest: int
 
 
 def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Numbers:
@@ -109,6 +116,12 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
         if isinstance(module, nn.Linear) and path != "lm_head"
     }
     projections = sum(weights.values())
+    first = min((int(path.split(".")[2]) for path, _ in iter_lora_weights(model)), default=0)
+    magnitudes = [
+        (path.rpartition(".")[2], w.lora_magnitude_vector.numel())
+        for path, w in iter_lora_weights(model)
+        if w.lora_magnitude_vector is not None
+    ]
     return Numbers(
         config=model.config,
         projections=projections,
@@ -117,6 +130,9 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
         trained=trained,
         lora_a=sum(weights.lora_A.numel() for weights in adapted),
         ranks=sum(weights.r for weights in adapted),
+        trained_layers=model.config.num_hidden_layers - first,
+        dora_kept=sum(outputs for name, outputs in magnitudes if name not in KEPT_ANYWAY),
+        dora_widest=max((outputs for _, outputs in magnitudes), default=0),
     )
 
 
@@ -175,7 +191,9 @@ def predict_memory(
     everywhere, one_layer = _activations(numbers, rows, supervised_rows, width, gradient_checkpointing, offloads)
     dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
     in_mlp = rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width
-    backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
+    # With DoRA the gradients of a pair of outputs before they are scaled, one of them in float32 for a moment.
+    in_dora = rows * numbers.dora_widest * (2 * width + 4)
+    backward = dense_weight + max(in_mlp + in_dora, _attention_backward(config, rows, longest) * width)
     logits = 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4
     moments_of_a_step = (
         {"activations": everywhere, "logits": logits},
@@ -206,8 +224,9 @@ def _activations(
 ) -> tuple[int, int]:
     """Bytes that wait for the backward pass when it begins, and when its last layer's turn has come."""
     config = numbers.config
-    layers = config.num_hidden_layers
-    row = (_row_elements(config) + numbers.ranks // layers) * width + 8  # and two root mean squares in float32
+    layers = numbers.trained_layers
+    elements = _row_elements(config) + (numbers.ranks + numbers.dora_kept) // layers
+    row = elements * width + 8  # and two root mean squares in float32
     copies_of_a = numbers.lora_a * width
     one_layer = rows * row + copies_of_a // layers
     if not gradient_checkpointing:

@@ -40,6 +40,7 @@ class BatchShape:
 
 def print_plan(config: Config, model_folder: Path) -> None:
     """Prints what `--dry-run` shows. Reads config.json, tokenizer.json and the data, and nothing else."""
+    process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as `fit` does
     check_optimizer(config.train.optim)
     tokenizer = ChatTokenizer(model_folder)
     prompt = build_prompt(config, tokenizer)
@@ -51,7 +52,7 @@ def print_plan(config: Config, model_folder: Path) -> None:
     real = sum(len(example.input_ids) for example in examples)
     supervised = sum(sum(example.supervised) for example in examples)
 
-    ledger = run_ledger(config, model_folder, examples, dtype, peak_memory_bytes(torch.device("cpu")))
+    ledger = run_ledger(config, model_folder, examples, dtype, process_bytes)
     print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{ledger}\n")
     for name, split in splits.items():
         cut = split.num_truncated

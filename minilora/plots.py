@@ -40,11 +40,17 @@ def points(rows: Rows, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
+def _line(steps: list[int]) -> str:
+    """The style of a curve: one point alone makes no line."""
+    return "o" if len(steps) == 1 else "-"
+
+
 def draw_loss(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
     """Loss of each step, its mean over a thirtieth of the run, and loss of each validation."""
     steps, losses = points(rows, "train_loss")
     window = len(losses) // 30
-    axes.plot(steps, losses, color=colours["accent"], linewidth=1, alpha=0.35 if window > 1 else 1.0, label="training")
+    alpha = 0.35 if window > 1 else 1.0
+    axes.plot(steps, losses, _line(steps), color=colours["accent"], linewidth=1, alpha=alpha, label="training")
     if window > 1:
         means = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps[window - 1 :], means, color=colours["accent"], linewidth=1.8, label="running mean")
@@ -63,7 +69,8 @@ def draw_scores(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
 
 def draw_rate(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
     """Learning rate of each step."""
-    axes.plot(*points(rows, "learning_rate"), color=colours["accent"], linewidth=1.8)
+    steps, rates = points(rows, "learning_rate")
+    axes.plot(steps, rates, _line(steps), color=colours["accent"], linewidth=1.8)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate")
@@ -96,7 +103,7 @@ def curve_picture(title: str, draw: Callable[["Axes", Rows, dict[str, str]], Non
     def fill(figure: "Figure") -> None:
         axes = figure.subplots()
         draw(axes, rows, PLACEHOLDERS)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axes.set_xlabel("optimizer step")
 
     return _figure(title, fill, 3.2, alt)
@@ -121,7 +128,7 @@ def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         top.plot([lowest, 1], [lowest, 1], "--", color=colours["muted"], linewidth=1, label="calibrated")
         top.vlines(confidence[used], confidence[used], accuracy[used], color=colours["second"], label="gap")
-        top.plot(confidence[used], accuracy[used], "o", color=colours["accent"], label="accuracy")
+        top.plot(confidence[used], accuracy[used], "o", color=colours["accent"], label="accuracy", clip_on=False)
         top.set(xlim=(lowest, 1), ylim=(-0.04, 1.04), ylabel="accuracy")
         bottom.bar(edges[used], counts[used], 0.9 * width, align="edge", color=colours["accent"], alpha=0.5)
         bottom.set(ylabel="reviews", xlabel="confidence")

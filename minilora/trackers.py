@@ -8,6 +8,7 @@ wants its own step to grow, so that is left to count calls, and the curves are d
 import importlib.util
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,13 +21,36 @@ PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
 
 
 class Tracker:
-    """Where rows go beside metrics.jsonl: this one sends them nowhere. A context manager around the whole run."""
+    """Where rows go beside metrics.jsonl: this one sends them nowhere. A context manager around the whole run.
+
+    What fails there, a full disk or a network, is said, and the run goes on without it.
+    """
+
+    _name = "none"
+    _is_lost = False
 
     def write(self, row: dict[str, Any]) -> None:
         """Takes a row of metrics.jsonl."""
+        self._try(lambda: self._write(row))
 
     def close(self, is_done: bool) -> None:
         """Ends it; `is_done` says whether the run came to its end."""
+        self._try(lambda: self._close(is_done))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def _close(self, is_done: bool) -> None:
+        """Nothing."""
+
+    def _try(self, work: Callable[[], None]) -> None:
+        if self._is_lost:
+            return
+        try:
+            work()
+        except Exception as error:  # of many kinds, by the library
+            self._is_lost = True
+            warn(f"{self._name}: {error}; the run goes on without it, metrics.jsonl has everything")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -40,19 +64,23 @@ class Tracker:
 class TensorBoard(Tracker):
     """Event files in `directory/tensorboard`."""
 
+    _name = "tensorboard"
+
     def __init__(self, directory: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(directory / "tensorboard", purge_step=step + 1)
+        folder = directory / "tensorboard"
+        make_folder(folder, "train.output_dir")
+        self._events = SummaryWriter(folder, purge_step=step + 1)
 
-    def write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         """Adds a point to each curve."""
         numbers = numbers_in(row)
         step = numbers.pop("step")
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
 
-    def close(self, is_done: bool) -> None:
+    def _close(self, is_done: bool) -> None:
         """Closes the files."""
         self._events.close()
 
@@ -63,6 +91,8 @@ class WeightsAndBiases(Tracker):
     WANDB_MODE, WANDB_PROJECT, WANDB_API_KEY and the like have the say that they have everywhere. The run's id stands in
     `directory/wandb/run-id`, where the library keeps its own files too.
     """
+
+    _name = "wandb"
 
     def __init__(self, directory: Path, config: dict[str, Any]):
         import wandb
@@ -92,27 +122,13 @@ class WeightsAndBiases(Tracker):
         if place:  # WANDB_MODE=disabled has none
             say(f"Weights & Biases: {place}")
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Sends a row. Where that fails, the run goes on without."""
-        if self._run is None:
-            return
-        try:
-            self._run.log(numbers_in(row))
-        except Exception as error:
-            self._give_up(error)
+    def _write(self, row: dict[str, Any]) -> None:
+        """Sends a row."""
+        self._run.log(numbers_in(row))
 
-    def close(self, is_done: bool) -> None:
+    def _close(self, is_done: bool) -> None:
         """Waits for what is still to be sent, and says how the run ended."""
-        if self._run is None:
-            return
-        try:
-            self._run.finish(exit_code=0 if is_done else 1)
-        except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        warn(f"wandb: {error}; the run goes on without it, metrics.jsonl has everything")
-        self._run = None
+        self._run.finish(exit_code=0 if is_done else 1)
 
 
 def check_tracker(report_to: str) -> None:
@@ -128,10 +144,10 @@ def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, A
         report_to: "none", "tensorboard" or "wandb".
         directory: the run's output folder.
         step: steps that are done.
-        config: the resolved configuration, shown beside the curves.
+        config: the resolved configuration, which Weights & Biases shows beside the curves.
 
     Raises:
-        UserError: Weights & Biases cannot begin a run.
+        UserError: Weights & Biases cannot begin a run, or there is no folder for the files.
     """
     if report_to == "tensorboard":
         return TensorBoard(directory, step)

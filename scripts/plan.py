@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
     arguments = parser.parse_intermixed_args()
+    process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as training does
     budget_bytes = read_bytes(arguments.budget, "--budget")
     overrides = list(arguments.overrides)
     if arguments.length is not None:
@@ -78,7 +79,7 @@ def main() -> None:
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
         shape_of=uniform_shapes if tokenizer is None else shapes_of_rows(rows, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
-        process_bytes=peak_memory_bytes(torch.device("cpu")),
+        process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
     )
     shape = setup.shape

@@ -12,12 +12,11 @@ Three objectives, all made from the text alone:
                   are answers and, on purpose, nothing about when: the model starts at chance.
 """
 
-from minilora.script import answer_signals, run_script
+from minilora.script import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -32,11 +31,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from minilora.batch import pack
+from minilora.console import progress, say
 from minilora.data import SPLIT_SEED, clean_rows, split_rows
 from minilora.errors import UserError
+from minilora.files import make_folder
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_demo_rows
@@ -77,6 +77,11 @@ CHAT_TEMPLATE = (
 )
 # Words of the quickstart's prompt and answers, so that the tokenizer has them as single tokens.
 PROMPT_TEXTS = ["system", "user", "assistant", "正面", "负面", "列出评论的词", "判断评论的情感", "评论"]
+EXAMPLES = """\
+examples:
+  python scripts/pretrain_tiny.py                                    the model that this repository ships, anew
+  python scripts/pretrain_tiny.py --output models/tiny --steps 200   a worse one, beside it
+"""
 SYSTEM = "评论"
 LIST_WORDS = "列出评论的词。\n评论："
 JUDGE = "判断评论的情感。\n评论："
@@ -89,12 +94,12 @@ SUPERVISED_SHARE = 0.25  # of text tokens: the head is half of a tiny model's wo
 
 def main() -> None:
     """Reads the command line and makes the model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--output", type=Path, default=ASSET, help="folder to write")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of about 4,000 tokens")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after 5 %% warm-up, cosine to zero")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.output, "--output")
     reviews, news = read_corpus()
     write_tokenizer(arguments.output, reviews + news)
     tokenizer = ChatTokenizer(arguments.output)
@@ -105,7 +110,7 @@ def main() -> None:
     save_file(weights, arguments.output / "model.safetensors", metadata={"format": "pt"})
     parameters = sum(map(torch.numel, weights.values()))
     write_readme(arguments.output, arguments.steps, loss, len(reviews), len(news), parameters)
-    print(f"wrote {arguments.output} in {minutes:.1f} minutes, loss {loss}")
+    say(f"wrote {arguments.output} in {minutes:.1f} minutes, loss {loss}")
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
@@ -204,8 +209,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), foreach=True)
     examples = iter_examples(tokenizer, reviews, news)
     last_losses = []
-    bar = tqdm(range(1, steps + 1), unit="step")
-    for step in bar:
+    bar = progress("pretrain", steps, "step", leave=True)
+    for step in range(1, steps + 1):
         chosen: list[Example] = []
         while sum(len(example.input_ids) for example in chosen) < ROWS_PER_BATCH:
             chosen.append(next(examples))
@@ -220,7 +225,9 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         last_losses = [*last_losses, loss.item()][-steps // 10 :]
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{sum(last_losses) / len(last_losses):.3f}")
+            bar.set_postfix(loss=f"{sum(last_losses) / len(last_losses):.3f}", refresh=False)
+        bar.update()
+    bar.close()
     return model, round(sum(last_losses) / len(last_losses), 4)
 
 

@@ -35,7 +35,7 @@ keys, each `section.key=default  (type)`:
 
 def main(ranks: Ranks = ALONE) -> None:
     """Reads the command line, prepares what is missing, trains."""
-    parser = build_parser(__doc__, EXAMPLES + describe_keys().replace("%", "%%"))
+    parser = build_parser(__doc__, EXAMPLES + describe_keys())
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
     parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
     parser.add_argument(

@@ -148,7 +148,7 @@ def test_every_knob_takes_less_by_what_it_says_and_costs_something() -> None:
         "train.optim=adamw_bnb_8bit",
         "train.optim=paged_adamw_8bit",
         "model.compute_dtype=bfloat16",
-        "model.double_quantization=true",
+        "model.quantization=nf4",
         "lora.r=32",
         "lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",
         "data.max_length=256",
@@ -172,6 +172,11 @@ def test_on_a_cpu_nothing_is_offloaded_or_paged() -> None:
 def test_an_optimizer_whose_imports_take_more_than_it_saves_is_no_knob() -> None:
     knobs = list_knobs(setup_of("0.5B", "lora.r=8", device_type="cpu", process_bytes=1))
     assert not any("optim" in key for knob in knobs for key in knob.keys)
+
+
+def test_weights_in_4_bits_are_not_advised_to_go_there() -> None:
+    knobs = list_knobs(setup_of("0.5B", "model.quantization=fp4", "model.double_quantization=false"))
+    assert [knob.keys for knob in knobs if knob.keys[-1].startswith("model.")] == [("model.double_quantization=true",)]
 
 
 def test_keys_of_several_knobs_are_one_each() -> None:

@@ -174,6 +174,39 @@ def test_a_key_that_takes_text_takes_it_as_it_stands(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        r"C:\Users\new folder\table",
+        r"\\server\share\名",
+        "D:/models/qwen",
+        "/Volumes/My Disk/评论 #1",
+        "/Users/me/Library: a",
+        "./~/x",
+    ],
+)
+def test_a_path_of_any_system_is_taken_as_it_stands(path: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train:\n  output_dir: '{path}'\ndata:\n  dir: '{path}'\n", "utf-8")
+    keys = [f"model.name_or_path={path}", f"model.quantized_cache={path}"]
+    config = load_config(file, keys)
+    assert {config.train.output_dir, config.data.dir} == {path}
+    assert {config.model.name_or_path, config.model.quantized_cache} == {path}
+
+
+def test_a_path_may_begin_at_the_home_folder_and_other_text_keeps_its_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  output_dir: ~/out\ndata:\n  dir: ~/data\n", "utf-8")
+    config = load_config(file, ["model.name_or_path=~/m", "model.quantized_cache=~/c", "prompt.system=~/s"])
+    found = (config.train.output_dir, config.data.dir, config.model.name_or_path, config.model.quantized_cache)
+    assert [Path(path) for path in found if path] == [tmp_path / name for name in ("out", "data", "m", "c")]
+    assert config.prompt.system == "~/s"
+
+
+@pytest.mark.parametrize(
     ("override", "value"),
     [
         (r'prompt.instruction="判断\n评论："', "判断\n评论："),

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minilora import distributed
-from minilora.distributed import ALONE, Ranks, with_ranks
+from minilora.distributed import ALONE, LostRankError, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from tests.conftest import make_reviews
@@ -162,6 +163,16 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(found: Found) -> N
     for one in found:
         assert one["waiting"][1].startswith("another rank is gone or does not answer (")
         assert "\n" not in one["waiting"][1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_thread_asks_a_lost_rank_when_the_process_ends(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is within the library then aborts the process, with another status than the message's."""
+    monkeypatch.setattr(distributed, "GRACE_S", 0.1)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    before = threading.active_count()
+    assert not distributed._is_said(store, Ranks(rank, 2), LostRankError("another rank is gone"))
+    assert threading.active_count() == before
 
 
 # Whole runs, in forked processes: 44 examples are seven steps of 6 and one of 2, for which a third rank has none.

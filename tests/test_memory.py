@@ -20,6 +20,7 @@ from minilora import memory
 from minilora.attach import attach, parameter_groups
 from minilora.batch import MicroBatch, pack
 from minilora.load import load_model, read_config
+from minilora.lora import DropoutSeed
 from minilora.memory import (
     CONTEXT_BYTES,
     Ledger,
@@ -219,6 +220,8 @@ class Step:
     cached: bool = False
     rank: int = 8
     dropout: float = 0.0
+    dora: bool = False
+    first_layer: int = 0
     optim: str = "adamw_torch_fused"
     examples: int = 8
     rows: int = 1024
@@ -229,10 +232,15 @@ class Step:
         flags = [False] * (length + 1 - self.answer) + [True] * self.answer
         return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
 
+    def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        adapted = list(range(self.first_layer, model.config.num_hidden_layers))
+        return attach(model, self.rank, 16, self.dropout, names, layers_to_transform=adapted, use_dora=self.dora)
+
     def predict(self, folder: Path) -> int:
         with torch.device("meta"):
             shapes = Qwen2ForCausalLM(read_config(folder))
-            attach(shapes, self.rank, 16)
+            self.attach(shapes)
         counted, batch = count_numbers(shapes), self.batch()
         return predict_memory(
             counted,
@@ -253,7 +261,7 @@ class Step:
         frozen = [module for module in model.modules() if isinstance(module, Linear4bit)]
         for module in frozen:
             module.cache_dequantized = self.cached
-        dropout_seed = attach(model, self.rank, 16, self.dropout)
+        dropout_seed = self.attach(model)
         optimizer = build_optimizer(parameter_groups(model.train()), optim=self.optim)
         batch = self.batch()
 
@@ -278,6 +286,10 @@ class Step:
         Step(rank=64),
         Step(rank=64, optim="adamw_bnb_8bit"),
         Step(dropout=0.1),
+        Step(dora=True),
+        Step(dora=True, checkpointing=True),
+        Step(first_layer=2),
+        Step(first_layer=2, checkpointing=True, rows=2048),
         Step(answer=100),
         Step(examples=1),
         Step(checkpointing=True),

@@ -1,6 +1,7 @@
 """The micro-batches that a plan counts are those that a run makes."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minilora import plan
 from minilora.batch import cut_micro_batches, pack
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
@@ -28,6 +30,26 @@ from minilora.plan import (
 from minilora.prompt import ChatTokenizer, Example
 from minilora.quantized import save_quantized
 from minilora.sizes import SIZES
+
+
+def test_the_process_is_measured_as_a_run_does_before_anything_is_read(
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    size = 10**9
+
+    def growing(folder: Path) -> ChatTokenizer:
+        nonlocal size
+        size += 10**9
+        return ChatTokenizer(folder)
+
+    monkeypatch.setattr(plan, "ChatTokenizer", growing)
+    monkeypatch.setattr(plan, "peak_memory_bytes", lambda _: size)
+    plan.print_plan(load_config(None, [f"data.dir={processed_data}", "model.device=cpu"]), tiny_checkpoint())
+    assert re.search(r"Python and PyTorch themselves \(measured\) +1000\.0 MB", capsys.readouterr().out)
+    assert size == 2 * 10**9
 
 
 @pytest.fixture

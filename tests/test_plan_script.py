@@ -18,6 +18,7 @@ from minilora.config import Config
 from minilora.errors import UserError
 from minilora.memory import Numbers
 from minilora.plan import count_config
+from minilora.rows import Row, read_rows
 from minilora.sizes import SIZES
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "plan.py"
@@ -161,6 +162,28 @@ def test_a_size_is_planned_for_data_by_the_tokenizer_of_a_local_folder(
     arguments = ("--size", "7B", "--budget", "12GB", "--data", processed_data / "validation.jsonl")
     printed = plan(*arguments, f"model.name_or_path={tiny_checkpoint()}")
     assert printed.startswith("Qwen/Qwen2.5-7B-Instruct on cuda, bfloat16: 12 examples of up to ")
+
+
+def test_the_process_is_measured_as_a_run_does_before_anything_is_read(
+    plan: Plan,
+    script: ModuleType,
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = 10**9
+
+    def growing(*of: Any, **settings: Any) -> list[Row]:
+        nonlocal size
+        size += 10**9
+        return read_rows(*of, **settings)
+
+    monkeypatch.setattr(script, "read_rows", growing)
+    monkeypatch.setattr(script, "peak_memory_bytes", lambda _: size)
+    keys = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={processed_data}")
+    printed = plan("--budget", "24GB", "--device", "cpu", *keys)
+    assert re.search(r"Python and PyTorch themselves \(measured\) +1000\.0 MB", printed)
+    assert size == 2 * 10**9
 
 
 def test_prepared_data_without_a_tokenizer_is_said_and_data_that_was_asked_for_is_refused(

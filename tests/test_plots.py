@@ -93,6 +93,16 @@ def test_a_long_run_has_a_running_mean_and_a_picture_that_stays_small() -> None:
     assert len(picture) < 200_000
 
 
+@pytest.mark.parametrize("draw", [plots.draw_loss, plots.draw_rate], ids=["loss", "rate"])
+def test_a_run_of_one_step_is_a_dot_at_a_whole_step(draw: Callable[..., None]) -> None:
+    picture = plots.curve_picture("T", draw, [{"step": 7, "train_loss": 0.5, "learning_rate": 1e-4}], "x")
+    line = plots.curve_picture("T", draw, [{**ROWS[0], "step": step} for step in (7, 8)], "x")
+    assert picture.count("<use ") > line.count("<use ")
+    ticks = re.findall(r">([0-9.]+)</text>", picture)
+    assert "7" in ticks
+    assert not any(tick.startswith(("6.", "7.")) for tick in ticks)
+
+
 def test_a_reliability_diagram_shows_the_bins_that_are_not_empty() -> None:
     counts, accuracy, confidence = np.array([0, 4, 0, 9]), np.array([0, 0.5, 0, 1.0]), np.array([0, 0.4, 0, 0.9])
     picture = plots.reliability_picture(counts, accuracy, confidence, "x")

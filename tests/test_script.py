@@ -203,6 +203,16 @@ runpy.run_path(path, run_name="__main__")
 """
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help_is_readable_and_has_examples(path: Path) -> None:
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert f"\nexamples:\n  python scripts/{path.name}" in done.stdout
+    assert "--quiet" in done.stdout
+    assert "%%" not in done.stdout
+
+
 @no_windows
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize(("name", "status"), STATUSES[:2])

@@ -1,5 +1,6 @@
 """Rows go where `train.report_to` says, and nowhere a tracker fails does the run fail with it."""
 
+import errno
 import importlib.util
 import sys
 from pathlib import Path
@@ -98,6 +99,33 @@ def test_tensorboard_has_the_rows_and_forgets_those_that_are_written_again(tmp_p
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["learning_rate", "skipped"]
     assert [(e.step, e.value) for e in events.Scalars("learning_rate")] == [(1, 1), (2, 4), (3, 6), (4, 8)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_a_file_in_place_of_tensorboards_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match=r"tensorboard: cannot be written to .*; choose another train\.output_dir"):
+        open_tracker("tensorboard", tmp_path, 0, CONFIG)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.parametrize("moment", ["add_scalar", "close"])
+def test_a_run_goes_on_without_a_tensorboard_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_tracker("tensorboard", tmp_path, 0, CONFIG) as tracker:
+        tracker.write({"step": 1, "train_loss": 1.0})
+        monkeypatch.setattr(SummaryWriter, moment, fail)
+        tracker.write({"step": 2, "train_loss": 1.0})
+    warning = (
+        "tensorboard: [Errno 28] No space left on device; the run goes on without it, metrics.jsonl has everything\n"
+    )
+    assert capsys.readouterr().err == warning
 
 
 def test_rows_are_drawn_over_their_own_step_and_weights_and_biases_counts_for_itself(
