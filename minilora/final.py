@@ -126,8 +126,8 @@ def _write_final(
 
     write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
     if after is not None:
-        say(f"test after training:  {in_words(after)}")
-    say(f"final adapter (step {step}): {final}")
+        print(f"test after training:  {in_words(after)}")
+    print(f"final adapter (step {step}): {final}")
     log = read_metrics(run.directory)
     report = render_report(_report_of(run, results, probabilities, log, process_bytes))
     _write_if_possible(run.directory / "report.html", lambda path: replace_file(path, report.encode()))

@@ -68,7 +68,7 @@ class Ledger:
         return sum(value for name, value in self.parts.items() if name.startswith(("projections", "embedding")))
 
     def __str__(self) -> str:
-        lines = [f"  {name:<48}{value / 1e6:>10.1f} MB" for name, value in self.parts.items()]
+        lines = [f"  {name:<48}{value / 1e6:>10.1f} MB" for name, value in self.parts.items() if value]
         return "\n".join([*lines, f"  {'total':<48}{self.total_bytes / 1e6:>10.1f} MB"])
 
 

@@ -49,12 +49,7 @@ COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weight
     "merges.txt",
     "chat_template.jinja",
 )
-STORAGE = (
-    torch.uint8,
-    torch.bfloat16,
-    torch.float16,
-    torch.float32,
-)  # bnb_4bit_quant_storage; FSDP needs one of floats
+STORAGE = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)  # bnb_4bit_quant_storage; FSDP needs floats
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -242,6 +237,8 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
         "llm_int8_skip_modules": ["lm_head", *dense] if dense else None,  # null: the head alone
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8", newline="\n")
+    # safetensors lets nobody but the owner read it
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _named_parts(weight: QuantizedTensor, compute_dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from minilora import console, train
 from minilora import final as final_module
 from minilora import run as run_module
 from minilora import step as step_module
-from minilora import train
 from minilora.adapter import adapter_files
 from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
@@ -143,6 +143,17 @@ def test_a_split_that_is_not_as_it_was_prepared_is_noted(
     run()
     note = f"note: {data}: validation.jsonl: edited or damaged since they were prepared\n"
     assert (note in capsys.readouterr().err) == is_noted
+
+
+def test_quiet_leaves_the_result(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_is_quiet", True)
+    final = run()
+    step = read(final / "metrics.json")["step"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("test after training:  loss ")
+    assert second == f"final adapter (step {step}): {final}"
 
 
 @pytest.mark.parametrize("finished", [True, False])
