@@ -23,6 +23,7 @@ from minilora.attach import adapter_disabled
 from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
 from minilora.console import say, uses_colour, warn
+from minilora.distributed import without_ranks
 from minilora.errors import UserError
 from minilora.fields import coerce
 from minilora.generate import speed_up
@@ -275,4 +276,4 @@ def harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(without_ranks(main))

@@ -21,6 +21,7 @@ import torch
 
 from minilora.build import Examples, choose_device, choose_dtype
 from minilora.console import progress, say, warn
+from minilora.distributed import without_ranks
 from minilora.drift import drift, render_drift
 from minilora.errors import UserError
 from minilora.files import WRITING, explained, json_bytes, make_folder, remove, write_file
@@ -202,4 +203,4 @@ def measure_drift(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(without_ranks(main))
