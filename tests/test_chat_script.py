@@ -133,8 +133,7 @@ ENDLESS = ("--max-new-tokens", "1500", "--temperature", "100", "--top-p", "1", "
 @needs_terminal
 def test_what_is_pasted_is_one_turn(base: Path) -> None:
     terminal = Terminal("--model_path", base, *LIMIT)
-    terminal.wait_for("/help lists the commands")
-    terminal.wait_for("> ")
+    terminal.wait_for("\x1b[?2004h")  # asks the terminal to mark what is pasted
     terminal.type("\x1b[200~第一行\n第二行\n第三行\x1b[201~\r")
     terminal.wait_for(" a second)")
     terminal.type("/exit\r")
