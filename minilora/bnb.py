@@ -1,4 +1,4 @@
-"""bitsandbytes, imported when it is first used, without the compiler and the notice that it brings along.
+"""bitsandbytes, imported when it is first used, without the compiler, the download and the notice it brings along.
 
 No other module imports it. `nf4.py` takes its 4-bit kernels from here and `optim.py` its optimizers; where it cannot be
 imported, 4 bits are done in PyTorch, and its optimizers are refused.
@@ -6,6 +6,7 @@ imported, 4 bits are done in PyTorch, and its optimizers are refused.
 
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,7 +23,7 @@ def functional() -> ModuleType | None:
     source = logging.getLogger("bitsandbytes.backends.cpu.ops")
     source.addFilter(_is_worth_showing)
     try:
-        with _compiler_left_out():
+        with _compiler_left_out(), _kernels_left_out():
             import bitsandbytes.functional
     except Exception as error:  # a broken installation fails with whatever its loader meets
         logging.getLogger("minilora").warning(
@@ -58,8 +59,24 @@ def _compiler_left_out() -> Iterator[None]:
             setattr(torch, name, before[name])
 
 
+@contextmanager
+def _kernels_left_out() -> Iterator[None]:
+    """Has bitsandbytes find no package `kernels` while it is imported.
+
+    On a processor with AVX512-BF16 it would ask the hub through it for a compiled kernel and load that into this
+    process: a network at import, code that nobody asked for, and another order of the codes than `gemv.py` makes.
+    """
+    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python is told that a module cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(before)
+
+
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    """False for the notice about an optional inference kernel, which nothing here would call."""
+    """False for the notice that `kernels` is not there."""
     return "kernels-community" not in record.getMessage()
 
 

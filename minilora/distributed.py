@@ -39,6 +39,7 @@ import json
 import os
 import platform
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -254,7 +255,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
     """
 
     def joined() -> None:
-        if not all(name in os.environ for name in VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+        if _num_started() == 1:
             main(ALONE)
             return
         store, ranks = _join(int(os.environ["LOCAL_RANK"]))
@@ -271,6 +272,26 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
         dist.destroy_process_group()
 
     return joined
+
+
+def without_ranks(main: Callable[[], None]) -> Callable[[], None]:
+    """A script's `main` for `run_script` that is the work of one process: refused, once, where torchrun starts several,
+    which would all write the same files."""
+
+    def alone() -> None:
+        count = _num_started()
+        if count > 1 and os.environ["RANK"] != "0":
+            raise SystemExit(0)  # so that torchrun lets the first one say why
+        if count > 1:
+            raise UserError(f"torchrun: started {count} processes, this is the work of one; run python {sys.argv[0]}")
+        main()
+
+    return alone
+
+
+def _num_started() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in VARIABLES) else 1
 
 
 def _join(local_rank: int) -> tuple[dist.Store, Ranks]:

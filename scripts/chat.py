@@ -3,13 +3,14 @@
 Where standard input is no terminal, each of its lines is a turn of the conversation.
 """
 
-from minilora.script import Interruptible, answer_signals, build_parser, run_script
+from minilora.script import Interrupted, Interruptible, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 import unicodedata
@@ -23,6 +24,7 @@ from minilora.attach import adapter_disabled
 from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
 from minilora.console import say, uses_colour, warn
+from minilora.distributed import without_ranks
 from minilora.errors import UserError
 from minilora.fields import coerce
 from minilora.generate import speed_up
@@ -46,7 +48,7 @@ COMMANDS = """\
 /system TEXT   sets another system turn, and forgets the conversation
 /base          switches the adapter off, and on again; the conversation goes on
 /help          shows these lines
-/exit          ends, as Ctrl-D does; Ctrl-C ends an answer, or here the program
+/exit          ends, as Ctrl-D does; Ctrl-C ends an answer, twice in a row the program
 What begins with a blank is said as it stands."""
 KEYS_READ = ("model.", "prompt.system")
 CACHED = "model.cache_dequantized=true"  # the default here: the command line's own stands behind it and wins
@@ -146,26 +148,39 @@ def describe(trained: Trained, settings: GenerationConfig) -> str:
 
 
 def iter_typed() -> Iterator[str]:
-    """Lines as they are typed, until Ctrl-D."""
+    """Turns as they are typed or pasted, until Ctrl-D or a second Ctrl-C in a row.
+
+    The first one only drops what stands in the line: it may have been meant for an answer that had just ended.
+    """
     with contextlib.suppress(ImportError):  # Windows has none, and its own editing
-        import readline  # noqa: F401
+        import readline
+
+        # What is pasted stays one turn, its lines too; Python has switched that off.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     shows_prompt = sys.stdout.isatty()
     # A terminal's editor counts columns, but for what stands between these two.
     prompt = f"\001{BOLD}\002>\001{RESET}\002 " if uses_colour() else "> "
+    is_warned = False
     while True:
-        try:
-            line = input(prompt if shows_prompt else "")
-            line.encode()
-        except (EOFError, KeyboardInterrupt) as end:
-            if shows_prompt:
-                print()
-            if isinstance(end, KeyboardInterrupt):
-                raise
-            return
-        except UnicodeError:
-            warn("error: what was typed is no UTF-8; set the terminal to UTF-8, or type something else")
-        else:
+        line = None
+        with Interruptible() as interruption:
+            try:
+                line = input(prompt if shows_prompt else "")
+                line.encode()
+            except EOFError:
+                break
+            except UnicodeError:
+                line = None
+                warn("error: what was typed is no UTF-8; set the terminal to UTF-8, or type something else")
+        if interruption.came:
+            if is_warned:
+                raise Interrupted(signal.SIGINT)
+            warn("\n(Ctrl-C again ends, as Ctrl-D does)")
+        is_warned = interruption.came
+        if line is not None and not interruption.came:
             yield line
+    if shows_prompt:
+        print()
 
 
 class Talk:
@@ -275,4 +290,4 @@ def harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(without_ranks(main))

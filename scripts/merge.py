@@ -11,6 +11,7 @@ if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
 
 import argparse
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from minilora.build import Examples, choose_device, choose_dtype
 from minilora.console import progress, say, warn
+from minilora.distributed import without_ranks
 from minilora.drift import drift, render_drift
 from minilora.errors import UserError
 from minilora.files import WRITING, explained, json_bytes, make_folder, remove, write_file
@@ -99,7 +101,8 @@ def main() -> None:
             print(render_drift(rows, len(reviews.examples)))
         finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)})
     finally:
-        remove(temporary)
+        with contextlib.suppress(OSError):  # after a failure, which counts; on success nothing is there any more
+            remove(temporary)
     say(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
     print(json.dumps(results, ensure_ascii=False))
 
@@ -131,7 +134,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-drift", action="store_true", help="merge, and measure nothing")
     parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.no_drift and (arguments.data is not None or arguments.max_examples is not None):
+        parser.error("--no-drift measures nothing: leave it away, or --data and --max_examples")
+    return arguments
 
 
 def read_size(text: str) -> int:
@@ -202,4 +208,4 @@ def measure_drift(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(without_ranks(main))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minilora.build import DTYPES, build_model, choose_device
 from minilora.config import load_config
+from minilora.distributed import without_ranks
 from minilora.errors import UserError
 from minilora.files import make_folder
 from minilora.hub import fetch_model
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(without_ranks(main))

@@ -1,6 +1,7 @@
 """scripts/chat.py answers, streams whole characters, takes commands, and says what is wrong."""
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,91 @@ def test_a_mistake_is_one_message_and_status_2(base: Path, arguments: list[str],
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+class Terminal:
+    """The script in a terminal of its own: what is typed, and what it shows."""
+
+    def __init__(self, *arguments: object):
+        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        command = [sys.executable, "-c", spawn, sys.executable, str(SCRIPT), *map(str, arguments)]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.shown = ""
+        self._unread = b""
+
+    def type(self, text: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(text.encode())
+        self._process.stdin.flush()
+
+    def wait_for(self, text: str) -> None:
+        """Reads until `text` has come."""
+        while text.encode() not in self._unread:
+            self.wait_for_more()
+        read, _, self._unread = self._unread.partition(text.encode())
+        self.shown += read.decode("utf-8", "replace") + text
+
+    def wait_for_more(self) -> None:
+        """Reads whatever comes next."""
+        assert self._process.stdout is not None
+        came, _, _ = select.select([self._process.stdout], [], [], 60)
+        found = os.read(self._process.stdout.fileno(), 4096) if came else b""
+        assert found, self.shown + self._unread.decode("utf-8", "replace")
+        self._unread += found
+
+    def end(self) -> int:
+        """Reads to the end, and returns the status."""
+        rest, _ = self._process.communicate(timeout=60)
+        self.shown += (self._unread + rest).decode("utf-8", "replace")
+        return self._process.returncode
+
+
+needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+ENDLESS = ("--max-new-tokens", "1500", "--temperature", "100", "--top-p", "1", "--top-k", "0")
+
+
+@needs_terminal
+def test_what_is_pasted_is_one_turn(base: Path) -> None:
+    terminal = Terminal("--model_path", base, *LIMIT)
+    terminal.wait_for("\x1b[?2004h")  # asks the terminal to mark what is pasted
+    terminal.type("\x1b[200~第一行\n第二行\n第三行\x1b[201~\r")
+    terminal.wait_for(" a second)")
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    assert terminal.shown.count(" a second)") == 1
+
+
+@needs_terminal
+def test_ctrl_c_ends_an_answer_and_only_twice_in_a_row_the_program(base: Path) -> None:
+    terminal = Terminal("--model_path", base, *ENDLESS)
+    terminal.wait_for("> ")
+    terminal.type("好\r")
+    terminal.wait_for("\x1b[?2004l\r")  # the editor's last word
+    terminal.wait_for_more()
+    terminal.type("\x03")
+    terminal.wait_for("(stopped; ")
+    terminal.wait_for("> ")
+    terminal.type("half a line\x03")
+    terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+    terminal.type("/help\r")
+    terminal.wait_for("/reset         forgets the conversation")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    assert terminal.end() == 130
+    assert "Traceback" not in terminal.shown
+
+
+@needs_terminal
+def test_ctrl_d_ends(base: Path) -> None:
+    terminal = Terminal("--model_path", base)
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.shown
 
 
 def test_what_is_typed_never_becomes_a_control_token(chat_tokenizer: ChatTokenizer) -> None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minilora import distributed
-from minilora.distributed import ALONE, LostRankError, Ranks, with_ranks
+from minilora.distributed import ALONE, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
 from minilora.errors import UserError
 from minilora.runlog import MEASURED_KEYS, read_metrics
 from tests.conftest import make_reviews
@@ -58,6 +58,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     results = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
     results[0]["turns"] = (folder / "turns").read_text("utf-8").split()
     return results
+
+
+@pytest.mark.parametrize("name", ["chat.py", "merge.py", "quantize.py"])
+def test_a_script_that_is_the_work_of_one_process_says_so_once(name: str, tmp_path: Path) -> None:
+    option = "--model" if name == "quantize.py" else "--model_path"
+    done = run_ranks(2, SCRIPTS / name, option, tmp_path, "--output", tmp_path / "new")
+    assert done.returncode != 0
+    assert done.stderr.count("error: torchrun: started 2 processes, this is the work of one; run python ") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_under_torchrun_is_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "1")
+    calls: list[str] = []
+    without_ranks(lambda: calls.append("ran"))()
+    assert calls == ["ran"]
 
 
 def test_every_rank_learns_what_the_others_and_the_first_say(found: Found) -> None:

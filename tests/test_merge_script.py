@@ -1,5 +1,6 @@
 """scripts/merge.py writes a whole model or none, says what merging costs, and replaces nothing but an earlier merge."""
 
+import errno
 import json
 import os
 import shutil
@@ -209,6 +210,30 @@ def test_a_merge_that_fails_leaves_the_earlier_one_and_nothing_else(
             merge("--into", "dequantized", output=output)
     assert names(tmp_path) == ["merged"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_removed_does_not_hide_why_a_merge_failed(
+    merge: Merge, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        def refuse(path: Path) -> None:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+        monkeypatch.setattr(script, "remove", refuse)
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(script, "write_merged", fail)
+    with pytest.raises(StorageError, match="No space left"):
+        merge("--no-drift")
+
+
+@pytest.mark.parametrize("option", [("--data", "reviews.tsv"), ("--max_examples", "3")])
+def test_reviews_for_a_table_that_is_not_wanted_are_a_mistake(
+    merge: Merge, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        merge("--no-drift", *option)
+    assert "--no-drift measures nothing: leave it away, or --data and --max_examples" in capsys.readouterr().err
 
 
 def test_what_a_killed_merge_left_does_not_get_in(merge: Merge, tmp_path: Path) -> None:

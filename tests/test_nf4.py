@@ -368,6 +368,16 @@ def test_only_the_one_notice_is_hidden_and_only_during_the_import() -> None:
     assert (bnb._is_worth_showing(notice), bnb._is_worth_showing(other)) == (False, True)
 
 
+def test_bitsandbytes_asks_no_hub_for_kernels() -> None:
+    present = """
+import sys, types
+kernels = sys.modules["kernels"] = types.ModuleType("kernels")
+kernels.get_kernel = lambda *arguments, **options: print("asked")
+"""
+    result = run_python(present + STEP.format(expected=True) + "assert sys.modules['kernels'] is kernels")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_absence_of_bitsandbytes_is_noticed_once_and_changes_no_result() -> None:
     absent = "import sys; sys.modules['bitsandbytes'] = None\n"
     result = run_python(absent + STEP.format(expected=False) + "print(x.grad.double().sum().item())")
