@@ -33,6 +33,24 @@ def test_a_matrix_of_zeros_has_factors_of_zeros() -> None:
     assert not b.any()
 
 
+def test_eigenvectors_are_computed_on_one_thread_and_all_else_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two, beside other programs, they take up to twenty times as long: threads wait for each other."""
+    before, eigh, threads = torch.get_num_threads(), torch.linalg.eigh, []
+
+    def recorded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        threads.append(torch.get_num_threads())
+        vectors: tuple[torch.Tensor, torch.Tensor] = eigh(matrix)
+        return vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", recorded)
+    try:
+        torch.set_num_threads(2)
+        low_rank_factors(torch.ones(6, 4), 2)
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_rank_that_no_weight_has_is_refused() -> None:
     with pytest.raises(UserError, match=r"lora\.r: 5 is more than a weight of \(6, 4\) has singular directions"):
         low_rank_factors(torch.ones(6, 4), 5)
