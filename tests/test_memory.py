@@ -20,6 +20,7 @@ from minilora import memory
 from minilora.attach import attach, parameter_groups
 from minilora.batch import MicroBatch, pack
 from minilora.load import load_model, read_config
+from minilora.lora import DropoutSeed
 from minilora.memory import (
     CONTEXT_BYTES,
     Ledger,
@@ -220,6 +221,8 @@ class Step:
     rank: int = 8
     dropout: float = 0.0
     optim: str = "adamw_torch_fused"
+    use_dora: bool = False
+    init_lora_weights: str = "kaiming"
     examples: int = 8
     rows: int = 1024
     answer: int = 2
@@ -229,10 +232,14 @@ class Step:
         flags = [False] * (length + 1 - self.answer) + [True] * self.answer
         return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
 
+    def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
+        kind: dict[str, Any] = {"use_dora": self.use_dora, "init_lora_weights": self.init_lora_weights}
+        return attach(model, self.rank, 16, self.dropout, **kind)
+
     def predict(self, folder: Path) -> int:
         with torch.device("meta"):
             shapes = Qwen2ForCausalLM(read_config(folder))
-            attach(shapes, self.rank, 16)
+            self.attach(shapes)
         counted, batch = count_numbers(shapes), self.batch()
         return predict_memory(
             counted,
@@ -253,7 +260,7 @@ class Step:
         frozen = [module for module in model.modules() if isinstance(module, Linear4bit)]
         for module in frozen:
             module.cache_dequantized = self.cached
-        dropout_seed = attach(model, self.rank, 16, self.dropout)
+        dropout_seed = self.attach(model)
         optimizer = build_optimizer(parameter_groups(model.train()), optim=self.optim)
         batch = self.batch()
 
@@ -284,6 +291,16 @@ class Step:
         Step(checkpointing=True, rank=64),
         Step(checkpointing=True, rank=64, rows=64),
         Step(checkpointing=True, examples=1),
+        Step(use_dora=True),
+        Step(use_dora=True, dtype=torch.float32),
+        Step(use_dora=True, quantization="none"),
+        Step(use_dora=True, dropout=0.1),
+        Step(use_dora=True, answer=100),
+        Step(use_dora=True, examples=1),
+        Step(use_dora=True, checkpointing=True),
+        Step(use_dora=True, checkpointing=True, rank=64),
+        Step(init_lora_weights="pissa", rank=64),
+        Step(init_lora_weights="pissa", rank=64, checkpointing=True),
     ],
     ids=lambda step: ", ".join(f"{f.name}={v}" for f in fields(step) if (v := getattr(step, f.name)) != f.default),
 )
