@@ -59,9 +59,9 @@ def initialise(
             "another lora.init_lora_weights than loftq"
         )
     for done, (path, layer, w) in enumerate(layers, start=1):
-        matrix = dense_weight(layer.base, torch.float32)
+        matrix = dense = dense_weight(layer.base, torch.float32)
         if init_lora_weights == "loftq":
-            matrix = read_tensor(originals[f"{path}.weight"]).to(matrix.device, torch.float32) - matrix
+            matrix = read_tensor(originals[f"{path}.weight"]).to(dense.device, torch.float32) - dense
         a, b = low_rank_factors(matrix, w.r)
         with torch.no_grad():
             w.lora_A.copy_(a / w.scaling**0.5)
@@ -69,6 +69,9 @@ def initialise(
             if w.principal_A is not None and w.principal_B is not None:
                 w.principal_A.copy_(w.lora_A)
                 w.principal_B.copy_(-w.lora_B)
+            elif w.lora_magnitude_vector is not None:  # with DoRA c is 1 at the start, here where B is not 0
+                merged = torch.addmm(dense, w.lora_B, w.lora_A, alpha=w.scaling)
+                w.lora_magnitude_vector.copy_(torch.linalg.vector_norm(merged, dim=1))
         if on_progress is not None:
             on_progress(done, len(layers))
 

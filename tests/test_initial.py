@@ -74,12 +74,15 @@ def test_pissa_begins_with_the_principal_part_and_changes_nothing(
         torch.testing.assert_close(merged_weight(layer, dense), dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("alpha", [4, 12])
-def test_loftq_begins_nearer_to_the_original_weights(tiny_checkpoint: Callable[..., Path], alpha: int) -> None:
+def test_loftq_begins_nearer_to_the_original_weights(
+    tiny_checkpoint: Callable[..., Path], alpha: int, use_dora: bool
+) -> None:
     folder = tiny_checkpoint()
     originals = load_model(folder, torch.float32, "none")
     model = load_model(folder, torch.float32)
-    attach(model, 8, alpha, init_lora_weights="loftq")
+    attach(model, 8, alpha, init_lora_weights="loftq", use_dora=use_dora)
     initialise(model, folder, "loftq")
     for path, layer in iter_lora_layers(model):
         original = originals.get_parameter(f"{path}.weight")
