@@ -27,7 +27,7 @@ from minilora.attach import parameter_groups
 from minilora.batch import pack
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.load import read_config
+from minilora.load import freed_memory_returned, read_config
 from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
 from minilora.optim import build_optimizer
 from minilora.plan import BatchShape, config_ledger, count_config
@@ -80,7 +80,8 @@ def measure(case: Case) -> dict[str, Any]:
     model = build_model(config, Path(case.model), device, dtype)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    dropout_seed = attach_adapter(model, adapter_config(config))
+    with freed_memory_returned():  # as `run.open_run`
+        dropout_seed = attach_adapter(model, adapter_config(config))
     optimizer = build_optimizer(parameter_groups(model.train()), optim=config.train.optim)
     generator = random.Random(0)
     shape = BatchShape(0, 0, 0)

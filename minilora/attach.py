@@ -64,6 +64,7 @@ def attach(
 
     Raises:
         UserError: a target that matches no linear layer.
+        ValueError: an adapter is merged.
     """
     remove_adapter(model, name)
     for parameter in model.parameters():
@@ -184,14 +185,20 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises:
         ValueError: there is no adapter of that name, or one is merged.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if any(layer.merged is not None for layer in layers):
-        raise ValueError("an adapter is merged; unmerge_adapter comes first")
+    layers = _unmerged_layers(model)
     names = sorted({known for layer in layers for known in layer.adapters})
     if name is not None and name not in names:
         raise ValueError(f"name: got {name!r}, expected one of {names}")
     for layer in layers:
         layer.active = name
+
+
+def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
+    """All adapted layers. What stands for base and adapter while they are merged would not follow a change."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    if any(layer.merged is not None for layer in layers):
+        raise ValueError("an adapter is merged; unmerge_adapter comes first")
+    return layers
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -200,12 +207,16 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forgets an adapter; where it was the active one, none is."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear) and name in module.adapters:
-            del module.adapters[name]
-            if module.active == name:
-                module.active = None
+    """Forgets an adapter; where it was the active one, none is.
+
+    Raises:
+        ValueError: one is merged.
+    """
+    for layer in _unmerged_layers(model):
+        if name in layer.adapters:
+            del layer.adapters[name]
+        if layer.active == name:
+            layer.active = None
 
 
 @contextmanager
@@ -224,7 +235,12 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The active adapter at `factor` times its strength, for as long as the block lasts."""
+    """The active adapter at `factor` times its strength, for as long as the block lasts.
+
+    Raises:
+        ValueError: it is merged.
+    """
+    _unmerged_layers(model)
     weights = [w for _, w in iter_lora_weights(model)]
     before = [w.scaling for w in weights]
     try:

@@ -177,6 +177,10 @@ class Config:
 # How an optimizer step is cut, together with the number of ranks: what counts is their product (`origin.py`).
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
+# Keys that users of peft look for, and why they are not here.
+KEYS_OF_PEFT = {
+    "lora.modules_to_save": "the base stays frozen, also head and embedding, which in small models are one matrix"
+}
 LENGTH_KEYS = frozenset(f"train.{name}" for name in LENGTHS)
 # Keys that may differ between a run and its continuation: none of them changes what is computed.
 HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) | frozenset(
@@ -345,6 +349,8 @@ def _number_in(value: Any, kind: Any) -> Any:
 
 
 def _suggestion(name: str, known: Mapping[str, Any]) -> str:
+    if name in KEYS_OF_PEFT:
+        return f"; {KEYS_OF_PEFT[name]}"
     close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
     if not close:  # not the right key in a wrong section; 0.7, because "train." alone makes two names 0.67 alike
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)

@@ -3,7 +3,7 @@
 checkpoints/final/
     adapter_config.json, adapter_model.safetensors    as peft reads them
     training_args.json                                the resolved configuration
-    metrics.json                                      test set before and after, best validation, what it was made from
+    metrics.json                                      test set before and after, best validation, what made it
     README.md, manifest.json                          a model card; size and SHA-256 of each file
 """
 
@@ -113,7 +113,7 @@ def _write_final(
         "data_sha256": run.state.data_sha256,
         "model_sha256": run.state.model_sha256,
         "model_bytes": {name: (base / name).stat().st_size for name in run.state.model_sha256},
-        "ranks": run.ranks.size,
+        "machine": run.state.machine,
         "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
     }
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]

@@ -11,12 +11,15 @@ PiSSA's principal part is taken off again by a frozen product (`lora.py`), so th
 first iteration, as peft's `replace_lora_weights_loftq` does it, but for s, which that forgets.
 
 The singular directions come from the eigenvectors of M M^T in float64, of the smaller side: what is squared costs half
-of the digits, of which float64 has twice as many as the result needs.
+of the digits, of which float64 has twice as many as the result needs. They are exact: a weight's
+singular values fall so slowly that a randomised decomposition, peft's pissa_niter_16, is off by 2 to 43 % of the
+principal part's norm in a Qwen2.5-0.5B at R = 8, and one that hits it took longer there than the exact one.
 
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,9 +59,9 @@ def initialise(
             "another lora.init_lora_weights than loftq"
         )
     for done, (path, layer, w) in enumerate(layers, start=1):
-        matrix = dense_weight(layer.base, torch.float32)
+        matrix = dense = dense_weight(layer.base, torch.float32)
         if init_lora_weights == "loftq":
-            matrix = read_tensor(originals[f"{path}.weight"]).to(matrix.device, torch.float32) - matrix
+            matrix = read_tensor(originals[f"{path}.weight"]).to(dense.device, torch.float32) - dense
         a, b = low_rank_factors(matrix, w.r)
         with torch.no_grad():
             w.lora_A.copy_(a / w.scaling**0.5)
@@ -66,6 +69,9 @@ def initialise(
             if w.principal_A is not None and w.principal_B is not None:
                 w.principal_A.copy_(w.lora_A)
                 w.principal_B.copy_(-w.lora_B)
+            elif w.lora_magnitude_vector is not None:  # with DoRA c is 1 at the start, here where B is not 0
+                merged = torch.addmm(dense, w.lora_B, w.lora_A, alpha=w.scaling)
+                w.lora_magnitude_vector.copy_(torch.linalg.vector_norm(merged, dim=1))
         if on_progress is not None:
             on_progress(done, len(layers))
 
@@ -82,8 +88,24 @@ def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.
     is_tall = wide.shape[0] > wide.shape[1]
     if is_tall:
         wide = wide.T
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    square = wide @ wide.T
+    with _one_thread():
+        squares, vectors = torch.linalg.eigh(square)
     u = vectors[:, -r:].flip(1)
     root = squares[-r:].flip(0).clamp(min=0).pow(0.25)  # sqrt of a singular value
     left, right = u * root, (u.T @ wide) / root.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     return (left.T, right.T) if is_tall else (right, left)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For work that is cut into thousands of small parts, at the end of each of which all threads wait for the slowest.
+
+    Where other programs run too, eigenvectors took twenty times as long on two threads as on one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

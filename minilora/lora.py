@@ -54,7 +54,7 @@ active).
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora.nf4 import Linear4bit
+
+BLOCK_ROWS = 256  # on a CPU PyTorch multiplies and sums across types by wide copies: here of so many rows, not of all
 
 
 class DropoutSeed:
@@ -150,7 +152,7 @@ class _Projections(torch.autograd.Function):
                 own_u, (b, m, bias, c, y) = next(parts)
                 dm = None if m is None else _magnitude_gradient(dy, y, _base(layer).bias if bias is None else bias, m)
                 dbias = None if bias is None else dy.sum(0, dtype=bias.dtype)
-                dz = dy if c is None else (dy * c).to(dy.dtype)
+                dz = dy if c is None else _scaled(dy, c, torch.empty_like(dy))
                 s = w.scaling / (1 - ctx.dropout)
                 dus.append((dz @ b.to(dz.dtype)).mul_(s))
                 # u^T dz and not dz^T u: the wide matrix is read along its rows, in half the time.
@@ -192,8 +194,21 @@ def _forward_adapted(
     if m is None:
         return y, None
     c = m / _row_lengths(w, dense, a, b)
-    y.mul_(c)
+    _scaled(y, c, y)
     return (y if bias is None else y.add_(bias)), c
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of T rows each, some rows at a time; on a GPU, which makes no wide copies, all at once."""
+    rows = len(tensors[0]) if tensors[0].is_cuda else BLOCK_ROWS
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def _scaled(x: torch.Tensor, c: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """x * c in `out`, which may be x itself: multiplied in the wider type and rounded once."""
+    for part, result in _blocks(x, out):
+        torch.mul(part, c, out=result)
+    return out
 
 
 def _row_lengths(w: "LoRAWeights", dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -206,8 +221,11 @@ def _row_lengths(w: "LoRAWeights", dense: torch.Tensor, a: torch.Tensor, b: torc
 
 def _magnitude_gradient(dy: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
     """dm, (out,): m is as good as never 0, where the row of W would be 0 too."""
-    z = y if bias is None else y - bias.to(y.dtype)
-    return (dy * z).sum(0, dtype=m.dtype) / m
+    total = torch.zeros_like(m)
+    for dy_part, y_part in _blocks(dy, y):
+        z = y_part if bias is None else y_part - bias.to(y.dtype)
+        total += (dy_part * z).sum(0, dtype=m.dtype)
+    return total / m
 
 
 def project(x: torch.Tensor, layers: Sequence["Projection"], again: Again | None = None) -> tuple[torch.Tensor, ...]:

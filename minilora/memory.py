@@ -10,13 +10,15 @@
 Activations are linear in the packed rows T. A layer keeps the two sums that its norms read, q, k, v and what
 attention makes of them, gate and up: 4 C + 2 K D + 2 F numbers a row, 27 kB in a Qwen2.5-0.5B in bfloat16, and the
 adapter's R of each projection. All else is made again from these (`lora.Again`). The last layer keeps supervised rows
-alone. With gradient checkpointing a layer keeps only its input, and one layer at a time is computed again; on a GPU
-these inputs can wait in the computer's memory.
+alone. With DoRA a layer keeps what q, k, o and down give too, 3 C + K D numbers: what v, gate and up give is there
+already. PiSSA's A and B have a frozen half beside the trained one, and a layer keeps its B with both. With gradient
+checkpointing a layer keeps only its input, and one layer at a time is computed again; on a GPU these inputs can wait in
+the computer's memory.
 
-The backward pass of a layer takes most in its MLP, 2 C + 3 F numbers a row, or from some hundred tokens an example on
-in its attention, whose weights are there three times. DoRA keeps the outputs of q, k, o and down as well. Layers below
-the first adapted one keep nothing. What PyTorch's allocator hands out agrees with all this within a few percent
-(tests/test_memory.py). What lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not yet.
+The backward pass of a layer takes most in its MLP, 2 C + 3 F numbers a row and 2 C + 4 F with DoRA, or from some
+hundred tokens an example on in its attention, whose weights are there three times. Layers below the first adapted one
+keep nothing. What PyTorch's allocator hands out agrees with all this within a few percent (tests/test_memory.py). What
+lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not yet.
 """
 
 import sys
@@ -34,7 +36,7 @@ from minilora.loss import CHUNK_ROWS
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.tensorfile import dtype_name
 
-KEPT_ANYWAY = ("v_proj", "gate_proj", "up_proj")  # whose outputs are kept as they are, with DoRA or without
+KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes
 ATTENTION_COPIES = 3  # weights, their gradient, and that of the scores: `ops._Attention.backward`
 # Around the tensors, on a CPU: buffers come and go, differ in size from micro-batch to micro-batch, and leave holes.
 # Fitted to a Qwen2.5-0.5B with glibc after ten steps of up to 256 to 2,048 rows, where it differs by 10 % of the whole
@@ -82,11 +84,13 @@ class Numbers:
         in_full: those of them that stay in full whatever the quantisation.
         dense: embedding, head, norms and biases.
         trained: of each tensor that is trained.
-        lora_a: of all A.
-        ranks: R, summed over all adapted layers.
+        lora_a: of all A, as they are multiplied with: with PiSSA's frozen halves.
+        ranks: R, summed over all adapted layers, likewise.
+        frozen_a: of PiSSA's halves of A that are not trained.
+        frozen_b: of its halves of B.
+        dora_outputs: a row, of layers with DoRA whose outputs nothing else keeps.
+        dora_in_mlp: gate or up has DoRA.
         trained_layers: decoder layers from the first adapted one on; those below keep nothing for a backward pass.
-        dora_kept: outputs that are kept for DoRA's magnitudes alone, summed over its layers.
-        dora_widest: outputs of the widest of its layers.
     """
 
     config: Qwen2Config
@@ -96,9 +100,11 @@ class Numbers:
     trained: tuple[int, ...]
     lora_a: int
     ranks: int
+    frozen_a: int
+    frozen_b: int
+    dora_outputs: int
+    dora_in_mlp: bool
     trained_layers: int
-    dora_kept: int
-    dora_widest: int
 
 
 def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Numbers:
@@ -108,7 +114,9 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
         model: with its adapter, as it is before a weight is quantised; only shapes are read, on the meta device.
         in_full: names of projections that a 4-bit checkpoint holds in full, as the file has them.
     """
-    adapted = [weights for _, weights in iter_lora_weights(model)]
+    adapted = dict(iter_lora_weights(model))
+    matrices = [w.matrices() for w in adapted.values()]
+    with_dora = {path: len(m) for path, w in adapted.items() if (m := w.lora_magnitude_vector) is not None}
     trained = tuple(parameter.numel() for parameter in lora_parameters(model))
     weights = {
         f"{path.removesuffix('.base')}.weight": module.weight.numel()
@@ -116,23 +124,20 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
         if isinstance(module, nn.Linear) and path != "lm_head"
     }
     projections = sum(weights.values())
-    first = min((int(path.split(".")[2]) for path, _ in iter_lora_weights(model)), default=0)
-    magnitudes = [
-        (path.rpartition(".")[2], w.lora_magnitude_vector.numel())
-        for path, w in iter_lora_weights(model)
-        if w.lora_magnitude_vector is not None
-    ]
+    first = min((int(path.split(".")[2]) for path in adapted), default=0)  # model.layers.N...
     return Numbers(
         config=model.config,
         projections=projections,
         in_full=sum(weights[name] for name in in_full),
         dense=sum(parameter.numel() for parameter in model.parameters()) - projections - sum(trained),
         trained=trained,
-        lora_a=sum(weights.lora_A.numel() for weights in adapted),
-        ranks=sum(weights.r for weights in adapted),
+        lora_a=sum(a.numel() for a, _ in matrices),
+        ranks=sum(len(a) for a, _ in matrices),
+        frozen_a=sum(w.principal_A.numel() for w in adapted.values() if w.principal_A is not None),
+        frozen_b=sum(w.principal_B.numel() for w in adapted.values() if w.principal_B is not None),
+        dora_outputs=sum(size for path, size in with_dora.items() if not path.endswith(KEPT_OUTPUTS)),
+        dora_in_mlp=any(path.endswith(("gate_proj", "up_proj")) for path in with_dora),
         trained_layers=model.config.num_hidden_layers - first,
-        dora_kept=sum(outputs for name, outputs in magnitudes if name not in KEPT_ANYWAY),
-        dora_widest=max((outputs for _, outputs in magnitudes), default=0),
     )
 
 
@@ -179,7 +184,7 @@ def predict_memory(
     parts = {
         f"projections ({quantization}, {bits:.2f} bits)": round(in_bits * bits / 8),
         f"embedding, head, norms, biases ({dtype_name(compute_dtype)})": numbers.dense * width,
-        "adapter (float32)": sum(numbers.trained) * 4,
+        "adapter (float32)": (sum(numbers.trained) + numbers.frozen_a + numbers.frozen_b) * 4,
         "AdamW's moments": moments_bytes,
     }
     if in_full:
@@ -190,15 +195,14 @@ def predict_memory(
     offloads = offload_checkpoints and device_type == "cuda"
     everywhere, one_layer = _activations(numbers, rows, supervised_rows, width, gradient_checkpointing, offloads)
     dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
-    in_mlp = rows * (2 * config.hidden_size + 3 * config.intermediate_size) * width
-    # With DoRA the gradients of a pair of outputs before they are scaled, one of them in float32 for a moment.
-    in_dora = rows * numbers.dora_widest * (2 * width + 4)
-    backward = dense_weight + max(in_mlp + in_dora, _attention_backward(config, rows, longest) * width)
+    in_mlp = rows * (2 * config.hidden_size + (4 if numbers.dora_in_mlp else 3) * config.intermediate_size) * width
+    backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
     logits = 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4
+    gradients = (sum(numbers.trained) + numbers.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": everywhere, "logits": logits},
         {"activations": everywhere, "backward": backward},
-        {"activations": one_layer, "backward": backward, "gradients": sum(numbers.trained) * 4},
+        {"activations": one_layer, "backward": backward, "gradients": gradients},
     )
     fullest = max(moments_of_a_step, key=lambda moment: sum(moment.values()))
     parts |= {
@@ -225,12 +229,12 @@ def _activations(
     """Bytes that wait for the backward pass when it begins, and when its last layer's turn has come."""
     config = numbers.config
     layers = numbers.trained_layers
-    elements = _row_elements(config) + (numbers.ranks + numbers.dora_kept) // layers
-    row = elements * width + 8  # and two root mean squares in float32
-    copies_of_a = numbers.lora_a * width
-    one_layer = rows * row + copies_of_a // layers
+    of_adapter = (numbers.ranks + numbers.dora_outputs) // layers
+    row = (_row_elements(config) + of_adapter) * width + 8  # and two root mean squares in float32
+    copies = numbers.lora_a * width + 2 * numbers.frozen_b * 4  # of A, and of PiSSA's B with both halves
+    one_layer = rows * row + copies // layers
     if not gradient_checkpointing:
-        return (rows * (layers - 1) + supervised_rows) * row + copies_of_a, one_layer
+        return (rows * (layers - 1) + supervised_rows) * row + copies, one_layer
     inputs = rows * config.hidden_size * width
     return inputs * (1 if offloads else layers) + one_layer, inputs + one_layer
 

@@ -113,7 +113,7 @@ def read_origin(folder: Path) -> Origin:
     digests = ("data_sha256", "model_sha256")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in digests):
         raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
-    machine = content.get("machine", content)  # the final folder has no more of it than their number
+    machine = content.get("machine")
     ranks = machine.get("ranks") if isinstance(machine, dict) else None
     return Origin(config, content["data_sha256"], content["model_sha256"], 1 if ranks is None else int(ranks))
 

@@ -38,6 +38,7 @@ from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.files import explained
 from minilora.initial import BY_WEIGHTS, initialise
+from minilora.load import freed_memory_returned
 from minilora.lora import DropoutSeed
 from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
@@ -189,9 +190,10 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
-    if checkpoint is None:
-        ranks.once(lambda: _initialise(model, model_folder, config.lora.init_lora_weights))
+    with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
+        dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
+        if checkpoint is None:
+            ranks.once(lambda: _initialise(model, model_folder, config.lora.init_lora_weights))
     optimizer = build_optimizer(
         parameter_groups(model, config.train.loraplus_lr_ratio),
         (config.train.adam_beta1, config.train.adam_beta2),

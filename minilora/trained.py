@@ -9,12 +9,15 @@ base model alone.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from minilora.adapter import damage_of_adapter, load_adapter
 from minilora.adapterconfig import read_adapter_config
 from minilora.build import (
+    DTYPES,
     Examples,
     build_examples,
     build_model,
@@ -74,6 +77,18 @@ class Trained:
         if self.path is not None:
             load_adapter(model, self.path, allow_bin)
         return model.eval()
+
+    @property
+    def run_dtype(self) -> torch.dtype:
+        """Compute dtype of the adapter's run, which decides the 4-bit weights and what they are when dequantised.
+
+        `auto` may be another one here. Where the run is unknown, or another dtype is asked for, it is `choose_dtype`'s.
+        """
+        machine = None if self.path is None else _run_facts(self.path).get("machine")
+        name = machine.get("dtype") if isinstance(machine, dict) else None
+        if self.config.model.compute_dtype == "auto" and name in DTYPES:
+            return DTYPES[name]
+        return choose_dtype(self.config, choose_device(self.config))
 
     def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
         """Labelled reviews to score the model on, and the file that they are from.
@@ -211,10 +226,15 @@ def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
 
 def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
     """SHA-256 by file name of the "data" or "model" that the adapter's run was made from, None where it is unknown."""
+    digests = _run_facts(model_path).get(f"{what}_sha256")
+    return digests if isinstance(digests, dict) else None
+
+
+def _run_facts(model_path: Path) -> dict[str, Any]:
+    """What a final adapter or a checkpoint says of its run; nothing where that is unknown."""
     known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
     content = read_json(known[0]) if known else None
-    digests = content.get(f"{what}_sha256") if isinstance(content, dict) else None
-    return digests if isinstance(digests, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def warn_of_another_test_set(model_path: Path, data: Path) -> None:

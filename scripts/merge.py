@@ -151,14 +151,13 @@ def read_size(text: str) -> int:
 def open_run(trained: Trained, allow_bin: bool) -> Merge:
     """Base and adapter, with the 4-bit weights that the adapter's run had."""
     config = trained.config
-    device = choose_device(config)
     return open_merge(
         trained.model_folder,
         trained.path,
-        choose_dtype(config, device),
+        trained.run_dtype,
         config.model.quantization,
         config.model.double_quantization,
-        device,
+        choose_device(config),
         allow_bin,
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from minilora.attach import (
     DEFAULT,
+    active_adapter,
     adapter_disabled,
     adapter_scaled,
     attach,
@@ -161,6 +162,9 @@ def test_adapters_are_switched_by_name() -> None:
     remove_adapter(model, "all")
     with pytest.raises(ValueError, match=r"expected one of \['few'\]"):
         set_adapter(model, "all")
+    set_adapter(model, "few")
+    remove_adapter(model, "few")
+    assert active_adapter(model) is None  # in the layers that it did not have either
 
 
 def test_attaching_under_a_name_that_is_taken_replaces_that_adapter() -> None:
@@ -208,6 +212,27 @@ def test_merged_does_the_same_and_unmerged_is_as_before_to_the_bit(
     assert torch.equal(outputs(model), before)
     set_adapter(model, None)
     assert torch.equal(outputs(model), base)
+
+
+def test_while_an_adapter_is_merged_nothing_else_is_done_to_it_and_nothing_is_half_done() -> None:
+    model = random_model()
+    attach(model, 2, 4)
+    randomize(model)
+    merge_adapter(model, torch.float32)
+    merged = outputs(model)
+    for change in (
+        lambda: attach(model, 3, 4, name="other"),
+        lambda: set_adapter(model, None),
+        lambda: remove_adapter(model, "default"),
+        lambda: adapter_scaled(model, 0.5).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="an adapter is merged; unmerge_adapter comes first"):
+            change()
+    assert torch.equal(outputs(model), merged)
+    unmerge_adapter(model)
+    assert {w.r for _, w in iter_lora_weights(model)} == {2}
+    with pytest.raises(ValueError, match=r"expected one of \['default'\]"):
+        set_adapter(model, "other")
 
 
 def test_a_base_without_memory_can_have_an_adapter_with() -> None:

@@ -469,7 +469,7 @@ def test_tables_are_read_from_yaml_and_from_the_command_line(tmp_path: Path) -> 
         ("lora.layers_to_transform=[-1]", "lora.layers_to_transform: got .*, expected 0 or more"),
         ("lora.bias=some", "lora.bias: got 'some', expected one of none, lora_only, all"),
         ("lora.init_lora_weights=pissa", "lora.dropout: must be 0 with lora.init_lora_weights=pissa"),
-        ("lora.modules_to_save=[lm_head]", "lora.modules_to_save: unknown key"),
+        ("lora.modules_to_save=[lm_head]", "lora.modules_to_save: unknown key; the base stays frozen, also head and"),
     ],
 )
 def test_keys_of_other_kinds_of_adapters_are_checked(override: str, message: str) -> None:

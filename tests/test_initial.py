@@ -33,6 +33,24 @@ def test_a_matrix_of_zeros_has_factors_of_zeros() -> None:
     assert not b.any()
 
 
+def test_eigenvectors_are_computed_on_one_thread_and_all_else_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two, beside other programs, they take up to twenty times as long: threads wait for each other."""
+    before, eigh, threads = torch.get_num_threads(), torch.linalg.eigh, []
+
+    def recorded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        threads.append(torch.get_num_threads())
+        vectors: tuple[torch.Tensor, torch.Tensor] = eigh(matrix)
+        return vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", recorded)
+    try:
+        torch.set_num_threads(2)
+        low_rank_factors(torch.ones(6, 4), 2)
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_rank_that_no_weight_has_is_refused() -> None:
     with pytest.raises(UserError, match=r"lora\.r: 5 is more than a weight of \(6, 4\) has singular directions"):
         low_rank_factors(torch.ones(6, 4), 5)
@@ -56,12 +74,15 @@ def test_pissa_begins_with_the_principal_part_and_changes_nothing(
         torch.testing.assert_close(merged_weight(layer, dense), dense, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("alpha", [4, 12])
-def test_loftq_begins_nearer_to_the_original_weights(tiny_checkpoint: Callable[..., Path], alpha: int) -> None:
+def test_loftq_begins_nearer_to_the_original_weights(
+    tiny_checkpoint: Callable[..., Path], alpha: int, use_dora: bool
+) -> None:
     folder = tiny_checkpoint()
     originals = load_model(folder, torch.float32, "none")
     model = load_model(folder, torch.float32)
-    attach(model, 8, alpha, init_lora_weights="loftq")
+    attach(model, 8, alpha, init_lora_weights="loftq", use_dora=use_dora)
     initialise(model, folder, "loftq")
     for path, layer in iter_lora_layers(model):
         original = originals.get_parameter(f"{path}.weight")

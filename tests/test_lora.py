@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.lora import Again, DropoutSeed, LoRALinear, LoRAWeights, dropped_places, merged_weight, project
+from minilora.lora import (
+    BLOCK_ROWS,
+    Again,
+    DropoutSeed,
+    LoRALinear,
+    LoRAWeights,
+    dropped_places,
+    merged_weight,
+    project,
+)
 from minilora.nf4 import Linear4bit, quantize
 
 
@@ -190,7 +199,7 @@ def test_layers_with_all_and_with_nothing_share_an_input() -> None:
     layers = [with_everything(layer_over(bases[0], 0.25, 3, seed)).double()]
     layers += [layer_over(bases[1], 0.25, 2, seed).double(), layer_over(bases[2], 0.25, 0, seed).double()]
     weights_of(layers[2]).bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
-    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(BLOCK_ROWS + 5, 6, dtype=torch.float64, requires_grad=True)
     inputs = [x, *(p for layer in layers for p in weights_of(layer).parameters() if p.numel())]
     found = project(x, (*layers, bases[3]))
     wanted = (*(by_hand(layer, x, layer.base.weight) for layer in layers), bases[3](x))

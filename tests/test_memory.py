@@ -220,9 +220,10 @@ class Step:
     cached: bool = False
     rank: int = 8
     dropout: float = 0.0
-    dora: bool = False
     first_layer: int = 0
     optim: str = "adamw_torch_fused"
+    use_dora: bool = False
+    init_lora_weights: str = "kaiming"
     examples: int = 8
     rows: int = 1024
     answer: int = 2
@@ -234,8 +235,9 @@ class Step:
 
     def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        adapted = list(range(self.first_layer, model.config.num_hidden_layers))
-        return attach(model, self.rank, 16, self.dropout, names, layers_to_transform=adapted, use_dora=self.dora)
+        kind: dict[str, Any] = {"use_dora": self.use_dora, "init_lora_weights": self.init_lora_weights}
+        kind["layers_to_transform"] = list(range(self.first_layer, model.config.num_hidden_layers))
+        return attach(model, self.rank, 16, self.dropout, names, **kind)
 
     def predict(self, folder: Path) -> int:
         with torch.device("meta"):
@@ -286,8 +288,6 @@ class Step:
         Step(rank=64),
         Step(rank=64, optim="adamw_bnb_8bit"),
         Step(dropout=0.1),
-        Step(dora=True),
-        Step(dora=True, checkpointing=True),
         Step(first_layer=2),
         Step(first_layer=2, checkpointing=True, rows=2048),
         Step(answer=100),
@@ -296,6 +296,17 @@ class Step:
         Step(checkpointing=True, rank=64),
         Step(checkpointing=True, rank=64, rows=64),
         Step(checkpointing=True, examples=1),
+        Step(use_dora=True),
+        Step(use_dora=True, first_layer=3, rows=2048),
+        Step(use_dora=True, dtype=torch.float32),
+        Step(use_dora=True, quantization="none"),
+        Step(use_dora=True, dropout=0.1),
+        Step(use_dora=True, answer=100),
+        Step(use_dora=True, examples=1),
+        Step(use_dora=True, checkpointing=True),
+        Step(use_dora=True, checkpointing=True, rank=64),
+        Step(init_lora_weights="pissa", rank=64),
+        Step(init_lora_weights="pissa", rank=64, checkpointing=True),
     ],
     ids=lambda step: ", ".join(f"{f.name}={v}" for f in fields(step) if (v := getattr(step, f.name)) != f.default),
 )

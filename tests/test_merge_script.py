@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minilora import build
 from minilora.config import load_config
 from minilora.errors import UserError
 from minilora.files import WRITING, StorageError
@@ -303,6 +304,29 @@ def test_a_loftq_adapter_is_told_where_it_fits(
     trained = train(tiny_checkpoint(), processed_data, tmp_path / "run", "lora.init_lora_weights=loftq")
     assert "warning: the run began with LoftQ" in merge("--no-drift", model_path=trained)["warned"]
     assert "LoftQ" not in merge("--no-drift", "--into", "dequantized", model_path=trained)["warned"]
+
+
+def test_dequantized_is_what_training_saw_on_a_machine_that_would_choose_another_dtype(
+    merge: Merge,
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def merged(is_native: bool, *keys: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(build, "_multiplies_bfloat16", lambda device: is_native)
+        how = ("--into", "dequantized", "--dtype", "float32", "--no-drift", *keys)
+        output = tmp_path / "of another"
+        merge(*how, model_path=final, output=output)
+        return load_file(output / "model.safetensors")
+
+    monkeypatch.setattr(build, "_multiplies_bfloat16", lambda device: True)
+    final = train(tiny_checkpoint(), processed_data, tmp_path / "run", "model.compute_dtype=auto")
+    assert json.loads((final / "metrics.json").read_text("utf-8"))["machine"]["dtype"] == "bfloat16"
+    there, here = merged(True), merged(False)
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    otherwise = merged(False, "model.compute_dtype=float32")
+    assert not all(torch.equal(there[name], otherwise[name]) for name in there)
 
 
 def test_shards_are_as_large_as_asked(merge: Merge, tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_a_checkpoint_from_before_there_were_ranks_had_one(final: Path, run: Fit
     assert state["machine"].pop("ranks") == 1
     rewrite(newest, "state.json", json_bytes(state))
     assert read_origin(newest).ranks == 1
-    assert read(run() / "metrics.json")["ranks"] == 1
+    assert read(run() / "metrics.json")["machine"]["ranks"] == 1
 
 
 def test_ranks_that_no_longer_agree_save_nothing(

@@ -311,25 +311,36 @@ def test_any_kind_of_ours_gives_the_same_logits_in_peft(
     assert_same_logits(load_ours(base, tmp_path, examples), theirs)
 
 
-@pytest.mark.parametrize("kind", ["dora", "bias of targets", "all biases"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_gradient_equals_pefts(
-    reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, kind: str
+    reference_checkpoint: Callable[..., Path],
+    examples: list[Example],
+    tmp_path: Path,
+    kind: str,
+    quantization: str,
+    checkpointing: bool,
 ) -> None:
     """Without dropout: peft's DoRA drops the frozen product's input too."""
     base = reference_checkpoint()
     train_in_peft(base, tmp_path, examples, target_modules=SOME_TARGETS, **KINDS[kind])
-    in_peft = peft.PeftModel.from_pretrained(load_reference(base), tmp_path, is_trainable=True).train()
-    reference_loss(in_peft, examples).backward()
+    reference = load_reference(base, nf4=quantization == "nf4")
+    in_peft = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True).train()
+    loss = reference_loss(in_peft, examples)
+    loss.backward()
     theirs = {
         name.removeprefix("base_model.model.").replace(".default", "").replace(".weight", ""): parameter.grad
         for name, parameter in in_peft.named_parameters()
         if parameter.grad is not None
     }
-    ours = load_model(base, torch.float32, "none")
+    ours = load_model(base, torch.float32, quantization)
+    ours.model.gradient_checkpointing = checkpointing
     load_adapter(ours, tmp_path)
     batch = pack(examples)
     total, count = next_token_nll(ours.train()(batch), batch.targets, ours.head_weight)
     (total / count).backward()
+    assert (total / count).item() == pytest.approx(loss.item(), rel=1e-5)
     mine = {
         f"{path}.{'base_layer.bias' if name == 'bias' and w.r else name}": parameter.grad
         for path, w in iter_lora_weights(ours)
