@@ -1,4 +1,4 @@
-"""Tokens per second of a greedy answer: minilora in 4 bits, with an adapter and dense, beside transformers' `generate`.
+"""Tokens per second of a greedy answer: minilora in 4 bits, with an adapter and dense, beside transformers and peft.
 
     python benchmarks/generate_speed.py --model path/to/checkpoint
 
@@ -65,11 +65,16 @@ def answer_with_minilora(
     return answers
 
 
-def answer_with_transformers(work: Workload, ids: list[list[int]], meter: Meter, quantization: str) -> list[list[int]]:
-    """The same by transformers' `generate`, whose streamer hands out each token."""
+def answer_with_transformers(
+    work: Workload, ids: list[list[int]], meter: Meter, quantization: str, adapted: bool
+) -> list[list[int]]:
+    """The same by transformers' `generate`, whose streamer hands out each token; the adapter by peft."""
+    import peft
     import transformers
 
     model = load_base(work, quantization).eval()
+    if adapted:
+        model = peft.PeftModel.from_pretrained(model, work.adapter).eval()
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)  # nothing ends an answer
 
     def answer(prompt: list[int], count: int, clock: "Clock | None" = None) -> list[int]:
@@ -121,8 +126,9 @@ WAYS: dict[str, Callable[[Workload, list[list[int]], Meter], list[list[int]]]] =
     "minilora, NF4": lambda *given: answer_with_minilora(*given, "nf4", False),
     "minilora, NF4 and an adapter": lambda *given: answer_with_minilora(*given, "nf4", True),
     "minilora, bfloat16": lambda *given: answer_with_minilora(*given, "none", False),
-    DENSE: lambda *given: answer_with_transformers(*given, "none"),
-    QUANTIZED: lambda *given: answer_with_transformers(*given, "nf4"),
+    QUANTIZED: lambda *given: answer_with_transformers(*given, "nf4", False),
+    "peft, NF4 and an adapter": lambda *given: answer_with_transformers(*given, "nf4", True),
+    DENSE: lambda *given: answer_with_transformers(*given, "none", False),
 }
 
 

@@ -159,9 +159,16 @@ def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
 
 
 def speed_up(model: Qwen2ForCausalLM) -> None:
-    """Has projections in 4 bits multiplied straight from them where `gemv.py` can; those keep no dense weight then."""
-    adapted = {id(layer.base) for _, layer in iter_lora_layers(model)}  # `lora.py` asks for their dense weights
+    """Has projections in 4 bits multiplied straight from them where `gemv.py` can; those keep no dense weight then.
+
+    DoRA's layers stay as they are: the lengths of their rows are computed from the dense weight.
+    """
+    with_dora = {
+        id(layer.base)
+        for _, layer in iter_lora_layers(model)
+        if layer.weights and layer.weights.lora_magnitude_vector is not None
+    }
     for module in model.modules():
-        if isinstance(module, Linear4bit) and id(module) not in adapted:
+        if isinstance(module, Linear4bit) and id(module) not in with_dora:
             module.straight = make_product(module.weight, model.head_weight.dtype)
             module.cache_dequantized &= module.straight is None

@@ -128,7 +128,7 @@ class _Projections(torch.autograd.Function):
         ys, kept = [], []
         for layer, w in zip(layers, weights, strict=True):
             if w is None:
-                y = F.linear(x, dense_weight(_base(layer), x.dtype), _base(layer).bias)
+                y = _base(layer)(x)
             else:
                 own_u, own_a, b, m, bias = next(parts)
                 y, c = _forward_adapted(x, _base(layer), w, ctx.dropout, own_u, own_a, b, m, bias)
@@ -183,9 +183,13 @@ def _forward_adapted(
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y of one adapted layer and, with DoRA, its c."""
-    dense = dense_weight(base, x.dtype)
     bias = base.bias if bias is None else bias.to(x.dtype)
     thin: dict[str, Any] = {"mat1": u, "mat2": b.to(x.dtype).T, "alpha": w.scaling / (1 - dropout)}
+    if m is None and isinstance(base, Linear4bit):  # DoRA's n needs the dense weight
+        straight = base.straight_product(x, bias)
+        if straight is not None:
+            return straight.addmm_(**thin), None
+    dense = dense_weight(base, x.dtype)
     if bias is None or m is not None:
         y = x.new_empty(len(x), base.out_features).addmm_(**thin, beta=0)
     else:

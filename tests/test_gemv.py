@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minilora import bnb, gemv
+from minilora.attach import attach, iter_lora_weights
 from minilora.gemv import make_product
 from minilora.nf4 import FEW_ROWS, Linear4bit, QuantizedTensor, quantize
 
@@ -136,6 +137,35 @@ def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
         assert calls == []
         assert layer(few).abs().sum() == 0
     assert calls == [FEW_ROWS]
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_an_adapted_layer_adds_its_thin_product_to_it(bias: str) -> None:
+    model = torch.nn.Sequential(Linear4bit(weight(), torch.randn(96)))
+    attach(model, 4, 8, target_modules=["0"], bias=bias)
+    (w,) = (w for _, w in iter_lora_weights(model))
+    for parameter in w.parameters():
+        parameter.data.normal_()
+    x = torch.randn(3, 128)
+    with torch.inference_mode():
+        expected, calls = model(x), []
+
+        def multiply(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            calls.append(len(x))
+            return torch.nn.functional.linear(x, model[0].base.dense_weight(torch.float32), bias)
+
+        model[0].base.straight = multiply
+        found = model(x)
+    assert calls == [3]
+    torch.testing.assert_close(found, expected)  # the same sums in another order
+
+
+def test_with_dora_the_dense_weight_is_asked_for() -> None:
+    model = torch.nn.Sequential(Linear4bit(weight(), torch.zeros(96)))
+    attach(model, 4, 8, target_modules=["0"], use_dora=True)
+    model[0].base.straight = lambda x, bias: pytest.fail("DoRA needs the lengths of the rows")
+    with torch.inference_mode():
+        model(torch.randn(3, 128))
 
 
 def test_a_layer_that_is_moved_drops_it() -> None:
