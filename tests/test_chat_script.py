@@ -4,6 +4,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_a_mistake_is_one_message_and_status_2(base: Path, arguments: list[str],
 
 
 class Terminal:
-    """The script in a terminal of its own: what is typed, and what it shows."""
+    """The script in a terminal of its own, for as long as a block lasts: what is typed, and what it shows."""
 
     def __init__(self, *arguments: object):
         spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
@@ -98,6 +99,13 @@ class Terminal:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.shown = ""
         self._unread = b""
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:  # closes its pipes, upon which the script ends, and waits
+            self._process.kill()
 
     def type(self, text: str) -> None:
         assert self._process.stdin is not None
@@ -110,6 +118,11 @@ class Terminal:
             self.wait_for_more()
         read, _, self._unread = self._unread.partition(text.encode())
         self.shown += read.decode("utf-8", "replace") + text
+
+    def interrupt(self) -> None:
+        """Types Ctrl-C at the prompt: a little later, for between prompt and waiting Python does not see a signal."""
+        time.sleep(0.3)
+        self.type("\x03")
 
     def wait_for_more(self) -> None:
         """Reads whatever comes next."""
@@ -132,45 +145,47 @@ ENDLESS = ("--max-new-tokens", "1500", "--temperature", "100", "--top-p", "1", "
 
 @needs_terminal
 def test_what_is_pasted_is_one_turn(base: Path) -> None:
-    terminal = Terminal("--model_path", base, *LIMIT)
-    terminal.wait_for("\x1b[?2004h")  # asks the terminal to mark what is pasted
-    terminal.type("\x1b[200~第一行\n第二行\n第三行\x1b[201~\r")
-    terminal.wait_for(" a second)")
-    terminal.type("/exit\r")
-    assert terminal.end() == 0
-    assert terminal.shown.count(" a second)") == 1
+    with Terminal("--model_path", base, *LIMIT) as terminal:
+        terminal.wait_for("\x1b[?2004h")  # asks the terminal to mark what is pasted
+        terminal.type("\x1b[200~第一行\n第二行\n第三行\x1b[201~\r")
+        terminal.wait_for(" a second)")
+        terminal.type("/exit\r")
+        assert terminal.end() == 0
+        assert terminal.shown.count(" a second)") == 1
 
 
 @needs_terminal
 def test_ctrl_c_ends_an_answer_and_only_twice_in_a_row_the_program(base: Path) -> None:
-    terminal = Terminal("--model_path", base, *ENDLESS)
-    terminal.wait_for("> ")
-    terminal.type("好\r")
-    terminal.wait_for("\x1b[?2004l\r")  # the editor's last word
-    terminal.wait_for_more()
-    terminal.type("\x03")
-    terminal.wait_for("(stopped; ")
-    terminal.wait_for("> ")
-    terminal.type("half a line\x03")
-    terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
-    terminal.type("/help\r")
-    terminal.wait_for("/reset         forgets the conversation")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
-    terminal.wait_for("> ")
-    terminal.type("\x03")
-    assert terminal.end() == 130
-    assert "Traceback" not in terminal.shown
+    with Terminal("--model_path", base, *ENDLESS) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("好\r")
+        terminal.wait_for("\x1b[?2004l\r")  # the editor's last word
+        terminal.wait_for_more()
+        terminal.type("\x03")
+        terminal.wait_for("(stopped; ")
+        terminal.wait_for("> ")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.interrupt()
+        terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+        terminal.type("/help\r")
+        terminal.wait_for("/reset         forgets the conversation")
+        terminal.wait_for("> ")
+        terminal.interrupt()
+        terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+        terminal.wait_for("> ")
+        terminal.interrupt()
+        assert terminal.end() == 130
+        assert "Traceback" not in terminal.shown
 
 
 @needs_terminal
 def test_ctrl_d_ends(base: Path) -> None:
-    terminal = Terminal("--model_path", base)
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.shown
+    with Terminal("--model_path", base) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+        assert "Traceback" not in terminal.shown
 
 
 def test_what_is_typed_never_becomes_a_control_token(chat_tokenizer: ChatTokenizer) -> None:
