@@ -2,8 +2,8 @@
 
 Each key stands here once, with its type, default and meaning; `--help` prints this table and a test fails for
 a key that nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as
-text and `no` as False. There is no interpolation, and no environment variable has a
-say, but for the home folder at which a path begins.
+text and `no` as False. There is no interpolation, and no environment variable has a say, but for the home folder at
+which a path may begin (`~`).
 """
 
 import dataclasses

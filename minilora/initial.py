@@ -11,9 +11,9 @@ PiSSA's principal part is taken off again by a frozen product (`lora.py`), so th
 first iteration, as peft's `replace_lora_weights_loftq` does it, but for s, which that forgets.
 
 The singular directions come from the eigenvectors of M M^T in float64, of the smaller side: what is squared costs half
-of the digits, of which float64 has twice as many as the result needs. They are exact: a weight's
-singular values fall so slowly that a randomised decomposition, peft's pissa_niter_16, is off by 2 to 43 % of the
-principal part's norm in a Qwen2.5-0.5B at R = 8, and one that hits it took longer there than the exact one.
+of the digits, of which float64 has twice as many as the result needs. They are exact: a weight's singular values fall
+so slowly that a randomised decomposition, peft's pissa_niter_16, is off by 2 to 43 % of the principal part's norm in a
+Qwen2.5-0.5B at R = 8, and one that hits it took longer there than the exact one.
 
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """

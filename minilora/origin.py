@@ -121,8 +121,14 @@ def read_origin(folder: Path) -> Origin:
 def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
     """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
     changes = changed_keys(before.config, config)
-    if math.prod(before.cut.values()) != math.prod(now.cut.values()):
+    examples = math.prod(before.cut.values())
+    if examples != math.prod(now.cut.values()):
         changes += _changed_cut(before, now)
+        size, rest = divmod(examples, now.cut["processes"] * now.cut["train.gradient_accumulation_steps"])
+        if not rest:
+            changes.append(
+                f"its steps have {examples} examples; so they do with train.per_device_train_batch_size={size}"
+            )
     if changes:
         raise UserError(
             f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "

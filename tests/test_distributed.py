@@ -307,7 +307,8 @@ def test_ranks_that_would_make_larger_steps_are_refused_once(
     assert [runs.wait(pid) for pid in pids] == [2, 2]
     errors = Path(f"{output}.err").read_text("utf-8")
     assert errors.startswith(f"error: {output}: holds a run with another configuration; ")
-    assert errors.endswith("\n  processes: 1 -> 2\n")
+    advice = "its steps have 6 examples; so they do with train.per_device_train_batch_size=3"
+    assert errors.endswith(f"\n  processes: 1 -> 2\n  {advice}\n")
     assert Path(f"{output}.1.err").read_text("utf-8") == ""
 
 

@@ -419,7 +419,9 @@ def test_a_run_may_go_on_with_its_steps_cut_otherwise(
 def test_a_run_does_not_go_on_with_larger_steps(final: Path, run: Fit, is_finished: bool) -> None:
     if not is_finished:
         shutil.rmtree(final)
-    with pytest.raises(UserError, match=r"another configuration; .+\n  train\.gradient_accumulation_steps: 1 -> 2$"):
+    with pytest.raises(
+        UserError, match=r"another configuration; .+\n  train\.gradient_accumulation_steps: 1 -> 2\n.* 4 ex.+_size=2$"
+    ):
         run(**{"train.gradient_accumulation_steps": 2})
 
 
