@@ -315,7 +315,7 @@ def test_on_windows_the_folder_belongs_to_one_process_too(tmp_path: Path, monkey
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", locks)
-    spec = importlib.util.spec_from_file_location("files_on_windows", files.__file__)
+    spec = importlib.util.spec_from_file_location(files.__name__, files.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
