@@ -47,6 +47,8 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (2048, (CHECKPOINTING,)),
     (512, ("lora.r=64",)),
     (512, ("lora.r=64", "train.optim=adamw_bnb_8bit")),
+    (512, ("lora.use_dora=true",)),
+    (512, ("lora.use_dora=true", CHECKPOINTING)),
     (512, ("model.quantization=none",)),
     (2048, ("model.quantization=none", CHECKPOINTING)),
     (512, ("model.cache_dequantized=true",)),
