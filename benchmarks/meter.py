@@ -90,7 +90,10 @@ def _versions() -> dict[str, str]:
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    model = fields.get("model name", "")
+    if "cpu family" in fields:  # a virtual machine's name says no more than AMD EPYC
+        model += f" family {fields['cpu family']} model {fields.get('model')}"
     native = [name for name in ("avx512_bf16", "amx_bf16") if any(name in line for line in lines)]
     return " ".join([model or platform.processor() or platform.machine(), *native])
 

@@ -102,8 +102,8 @@ class _SwiGLU(torch.autograd.Function):
 def compile_swiglu(wanted: bool, dtype: torch.dtype, device: torch.device) -> str | None:
     """Has SwiGLU's backward pass compiled in this process, or not; None, or why it cannot be and is not.
 
-    On a CPU it takes half of the time then, 1 or 2 % of a training step, for 20 seconds and 180 MB at the start. Its
-    forward pass and the other functions gain nothing.
+    On a CPU it takes half of the time then, for 4 to 20 seconds and 150 MB at the start: 1 or 2 % of a training step on
+    a Zen 4, 9 % on a Zen 5 (AMD). On Zen 4 its forward pass and the other functions gained nothing.
     """
     _SwiGLU.gradients = staticmethod(_swiglu_gradients)
     if not wanted:
