@@ -37,7 +37,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
         folder = _download("model", name_or_path, revision, MODEL_FILES if weights else SMALL_FILES, SUBFOLDERS)
         if weights and not any(folder.glob("*.safetensors")):  # a cache may hold what another program needed, no more
             raise UserError(
-                f"{name_or_path}: no *.safetensors came from the hub or are in its cache ({folder}); unset "
+                f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset "
                 "HF_HUB_OFFLINE, check the network, or choose a model that has them (.bin files are not read: they can "
                 "run code)"
             )
