@@ -420,6 +420,13 @@ def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(
         file.close()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a device of POSIX")
+def test_what_has_no_disk_need_not_wait_for_one() -> None:
+    file = GrowingFile(Path(os.devnull))
+    file.append(b"x")
+    file.close()
+
+
 @pytest.mark.parametrize("name", ["write", "fsync", "replace"])
 def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

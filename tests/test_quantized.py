@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from minilora import quantized as quantized_module
 from minilora.errors import UserError
 from minilora.files import StorageError
-from minilora.load import load_model
+from minilora.load import load_model, open_weights, read_config
 from minilora.manifest import read_manifest, verify_folder
+from minilora.model import Qwen2ForCausalLM
+from minilora.nf4 import Linear4bit
 from minilora.quantized import is_quantized, save_quantized, write_quantized
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -48,6 +50,16 @@ def test_a_written_checkpoint_is_read_as_it_was(
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == quant_type
     assert config["quantization_config"]["bnb_4bit_use_double_quant"] is double
+
+
+def test_a_weight_in_4_bits_is_read_as_the_model_computes_with_it(quantized: Path) -> None:
+    """As merging into the dequantised base reads it."""
+    with torch.device("meta"):
+        shapes = Qwen2ForCausalLM(read_config(quantized))
+    read = open_weights(shapes, quantized, torch.bfloat16, "nf4", True, "cpu").read(NAME)
+    layer = load_model(quantized, torch.bfloat16).get_submodule(NAME.removesuffix(".weight"))
+    assert isinstance(layer, Linear4bit)
+    assert torch.equal(read, layer.dense_weight(torch.bfloat16))
 
 
 def test_a_projection_that_is_held_in_full_stays_in_full(quantized: Path, tiny_checkpoint: Callable[..., Path]) -> None:
