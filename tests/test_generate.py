@@ -12,7 +12,7 @@ from minilora.generate import MAX_ROWS, Context, candidates, generate, penalize,
 from minilora.keyvalues import KeyValues
 from minilora.loss import head_logits
 from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import quantize
+from minilora.nf4 import Linear4bit
 
 TinyModel = Callable[..., Qwen2ForCausalLM]
 PROMPT = [5, 17, 90, 3, 44, 8]
@@ -136,50 +136,21 @@ def test_logits_that_are_no_numbers_are_not_taken_for_a_token(tiny_model: TinyMo
             list(generate(Context(model, PROMPT), 3, temperature=temperature))
 
 
-def test_a_growing_cache_holds_what_was_put_in_and_copies_little() -> None:
-    cache, rows = KeyValues(), torch.randn(2, 100, 3, 4)
-    for start, end in [(0, 7), (7, 8), (8, 30), (30, 31), (31, 100)]:
-        keys, values = cache.before(rows[0, start:end], rows[1, start:end])
-        assert torch.equal(keys, rows[0, :end])
-        assert torch.equal(values, rows[1, :end])
-    cache.keep(10)
-    keys, values = cache.before(rows[0, 50:51], rows[1, 50:51])
-    assert torch.equal(keys, torch.cat((rows[0, :10], rows[0, 50:51])))
-    cache.growing = False
-    keys, _ = cache.before(rows[0, 60:62], rows[1, 60:62])
-    assert (len(keys), cache.rows) == (13, 11)
-
-
-@pytest.mark.parametrize("double_quantization", [True, False])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_a_product_straight_from_4_bits_is_the_dense_one_within_bfloat16(
-    quant_type: str, double_quantization: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = quantize(torch.randn(96, 192, generator=generator), quant_type, double_quantization)
-    product = make_product(weight, torch.bfloat16)
-    if product is None:
-        pytest.skip("no such kernel on this processor")
-    x, bias = torch.randn(3, 192, generator=generator).bfloat16(), torch.randn(96, generator=generator).bfloat16()
-    exact = x.double() @ weight.dequantize(torch.float32).double().T + bias.double()
-    dense = torch.nn.functional.linear(x, weight.dequantize(torch.bfloat16), bias)
-    # Rounding of x, scales and result: as far from the exact product as the dense bfloat16 one is, or twice that.
-    limit = max(2 * (dense.double() - exact).abs().mean(), 0.01 * exact.abs().mean())
-    assert (product(x, bias).double() - exact).abs().mean() < limit
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((96, 200), torch.bfloat16), ((90, 192), torch.bfloat16)])
-def test_a_weight_that_no_kernel_takes_has_no_product(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert make_product(quantize(torch.randn(shape)), dtype) is None
-    assert make_product(quantize(torch.randn(96, 192)), torch.float32) is None
-
-
-def test_a_model_sped_up_answers_as_before(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("kind", ["base", "lora", "dora"])
+def test_a_model_sped_up_answers_as_before(tiny_model: TinyModel, kind: str) -> None:
     model = tiny_model("nf4", torch.bfloat16)
+    if kind != "base":
+        attach(model, 4, 8, use_dora=kind == "dora")
+        generator = torch.Generator().manual_seed(0)
+        for _, weights in iter_lora_weights(model):
+            torch.nn.init.normal_(weights.lora_B, std=0.2, generator=generator)
     before = Context(model, PROMPT).next_logits()
-    context = Context(model, PROMPT)
     speed_up(model)
-    list(generate(context, 6))  # one row at a time
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if make_product(layers[0].weight, torch.bfloat16) is not None:  # this processor has such a kernel
+        assert {layer.straight is not None for layer in layers} == {kind != "dora"}
     after = Context(model, PROMPT).next_logits()
-    assert torch.nn.functional.cosine_similarity(before, after, dim=0) > 0.99
-    assert context.ids[: len(PROMPT)] == PROMPT
+    # Scales and levels in bfloat16: seen 2.2 % at most; an adapter whose scale is 10 % off makes 12 %.
+    assert (after - before).norm() < 0.05 * before.norm()
+    if kind == "dora":
+        assert torch.equal(after, before)
