@@ -43,8 +43,8 @@ def run_minilora(
     from minilora.adapter import load_adapter
     from minilora.attach import parameter_groups
     from minilora.batch import cut_micro_batches, pack
+    from minilora.dropout import DropoutSeed
     from minilora.load import load_model
-    from minilora.lora import DropoutSeed
     from minilora.nf4 import Linear4bit
     from minilora.optim import build_optimizer
     from minilora.step import train_step

@@ -26,8 +26,8 @@ from workload import add_workload_arguments, model_folder, write_adapter
 from minilora.adapter import load_adapter
 from minilora.attach import parameter_groups
 from minilora.batch import pack
+from minilora.dropout import DropoutSeed
 from minilora.load import load_model
-from minilora.lora import DropoutSeed
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.script import run_script

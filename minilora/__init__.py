@@ -23,7 +23,9 @@
     nf4            4-bit NormalFloat: quantise, dequantise, the linear layer over it
     gemv           products of a few rows straight from 4 bits, for generating
     targets        which linear layers get an adapter, and of which rank
-    lora           the LoRA linear layer, its gradient derived; DoRA
+    dropout        dropout masks that need no state
+    dora           DoRA's lengths, their gradient derived
+    lora           the LoRA linear layer, its gradient derived
     attach         adapters on a model: attached, listed, switched, scaled, merged for the time being
     recompute      gradient checkpointing: a layer that runs again in backward
     keyvalues      keys and values of rows that were run, for the rows behind them

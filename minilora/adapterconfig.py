@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 
 from minilora.attach import DEFAULT, attach, iter_lora_weights
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.fields import limits, read_fields
 from minilora.files import read_json
-from minilora.lora import DropoutSeed
 from minilora.model import Qwen2ForCausalLM
 
 # Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.lora import DropoutSeed, LoRALinear, LoRAWeights, dense_weight, merged_weight
+from minilora.dropout import DropoutSeed
+from minilora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
 from minilora.nf4 import Linear4bit
 from minilora.targets import Target, choose_targets
 

@@ -24,18 +24,8 @@ R = 8 in a Qwen2.5-0.5B that is 2 %. W has no gradient product, which is a third
 B starts at zero, so an untrained adapter changes nothing, to the bit. A and B stay float32 whatever the
 compute type: a bfloat16 weight would swallow updates smaller than 1/256 of it.
 
-DoRA gives each output a trained length m of its own, in place of the length that W and the product happen to have:
-
-    y = c * (x W^T + s * drop(x) A^T B^T) + bias          c = m / n,  n = |W + s B A| by rows, (out,)
-
-n counts as constant in the gradient (its paper's section 4.3), so with z = (y - bias) / c and dz = c * dy all formulas
-above hold with dz in place of dy, and dm = sum over rows of dy * z / n = dy * (y - bias) / m. W + s B A is never made:
-
-    n^2 = |W|^2 + 2 s * rowsum(B * (W A^T)) + s^2 * rowsum((B A A^T) * B)
-
-costs one thin product more, and the lengths of W's own rows are computed once. m begins at n, so that c is 1 and an
-untrained adapter changes nothing here either. peft drops the frozen product's input too when dropout is on; here
-dropout belongs to the adapter.
+DoRA gives each output a trained length, c = m / n, with which W x and the product are multiplied together (`dora.py`).
+dz = c * dy then stands in the place of dy in all of these formulas.
 
 A trained bias takes the place of the frozen one, dbias = sum over rows of dy. A layer of which nothing but the bias is
 trained has an adapter of rank 0.
@@ -44,17 +34,15 @@ PiSSA takes the R largest singular directions out of W and trains them: y = x (W
 it is and the difference to it is written as a product of rank 2 R, [A; A0] and [B, -B0], the second half frozen: that
 is also how the adapter is saved, for everybody's W, in 4 bits or not.
 
-Dropout without state: a mask is a function of (seed, step, micro-batch, layer). Backward draws it again in
-place of keeping it, recomputed checkpoints see the same mask, and a resumed run needs no generator. Layers that
-are computed together share a mask, because it belongs to x; peft draws one for each.
+Dropout is drawn again in backward (`dropout.py`). Layers that are computed together share a mask, because it belongs to
+x; peft draws one for each.
 
-Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA), 2402.09353 (DoRA), 2404.02948 (PiSSA).
+Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA), 2404.02948 (PiSSA).
 Left out: DoRA and a trained bias of embeddings and norms; several adapters at once (of those that a layer has, one is
 active).
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,34 +50,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minilora.dora import magnitude_gradient, row_lengths, scaled
+from minilora.dropout import DropoutSeed, dropped_places
 from minilora.nf4 import Linear4bit
-
-BLOCK_ROWS = 256  # on a CPU PyTorch multiplies and sums across types by wide copies: here of so many rows, not of all
-
-
-class DropoutSeed:
-    """What the masks of one micro-batch are drawn from; shared by all LoRA layers of a model."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def set(self, seed: int, step: int, micro_batch: int) -> None:
-        """Chooses the masks of one micro-batch; a hash, so that neighbouring numbers are unrelated."""
-        digest = hashlib.blake2b(f"{seed}-{step}-{micro_batch}".encode(), digest_size=6).digest()
-        self.value = int.from_bytes(digest, "big")
-
-
-def dropped_places(shape: torch.Size, probability: float, seed: int, device: torch.device) -> torch.Tensor:
-    """Which entries dropout sets to zero: bool of `shape`, the same for the same seed and device type.
-
-    Four 16-bit draws come out of each 64-bit number, a quarter of the cost of drawing floats; the probability
-    is met to 1 / 65536.
-    """
-    generator = torch.Generator(device=device).manual_seed(seed)
-    words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)
-    draws = words.view(torch.int16)[: shape.numel()].view(shape)
-    return draws < round(probability * 65536) - 32768
 
 
 @dataclass(frozen=True)
@@ -150,9 +113,9 @@ class _Projections(torch.autograd.Function):
             dz = dy
             if w is not None:
                 own_u, (b, m, bias, c, y) = next(parts)
-                dm = None if m is None else _magnitude_gradient(dy, y, _base(layer).bias if bias is None else bias, m)
+                dm = None if m is None else magnitude_gradient(dy, y, _base(layer).bias if bias is None else bias, m)
                 dbias = None if bias is None else dy.sum(0, dtype=bias.dtype)
-                dz = dy if c is None else _scaled(dy, c, torch.empty_like(dy))
+                dz = dy if c is None else scaled(dy, c, torch.empty_like(dy))
                 s = w.scaling / (1 - ctx.dropout)
                 dus.append((dz @ b.to(dz.dtype)).mul_(s))
                 # u^T dz and not dz^T u: the wide matrix is read along its rows, in half the time.
@@ -193,39 +156,9 @@ def _forward_adapted(
     y.addmm_(x, dense.T)  # last: to add the thin product to y would read y once more
     if m is None:
         return y, None
-    c = m / _row_lengths(w, dense, a, b)
-    _scaled(y, c, y)
+    c = m / row_lengths(w.base_squares(dense), dense, a, b, w.scaling)
+    scaled(y, c, y)
     return (y if bias is None else y.add_(bias)), c
-
-
-def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of T rows each, some rows at a time; on a GPU, which makes no wide copies, all at once."""
-    rows = len(tensors[0]) if tensors[0].is_cuda else BLOCK_ROWS
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-
-
-def _scaled(x: torch.Tensor, c: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """x * c in `out`, which may be x itself: multiplied in the wider type and rounded once."""
-    for part, result in _blocks(x, out):
-        torch.mul(part, c, out=result)
-    return out
-
-
-def _row_lengths(w: "LoRAWeights", dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """n, (out,) in the dtype of B."""
-    mixed = (b * (dense @ a.T).to(b.dtype)).sum(1)
-    a = a.to(b.dtype)
-    own = ((b @ (a @ a.T)) * b).sum(1)
-    return (w.base_squares(dense) + 2 * w.scaling * mixed + w.scaling**2 * own).sqrt_()
-
-
-def _magnitude_gradient(dy: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, m: torch.Tensor) -> torch.Tensor:
-    """dm, (out,): m is as good as never 0, where the row of W would be 0 too."""
-    total = torch.zeros_like(m)
-    for dy_part, y_part in _blocks(dy, y):
-        z = y_part if bias is None else y_part - bias.to(y.dtype)
-        total += (dy_part * z).sum(0, dtype=m.dtype)
-    return total / m
 
 
 def project(x: torch.Tensor, layers: Sequence["Projection"], again: Again | None = None) -> tuple[torch.Tensor, ...]:

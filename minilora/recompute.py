@@ -15,7 +15,7 @@ class _Recomputed(torch.autograd.Function):
     """A layer that keeps its input alone and runs again in backward.
 
     Its second run gets the same dropout masks: they are a function of a seed that stays set until the next micro-batch
-    (`lora.DropoutSeed`). The trained parameters are inputs too, because the first layer's rows need no gradient, and a
+    (`dropout.py`). The trained parameters are inputs too, because the first layer's rows need no gradient, and a
     function of which no input needs one has no backward.
     """
 

@@ -35,11 +35,11 @@ from minilora.config import Config
 from minilora.console import progress, say, warn
 from minilora.data import SPLITS, epoch_order
 from minilora.distributed import ALONE, Ranks
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.files import explained
 from minilora.initial import BY_WEIGHTS, initialise
 from minilora.load import freed_memory_returned
-from minilora.lora import DropoutSeed
 from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer

@@ -23,7 +23,7 @@ import torch
 
 from minilora.batch import MicroBatch
 from minilora.distributed import ALONE, Ranks
-from minilora.lora import DropoutSeed
+from minilora.dropout import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, parameters_of, set_rate

@@ -18,9 +18,9 @@ from minilora import step as step_module
 from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import cut_shares, pack
 from minilora.distributed import ALONE, LostRankError, Ranks, with_ranks
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.lora import DropoutSeed
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.script import Interrupted, run_script

@@ -28,9 +28,9 @@ from minilora.checkpoint import (
     state_digests,
     step_of,
 )
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.files import StorageError, json_bytes
-from minilora.lora import DropoutSeed
 from minilora.manifest import read_manifest, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer

@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from minilora.dora import BLOCK_ROWS
+from minilora.dropout import DropoutSeed, dropped_places
 from minilora.lora import (
-    BLOCK_ROWS,
     Again,
-    DropoutSeed,
     LoRALinear,
     LoRAWeights,
-    dropped_places,
     merged_weight,
     project,
 )

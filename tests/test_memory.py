@@ -19,8 +19,8 @@ from conftest import write_checkpoint
 from minilora import memory
 from minilora.attach import attach, parameter_groups
 from minilora.batch import MicroBatch, pack
+from minilora.dropout import DropoutSeed
 from minilora.load import load_model, read_config
-from minilora.lora import DropoutSeed
 from minilora.memory import (
     CONTEXT_BYTES,
     Ledger,

@@ -20,8 +20,8 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.batch import pack
 from minilora.config import Config, load_config
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.lora import DropoutSeed
 from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit, quantize

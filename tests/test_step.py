@@ -11,7 +11,7 @@ import torch
 from minilora import step as step_module
 from minilora.attach import attach, lora_parameters, parameter_groups
 from minilora.batch import pack
-from minilora.lora import DropoutSeed
+from minilora.dropout import DropoutSeed
 from minilora.loss import head_logits, next_token_nll
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.optim import build_optimizer

@@ -15,10 +15,10 @@ from minilora.adapter import adapter_files, load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights, parameter_groups
 from minilora.batch import pack
+from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.initial import initialise
 from minilora.load import load_model
-from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.optim import build_optimizer
 from minilora.prompt import Example

@@ -9,8 +9,8 @@ import torch
 
 from minilora.attach import attach, parameter_groups
 from minilora.batch import pack
+from minilora.dropout import DropoutSeed
 from minilora.load import load_model
-from minilora.lora import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer, lr_at
