@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_checkpoint
 
 from minilora import memory
 from minilora.attach import attach, parameter_groups
@@ -35,6 +34,7 @@ from minilora.nf4 import Linear4bit
 from minilora.optim import build_optimizer, moments_bytes
 from minilora.prompt import Example
 from minilora.step import train_step
+from tests.conftest import write_checkpoint
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ledger.py"
 

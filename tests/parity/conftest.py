@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minilora.prompt import ChatTokenizer, Example
-from parity.reference import build_examples, write_reference
+from tests.parity.reference import build_examples, write_reference
 
 
 @pytest.fixture(autouse=True)

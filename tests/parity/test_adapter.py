@@ -23,7 +23,7 @@ from minilora.loss import next_token_nll
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.step import train_step
-from parity.reference import (
+from tests.parity.reference import (
     load_reference,
     our_logits,
     our_tensors,

@@ -12,7 +12,7 @@ from transformers.generation import logits_process
 from minilora.generate import Context, candidates, generate, penalize
 from minilora.load import load_model
 from minilora.prompt import ChatTokenizer
-from parity.reference import VOCAB_SIZE, load_reference
+from tests.parity.reference import VOCAB_SIZE, load_reference
 
 pytestmark = pytest.mark.parity
 REAL_MODEL = os.environ.get("MINILORA_REAL_MODEL")

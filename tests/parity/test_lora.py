@@ -16,7 +16,7 @@ from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer, lr_at
 from minilora.prompt import Example
 from minilora.step import train_step
-from parity.reference import (
+from tests.parity.reference import (
     load_reference,
     our_tensors,
     peft_tensors,

@@ -14,7 +14,7 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.load import load_model
 from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
 from minilora.prompt import ChatTokenizer, Example
-from parity.reference import (
+from tests.parity.reference import (
     build_examples,
     load_reference,
     our_logits,

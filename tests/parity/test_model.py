@@ -15,7 +15,7 @@ from minilora.evaluate import score
 from minilora.load import load_model
 from minilora.loss import next_token_nll
 from minilora.prompt import ChatTokenizer, Example
-from parity.reference import (
+from tests.parity.reference import (
     VOCAB_SIZE,
     build_examples,
     build_prompt,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import minilora
 from minilora.config import PromptSection
 from minilora.prompt import ROLES, ChatTokenizer, chat_example
-from parity.reference import REVIEWS, build_prompt
+from tests.parity.reference import REVIEWS, build_prompt
 
 DEFAULT_SYSTEM = PromptSection().system
 pytestmark = pytest.mark.parity

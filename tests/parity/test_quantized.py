@@ -13,7 +13,7 @@ from minilora.load import load_model
 from minilora.prompt import Example
 from minilora.quantized import save_quantized
 from minilora.tensorfile import read_checkpoint_entries
-from parity.reference import load_reference, our_logits, reference_logits
+from tests.parity.reference import load_reference, our_logits, reference_logits
 
 pytestmark = pytest.mark.parity
 

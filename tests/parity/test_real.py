@@ -18,7 +18,7 @@ from minilora.load import load_model
 from minilora.loss import head_logits, next_token_nll
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
-from parity.reference import (
+from tests.parity.reference import (
     build_examples,
     example_rows,
     load_reference,

@@ -11,7 +11,7 @@ import pytest
 
 from minilora.data import prepare
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def call(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

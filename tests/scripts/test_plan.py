@@ -21,8 +21,8 @@ from minilora.plan import count_config
 from minilora.rows import Row, read_rows
 from minilora.sizes import SIZES
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "plan.py"
-RECIPE = Path(__file__).parents[1] / "scripts" / "configs" / "chnsenticorp.yaml"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+RECIPE = Path(__file__).parents[2] / "scripts" / "configs" / "chnsenticorp.yaml"
 Plan = Callable[..., str]
 
 

@@ -13,7 +13,7 @@ from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.manifest import read_manifest, verify_folder
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "quantize.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 Quantize = Callable[..., str]
 
 

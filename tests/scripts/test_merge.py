@@ -23,7 +23,7 @@ from minilora.load import load_model
 from minilora.manifest import read_manifest, verify_folder
 from minilora.quantized import save_quantized
 from minilora.train import fit
-from tests.test_evaluate_script import SCRIPTS, load_script
+from tests.scripts.test_evaluate import SCRIPTS, load_script
 
 Merge = Callable[..., dict[str, Any]]
 KEYS = (

@@ -19,7 +19,7 @@ from minilora.files import StorageError, sha256
 from minilora.train import fit
 from minilora.trained import warn_of_another_test_set
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 Evaluate = Callable[..., dict[str, Any]]
 KEYS = (
     "lora.r=2",

@@ -17,7 +17,7 @@ from minilora.attach import iter_lora_weights
 from minilora.load import load_model
 from minilora.prompt import ChatTokenizer
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "chat.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.py"
 LIMIT = ("--max-new-tokens", "8")
 
 

@@ -28,7 +28,7 @@ from minilora.predict import Prediction
 from minilora.train import fit
 from tests.conftest import make_reviews
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 KEYS = (
     "lora.r=2",
     "model.compute_dtype=float32",
