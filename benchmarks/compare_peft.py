@@ -32,7 +32,7 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 
 from minilora.errors import UserError
 from minilora.load import read_config
-from minilora.script import run_script
+from minilora.system.cli import run_script
 
 HERE = Path(__file__).parent
 OURS = "minilora"

@@ -19,7 +19,7 @@ from meter import Meter
 from workload import Workload, pad, record
 
 from minilora.errors import UserError
-from minilora.script import run_script
+from minilora.system.cli import run_script
 
 # Small, so that rounding stays rounding: AdamW's first steps move every entry of B by the whole rate in the direction
 # of its gradient's sign, and at 2e-4 two bfloat16 runs of equal systems part after three steps. It costs no time.

@@ -25,7 +25,7 @@ from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.load import load_model
 from minilora.prompt import Example
-from minilora.script import run_script
+from minilora.system.cli import run_script
 
 OURS = "minilora"
 # Two bfloat16 runs of the same model, padded and packed, differ in the logits' last bits: 0.06 at a logit of 16, and

@@ -24,7 +24,7 @@ from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.loss import next_token_nll
 from minilora.prompt import Example
-from minilora.script import run_script
+from minilora.system.cli import run_script
 
 LOSS_TOLERANCE = 1e-4  # relative
 GRADIENT_TOLERANCE = 1e-3  # relative, the norm of a tensor's difference

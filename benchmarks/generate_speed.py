@@ -30,7 +30,7 @@ from minilora.generate import Context, generate, speed_up
 from minilora.load import load_model
 from minilora.nf4 import Linear4bit
 from minilora.prompt import ChatTokenizer
-from minilora.script import run_script
+from minilora.system.cli import run_script
 
 QUESTIONS = (
     "用三句话介绍杭州。",

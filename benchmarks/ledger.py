@@ -32,8 +32,8 @@ from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
 from minilora.optim import build_optimizer
 from minilora.plan import BatchShape, config_ledger, count_config
 from minilora.prompt import Example
-from minilora.script import run_script
 from minilora.step import train_step
+from minilora.system.cli import run_script
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (

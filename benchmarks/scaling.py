@@ -30,8 +30,8 @@ from minilora.dropout import DropoutSeed
 from minilora.load import load_model
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
-from minilora.script import run_script
 from minilora.step import train_step
+from minilora.system.cli import run_script
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import torch
 from minilora.attach import DEFAULT, attach, iter_lora_weights
 from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.fields import limits, read_fields
-from minilora.files import read_json
 from minilora.model import Qwen2ForCausalLM
+from minilora.system.files import read_json
+from minilora.system.schema import limits, read_fields
 
 # Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.
 NEUTRAL_KEYS = frozenset(

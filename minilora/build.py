@@ -15,14 +15,14 @@ import torch
 from minilora.adapterconfig import AdapterConfig
 from minilora.cache import load_through_cache
 from minilora.config import Config
-from minilora.console import progress
-from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.rows import Row, as_label, read_rows
+from minilora.system.console import progress
+from minilora.system.distributed import ALONE, Ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

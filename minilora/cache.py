@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from minilora import bnb
-from minilora.console import warn
 from minilora.errors import UserError
-from minilora.files import lock_folder, sha256_once
 from minilora.load import load_model
-from minilora.manifest import read_manifest, recover_folders, verify_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.quantized import COMPANIONS, is_quantized, write_quantized
+from minilora.system.console import warn
+from minilora.system.files import lock_folder, sha256_once
+from minilora.system.manifest import read_manifest, recover_folders, verify_folder
 from minilora.tensorfile import dtype_name
 
 FORMAT = 1  # raised when the same weights would be quantised to other bits

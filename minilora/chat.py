@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from minilora.errors import UserError
-from minilora.fields import limits, read_fields
-from minilora.files import read_json
 from minilora.generate import Context, generate
 from minilora.memory import is_out_of_memory
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer
+from minilora.system.files import read_json
+from minilora.system.schema import limits, read_fields
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -30,10 +30,10 @@ from minilora.adapter import adapter_files, load_adapter_weights
 from minilora.adapterconfig import AdapterConfig
 from minilora.attach import lora_parameters
 from minilora.errors import UserError
-from minilora.files import WRITING, explained, json_bytes, read_json, remove
-from minilora.manifest import read_manifest, verify_folder, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer
+from minilora.system.files import WRITING, explained, json_bytes, read_json, remove
+from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.tensorfile import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from minilora.errors import UserError
-from minilora.fields import coerce, default_of, limits, takes_text, type_name
-from minilora.yamlfile import parse_yaml, read_yaml
+from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
+from minilora.system.yamlfile import parse_yaml, read_yaml
 
 
 def key(default: Any, meaning: str, **within: float) -> Any:

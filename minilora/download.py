@@ -32,10 +32,10 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_url, snapshot_download, utils
 from huggingface_hub.file_download import are_symlinks_supported, http_get, repo_folder_name
 
-from minilora.console import is_quiet, progress, warn
 from minilora.errors import UserError
-from minilora.files import sha256_once
-from minilora.script import DISK_ERRORS
+from minilora.system.cli import DISK_ERRORS
+from minilora.system.console import is_quiet, progress, warn
+from minilora.system.files import sha256_once
 
 PARALLEL = 8  # files at a time, as many as huggingface-hub takes
 NO_SUCH_RANGE = 416

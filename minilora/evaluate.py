@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from minilora.batch import MicroBatch, common_prefix, pack
-from minilora.distributed import ALONE, Ranks
 from minilora.keyvalues import KeyValues
 from minilora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
+from minilora.system.distributed import ALONE, Ranks
 
 T = TypeVar("T")
 

@@ -24,11 +24,8 @@ from minilora.batch import pack
 from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
-from minilora.console import progress, say, warn
 from minilora.errors import UserError
 from minilora.evaluate import Scores, score
-from minilora.files import StorageError, json_bytes, replace_file
-from minilora.manifest import write_folder
 from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
@@ -36,6 +33,9 @@ from minilora.plan import run_ledger
 from minilora.report import Report, render_report
 from minilora.run import Run, check_best, share_adapter
 from minilora.runlog import read_metrics
+from minilora.system.console import progress, say, warn
+from minilora.system.files import StorageError, json_bytes, replace_file
+from minilora.system.manifest import write_folder
 
 CHECKED_EXAMPLES = 8  # whose hidden states the adapter that was written has to give
 # Keys that change nothing in the course of a run, and yet what is in its final folder.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minilora.data import SPLITS, split_of
 from minilora.errors import UserError
-from minilora.files import WRITING
+from minilora.system.files import WRITING
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.

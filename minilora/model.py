@@ -35,11 +35,11 @@ from torch.nn import functional as F
 from minilora import ops
 from minilora.batch import MicroBatch, SegmentGroup, pack_rows
 from minilora.errors import UserError
-from minilora.fields import limits, read_fields
 from minilora.keyvalues import KeyValues
 from minilora.lora import Again, project
 from minilora.ops import HeadGroup
 from minilora.recompute import run_twice
+from minilora.system.schema import limits, read_fields
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from minilora.config import CUTS, Config, changed_keys
-from minilora.console import warn
 from minilora.data import SPLITS
 from minilora.errors import UserError
-from minilora.files import read_json, sha256, sha256_once
+from minilora.system.console import warn
+from minilora.system.files import read_json, sha256, sha256_once
 from minilora.tensorfile import dtype_name
 
 

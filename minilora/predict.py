@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.evaluate import Prefix, label_probabilities
 from minilora.memory import is_out_of_memory
 from minilora.model import Qwen2ForCausalLM
 from minilora.prompt import ClassificationPrompt, Example
 from minilora.rows import Row
+from minilora.system.distributed import ALONE, Ranks
 
 FIRST_WINDOW = 16  # reviews; each window has twice as many as the one before
 LAST_WINDOW = 256

@@ -32,15 +32,11 @@ from minilora.checkpoint import (
     read_state,
 )
 from minilora.config import Config
-from minilora.console import progress, say, warn
 from minilora.data import SPLITS, epoch_order
-from minilora.distributed import ALONE, Ranks
 from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.files import explained
 from minilora.initial import BY_WEIGHTS, initialise
 from minilora.load import freed_memory_returned
-from minilora.manifest import DAMAGED, set_aside
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.origin import (
@@ -52,6 +48,10 @@ from minilora.origin import (
     refuse_another_run,
 )
 from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.system.console import progress, say, warn
+from minilora.system.distributed import ALONE, Ranks
+from minilora.system.files import explained
+from minilora.system.manifest import DAMAGED, set_aside
 from minilora.tensorfile import dtype_name
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")

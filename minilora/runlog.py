@@ -17,9 +17,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minilora.console import progress
 from minilora.errors import UserError
-from minilora.files import explained, replace_file
+from minilora.system.console import progress
+from minilora.system.files import explained, replace_file
 from minilora.trackers import Tracker
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")

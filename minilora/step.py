@@ -22,11 +22,11 @@ from typing import cast
 import torch
 
 from minilora.batch import MicroBatch
-from minilora.distributed import ALONE, Ranks
 from minilora.dropout import DropoutSeed
 from minilora.loss import next_token_nll
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import Optimizer, parameters_of, set_rate
+from minilora.system.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from minilora.errors import UserError
-from minilora.files import parse_json, read_json
+from minilora.system.files import parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minilora.console import say, warn
 from minilora.errors import UserError
-from minilora.files import make_folder, replace_file
+from minilora.system.console import say, warn
+from minilora.system.files import make_folder, replace_file
 
 PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
 

@@ -28,20 +28,20 @@ from minilora.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
 from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
 from minilora.config import Config
-from minilora.console import say
-from minilora.distributed import ALONE, LostRankError, Ranks
 from minilora.errors import UserError
-from minilora.files import StorageError, lock_folder, make_folder
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
-from minilora.manifest import recover_folders
 from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.optim import lr_at
 from minilora.origin import current_origin
 from minilora.plan import run_ledger
 from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
 from minilora.runlog import NoLog, RunLog, read_metrics
-from minilora.script import Interrupted, SafePoints
 from minilora.step import train_step
+from minilora.system.cli import Interrupted, SafePoints
+from minilora.system.console import say
+from minilora.system.distributed import ALONE, LostRankError, Ranks
+from minilora.system.files import StorageError, lock_folder, make_folder
+from minilora.system.manifest import recover_folders
 from minilora.trackers import Tracker, check_tracker, open_tracker
 
 

@@ -27,17 +27,17 @@ from minilora.build import (
     read_split,
 )
 from minilora.config import Config, config_from_dict
-from minilora.console import progress, warn
-from minilora.distributed import ALONE, Ranks
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.files import read_json, sha256
 from minilora.hub import PACKAGE_ASSETS, fetch_model
-from minilora.manifest import MANIFEST
 from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import read_rows
+from minilora.system.console import progress, warn
+from minilora.system.distributed import ALONE, Ranks
+from minilora.system.files import read_json, sha256
+from minilora.system.manifest import MANIFEST
 
 # Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
 KEYS_READ = (

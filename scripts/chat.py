@@ -3,7 +3,7 @@
 Where standard input is no terminal, each of its lines is a turn of the conversation.
 """
 
-from minilora.script import Interrupted, Interruptible, answer_signals, build_parser, run_script
+from minilora.system.cli import Interrupted, Interruptible, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -23,13 +23,13 @@ import torch
 from minilora.attach import adapter_disabled
 from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
-from minilora.console import say, uses_colour, warn
-from minilora.distributed import without_ranks
 from minilora.errors import UserError
-from minilora.fields import coerce
 from minilora.generate import speed_up
 from minilora.lines import iter_lines
 from minilora.model import Qwen2ForCausalLM
+from minilora.system.console import say, uses_colour, warn
+from minilora.system.distributed import without_ranks
+from minilora.system.schema import coerce
 from minilora.trained import Trained, is_base, open_base, open_trained
 
 EXAMPLES = """\

@@ -1,6 +1,6 @@
 """Downloads ChnSentiCorp from the hub (or a mirror: HF_ENDPOINT) as train, validation and test files."""
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds

@@ -3,7 +3,7 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
 """
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -20,9 +20,7 @@ from minilora.answers import Answers
 from minilora.attach import adapter_disabled
 from minilora.build import Examples, choose_device
 from minilora.config import Config
-from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
-from minilora.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics, mcnemar_test
 from minilora.model import Qwen2ForCausalLM
@@ -30,6 +28,8 @@ from minilora.origin import model_digests
 from minilora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report
 from minilora.rows import ENCODINGS
+from minilora.system.distributed import ALONE, Ranks, with_ranks
+from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\

@@ -1,6 +1,6 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -12,12 +12,12 @@ from pathlib import Path
 from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
-from minilora.console import uses_colour
 from minilora.data import epoch_order
 from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
+from minilora.system.console import uses_colour
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GREEN, RESET = "\033[1;32m", "\033[0m"

@@ -5,7 +5,7 @@ the probabilities of their labels move, of the adapter on its base as it was tra
 last line is JSON; the table is in OUTPUT/drift.json too. What is written is dense, never put in 4 bits again.
 """
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -21,14 +21,10 @@ import numpy as np
 import torch
 
 from minilora.build import Examples, choose_device, choose_dtype
-from minilora.console import progress, say, warn
-from minilora.distributed import without_ranks
 from minilora.drift import drift, render_drift
 from minilora.errors import UserError
-from minilora.files import WRITING, explained, json_bytes, make_folder, remove, write_file
 from minilora.ggufile import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.load import load_model
-from minilora.manifest import finish_folder
 from minilora.merge import (
     DEQUANTIZED,
     DTYPES,
@@ -42,6 +38,10 @@ from minilora.merge import (
     write_merged,
 )
 from minilora.rows import ENCODINGS
+from minilora.system.console import progress, say, warn
+from minilora.system.distributed import without_ranks
+from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file
+from minilora.system.manifest import finish_folder
 from minilora.tensorfile import dtype_name
 from minilora.trained import Trained, open_trained
 

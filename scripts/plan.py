@@ -4,7 +4,7 @@ A model is named by its size, a folder or a name on the hub, of which config.jso
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -29,7 +29,6 @@ from minilora.budget import (
     uniform_shapes,
 )
 from minilora.config import Config, load_config
-from minilora.console import say
 from minilora.errors import UserError
 from minilora.hub import fetch_model, local_folder
 from minilora.load import read_config
@@ -38,6 +37,7 @@ from minilora.model import Qwen2Config
 from minilora.prompt import ChatTokenizer
 from minilora.rows import ENCODINGS, Row, read_rows
 from minilora.sizes import SIZES, hub_name, size_of
+from minilora.system.console import say
 from minilora.tensorfile import dtype_name
 
 RECIPE = Path(__file__).parent / "configs" / "chnsenticorp.yaml"

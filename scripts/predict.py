@@ -3,7 +3,7 @@
 The probabilities are the model's own softmax over the label words; nothing has calibrated them.
 """
 
-from minilora.script import Interrupted, SafePoints, answer_signals, build_parser, run_script
+from minilora.system.cli import Interrupted, SafePoints, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -22,14 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from minilora.console import emit, progress, say, warn
-from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS
-from minilora.files import GrowingFile, make_folder
 from minilora.lines import count_lines, iter_lines
 from minilora.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.rows import ENCODINGS, Row, iter_line_rows, iter_texts
+from minilora.system.console import emit, progress, say, warn
+from minilora.system.distributed import ALONE, Ranks, with_ranks
+from minilora.system.files import GrowingFile, make_folder
 from minilora.trained import Trained, is_base, open_base, open_trained
 
 STANDARD_INPUT = Path("-")

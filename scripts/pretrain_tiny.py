@@ -12,7 +12,7 @@ Three objectives, all made from the text alone:
                   are answers and, on purpose, nothing about when: the model starts at chance.
 """
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -33,13 +33,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn import functional as F
 
 from minilora.batch import pack
-from minilora.console import progress, say
 from minilora.data import SPLIT_SEED, clean_rows, split_rows
 from minilora.errors import UserError
-from minilora.files import make_folder
 from minilora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.prompt import ChatTokenizer, Example
 from minilora.rows import read_demo_rows
+from minilora.system.console import progress, say
+from minilora.system.files import make_folder
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
 SEED = 42

@@ -1,6 +1,6 @@
 """Writes a base model in 4 bits, once, as a checkpoint that loads in a second here and opens in transformers."""
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from minilora.build import DTYPES, build_model, choose_device
 from minilora.config import load_config
-from minilora.distributed import without_ranks
 from minilora.errors import UserError
-from minilora.files import make_folder
 from minilora.hub import fetch_model
 from minilora.nf4 import LEVELS
 from minilora.quantized import is_quantized, write_quantized
+from minilora.system.distributed import without_ranks
+from minilora.system.files import make_folder
 
 EXAMPLES = """\
 examples:

@@ -1,6 +1,6 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
 
-from minilora.script import answer_signals, build_parser, run_script
+from minilora.system.cli import answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from minilora.config import Config, describe_keys, load_config
-from minilora.console import say
 from minilora.data import SPLITS, prepare, prepare_demo, recover_splits
-from minilora.distributed import ALONE, Ranks, with_ranks
 from minilora.errors import UserError
 from minilora.hub import fetch_dataset, fetch_model
 from minilora.plan import print_plan
+from minilora.system.console import say
+from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from minilora import step as step_module
 from minilora.attach import lora_parameters, parameter_groups
 from minilora.batch import cut_shares, pack
-from minilora.distributed import ALONE, LostRankError, Ranks, with_ranks
 from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
-from minilora.script import Interrupted, run_script
 from minilora.step import train_step
+from minilora.system.cli import Interrupted, run_script
+from minilora.system.distributed import ALONE, LostRankError, Ranks, with_ranks
 from tests.test_step import build, examples
 
 Found = dict[str, Any]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.files import sha256
 from minilora.hub import fetch_model
 from minilora.load import load_model
 from minilora.prompt import ChatTokenizer
+from minilora.system.files import sha256
 from minilora.tensorfile import read_header
 
 FOLDER = fetch_model("minilora/assets/tiny-qwen2.5")

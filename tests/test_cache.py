@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError
 
 from minilora import cache as cache_module
-from minilora import files, quantized
+from minilora import quantized
 from minilora.cache import load_through_cache
-from minilora.files import lock_folder
 from minilora.load import load_model
-from minilora.manifest import read_manifest, verify_folder
 from minilora.origin import model_digests
 from minilora.quantized import save_quantized
+from minilora.system import files
+from minilora.system.files import lock_folder
+from minilora.system.manifest import read_manifest, verify_folder
 
 How = tuple[torch.dtype, str, bool]
 NF4: How = (torch.bfloat16, "nf4", True)

@@ -30,12 +30,12 @@ from minilora.checkpoint import (
 )
 from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes
-from minilora.manifest import read_manifest, write_folder
 from minilora.model import Qwen2ForCausalLM
 from minilora.optim import build_optimizer
 from minilora.prompt import Example
 from minilora.step import train_step
+from minilora.system.files import StorageError, json_bytes
+from minilora.system.manifest import read_manifest, write_folder
 
 ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")
 LoadModel = Callable[..., Qwen2ForCausalLM]

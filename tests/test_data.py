@@ -26,8 +26,8 @@ from minilora.data import (
     split_rows,
 )
 from minilora.errors import UserError
-from minilora.files import StorageError, lock_folder, sha256
 from minilora.rows import Row, read_rows
+from minilora.system.files import StorageError, lock_folder, sha256
 
 
 def rows_of(*pairs: tuple[str, int]) -> list[Row]:

@@ -27,7 +27,7 @@ from minilora.download import PARALLEL, download_snapshot
 from minilora.errors import UserError
 from minilora.hub import MODEL_FILES, SUBFOLDERS, downloaded_files
 from minilora.quantized import COMPANIONS
-from minilora.script import GRACE_S
+from minilora.system.cli import GRACE_S
 from tests.local_hub import COMMIT, Fault, LocalHub
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -55,7 +55,7 @@ FETCH = """
 import json, sys, time
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
-from minilora import console
+from minilora.system import console
 from minilora.errors import UserError
 from minilora.hub import fetch_model
 console.set_quiet("--quiet" in sys.argv)

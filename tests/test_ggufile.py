@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
-from minilora.files import StorageError
 from minilora.ggufile import KINDS, check_gguf, gguf_bytes, write_gguf
+from minilora.system.files import StorageError
 
 Checkpoint = Callable[..., Path]
 LAYER_NAMES = {  # llama.cpp's src/llama-arch.cpp, LLM_ARCH_QWEN2

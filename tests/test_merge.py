@@ -22,9 +22,7 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
 from minilora.batch import pack
 from minilora.errors import UserError
-from minilora.files import StorageError
 from minilora.load import load_model
-from minilora.manifest import write_folder
 from minilora.merge import (
     DEQUANTIZED,
     ORIGINAL,
@@ -40,6 +38,8 @@ from minilora.model import Qwen2ForCausalLM
 from minilora.nf4 import Linear4bit
 from minilora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.quantized import save_quantized
+from minilora.system.files import StorageError
+from minilora.system.manifest import write_folder
 from tests.conftest import make_reviews
 
 Checkpoint = Callable[..., Path]

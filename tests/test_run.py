@@ -18,24 +18,25 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from minilora import console, train
 from minilora import final as final_module
 from minilora import run as run_module
 from minilora import step as step_module
+from minilora import train
 from minilora.adapter import adapter_files
 from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.data import SPLITS
-from minilora.distributed import Ranks
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes, lock_folder, sha256
-from minilora.manifest import read_manifest, verify_folder, write_folder
 from minilora.origin import read_origin, read_saved_config
 from minilora.run import set_run_aside
 from minilora.runlog import MEASURED_KEYS, read_metrics
-from minilora.script import Interrupted
 from minilora.step import StepResult
+from minilora.system import console
+from minilora.system.cli import Interrupted
+from minilora.system.distributed import Ranks
+from minilora.system.files import StorageError, json_bytes, lock_folder, sha256
+from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.trackers import Tracker
 from minilora.train import fit
 

@@ -10,8 +10,8 @@ import pytest
 
 from minilora import runlog
 from minilora.errors import UserError
-from minilora.files import StorageError
 from minilora.runlog import RunLog, read_metrics
+from minilora.system.files import StorageError
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minilora.checkpoint import damage_of, list_checkpoints
-from minilora.manifest import recover_folders, verify_folder
+from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
 
 COUNTS = pytest.StashKey[list[str]]()

@@ -222,8 +222,8 @@ def _serve() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from minilora.distributed import with_ranks
-    from minilora.script import run_script
+    from minilora.system.cli import run_script
+    from minilora.system.distributed import with_ranks
 
     assert threading.active_count() == 1
     print("ready", flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minilora.files import WRITING
+from minilora.system.files import WRITING
 from tests.faults.runner import Runs
 
 Count = Callable[[str], None]

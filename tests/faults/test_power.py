@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.manifest import recover_folders
 from minilora.run import _find_checkpoint
+from minilora.system.manifest import recover_folders
 from tests.faults.runner import Runs
 
 ROOT = PurePosixPath("checkpoints")

@@ -12,8 +12,8 @@ from minilora import step as step_module
 from minilora.checkpoint import damage_of
 from minilora.config import load_config
 from minilora.loss import next_token_nll
-from minilora.script import Interrupted, SafePoints
 from minilora.step import StepResult
+from minilora.system.cli import Interrupted, SafePoints
 from minilora.train import fit
 from tests.faults.conftest import outcome
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.errors import UserError
-from minilora.files import StorageError, sha256
+from minilora.system.files import StorageError, sha256
 from minilora.train import fit
 from minilora.trained import warn_of_another_test_set
 

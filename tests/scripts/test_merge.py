@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from minilora import build
 from minilora.config import load_config
 from minilora.errors import UserError
-from minilora.files import WRITING, StorageError
 from minilora.load import load_model
-from minilora.manifest import read_manifest, verify_folder
 from minilora.quantized import save_quantized
+from minilora.system.files import WRITING, StorageError
+from minilora.system.manifest import read_manifest, verify_folder
 from minilora.train import fit
 from tests.scripts.test_evaluate import SCRIPTS, load_script
 

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
-from minilora.console import set_quiet
 from minilora.errors import UserError
 from minilora.predict import Prediction
+from minilora.system.console import set_quiet
 from minilora.train import fit
 from tests.conftest import make_reviews
 

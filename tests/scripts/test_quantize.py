@@ -11,7 +11,7 @@ import torch
 
 from minilora.errors import UserError
 from minilora.load import load_model
-from minilora.manifest import read_manifest, verify_folder
+from minilora.system.manifest import read_manifest, verify_folder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 Quantize = Callable[..., str]

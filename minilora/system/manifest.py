@@ -23,7 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.files import WRITING, StorageError, explained, hash_file, json_bytes, remove, sha256, sync, write_file
+from minilora.system.files import (
+    WRITING,
+    StorageError,
+    explained,
+    hash_file,
+    json_bytes,
+    remove,
+    sha256,
+    sync,
+    write_file,
+)
 
 MANIFEST = "manifest.json"
 REPLACED, DAMAGED = ".replaced-", "damaged-"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from minilora import console, script
-from minilora.script import build_parser
+from minilora.system import cli, console
+from minilora.system.cli import build_parser
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,10 @@ def test_one_that_another_process_speaks_for_says_nothing(capfd: pytest.CaptureF
     console.warn("note: look at this")
     with console.progress("train", 3, "step") as bar:
         bar.update(3)
-    script._write("stopped at once")
+    cli._write("stopped at once")
     assert capfd.readouterr() == ("", "")
     console.set_silent(False)
-    script._write("stopped at once")
+    cli._write("stopped at once")
     assert capfd.readouterr() == ("", "stopped at once")
 
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from minilora import distributed
-from minilora.distributed import ALONE, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
 from minilora.errors import UserError
 from minilora.runlog import MEASURED_KEYS, read_metrics
+from minilora.system import distributed
+from minilora.system.distributed import ALONE, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
 from tests.conftest import make_reviews
 from tests.faults.runner import Runs
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minilora.console import warn
 from minilora.errors import UserError
+from minilora.system.console import warn
 
 try:
     import fcntl

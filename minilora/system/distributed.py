@@ -52,9 +52,9 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch.distributed.rendezvous import rendezvous
 
-from minilora.console import set_silent
 from minilora.errors import UserError
-from minilora.script import Interrupted
+from minilora.system.cli import Interrupted
+from minilora.system.console import set_silent
 
 T = TypeVar("T")
 

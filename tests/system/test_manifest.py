@@ -13,10 +13,17 @@ from typing import Any
 
 import pytest
 
-from minilora import manifest
 from minilora.errors import UserError
-from minilora.files import StorageError, json_bytes
-from minilora.manifest import finish_folder, read_manifest, recover_folders, set_aside, verify_folder, write_folder
+from minilora.system import manifest
+from minilora.system.files import StorageError, json_bytes
+from minilora.system.manifest import (
+    finish_folder,
+    read_manifest,
+    recover_folders,
+    set_aside,
+    verify_folder,
+    write_folder,
+)
 
 OLD = {"a": b"old", "b": b"older"}
 NEW = {"a": b"new", "c": b"newer\n"}

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from minilora import script
 from minilora.errors import UserError
-from minilora.script import Interrupted, Interruptible, SafePoints, Stopped, run_script
+from minilora.system import cli
+from minilora.system.cli import Interrupted, Interruptible, SafePoints, Stopped, run_script
 
 TEXT = "负面 é 😀"
 FULL = "cannot be read or written (No space left on device); check path, room and rights"
-HEAD = "import errno, json, os, signal, sys, time\nfrom minilora import script\n"
-HEAD += "from minilora.errors import UserError\nfrom minilora.script import Interrupted, SafePoints, run_script\n"
+HEAD = "import errno, json, os, signal, sys, time\nfrom minilora.system import cli\n"
+HEAD += "from minilora.errors import UserError\nfrom minilora.system.cli import Interrupted, SafePoints, run_script\n"
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
+SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.py"))
 STATUSES = [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)]
 
 no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
@@ -151,7 +151,7 @@ def test_a_disk_error_is_a_message_with_the_file() -> None:
     assert done.stderr == f"error: out/a.json: {FULL}\n"
 
 
-@pytest.mark.parametrize("number", sorted(script.DISK_ERRORS))
+@pytest.mark.parametrize("number", sorted(cli.DISK_ERRORS))
 def test_what_path_room_or_rights_may_be_to_blame_for_is_a_message(number: int) -> None:
     done = run(f"raise OSError({number}, os.strerror({number}), 'out/a.json')")
     assert done.returncode == 2
@@ -183,18 +183,18 @@ def test_a_signal_ends_a_script_at_once(name: str, status: int) -> None:
 def test_a_script_answers_signals_before_it_imports_anything_else(path: Path) -> None:
     _, first, second, *_ = ast.parse(path.read_text("utf-8")).body
     assert isinstance(first, ast.ImportFrom)
-    assert first.module == "minilora.script"
+    assert first.module == "minilora.system.cli"
     assert ast.unparse(second) == "if __name__ == '__main__':\n    answer_signals()"
 
 
-# Runs a script, and sends a signal when it begins its N-th import after `minilora.script`.
+# Runs a script, and sends a signal when it begins its N-th import after `minilora.system.cli`.
 STRIKE = """
 import os, runpy, sys
 path, signum, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 class Striking:
     imports = 0
     def find_spec(self, name, *_):
-        self.imports += "minilora.script" in sys.modules and "answer_signals" in vars(sys.modules["minilora.script"])
+        self.imports += "minilora.system.cli" in sys.modules and "answer_signals" in vars(sys.modules["minilora.system.cli"])
         if self.imports == count:
             os.kill(os.getpid(), signum)
 sys.meta_path.insert(0, Striking())
@@ -233,7 +233,7 @@ def test_a_signal_from_outside_ends_a_script_that_still_imports() -> None:
         [sys.executable, "-X", "importtime", script_path], stderr=subprocess.PIPE, encoding="utf-8"
     )
     assert process.stderr is not None
-    while "minilora.script" not in (line := process.stderr.readline()):  # it has been imported
+    while "minilora.system.cli" not in (line := process.stderr.readline()):  # it has been imported
         assert line
     for _ in range(100):
         assert process.stderr.readline()
@@ -246,7 +246,7 @@ def test_a_signal_from_outside_ends_a_script_that_still_imports() -> None:
 
 @no_windows
 def test_a_signal_that_is_ignored_is_ignored_while_a_script_imports() -> None:
-    body = f"{HEAD}script.answer_signals()\nos.kill(os.getpid(), signal.SIGINT)\nprint('done')"
+    body = f"{HEAD}cli.answer_signals()\nos.kill(os.getpid(), signal.SIGINT)\nprint('done')"
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", body]
     done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
@@ -434,7 +434,7 @@ def test_another_error_that_python_drops_is_shown() -> None:
 @no_windows
 def test_ctrl_c_ends_a_stretch_and_not_the_script() -> None:
     body = """\
-from minilora.script import Interruptible
+from minilora.system.cli import Interruptible
 for _ in range(2):
     with Interruptible() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
@@ -452,9 +452,7 @@ time.sleep(60)"""
 @no_windows
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_other_signals_end_the_script_within_such_a_stretch(name: str, status: int) -> None:
-    body = (
-        f"from minilora.script import Interruptible\nwith Interruptible():\n    os.kill(os.getpid(), signal.{name})\n"
-    )
+    body = f"from minilora.system.cli import Interruptible\nwith Interruptible():\n    os.kill(os.getpid(), signal.{name})\n"
     assert run(f"{body}    time.sleep(60)\nprint('not here')").stdout == ""
     assert run(f"{body}    time.sleep(60)").returncode == status
 
@@ -489,6 +487,6 @@ def test_an_error_without_an_interruption_leaves_the_stretch() -> None:
 
 @no_windows
 def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
-    body = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom minilora.script import Interruptible\n"
+    body = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom minilora.system.cli import Interruptible\n"
     body += "with Interruptible():\n    os.kill(os.getpid(), signal.SIGINT)\n    print('goes on')"
     assert run(body).stdout == "goes on\n"

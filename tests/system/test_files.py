@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from minilora import files
 from minilora.errors import UserError
-from minilora.files import (
+from minilora.system import files
+from minilora.system.files import (
     GrowingFile,
     StorageError,
     explained,
@@ -218,7 +218,7 @@ def test_on_windows_no_folder_is_opened(tmp_path: Path, monkeypatch: pytest.Monk
 HOLD = """
 import sys, time
 from pathlib import Path
-from minilora.files import lock_folder
+from minilora.system.files import lock_folder
 with lock_folder(Path(sys.argv[1]), "train.output_dir"):
     print("locked", flush=True)
     time.sleep(60)

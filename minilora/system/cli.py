@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from minilora.console import is_silent, set_quiet
 from minilora.errors import UserError
+from minilora.system.console import is_silent, set_quiet
 
 Handler = Callable[[int, FrameType | None], None]
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM") if hasattr(signal, name))
