@@ -39,15 +39,15 @@ def run_minilora(
     max_rows: int | None = None,
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
-    from minilora import ops
     from minilora.adapter import load_adapter
     from minilora.attach import parameter_groups
-    from minilora.batch import cut_micro_batches, pack
-    from minilora.dropout import DropoutSeed
     from minilora.load import load_model
-    from minilora.nf4 import Linear4bit
-    from minilora.optim import build_optimizer
-    from minilora.step import train_step
+    from minilora.qlora import ops
+    from minilora.qlora.batch import cut_micro_batches, pack
+    from minilora.qlora.dropout import DropoutSeed
+    from minilora.qlora.nf4 import Linear4bit
+    from minilora.qlora.optim import build_optimizer
+    from minilora.qlora.step import train_step
 
     problem = ops.compile_swiglu(compiled, work.dtype, torch.device(work.device))
     if problem is not None:
@@ -203,7 +203,7 @@ def _trainer_arguments(work: Workload, gradient_checkpointing: bool) -> dict[str
 
 
 def _collate(records: list[dict[str, list[int]]], device: str) -> dict[str, torch.Tensor]:
-    from minilora.prompt import Example
+    from minilora.qlora.prompt import Example
 
     examples = [Example(row["input_ids"], [label >= 0 for label in row["labels"]]) for row in records]
     return pad(examples, device)

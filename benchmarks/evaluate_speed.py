@@ -24,7 +24,7 @@ from workload import Workload, add_workload_arguments, model_folder, pad
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.load import load_model
-from minilora.prompt import Example
+from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
 
 OURS = "minilora"

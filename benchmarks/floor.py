@@ -22,8 +22,8 @@ from meter import environment
 from workload import add_workload_arguments, model_folder
 
 from minilora.load import read_config
-from minilora.model import Qwen2Config
-from minilora.nf4 import quantize
+from minilora.qlora.model import Qwen2Config
+from minilora.qlora.nf4 import quantize
 from minilora.system.cli import run_script
 
 ROWS = 600  # about what 8 reviews and their prompt pack into

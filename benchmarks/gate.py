@@ -19,11 +19,11 @@ from workload import Workload, pad
 
 from minilora.adapter import load_adapter
 from minilora.attach import iter_lora_weights
-from minilora.batch import pack
 from minilora.errors import UserError
 from minilora.load import load_model
-from minilora.loss import next_token_nll
-from minilora.prompt import Example
+from minilora.qlora.batch import pack
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
 
 LOSS_TOLERANCE = 1e-4  # relative

@@ -28,8 +28,8 @@ from minilora.adapter import load_adapter
 from minilora.errors import UserError
 from minilora.generate import Context, generate, speed_up
 from minilora.load import load_model
-from minilora.nf4 import Linear4bit
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.cli import run_script
 
 QUESTIONS = (

@@ -24,15 +24,15 @@ from workload import add_workload_arguments, model_folder
 
 from minilora.adapterconfig import attach_adapter
 from minilora.attach import parameter_groups
-from minilora.batch import pack
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
 from minilora.load import freed_memory_returned, read_config
 from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
-from minilora.optim import build_optimizer
 from minilora.plan import BatchShape, config_ledger, count_config
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora.batch import pack
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from minilora.system.cli import run_script
 
 CHECKPOINTING = "train.gradient_checkpointing=true"

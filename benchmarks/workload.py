@@ -23,8 +23,8 @@ from minilora.config import Config
 from minilora.errors import UserError
 from minilora.hub import fetch_model
 from minilora.load import read_config
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.rows import read_demo_rows, read_rows
 
 IGNORED = -100  # transformers' label of a position that does not count

@@ -25,8 +25,8 @@ from safetensors.torch import save
 from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
 from minilora.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
 from minilora.errors import UserError
-from minilora.lora import LoRAWeights
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.lora import LoRAWeights
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import json_bytes, write_file
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.tensorfile import read_header, read_tensor

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 
 from minilora.attach import DEFAULT, attach, iter_lora_weights
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import read_json
 from minilora.system.schema import limits, read_fields
 

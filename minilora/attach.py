@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minilora.dropout import DropoutSeed
-from minilora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
-from minilora.nf4 import Linear4bit
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
+from minilora.qlora.nf4 import Linear4bit
 from minilora.targets import Target, choose_targets
 
 DEFAULT = "default"  # peft's name of an adapter that was given none

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from minilora.batch import round_rows
 from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.errors import UserError
 from minilora.memory import Ledger, Numbers
-from minilora.model import Qwen2Config
 from minilora.plan import ANSWER_TOKENS, BatchShape, config_ledger, count_config, largest_batch, uniform_batch
-from minilora.prompt import ChatTokenizer, Example
+from minilora.qlora.batch import round_rows
+from minilora.qlora.model import Qwen2Config
+from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.rows import Row
 from minilora.sizes import LONGEST, SIZES, hub_name, next_smaller
 

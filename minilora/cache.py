@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from minilora import bnb
 from minilora.errors import UserError
 from minilora.load import load_model
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora import bnb
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.quantized import COMPANIONS, is_quantized, write_quantized
 from minilora.system.console import warn
 from minilora.system.files import lock_folder, sha256_once

@@ -19,8 +19,8 @@ import torch
 from minilora.errors import UserError
 from minilora.generate import Context, generate
 from minilora.memory import is_out_of_memory
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import read_json
 from minilora.system.schema import limits, read_fields
 

@@ -30,8 +30,8 @@ from minilora.adapter import adapter_files, load_adapter_weights
 from minilora.adapterconfig import AdapterConfig
 from minilora.attach import lora_parameters
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import Optimizer
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import Optimizer
 from minilora.system.files import WRITING, explained, json_bytes, read_json, remove
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.tensorfile import read_header, read_tensor

@@ -26,11 +26,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from minilora.batch import MicroBatch, common_prefix, pack
-from minilora.keyvalues import KeyValues
-from minilora.loss import head_logits, next_token_nll, token_log_probabilities
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ClassificationPrompt, Example
+from minilora.qlora.batch import MicroBatch, common_prefix, pack
+from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.loss import head_logits, next_token_nll, token_log_probabilities
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.system.distributed import ALONE, Ranks
 
 T = TypeVar("T")

@@ -20,7 +20,6 @@ from minilora import plots
 from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
 from minilora.answers import Answers
 from minilora.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
-from minilora.batch import pack
 from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
@@ -30,6 +29,7 @@ from minilora.metrics import classification_metrics
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
 from minilora.plan import run_ledger
+from minilora.qlora.batch import pack
 from minilora.report import Report, render_report
 from minilora.run import Run, check_best, share_adapter
 from minilora.runlog import read_metrics

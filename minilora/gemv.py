@@ -27,8 +27,8 @@ from functools import partial
 
 import torch
 
-from minilora import bnb
-from minilora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
+from minilora.qlora import bnb
+from minilora.qlora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
 
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 OUTPUTS = 32  # that stand side by side

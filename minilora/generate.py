@@ -1,6 +1,6 @@
 """A model and ids in, the ids that go on out, one after another: greedy or drawn, with a key/value cache.
 
-    ids run so far   keys and values are held by layer     (`keyvalues.py`)
+    ids run so far   keys and values are held by layer     (`kv_cache.py`)
     ids not yet run  a prompt, or the token before         -> hidden state of the last one -> logits, (V,)
     next token       argmax, or a draw from softmax(logits as `candidates` leaves them)
 
@@ -25,10 +25,10 @@ import torch
 
 from minilora.attach import iter_lora_layers
 from minilora.gemv import make_product
-from minilora.keyvalues import KeyValues
-from minilora.loss import head_logits
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
+from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.loss import head_logits
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit
 
 # Ids of a forward pass: a longer prompt goes in pieces, which bounds its activations.
 MAX_ROWS = 2048

@@ -26,8 +26,8 @@ import torch
 
 from minilora.attach import iter_lora_layers
 from minilora.errors import UserError
-from minilora.lora import dense_weight
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.lora import dense_weight
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.quantized import split_entries
 from minilora.tensorfile import read_checkpoint_entries, read_tensor
 

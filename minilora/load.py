@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.quantized import QuantizedEntry, split_entries
 from minilora.system.files import read_json
 from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor

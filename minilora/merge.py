@@ -28,8 +28,8 @@ from minilora.adapter import load_adapter
 from minilora.attach import iter_lora_layers
 from minilora.errors import UserError
 from minilora.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
-from minilora.lora import LoRALinear, merged_weight
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.lora import LoRALinear, merged_weight
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.quantized import COMPANIONS
 from minilora.system.files import StorageError, explained, json_bytes, read_json, write_file
 from minilora.system.manifest import MANIFEST, read_manifest

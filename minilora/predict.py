@@ -23,8 +23,8 @@ import numpy as np
 from minilora.errors import UserError
 from minilora.evaluate import Prefix, label_probabilities
 from minilora.memory import is_out_of_memory
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ClassificationPrompt, Example
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.rows import Row
 from minilora.system.distributed import ALONE, Ranks
 

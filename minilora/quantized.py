@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
 from minilora.system.files import WRITING, StorageError, explained, read_json, remove
 from minilora.system.manifest import finish_folder
 from minilora.tensorfile import TensorEntry, dtype_name, read_checkpoint_entries, read_tensor

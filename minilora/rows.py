@@ -16,7 +16,7 @@ from typing import Any
 
 from minilora.errors import UserError
 from minilora.lines import iter_file_lines
-from minilora.prompt import check_turns
+from minilora.qlora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
 ENCODINGS = ("utf-8", "gb18030", "utf-16")

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from minilora import ops
 from minilora.adapterconfig import attach_adapter
 from minilora.attach import iter_lora_weights, lora_parameters, parameter_groups
-from minilora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
 from minilora.build import (
     Examples,
     adapter_config,
@@ -33,12 +31,9 @@ from minilora.checkpoint import (
 )
 from minilora.config import Config
 from minilora.data import SPLITS, epoch_order
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.initial import BY_WEIGHTS, initialise
 from minilora.load import freed_memory_returned
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.origin import (
     Origin,
     describe_machine,
@@ -47,7 +42,12 @@ from minilora.origin import (
     refuse_another_machine,
     refuse_another_run,
 )
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.qlora import ops
+from minilora.qlora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import ALONE, Ranks
 from minilora.system.files import explained

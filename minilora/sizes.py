@@ -6,7 +6,7 @@ of Qwen/Qwen2.5-{size}-Instruct.
 
 import re
 
-from minilora.model import Qwen2Config
+from minilora.qlora.model import Qwen2Config
 
 
 def _size(

@@ -30,9 +30,9 @@ from minilora.config import Config, config_from_dict
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.hub import PACKAGE_ASSETS, fetch_model
-from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests, read_saved_config
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import read_rows
 from minilora.system.console import progress, warn
 from minilora.system.distributed import ALONE, Ranks

@@ -26,7 +26,7 @@ from minilora.config import MAX_SEED
 from minilora.errors import UserError
 from minilora.generate import speed_up
 from minilora.lines import iter_lines
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.console import say, uses_colour, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.schema import coerce

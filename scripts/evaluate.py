@@ -23,9 +23,9 @@ from minilora.config import Config
 from minilora.errors import UserError
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics, mcnemar_test
-from minilora.model import Qwen2ForCausalLM
 from minilora.origin import model_digests
-from minilora.prompt import ClassificationPrompt
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report
 from minilora.rows import ENCODINGS
 from minilora.system.distributed import ALONE, Ranks, with_ranks

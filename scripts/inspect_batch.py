@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from minilora.batch import pack
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
 from minilora.data import epoch_order
 from minilora.errors import UserError
 from minilora.hub import fetch_model
-from minilora.prompt import ChatTokenizer, Example
+from minilora.qlora.batch import pack
+from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.rows import read_rows
 from minilora.system.console import uses_colour
 

@@ -33,8 +33,8 @@ from minilora.errors import UserError
 from minilora.hub import fetch_model, local_folder
 from minilora.load import read_config
 from minilora.memory import peak_memory_bytes
-from minilora.model import Qwen2Config
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.model import Qwen2Config
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.rows import ENCODINGS, Row, read_rows
 from minilora.sizes import SIZES, hub_name, size_of
 from minilora.system.console import say

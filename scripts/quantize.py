@@ -11,7 +11,7 @@ from minilora.build import DTYPES, build_model, choose_device
 from minilora.config import load_config
 from minilora.errors import UserError
 from minilora.hub import fetch_model
-from minilora.nf4 import LEVELS
+from minilora.qlora.nf4 import LEVELS
 from minilora.quantized import is_quantized, write_quantized
 from minilora.system.distributed import without_ranks
 from minilora.system.files import make_folder

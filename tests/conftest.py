@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minilora.load import load_model
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer
 
 # Ignored where a shell's background or `nohup` started this, and then in every child as well.
 for _number, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minilora import step as step_module
 from minilora.attach import lora_parameters, parameter_groups
-from minilora.batch import cut_shares, pack
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.optim import build_optimizer
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora import step as step_module
+from minilora.qlora.batch import cut_shares, pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from minilora.system.cli import Interrupted, run_script
 from minilora.system.distributed import ALONE, LostRankError, Ranks, with_ranks
-from tests.test_step import build, examples
+from tests.qlora.test_step import build, examples
 
 Found = dict[str, Any]
 

@@ -16,7 +16,7 @@ from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, loa
 from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
 from minilora.attach import lora_parameters, set_adapter
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import write_folder
 
 ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")

@@ -9,7 +9,7 @@ import torch
 
 from minilora.hub import fetch_model
 from minilora.load import load_model
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import sha256
 from minilora.tensorfile import read_header
 

@@ -24,9 +24,9 @@ from minilora.attach import (
     set_adapter,
     unmerge_adapter,
 )
-from minilora.batch import pack_rows
-from minilora.lora import LoRAWeights
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.batch import pack_rows
+from minilora.qlora.lora import LoRAWeights
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 
 TinyModel = Callable[..., Qwen2ForCausalLM]
 

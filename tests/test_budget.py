@@ -34,7 +34,7 @@ from minilora.config import load_config
 from minilora.errors import UserError
 from minilora.memory import Numbers
 from minilora.plan import BatchShape
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.rows import read_rows
 from minilora.sizes import LONGEST, SIZES
 

@@ -10,7 +10,7 @@ import pytest
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
 from minilora.errors import UserError
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import Row, as_label
 
 

@@ -15,7 +15,6 @@ import torch
 from minilora import __version__, checkpoint
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import lora_parameters, parameter_groups
-from minilora.batch import pack
 from minilora.checkpoint import (
     RunState,
     damage_of,
@@ -28,12 +27,13 @@ from minilora.checkpoint import (
     state_digests,
     step_of,
 )
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import build_optimizer
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.manifest import read_manifest, write_folder
 

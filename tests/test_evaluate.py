@@ -8,10 +8,10 @@ import torch
 
 from minilora import evaluate
 from minilora.attach import attach, iter_lora_weights
-from minilora.batch import common_prefix, pack_rows
 from minilora.evaluate import Scores, score
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora.batch import common_prefix, pack_rows
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 SINGLE, SEVERAL, MIXED = ("负面", "正面"), ("差评", "好评"), ("负面", "好评", "一般般")

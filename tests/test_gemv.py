@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minilora import bnb, gemv
+from minilora import gemv
 from minilora.attach import attach, iter_lora_weights
 from minilora.gemv import make_product
-from minilora.nf4 import FEW_ROWS, Linear4bit, QuantizedTensor, quantize
+from minilora.qlora import bnb
+from minilora.qlora.nf4 import FEW_ROWS, Linear4bit, QuantizedTensor, quantize
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="the kernels are bitsandbytes'")
 needs_kernel = pytest.mark.skipif(not gemv._order_is_right(), reason="this processor has no AVX512-BF16")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from minilora.attach import adapter_disabled, attach, iter_lora_weights
-from minilora.batch import pack_rows
 from minilora.gemv import make_product
 from minilora.generate import MAX_ROWS, Context, candidates, generate, penalize, speed_up
-from minilora.keyvalues import KeyValues
-from minilora.loss import head_logits
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
+from minilora.qlora.batch import pack_rows
+from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.loss import head_logits
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit
 
 TinyModel = Callable[..., Qwen2ForCausalLM]
 PROMPT = [5, 17, 90, 3, 44, 8]

@@ -10,8 +10,8 @@ from minilora.attach import attach, iter_lora_layers
 from minilora.errors import UserError
 from minilora.initial import initialise, low_rank_factors
 from minilora.load import load_model
-from minilora.lora import dense_weight, merged_weight
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.lora import dense_weight, merged_weight
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.quantized import save_quantized
 
 TinyModel = Callable[..., Qwen2ForCausalLM]

@@ -16,7 +16,7 @@ from minilora import load as load_module
 from minilora import tensorfile
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
-from minilora.nf4 import Linear4bit
+from minilora.qlora.nf4 import Linear4bit
 from minilora.quantized import QuantizedEntry
 from minilora.system.files import read_json
 from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor

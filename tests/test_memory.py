@@ -17,8 +17,6 @@ import torch
 
 from minilora import memory
 from minilora.attach import attach, parameter_groups
-from minilora.batch import MicroBatch, pack
-from minilora.dropout import DropoutSeed
 from minilora.load import load_model, read_config
 from minilora.memory import (
     CONTEXT_BYTES,
@@ -29,11 +27,13 @@ from minilora.memory import (
     peak_memory_bytes,
     predict_memory,
 )
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
-from minilora.optim import build_optimizer, moments_bytes
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.optim import build_optimizer, moments_bytes
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from tests.conftest import write_checkpoint
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ledger.py"

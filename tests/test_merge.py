@@ -20,7 +20,6 @@ from minilora import merge as merge_module
 from minilora.adapter import load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
-from minilora.batch import pack
 from minilora.errors import UserError
 from minilora.load import load_model
 from minilora.merge import (
@@ -34,9 +33,10 @@ from minilora.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.batch import pack
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.quantized import save_quantized
 from minilora.system.files import StorageError
 from minilora.system.manifest import write_folder

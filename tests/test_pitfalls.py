@@ -14,21 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import loss
 from minilora.adapter import load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
-from minilora.batch import pack
 from minilora.config import Config, load_config
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit, quantize
-from minilora.optim import build_optimizer
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora import loss
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit, quantize
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora.step import StepResult, train_step
 from minilora.runlog import MEASURED_KEYS, read_metrics
-from minilora.step import StepResult, train_step
 from minilora.train import fit
 
 LoadModel = Callable[..., Qwen2ForCausalLM]

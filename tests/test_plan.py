@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import plan
-from minilora.batch import cut_micro_batches, pack
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
 from minilora.data import epoch_order
@@ -27,7 +26,8 @@ from minilora.plan import (
     run_ledger,
     uniform_batch,
 )
-from minilora.prompt import ChatTokenizer, Example
+from minilora.qlora.batch import cut_micro_batches, pack
+from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.quantized import save_quantized
 from minilora.sizes import SIZES
 

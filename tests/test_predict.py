@@ -13,9 +13,9 @@ from minilora import predict
 from minilora.attach import attach, iter_lora_weights
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS, score
-from minilora.model import Qwen2ForCausalLM
 from minilora.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import Row, iter_line_rows
 from tests.conftest import make_reviews
 

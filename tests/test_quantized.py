@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from minilora import quantized as quantized_module
 from minilora.errors import UserError
 from minilora.load import load_model, open_weights, read_config
-from minilora.model import Qwen2ForCausalLM
-from minilora.nf4 import Linear4bit
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit
 from minilora.quantized import is_quantized, save_quantized, write_quantized
 from minilora.system.files import StorageError
 from minilora.system.manifest import read_manifest, verify_folder

@@ -20,7 +20,6 @@ from safetensors.torch import load, save
 
 from minilora import final as final_module
 from minilora import run as run_module
-from minilora import step as step_module
 from minilora import train
 from minilora.adapter import adapter_files
 from minilora.build import Examples
@@ -29,9 +28,10 @@ from minilora.config import Config, load_config
 from minilora.data import SPLITS
 from minilora.errors import UserError
 from minilora.origin import read_origin, read_saved_config
+from minilora.qlora import step as step_module
+from minilora.qlora.step import StepResult
 from minilora.run import set_run_aside
 from minilora.runlog import MEASURED_KEYS, read_metrics
-from minilora.step import StepResult
 from minilora.system import console
 from minilora.system.cli import Interrupted
 from minilora.system.distributed import Ranks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.sizes import SIZES, hub_name, next_smaller, size_of
 
 

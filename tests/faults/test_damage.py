@@ -14,7 +14,7 @@ import torch
 from minilora.adapter import load_adapter
 from minilora.checkpoint import damage_of
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.tensorfile import read_header
 from tests.faults.conftest import outcome

@@ -16,8 +16,8 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.config import Config, load_config
 from minilora.data import clean_rows, prepare
 from minilora.errors import UserError
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.rows import read_rows
 from minilora.tensorfile import read_checkpoint_entries
 

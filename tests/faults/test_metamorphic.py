@@ -13,12 +13,12 @@ import torch
 from minilora.adapter import save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import lora_parameters
-from minilora.batch import pack
 from minilora.evaluate import score
-from minilora.loss import head_logits, next_token_nll
 from minilora.merge import open_merge
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.qlora.batch import pack
+from minilora.qlora.loss import head_logits, next_token_nll
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from tests.conftest import make_reviews
 
 ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")

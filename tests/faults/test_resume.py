@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from minilora import evaluate, train
-from minilora import step as step_module
 from minilora.checkpoint import damage_of
 from minilora.config import load_config
-from minilora.loss import next_token_nll
-from minilora.step import StepResult
+from minilora.qlora import step as step_module
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.step import StepResult
 from minilora.system.cli import Interrupted, SafePoints
 from minilora.train import fit
 from tests.faults.conftest import outcome

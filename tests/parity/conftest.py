@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minilora.prompt import ChatTokenizer, Example
+from minilora.qlora.prompt import ChatTokenizer, Example
 from tests.parity.reference import build_examples, write_reference
 
 

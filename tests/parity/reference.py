@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from minilora.attach import iter_lora_weights
-from minilora.batch import MicroBatch, pack
-from minilora.loss import head_logits
-from minilora.model import Qwen2ForCausalLM
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.loss import head_logits
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 
 transformers.utils.logging.disable_progress_bar()
 

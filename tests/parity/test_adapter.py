@@ -14,15 +14,15 @@ from peft.tuners.lora import LoraLayer
 from minilora.adapter import adapter_files, load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights, parameter_groups
-from minilora.batch import pack
-from minilora.dropout import DropoutSeed
 from minilora.errors import UserError
 from minilora.initial import initialise
 from minilora.load import load_model
-from minilora.loss import next_token_nll
-from minilora.optim import build_optimizer
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from tests.parity.reference import (
     load_reference,
     our_logits,

@@ -11,7 +11,7 @@ from transformers.generation import logits_process
 
 from minilora.generate import Context, candidates, generate, penalize
 from minilora.load import load_model
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer
 from tests.parity.reference import VOCAB_SIZE, load_reference
 
 pytestmark = pytest.mark.parity

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from minilora.attach import attach, parameter_groups
-from minilora.batch import pack
-from minilora.dropout import DropoutSeed
 from minilora.load import load_model
-from minilora.loss import next_token_nll
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import build_optimizer, lr_at
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import build_optimizer, lr_at
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 from tests.parity.reference import (
     load_reference,
     our_tensors,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.config import PromptSection
-from minilora.prompt import ROLES, ChatTokenizer, chat_example
+from minilora.qlora.prompt import ROLES, ChatTokenizer, chat_example
 from tests.parity.reference import REVIEWS, build_prompt
 
 DEFAULT_SYSTEM = PromptSection().system

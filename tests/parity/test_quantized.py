@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from minilora.load import load_model
-from minilora.prompt import Example
+from minilora.qlora.prompt import Example
 from minilora.quantized import save_quantized
 from minilora.tensorfile import read_checkpoint_entries
 from tests.parity.reference import load_reference, our_logits, reference_logits

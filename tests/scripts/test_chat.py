@@ -15,7 +15,7 @@ from minilora.adapter import save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
 from minilora.load import load_model
-from minilora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.py"
 LIMIT = ("--max-new-tokens", "8")

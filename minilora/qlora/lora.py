@@ -50,9 +50,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.dora import magnitude_gradient, row_lengths, scaled
-from minilora.dropout import DropoutSeed, dropped_places
-from minilora.nf4 import Linear4bit
+from minilora.qlora.dora import magnitude_gradient, row_lengths, scaled
+from minilora.qlora.dropout import DropoutSeed, dropped_places
+from minilora.qlora.nf4 import Linear4bit
 
 
 @dataclass(frozen=True)

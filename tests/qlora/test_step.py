@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from minilora import step as step_module
 from minilora.attach import attach, lora_parameters, parameter_groups
-from minilora.batch import pack
-from minilora.dropout import DropoutSeed
-from minilora.loss import head_logits, next_token_nll
-from minilora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.optim import build_optimizer
-from minilora.prompt import Example
-from minilora.step import train_step
+from minilora.qlora import step as step_module
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.loss import head_logits, next_token_nll
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
 
 
 def build(dropout: float = 0.0) -> tuple[Qwen2ForCausalLM, DropoutSeed]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minilora import loss
+from minilora.qlora import loss
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 150])

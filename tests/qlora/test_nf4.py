@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from minilora import bnb, nf4
-from minilora.nf4 import Linear4bit, QuantizedTensor, quantize
+from minilora.qlora import bnb, nf4
+from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
 
 TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -343,8 +343,8 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 STEP = """
 import logging, sys, torch
-from minilora import bnb
-from minilora.nf4 import Linear4bit, quantize
+from minilora.qlora import bnb
+from minilora.qlora.nf4 import Linear4bit, quantize
 torch.manual_seed(0)
 for _ in range(2):
     layer = Linear4bit(quantize(torch.randn(64, 64)), None)

@@ -26,7 +26,7 @@ from itertools import pairwise
 
 import torch
 
-from minilora.prompt import Example
+from minilora.qlora.prompt import Example
 
 # Segments of one attention call are padded to the longest of them. A new group starts where that padding
 # would exceed this share of the group: fewer groups mean fewer small kernels, more padding means more work.

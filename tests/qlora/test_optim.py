@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import bnb
 from minilora.errors import UserError
-from minilora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, moments_bytes, set_rate
+from minilora.qlora import bnb
+from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, moments_bytes, set_rate
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.adamw import adamw
 
-from minilora import bnb
+from minilora.qlora import bnb
 
 # bitsandbytes' optimizers, by transformers' names: bits of a moment, and whether it may be paged out.
 BITSANDBYTES_OPTIMIZERS = {

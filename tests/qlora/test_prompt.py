@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import UserError
-from minilora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = "判断下面评论的情感倾向，只回答正面或负面。\n评论："

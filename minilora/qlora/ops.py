@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from minilora.batch import SegmentGroup
+from minilora.qlora.batch import SegmentGroup
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import batch
-from minilora.batch import (
+from minilora.qlora import batch
+from minilora.qlora.batch import (
     MicroBatch,
     Places,
     SegmentGroup,
@@ -17,7 +17,7 @@ from minilora.batch import (
     pack_rows,
     round_rows,
 )
-from minilora.prompt import ChatTokenizer, Example, chat_example
+from minilora.qlora.prompt import ChatTokenizer, Example, chat_example
 
 
 def answered(ids: list[int], answer: int = 1) -> Example:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora import bnb
+from minilora.qlora import bnb
 
 BLOCK_SIZE = 64  # weights under one scale
 ABSMAX_BLOCK_SIZE = 256  # scales under one scale of scales

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minilora.keyvalues import KeyValues
+from minilora.qlora.kv_cache import KeyValues
 
 K, D = 2, 4
 

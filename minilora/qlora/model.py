@@ -32,13 +32,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora import ops
-from minilora.batch import MicroBatch, SegmentGroup, pack_rows
 from minilora.errors import UserError
-from minilora.keyvalues import KeyValues
-from minilora.lora import Again, project
-from minilora.ops import HeadGroup
-from minilora.recompute import run_twice
+from minilora.qlora import ops
+from minilora.qlora.batch import MicroBatch, SegmentGroup, pack_rows
+from minilora.qlora.checkpointing import run_twice
+from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.lora import Again, project
+from minilora.qlora.ops import HeadGroup
 from minilora.system.schema import limits, read_fields
 
 

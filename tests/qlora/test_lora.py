@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.dora import BLOCK_ROWS
-from minilora.dropout import DropoutSeed, dropped_places
-from minilora.lora import (
+from minilora.qlora.dora import BLOCK_ROWS
+from minilora.qlora.dropout import DropoutSeed, dropped_places
+from minilora.qlora.lora import (
     Again,
     LoRALinear,
     LoRAWeights,
     merged_weight,
     project,
 )
-from minilora.nf4 import Linear4bit, quantize
+from minilora.qlora.nf4 import Linear4bit, quantize
 
 
 def layer_over(

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minilora import batch, ops
-from minilora.batch import SegmentGroup, pack, pack_rows
-from minilora.prompt import Example
+from minilora.qlora import batch, ops
+from minilora.qlora.batch import SegmentGroup, pack, pack_rows
+from minilora.qlora.prompt import Example
 
 
 def random(*shape: int, requires_grad: bool = True) -> torch.Tensor:

@@ -21,11 +21,11 @@ from typing import cast
 
 import torch
 
-from minilora.batch import MicroBatch
-from minilora.dropout import DropoutSeed
-from minilora.loss import next_token_nll
-from minilora.model import Qwen2ForCausalLM
-from minilora.optim import Optimizer, parameters_of, set_rate
+from minilora.qlora.batch import MicroBatch
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import Optimizer, parameters_of, set_rate
 from minilora.system.distributed import ALONE, Ranks
 
 
