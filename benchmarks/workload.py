@@ -20,12 +20,12 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
 from minilora.build import build_examples
 from minilora.config import Config
+from minilora.data.hub import fetch_model
+from minilora.data.records import read_demo_rows, read_rows
 from minilora.errors import UserError
-from minilora.hub import fetch_model
 from minilora.load import read_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
-from minilora.rows import read_demo_rows, read_rows
 
 IGNORED = -100  # transformers' label of a position that does not count
 

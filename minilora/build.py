@@ -15,12 +15,12 @@ import torch
 from minilora.adapterconfig import AdapterConfig
 from minilora.cache import load_through_cache
 from minilora.config import Config
+from minilora.data.records import Row, as_label, read_rows
 from minilora.errors import UserError
 from minilora.load import load_model, read_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from minilora.rows import Row, as_label, read_rows
 from minilora.system.console import progress
 from minilora.system.distributed import ALONE, Ranks
 

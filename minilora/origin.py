@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minilora.config import CUTS, Config, changed_keys
-from minilora.data import SPLITS
+from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256, sha256_once

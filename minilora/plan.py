@@ -10,7 +10,7 @@ import torch
 from minilora.adapterconfig import attach_adapter
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
-from minilora.data import SPLITS, epoch_order
+from minilora.data.prepare import SPLITS, epoch_order
 from minilora.load import read_config
 from minilora.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
 from minilora.qlora.batch import count_rows, cut_micro_batches, round_rows

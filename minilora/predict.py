@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.data.records import Row
 from minilora.errors import UserError
 from minilora.evaluate import Prefix, label_probabilities
 from minilora.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
-from minilora.rows import Row
 from minilora.system.distributed import ALONE, Ranks
 
 FIRST_WINDOW = 16  # reviews; each window has twice as many as the one before

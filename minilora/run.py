@@ -30,7 +30,7 @@ from minilora.checkpoint import (
     read_state,
 )
 from minilora.config import Config
-from minilora.data import SPLITS, epoch_order
+from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.initial import BY_WEIGHTS, initialise
 from minilora.load import freed_memory_returned

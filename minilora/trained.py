@@ -27,13 +27,13 @@ from minilora.build import (
     read_split,
 )
 from minilora.config import Config, config_from_dict
+from minilora.data.hub import PACKAGE_ASSETS, fetch_model
+from minilora.data.records import read_rows
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.hub import PACKAGE_ASSETS, fetch_model
 from minilora.origin import model_digests, read_saved_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import read_rows
 from minilora.system.console import progress, warn
 from minilora.system.distributed import ALONE, Ranks
 from minilora.system.files import read_json, sha256

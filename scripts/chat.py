@@ -23,9 +23,9 @@ import torch
 from minilora.attach import adapter_disabled
 from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
+from minilora.data.lines import iter_lines
 from minilora.errors import UserError
 from minilora.generate import speed_up
-from minilora.lines import iter_lines
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.console import say, uses_colour, warn
 from minilora.system.distributed import without_ranks

@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from minilora.hub import fetch_dataset
+from minilora.data.hub import fetch_dataset
 
 EXAMPLES = """\
 examples:

@@ -20,6 +20,7 @@ from minilora.answers import Answers
 from minilora.attach import adapter_disabled
 from minilora.build import Examples, choose_device
 from minilora.config import Config
+from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.memory import peak_memory_bytes
 from minilora.metrics import classification_metrics, mcnemar_test
@@ -27,7 +28,6 @@ from minilora.origin import model_digests
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report
-from minilora.rows import ENCODINGS
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.trained import KEYS_READ, Trained, open_trained

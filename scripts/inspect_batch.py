@@ -11,12 +11,12 @@ from pathlib import Path
 
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
-from minilora.data import epoch_order
+from minilora.data.hub import fetch_model
+from minilora.data.prepare import epoch_order
+from minilora.data.records import read_rows
 from minilora.errors import UserError
-from minilora.hub import fetch_model
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.rows import read_rows
 from minilora.system.console import uses_colour
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

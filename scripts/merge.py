@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from minilora.build import Examples, choose_device, choose_dtype
+from minilora.data.records import ENCODINGS
 from minilora.drift import drift, render_drift
 from minilora.errors import UserError
 from minilora.ggufile import KINDS, check_gguf, gguf_bytes, write_gguf
@@ -37,7 +38,6 @@ from minilora.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.rows import ENCODINGS
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file

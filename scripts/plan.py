@@ -29,13 +29,13 @@ from minilora.budget import (
     uniform_shapes,
 )
 from minilora.config import Config, load_config
+from minilora.data.hub import fetch_model, local_folder
+from minilora.data.records import ENCODINGS, Row, read_rows
 from minilora.errors import UserError
-from minilora.hub import fetch_model, local_folder
 from minilora.load import read_config
 from minilora.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.rows import ENCODINGS, Row, read_rows
 from minilora.sizes import SIZES, hub_name, size_of
 from minilora.system.console import say
 from minilora.tensorfile import dtype_name

@@ -8,10 +8,10 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from minilora.data import SPLIT_SEED, prepare
+from minilora.data.hub import downloaded_files
+from minilora.data.prepare import SPLIT_SEED, prepare
+from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
-from minilora.hub import downloaded_files
-from minilora.rows import ENCODINGS
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\

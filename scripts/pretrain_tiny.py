@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from minilora.data import SPLIT_SEED, clean_rows, split_rows
+from minilora.data.prepare import SPLIT_SEED, clean_rows, split_rows
+from minilora.data.records import read_demo_rows
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.rows import read_demo_rows
 from minilora.system.console import progress, say
 from minilora.system.files import make_folder
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from minilora.build import DTYPES, build_model, choose_device
 from minilora.config import load_config
+from minilora.data.hub import fetch_model
 from minilora.errors import UserError
-from minilora.hub import fetch_model
 from minilora.qlora.nf4 import LEVELS
 from minilora.quantized import is_quantized, write_quantized
 from minilora.system.distributed import without_ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.hub import fetch_model
+from minilora.data.hub import fetch_model
 from minilora.load import load_model
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import sha256

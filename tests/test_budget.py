@@ -31,11 +31,11 @@ from minilora.budget import (
     uniform_shapes,
 )
 from minilora.config import load_config
+from minilora.data.records import read_rows
 from minilora.errors import UserError
 from minilora.memory import Numbers
 from minilora.plan import BatchShape
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.rows import read_rows
 from minilora.sizes import LONGEST, SIZES
 
 GB = 10**9

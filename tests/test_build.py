@@ -9,9 +9,9 @@ import pytest
 
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
+from minilora.data.records import Row, as_label
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import Row, as_label
 
 
 def prompt_with(tokenizer: ChatTokenizer, *labels: str) -> ClassificationPrompt:

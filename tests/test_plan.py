@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from minilora import plan
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
-from minilora.data import epoch_order
+from minilora.data.prepare import epoch_order
 from minilora.load import load_model
 from minilora.memory import CONTEXT_BYTES
 from minilora.plan import (

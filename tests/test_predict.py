@@ -11,12 +11,12 @@ import torch
 
 from minilora import predict
 from minilora.attach import attach, iter_lora_weights
+from minilora.data.records import Row, iter_line_rows
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS, score
 from minilora.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import Row, iter_line_rows
 from tests.conftest import make_reviews
 
 LoadModel = Callable[..., Qwen2ForCausalLM]

@@ -13,9 +13,9 @@ import pytest
 from minilora import plots
 from minilora.answers import Answers
 from minilora.config import Config, load_config
+from minilora.data.records import Row
 from minilora.metrics import classification_metrics
 from minilora.report import Report, render_report
-from minilora.rows import Row
 
 ATTACK = "<script>document.title = 'hacked'</script>"
 NAMES = ("负面", "正面")

@@ -25,7 +25,7 @@ from minilora.adapter import adapter_files
 from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
-from minilora.data import SPLITS
+from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.origin import read_origin, read_saved_config
 from minilora.qlora import step as step_module

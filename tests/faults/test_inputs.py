@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from minilora.adapter import load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.config import Config, load_config
-from minilora.data import clean_rows, prepare
+from minilora.data.prepare import clean_rows, prepare
+from minilora.data.records import read_rows
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.rows import read_rows
 from minilora.tensorfile import read_checkpoint_entries
 
 CASES = {False: 300, True: 10_000}

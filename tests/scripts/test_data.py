@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minilora.data import prepare
+from minilora.data.prepare import prepare
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from minilora import budget, hub
+from minilora import budget
 from minilora.config import Config
+from minilora.data import hub
+from minilora.data.records import Row, read_rows
 from minilora.errors import UserError
 from minilora.memory import Numbers
 from minilora.plan import count_config
-from minilora.rows import Row, read_rows
 from minilora.sizes import SIZES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"

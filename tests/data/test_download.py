@@ -22,15 +22,15 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from minilora import download
-from minilora.download import PARALLEL, download_snapshot
+from minilora.data import download
+from minilora.data.download import PARALLEL, download_snapshot
 from minilora.errors import UserError
-from minilora.hub import MODEL_FILES, SUBFOLDERS, downloaded_files
+from minilora.data.hub import MODEL_FILES, SUBFOLDERS, downloaded_files
 from minilora.quantized import COMPANIONS
 from minilora.system.cli import GRACE_S
 from tests.local_hub import COMMIT, Fault, LocalHub
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHUNK = 10 * 1024 * 1024  # huggingface-hub writes as much at a time, so that is what a break leaves
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 READ = {
@@ -57,10 +57,10 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 from minilora.system import console
 from minilora.errors import UserError
-from minilora.hub import fetch_model
+from minilora.data.hub import fetch_model
 console.set_quiet("--quiet" in sys.argv)
 if "--no-mirror" in sys.argv:
-    from minilora import download
+    from minilora.data import download
     download.HUB = download.constants.ENDPOINT
 for name, revision in json.loads(sys.argv[1]):
     try:

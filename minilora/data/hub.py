@@ -6,7 +6,7 @@ A local folder is taken as it is. Anything else is a name on the hub, which `dow
 import shutil
 from pathlib import Path
 
-from minilora.data import SPLITS, split_of
+from minilora.data.prepare import SPLITS, split_of
 from minilora.errors import UserError
 from minilora.system.files import WRITING
 
@@ -137,7 +137,7 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
 def _download(kind: str, name: str, revision: str | None, *patterns: list[str]) -> Path:
     """`download_snapshot`, imported here: a run on local files does not wait for huggingface-hub."""
     try:
-        from minilora.download import download_snapshot
+        from minilora.data.download import download_snapshot
     except ValueError as error:  # huggingface-hub reads the environment when it is imported
         raise UserError(f"{name}: huggingface-hub cannot start ({error}); correct the variables HF_...") from None
     return download_snapshot(kind, name, revision, *patterns)
