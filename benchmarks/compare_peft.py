@@ -31,8 +31,8 @@ from tqdm import tqdm
 from workload import Workload, add_workload_arguments, model_folder, write_adapter
 
 from minilora.errors import UserError
-from minilora.load import read_config
 from minilora.system.cli import run_script
+from minilora.weights.load import read_config
 
 HERE = Path(__file__).parent
 OURS = "minilora"

@@ -41,13 +41,13 @@ def run_minilora(
     """minilora's own step, as `train.fit` calls it."""
     from minilora.adapter import load_adapter
     from minilora.attach import parameter_groups
-    from minilora.load import load_model
     from minilora.qlora import ops
     from minilora.qlora.batch import cut_micro_batches, pack
     from minilora.qlora.dropout import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
     from minilora.qlora.optim import build_optimizer
     from minilora.qlora.step import train_step
+    from minilora.weights.load import load_model
 
     problem = ops.compile_swiglu(compiled, work.dtype, torch.device(work.device))
     if problem is not None:

@@ -23,9 +23,9 @@ from workload import Workload, add_workload_arguments, model_folder, pad
 
 from minilora.errors import UserError
 from minilora.evaluate import score
-from minilora.load import load_model
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
+from minilora.weights.load import load_model
 
 OURS = "minilora"
 # Two bfloat16 runs of the same model, padded and packed, differ in the logits' last bits: 0.06 at a logit of 16, and

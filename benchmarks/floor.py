@@ -21,10 +21,10 @@ import torch
 from meter import environment
 from workload import add_workload_arguments, model_folder
 
-from minilora.load import read_config
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.nf4 import quantize
 from minilora.system.cli import run_script
+from minilora.weights.load import read_config
 
 ROWS = 600  # about what 8 reviews and their prompt pack into
 

@@ -20,11 +20,11 @@ from workload import Workload, pad
 from minilora.adapter import load_adapter
 from minilora.attach import iter_lora_weights
 from minilora.errors import UserError
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
+from minilora.weights.load import load_model
 
 LOSS_TOLERANCE = 1e-4  # relative
 GRADIENT_TOLERANCE = 1e-3  # relative, the norm of a tensor's difference

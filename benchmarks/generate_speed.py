@@ -27,10 +27,10 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 from minilora.adapter import load_adapter
 from minilora.errors import UserError
 from minilora.generate import Context, generate, speed_up
-from minilora.load import load_model
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.cli import run_script
+from minilora.weights.load import load_model
 
 QUESTIONS = (
     "用三句话介绍杭州。",

@@ -26,7 +26,6 @@ from minilora.adapterconfig import attach_adapter
 from minilora.attach import parameter_groups
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.load import freed_memory_returned, read_config
 from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
 from minilora.plan import BatchShape, config_ledger, count_config
 from minilora.qlora.batch import pack
@@ -34,6 +33,7 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
 from minilora.system.cli import run_script
+from minilora.weights.load import freed_memory_returned, read_config
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (

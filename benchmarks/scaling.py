@@ -25,13 +25,13 @@ from workload import add_workload_arguments, model_folder, write_adapter
 
 from minilora.adapter import load_adapter
 from minilora.attach import parameter_groups
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
 from minilora.system.cli import run_script
+from minilora.weights.load import load_model
 
 
 @dataclass(frozen=True)

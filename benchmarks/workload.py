@@ -23,9 +23,9 @@ from minilora.config import Config
 from minilora.data.hub import fetch_model
 from minilora.data.records import read_demo_rows, read_rows
 from minilora.errors import UserError
-from minilora.load import read_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.weights.load import read_config
 
 IGNORED = -100  # transformers' label of a position that does not count
 

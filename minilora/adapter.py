@@ -29,7 +29,7 @@ from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import json_bytes, write_file
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
-from minilora.tensorfile import read_header, read_tensor
+from minilora.weights.safetensors_io import read_header, read_tensor
 
 KEY_PREFIX = "base_model.model."
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 
 from minilora.adapterconfig import AdapterConfig
-from minilora.cache import load_through_cache
 from minilora.config import Config
 from minilora.data.records import Row, as_label, read_rows
 from minilora.errors import UserError
-from minilora.load import load_model, read_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.system.console import progress
 from minilora.system.distributed import ALONE, Ranks
+from minilora.weights.load import load_model, read_config
+from minilora.weights.quantized_cache import load_through_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -34,7 +34,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
 from minilora.system.files import WRITING, explained, json_bytes, read_json, remove
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
-from minilora.tensorfile import read_header, read_tensor
+from minilora.weights.safetensors_io import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 

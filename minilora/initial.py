@@ -28,8 +28,8 @@ from minilora.attach import iter_lora_layers
 from minilora.errors import UserError
 from minilora.qlora.lora import dense_weight
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.quantized import split_entries
-from minilora.tensorfile import read_checkpoint_entries, read_tensor
+from minilora.weights.bnb_checkpoint import split_entries
+from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
 BY_WEIGHTS = ("pissa", "loftq")
 

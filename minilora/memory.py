@@ -30,11 +30,11 @@ import torch
 from torch import nn
 
 from minilora.attach import iter_lora_weights, lora_parameters
-from minilora.load import LARGEST_IN_HEAP
 from minilora.qlora.batch import MAX_GROUP_SCORES
 from minilora.qlora.loss import CHUNK_ROWS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.tensorfile import dtype_name
+from minilora.weights.load import LARGEST_IN_HEAP
+from minilora.weights.safetensors_io import dtype_name
 
 KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes
 ATTENTION_COPIES = 3  # weights, their gradient, and that of the scores: `ops._Attention.backward`

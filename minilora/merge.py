@@ -27,13 +27,13 @@ from torch import nn
 from minilora.adapter import load_adapter
 from minilora.attach import iter_lora_layers
 from minilora.errors import UserError
-from minilora.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
 from minilora.qlora.lora import LoRALinear, merged_weight
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.quantized import COMPANIONS
 from minilora.system.files import StorageError, explained, json_bytes, read_json, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
-from minilora.tensorfile import dtype_name
+from minilora.weights.bnb_checkpoint import COMPANIONS
+from minilora.weights.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
+from minilora.weights.safetensors_io import dtype_name
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}

@@ -21,7 +21,7 @@ from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256, sha256_once
-from minilora.tensorfile import dtype_name
+from minilora.weights.safetensors_io import dtype_name
 
 
 def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:

@@ -11,14 +11,14 @@ from minilora.adapterconfig import attach_adapter
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
-from minilora.load import read_config
 from minilora.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
 from minilora.qlora.batch import count_rows, cut_micro_batches, round_rows
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, moments_bytes
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.quantized import projections_in_full
-from minilora.tensorfile import dtype_name
+from minilora.weights.bnb_checkpoint import projections_in_full
+from minilora.weights.load import read_config
+from minilora.weights.safetensors_io import dtype_name
 
 ANSWER_TOKENS = 2  # a label word and <|im_end|>
 

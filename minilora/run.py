@@ -33,7 +33,6 @@ from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.initial import BY_WEIGHTS, initialise
-from minilora.load import freed_memory_returned
 from minilora.origin import (
     Origin,
     describe_machine,
@@ -52,7 +51,8 @@ from minilora.system.console import progress, say, warn
 from minilora.system.distributed import ALONE, Ranks
 from minilora.system.files import explained
 from minilora.system.manifest import DAMAGED, set_aside
-from minilora.tensorfile import dtype_name
+from minilora.weights.load import freed_memory_returned
+from minilora.weights.safetensors_io import dtype_name
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
 RESTARTING = ".restarting"

@@ -32,13 +32,13 @@ from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
 from minilora.data.records import ENCODINGS, Row, read_rows
 from minilora.errors import UserError
-from minilora.load import read_config
 from minilora.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.sizes import SIZES, hub_name, size_of
 from minilora.system.console import say
-from minilora.tensorfile import dtype_name
+from minilora.weights.load import read_config
+from minilora.weights.safetensors_io import dtype_name
 
 RECIPE = Path(__file__).parent / "configs" / "chnsenticorp.yaml"
 EXAMPLES = """\

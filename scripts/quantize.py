@@ -12,9 +12,9 @@ from minilora.config import load_config
 from minilora.data.hub import fetch_model
 from minilora.errors import UserError
 from minilora.qlora.nf4 import LEVELS
-from minilora.quantized import is_quantized, write_quantized
 from minilora.system.distributed import without_ranks
 from minilora.system.files import make_folder
+from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 
 EXAMPLES = """\
 examples:

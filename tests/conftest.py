@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minilora.load import load_model
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
+from minilora.weights.load import load_model
 
 # Ignored where a shell's background or `nohup` started this, and then in every child as well.
 for _number, _handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from minilora.data.hub import fetch_model
-from minilora.load import load_model
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import sha256
-from minilora.tensorfile import read_header
+from minilora.weights.load import load_model
+from minilora.weights.safetensors_io import read_header
 
 FOLDER = fetch_model("minilora/assets/tiny-qwen2.5")
 

@@ -9,10 +9,10 @@ import torch
 from minilora.attach import attach, iter_lora_layers
 from minilora.errors import UserError
 from minilora.initial import initialise, low_rank_factors
-from minilora.load import load_model
 from minilora.qlora.lora import dense_weight, merged_weight
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.quantized import save_quantized
+from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.load import load_model
 
 TinyModel = Callable[..., Qwen2ForCausalLM]
 

@@ -17,7 +17,6 @@ import torch
 
 from minilora import memory
 from minilora.attach import attach, parameter_groups
-from minilora.load import load_model, read_config
 from minilora.memory import (
     CONTEXT_BYTES,
     Ledger,
@@ -34,6 +33,7 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer, moments_bytes
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
+from minilora.weights.load import load_model, read_config
 from tests.conftest import write_checkpoint
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ledger.py"

@@ -21,7 +21,6 @@ from minilora.adapter import load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
 from minilora.errors import UserError
-from minilora.load import load_model
 from minilora.merge import (
     DEQUANTIZED,
     ORIGINAL,
@@ -37,9 +36,10 @@ from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.quantized import save_quantized
 from minilora.system.files import StorageError
 from minilora.system.manifest import write_folder
+from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.load import load_model
 from tests.conftest import make_reviews
 
 Checkpoint = Callable[..., Path]

@@ -14,7 +14,6 @@ from minilora import plan
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
 from minilora.data.prepare import epoch_order
-from minilora.load import load_model
 from minilora.memory import CONTEXT_BYTES
 from minilora.plan import (
     ANSWER_TOKENS,
@@ -28,8 +27,9 @@ from minilora.plan import (
 )
 from minilora.qlora.batch import cut_micro_batches, pack
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.quantized import save_quantized
 from minilora.sizes import SIZES
+from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.load import load_model
 
 
 def test_the_process_is_measured_as_a_run_does_before_anything_is_read(

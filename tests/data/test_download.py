@@ -26,7 +26,7 @@ from minilora.data import download
 from minilora.data.download import PARALLEL, download_snapshot
 from minilora.errors import UserError
 from minilora.data.hub import MODEL_FILES, SUBFOLDERS, downloaded_files
-from minilora.quantized import COMPANIONS
+from minilora.weights.bnb_checkpoint import COMPANIONS
 from minilora.system.cli import GRACE_S
 from tests.local_hub import COMMIT, Fault, LocalHub
 

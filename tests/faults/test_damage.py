@@ -16,7 +16,7 @@ from minilora.checkpoint import damage_of
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
-from minilora.tensorfile import read_header
+from minilora.weights.safetensors_io import read_header
 from tests.faults.conftest import outcome
 from tests.faults.runner import Runs
 

@@ -19,7 +19,7 @@ from minilora.data.records import read_rows
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
-from minilora.tensorfile import read_checkpoint_entries
+from minilora.weights.safetensors_io import read_checkpoint_entries
 
 CASES = {False: 300, True: 10_000}
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>")

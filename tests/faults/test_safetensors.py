@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from minilora.errors import UserError
-from minilora.tensorfile import (
+from minilora.weights.safetensors_io import (
     FILE_BYTES_PER_HEADER_BYTE,
     MAX_HEADER_BYTES,
     SHORT_HEADER_BYTES,

@@ -16,13 +16,13 @@ from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights, parameter_groups
 from minilora.errors import UserError
 from minilora.initial import initialise
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
+from minilora.weights.load import load_model
 from tests.parity.reference import (
     load_reference,
     our_logits,

@@ -10,8 +10,8 @@ import transformers
 from transformers.generation import logits_process
 
 from minilora.generate import Context, candidates, generate, penalize
-from minilora.load import load_model
 from minilora.qlora.prompt import ChatTokenizer
+from minilora.weights.load import load_model
 from tests.parity.reference import VOCAB_SIZE, load_reference
 
 pytestmark = pytest.mark.parity

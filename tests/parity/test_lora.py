@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from minilora.attach import attach, parameter_groups
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll
@@ -16,6 +15,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer, lr_at
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
+from minilora.weights.load import load_model
 from tests.parity.reference import (
     load_reference,
     our_tensors,

@@ -11,9 +11,9 @@ import transformers
 
 from minilora.adapter import load_adapter, save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.load import load_model
 from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
 from minilora.qlora.prompt import ChatTokenizer, Example
+from minilora.weights.load import load_model
 from tests.parity.reference import (
     build_examples,
     load_reference,

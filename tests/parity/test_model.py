@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.evaluate import score
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.prompt import ChatTokenizer, Example
+from minilora.weights.load import load_model
 from tests.parity.reference import (
     VOCAB_SIZE,
     build_examples,

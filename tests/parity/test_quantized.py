@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from minilora.load import load_model
 from minilora.qlora.prompt import Example
-from minilora.quantized import save_quantized
-from minilora.tensorfile import read_checkpoint_entries
+from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.load import load_model
+from minilora.weights.safetensors_io import read_checkpoint_entries
 from tests.parity.reference import load_reference, our_logits, reference_logits
 
 pytestmark = pytest.mark.parity

@@ -14,10 +14,10 @@ import torch
 
 from minilora.attach import attach
 from minilora.data.records import read_rows
-from minilora.load import load_model
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.prompt import ChatTokenizer, Example
+from minilora.weights.load import load_model
 from tests.parity.reference import (
     build_examples,
     example_rows,

@@ -14,8 +14,8 @@ import torch
 from minilora.adapter import save_adapter
 from minilora.adapterconfig import AdapterConfig, attach_adapter
 from minilora.attach import iter_lora_weights
-from minilora.load import load_model
 from minilora.qlora.prompt import ChatTokenizer
+from minilora.weights.load import load_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.py"
 LIMIT = ("--max-new-tokens", "8")

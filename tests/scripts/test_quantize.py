@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from minilora.errors import UserError
-from minilora.load import load_model
 from minilora.system.manifest import read_manifest, verify_folder
+from minilora.weights.load import load_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 Quantize = Callable[..., str]

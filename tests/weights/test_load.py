@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import load as load_module
-from minilora import tensorfile
 from minilora.errors import UserError
-from minilora.load import load_model, read_config
 from minilora.qlora.nf4 import Linear4bit
-from minilora.quantized import QuantizedEntry
 from minilora.system.files import read_json
-from minilora.tensorfile import read_checkpoint_entries, read_header, read_tensor
+from minilora.weights import load as load_module
+from minilora.weights import safetensors_io
+from minilora.weights.bnb_checkpoint import QuantizedEntry
+from minilora.weights.load import load_model, read_config
+from minilora.weights.safetensors_io import read_checkpoint_entries, read_header, read_tensor
 
 CONFIG = {
     "model_type": "qwen2",
@@ -231,8 +231,8 @@ def test_a_huge_header_length_is_refused_before_it_is_read(tmp_path: Path) -> No
 def test_a_header_is_as_long_as_its_file_allows(
     size: int, longest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorfile, "SHORT_HEADER_BYTES", 1000)
-    monkeypatch.setattr(tensorfile, "MAX_HEADER_BYTES", 2000)
+    monkeypatch.setattr(safetensors_io, "SHORT_HEADER_BYTES", 1000)
+    monkeypatch.setattr(safetensors_io, "MAX_HEADER_BYTES", 2000)
     path = tmp_path / "model.safetensors"
     found = []
     for length in (longest, longest + 1):

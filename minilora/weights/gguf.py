@@ -22,9 +22,9 @@ import torch
 from tokenizers import Tokenizer
 
 from minilora.errors import UserError
-from minilora.load import read_config
 from minilora.system.files import explained
-from minilora.tensorfile import read_checkpoint_entries, read_tensor
+from minilora.weights.load import read_config
+from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
 CHUNK = 1 << 24  # numbers that are converted at a time

@@ -7,7 +7,7 @@ to take large buffers from the system one by one: without that the peak was seen
 
 Every tensor of the file must have a place in the model and every place must be filled. The exceptions are
 stated by the format: a tied model may carry `lm_head.weight`, which must then equal the embedding's shape and
-is not used; `rotary_emb.inv_freq` of old files is a constant. What is in 4 bits already (`quantized.py`) is taken
+is not used; `rotary_emb.inv_freq` of old files is a constant. What is in 4 bits already (`bnb_checkpoint.py`) is taken
 as it is.
 """
 
@@ -25,9 +25,9 @@ from torch import nn
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
-from minilora.quantized import QuantizedEntry, split_entries
 from minilora.system.files import read_json
-from minilora.tensorfile import TensorEntry, read_checkpoint_entries, read_tensor
+from minilora.weights.bnb_checkpoint import QuantizedEntry, split_entries
+from minilora.weights.safetensors_io import TensorEntry, read_checkpoint_entries, read_tensor
 
 PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
 LARGEST_IN_HEAP = 32 << 20  # bytes; in training, glibc gives a larger buffer back as soon as it is freed

@@ -36,7 +36,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
 from minilora.system.files import WRITING, StorageError, explained, read_json, remove
 from minilora.system.manifest import finish_folder
-from minilora.tensorfile import TensorEntry, dtype_name, read_checkpoint_entries, read_tensor
+from minilora.weights.safetensors_io import TensorEntry, dtype_name, read_checkpoint_entries, read_tensor
 
 STATE_NAME = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights

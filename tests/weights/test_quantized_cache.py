@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from minilora import cache as cache_module
-from minilora import quantized
-from minilora.cache import load_through_cache
-from minilora.load import load_model
 from minilora.origin import model_digests
-from minilora.quantized import save_quantized
 from minilora.system import files
 from minilora.system.files import lock_folder
 from minilora.system.manifest import read_manifest, verify_folder
+from minilora.weights import bnb_checkpoint
+from minilora.weights import quantized_cache as cache_module
+from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.load import load_model
+from minilora.weights.quantized_cache import load_through_cache
 
 How = tuple[torch.dtype, str, bool]
 NF4: How = (torch.bfloat16, "nf4", True)
@@ -108,7 +108,7 @@ def test_an_interrupted_copy_is_not_taken_for_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(quantized, "save_file", interrupted)
+        patched.setattr(bnb_checkpoint, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_through_cache(source, tmp_path / "cache", *NF4)
     load_through_cache(source, tmp_path / "cache", *NF4)
@@ -126,7 +126,7 @@ def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(quantized, "save_file", full)
+    monkeypatch.setattr(bnb_checkpoint, "save_file", full)
     assert load_through_cache(source, tmp_path / "cache", *NF4).model.layers
     said = capsys.readouterr().err
     assert "cannot be written (I/O error: No space left on device (os error 28))" in said

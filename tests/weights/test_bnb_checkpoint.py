@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minilora import quantized as quantized_module
 from minilora.errors import UserError
-from minilora.load import load_model, open_weights, read_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
-from minilora.quantized import is_quantized, save_quantized, write_quantized
 from minilora.system.files import StorageError
 from minilora.system.manifest import read_manifest, verify_folder
+from minilora.weights import bnb_checkpoint as quantized_module
+from minilora.weights.bnb_checkpoint import is_quantized, save_quantized, write_quantized
+from minilora.weights.load import load_model, open_weights, read_config
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"

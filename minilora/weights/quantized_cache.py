@@ -1,6 +1,6 @@
 """4-bit copies of base models on disk, so that the next run has nothing to quantise and loads in a second or two.
 
-    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `quantized.py` writes it; transformers opens it
+    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `bnb_checkpoint.py` writes it; transformers opens it
     {cache}/{key}/manifest.json                          SHA-256 of its files, and all that it was made from
 
 The key is a hash of all that decides what is in a copy: the base model's files, the way of quantising, and who
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from minilora.errors import UserError
-from minilora.load import load_model
 from minilora.qlora import bnb
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.quantized import COMPANIONS, is_quantized, write_quantized
 from minilora.system.console import warn
 from minilora.system.files import lock_folder, sha256_once
 from minilora.system.manifest import read_manifest, recover_folders, verify_folder
-from minilora.tensorfile import dtype_name
+from minilora.weights.bnb_checkpoint import COMPANIONS, is_quantized, write_quantized
+from minilora.weights.load import load_model
+from minilora.weights.safetensors_io import dtype_name
 
 FORMAT = 1  # raised when the same weights would be quantised to other bits
 

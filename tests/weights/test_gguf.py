@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
-from minilora.ggufile import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.system.files import StorageError
+from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
 
 Checkpoint = Callable[..., Path]
 LAYER_NAMES = {  # llama.cpp's src/llama-arch.cpp, LLM_ARCH_QWEN2
@@ -206,7 +206,7 @@ def test_large_tensors_are_converted_in_pieces(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(checkpoint, tmp_path / "whole.gguf", "q8_0", "tiny")
-    monkeypatch.setattr("minilora.ggufile.CHUNK", 7 * 64)  # 7 rows of 64, no divisor of any count of rows
+    monkeypatch.setattr("minilora.weights.gguf.CHUNK", 7 * 64)  # 7 rows of 64, no divisor of any count of rows
     write_gguf(checkpoint, tmp_path / "pieces.gguf", "q8_0", "tiny")
     assert (tmp_path / "pieces.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
