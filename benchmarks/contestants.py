@@ -39,8 +39,8 @@ def run_minilora(
     max_rows: int | None = None,
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
-    from minilora.adapter import load_adapter
-    from minilora.attach import parameter_groups
+    from minilora.adapters.attach import parameter_groups
+    from minilora.adapters.peft_files import load_adapter
     from minilora.qlora import ops
     from minilora.qlora.batch import cut_micro_batches, pack
     from minilora.qlora.dropout import DropoutSeed

@@ -17,8 +17,8 @@ import torch
 from contestants import load_peft
 from workload import Workload, pad
 
-from minilora.adapter import load_adapter
-from minilora.attach import iter_lora_weights
+from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll

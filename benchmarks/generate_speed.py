@@ -24,7 +24,7 @@ from contestants import load_base
 from meter import Meter, environment
 from workload import Workload, add_workload_arguments, model_folder, write_adapter
 
-from minilora.adapter import load_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.generate import Context, generate, speed_up
 from minilora.qlora.nf4 import Linear4bit

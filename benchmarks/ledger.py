@@ -22,8 +22,8 @@ from compare_peft import run_child
 from meter import environment
 from workload import add_workload_arguments, model_folder
 
-from minilora.adapterconfig import attach_adapter
-from minilora.attach import parameter_groups
+from minilora.adapters.attach import parameter_groups
+from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
 from minilora.memory import CONTEXT_BYTES, peak_memory_bytes

@@ -23,8 +23,8 @@ from compare_peft import HERE, run_child
 from meter import Meter, environment
 from workload import add_workload_arguments, model_folder, write_adapter
 
-from minilora.adapter import load_adapter
-from minilora.attach import parameter_groups
+from minilora.adapters.attach import parameter_groups
+from minilora.adapters.peft_files import load_adapter
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.optim import build_optimizer

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minilora.adapter import KEY_PREFIX
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import iter_lora_weights
+from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import KEY_PREFIX
 from minilora.build import build_examples
 from minilora.config import Config
 from minilora.data.hub import fetch_model

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapterconfig import AdapterConfig
+from minilora.adapters.peft_config import AdapterConfig
 from minilora.config import Config
 from minilora.data.records import Row, as_label, read_rows
 from minilora.errors import UserError

@@ -26,9 +26,9 @@ from typing import Any
 from safetensors.torch import save
 
 from minilora import __version__
-from minilora.adapter import adapter_files, load_adapter_weights
-from minilora.adapterconfig import AdapterConfig
-from minilora.attach import lora_parameters
+from minilora.adapters.attach import lora_parameters
+from minilora.adapters.peft_config import AdapterConfig
+from minilora.adapters.peft_files import adapter_files, load_adapter_weights
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer

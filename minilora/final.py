@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from minilora import plots
-from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
+from minilora.adapters.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
+from minilora.adapters.peft_files import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
 from minilora.answers import Answers
-from minilora.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
 from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config

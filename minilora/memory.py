@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minilora.attach import iter_lora_weights, lora_parameters
+from minilora.adapters.attach import iter_lora_weights, lora_parameters
 from minilora.qlora.batch import MAX_GROUP_SCORES
 from minilora.qlora.loss import CHUNK_ROWS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapterconfig import attach_adapter
+from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order

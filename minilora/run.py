@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from minilora.adapterconfig import attach_adapter
-from minilora.attach import iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.attach import iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.init import BY_WEIGHTS, initialise
+from minilora.adapters.peft_config import attach_adapter
 from minilora.build import (
     Examples,
     adapter_config,
@@ -32,7 +33,6 @@ from minilora.checkpoint import (
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.initial import BY_WEIGHTS, initialise
 from minilora.origin import (
     Origin,
     describe_machine,

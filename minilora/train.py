@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from minilora.attach import adapter_disabled, lora_parameters
+from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
 from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
 from minilora.config import Config

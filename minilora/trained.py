@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.adapter import damage_of_adapter, load_adapter
-from minilora.adapterconfig import read_adapter_config
+from minilora.adapters.peft_config import read_adapter_config
+from minilora.adapters.peft_files import damage_of_adapter, load_adapter
 from minilora.build import (
     DTYPES,
     Examples,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.attach import adapter_disabled
+from minilora.adapters.attach import adapter_disabled
 from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
 from minilora.data.lines import iter_lines

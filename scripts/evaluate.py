@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapters.attach import adapter_disabled
 from minilora.answers import Answers
-from minilora.attach import adapter_disabled
 from minilora.build import Examples, choose_device
 from minilora.config import Config
 from minilora.data.records import ENCODINGS

@@ -20,11 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.build import Examples, choose_device, choose_dtype
-from minilora.data.records import ENCODINGS
-from minilora.drift import drift, render_drift
-from minilora.errors import UserError
-from minilora.merge import (
+from minilora.adapters.merge import (
     DEQUANTIZED,
     DTYPES,
     FACT,
@@ -36,6 +32,10 @@ from minilora.merge import (
     refuse_variant,
     write_merged,
 )
+from minilora.build import Examples, choose_device, choose_dtype
+from minilora.data.records import ENCODINGS
+from minilora.drift import drift, render_drift
+from minilora.errors import UserError
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minilora.attach import lora_parameters, parameter_groups
+from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.errors import UserError
 from minilora.evaluate import score
 from minilora.qlora import step as step_module

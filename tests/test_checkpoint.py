@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from minilora import __version__, checkpoint
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import lora_parameters, parameter_groups
+from minilora.adapters.attach import lora_parameters, parameter_groups
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
 from minilora.checkpoint import (
     RunState,
     damage_of,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora import evaluate
-from minilora.attach import attach, iter_lora_weights
+from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.evaluate import Scores, score
 from minilora.qlora.batch import common_prefix, pack_rows
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minilora.attach import adapter_disabled, attach, iter_lora_weights
+from minilora.adapters.attach import adapter_disabled, attach, iter_lora_weights
 from minilora.gemv import make_product
 from minilora.generate import MAX_ROWS, Context, candidates, generate, penalize, speed_up
 from minilora.qlora.batch import pack_rows

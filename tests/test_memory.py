@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minilora import memory
-from minilora.attach import attach, parameter_groups
+from minilora.adapters.attach import attach, parameter_groups
 from minilora.memory import (
     CONTEXT_BYTES,
     Ledger,

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.adapter import load_adapter, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import load_adapter, save_adapter
 from minilora.config import Config, load_config
 from minilora.errors import UserError
-from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge
 from minilora.qlora import loss
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed

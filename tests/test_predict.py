@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minilora import predict
-from minilora.attach import attach, iter_lora_weights
+from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.data.records import Row, iter_line_rows
 from minilora.errors import UserError
 from minilora.evaluate import MAX_TOKENS, score

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from minilora import final as final_module
 from minilora import run as run_module
 from minilora import train
-from minilora.adapter import adapter_files
+from minilora.adapters.peft_files import adapter_files
 from minilora.build import Examples
 from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.adapter import load_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.checkpoint import damage_of
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minilora.adapter import load_adapter, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import load_adapter, save_adapter
 from minilora.config import Config, load_config
 from minilora.data.prepare import clean_rows, prepare
 from minilora.data.records import read_rows

@@ -9,7 +9,7 @@ import peft
 import torch
 import transformers
 
-from minilora.attach import iter_lora_weights
+from minilora.adapters.attach import iter_lora_weights
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -11,11 +11,11 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
-from minilora.adapter import adapter_files, load_adapter, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import iter_lora_weights, parameter_groups
+from minilora.adapters.attach import iter_lora_weights, parameter_groups
+from minilora.adapters.init import initialise
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import adapter_files, load_adapter, save_adapter
 from minilora.errors import UserError
-from minilora.initial import initialise
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from minilora.attach import attach, parameter_groups
+from minilora.adapters.attach import attach, parameter_groups
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from minilora.adapter import load_adapter, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
+from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import load_adapter, save_adapter
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.load import load_model
 from tests.parity.reference import (

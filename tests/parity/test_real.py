@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.attach import attach
+from minilora.adapters.attach import attach
 from minilora.data.records import read_rows
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.attach import attach, lora_parameters, parameter_groups
+from minilora.adapters.attach import attach, lora_parameters, parameter_groups
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed

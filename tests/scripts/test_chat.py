@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.adapter import save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import iter_lora_weights
+from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import save_adapter
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
 

@@ -16,12 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import merge as merge_module
-from minilora.adapter import load_adapter, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter
-from minilora.attach import iter_lora_weights
-from minilora.errors import UserError
-from minilora.merge import (
+from minilora.adapters import merge as merge_module
+from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.merge import (
     DEQUANTIZED,
     ORIGINAL,
     Merge,
@@ -32,6 +29,9 @@ from minilora.merge import (
     refuse_variant,
     write_merged,
 )
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit

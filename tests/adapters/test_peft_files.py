@@ -12,9 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.adapter import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights, save_adapter
-from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
-from minilora.attach import lora_parameters, set_adapter
+from minilora.adapters.attach import lora_parameters, set_adapter
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter, read_adapter_config
+from minilora.adapters.peft_files import (
+    adapter_files,
+    damage_of_adapter,
+    load_adapter,
+    load_adapter_weights,
+    save_adapter,
+)
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import write_folder

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from minilora.adapters.target_modules import Target, choose_targets
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
 from minilora.qlora.nf4 import Linear4bit
-from minilora.targets import Target, choose_targets
 
 DEFAULT = "default"  # peft's name of an adapter that was given none
 
@@ -50,14 +50,14 @@ def attach(
         r: rank of the product.
         alpha: numerator of the scaling.
         dropout: probability with which an entry of the adapter's input is zero in training.
-        target_modules: see `targets.py`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
+        target_modules: see `target_modules.py`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
         use_rslora: scale by alpha / sqrt(r).
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
         device: of the adapter; by default that of the layers it belongs to.
         bias: "lora_only" trains the biases of the chosen layers, "all" those of all linear layers.
         use_dora: train the length of each output's weights apart from their direction.
         init_lora_weights: "kaiming" draws A from a uniform, "gaussian" from a normal distribution; "pissa" and "loftq"
-            draw as "kaiming" and leave the rest to `initial.py`.
+            draw as "kaiming" and leave the rest to `init.py`.
         name: of the adapter.
 
     Returns:

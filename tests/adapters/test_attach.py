@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.attach import (
+from minilora.adapters.attach import (
     DEFAULT,
     active_adapter,
     adapter_disabled,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from minilora.attach import DEFAULT, attach, iter_lora_weights
+from minilora.adapters.attach import DEFAULT, attach, iter_lora_weights
 from minilora.errors import UserError
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -60,7 +60,7 @@ class AdapterConfig:
         use_rslora: scale by alpha / sqrt(r).
         base_model_name_or_path: what the adapter belongs to.
         revision: of the base model on the hub.
-        layers_to_transform: see `targets.py`, like the next three.
+        layers_to_transform: see `target_modules.py`, like the next three.
         layers_pattern: what numbered modules are called.
         rank_pattern: other ranks.
         alpha_pattern: other alphas.

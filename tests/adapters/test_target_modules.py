@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from minilora import targets
+from minilora.adapters import target_modules
+from minilora.adapters.target_modules import choose_targets
 from minilora.errors import UserError
-from minilora.targets import choose_targets
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 NAMES += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -58,7 +58,7 @@ def test_a_broken_pattern_is_named() -> None:
 
 @pytest.mark.parametrize("expression", ["(.*)*(.*)*(.*)*!", "(a?|.)*(.|.)*(..|.)*!"])
 def test_a_pattern_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, expression: str) -> None:
-    monkeypatch.setattr(targets, "MATCH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(target_modules, "MATCH_TIMEOUT_S", 0.5)
     started = time.monotonic()
     with pytest.raises(UserError, match="takes for ever to match; write it without a repetition"):
         choose_targets(["a" * 400], 4, 8.0, expression)

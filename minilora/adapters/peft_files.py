@@ -1,6 +1,6 @@
 """An adapter on disk, as peft reads and writes it.
 
-    adapter_config.json         see `adapterconfig.py`
+    adapter_config.json         see `peft_config.py`
     adapter_model.safetensors   base_model.model.{path}.lora_A.weight           (R, in)
                                 base_model.model.{path}.lora_B.weight           (out, R)
                                 base_model.model.{path}.lora_magnitude_vector   (out,)   with DoRA
@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from minilora.adapterconfig import AdapterConfig, attach_adapter, read_adapter_config
-from minilora.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
+from minilora.adapters.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
+from minilora.adapters.peft_config import AdapterConfig, attach_adapter, read_adapter_config
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM

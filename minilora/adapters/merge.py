@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from minilora.adapter import load_adapter
-from minilora.attach import iter_lora_layers
+from minilora.adapters.attach import iter_lora_layers
+from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear, merged_weight
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM

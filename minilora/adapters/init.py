@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.attach import iter_lora_layers
+from minilora.adapters.attach import iter_lora_layers
 from minilora.errors import UserError
 from minilora.qlora.lora import dense_weight
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.attach import attach, iter_lora_layers
+from minilora.adapters.attach import attach, iter_lora_layers
+from minilora.adapters.init import initialise, low_rank_factors
 from minilora.errors import UserError
-from minilora.initial import initialise, low_rank_factors
 from minilora.qlora.lora import dense_weight, merged_weight
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.weights.bnb_checkpoint import save_quantized
