@@ -22,7 +22,7 @@ from meter import Meter, environment
 from workload import Workload, add_workload_arguments, model_folder, pad
 
 from minilora.errors import UserError
-from minilora.evaluate import score
+from minilora.evaluation.score import score
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
 from minilora.weights.load import load_model

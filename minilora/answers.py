@@ -11,8 +11,8 @@ import numpy as np
 
 from minilora import plots
 from minilora.data.records import Row
+from minilora.evaluation.metrics import calibration_bins
 from minilora.markup import Markup, element, joined, table
-from minilora.metrics import calibration_bins
 
 MOST_MISTAKES = 20
 CLIPPED_AT = 120  # characters of a text that are shown unasked

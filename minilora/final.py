@@ -24,8 +24,8 @@ from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
-from minilora.evaluate import Scores, score
-from minilora.metrics import classification_metrics
+from minilora.evaluation.metrics import classification_metrics
+from minilora.evaluation.score import Scores, score
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
 from minilora.plan import run_ledger

@@ -30,7 +30,7 @@ from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_model
 from minilora.data.records import read_rows
 from minilora.errors import UserError
-from minilora.evaluate import score
+from minilora.evaluation.score import score
 from minilora.origin import model_digests, read_saved_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt

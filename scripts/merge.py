@@ -34,8 +34,8 @@ from minilora.adapters.merge import (
 )
 from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
-from minilora.drift import drift, render_drift
 from minilora.errors import UserError
+from minilora.evaluation.drift import drift, render_drift
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file

@@ -25,8 +25,8 @@ from typing import BinaryIO
 from minilora.data.lines import count_lines, iter_lines
 from minilora.data.records import ENCODINGS, Row, iter_line_rows, iter_texts
 from minilora.errors import UserError
-from minilora.evaluate import MAX_TOKENS
-from minilora.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
+from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
+from minilora.evaluation.score import MAX_TOKENS
 from minilora.system.console import emit, progress, say, warn
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder

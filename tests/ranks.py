@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.errors import UserError
-from minilora.evaluate import score
+from minilora.evaluation.score import score
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import cut_shares, pack
 from minilora.qlora.dropout import DropoutSeed

@@ -8,7 +8,7 @@ import pytest
 from minilora import plots
 from minilora.answers import CLIPPED_AT, MOST_MISTAKES, Answers, iter_answer_parts
 from minilora.data.records import Row
-from minilora.metrics import classification_metrics
+from minilora.evaluation.metrics import classification_metrics
 
 NAMES = ("负面", "<正面>")
 

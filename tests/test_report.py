@@ -14,7 +14,7 @@ from minilora import plots
 from minilora.answers import Answers
 from minilora.config import Config, load_config
 from minilora.data.records import Row
-from minilora.metrics import classification_metrics
+from minilora.evaluation.metrics import classification_metrics
 from minilora.report import Report, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"

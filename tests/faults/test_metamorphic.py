@@ -14,7 +14,7 @@ from minilora.adapters.attach import lora_parameters
 from minilora.adapters.merge import open_merge
 from minilora.adapters.peft_config import AdapterConfig, attach_adapter
 from minilora.adapters.peft_files import save_adapter
-from minilora.evaluate import score
+from minilora.evaluation.score import score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM

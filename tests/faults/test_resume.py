@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minilora import evaluate, train
+from minilora import train
 from minilora.checkpoint import damage_of
 from minilora.config import load_config
 from minilora.qlora import step as step_module

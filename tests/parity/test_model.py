@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.evaluate import score
+from minilora.evaluation.score import score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.prompt import ChatTokenizer, Example

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.errors import UserError
-from minilora.predict import Prediction
+from minilora.evaluation.predict import Prediction
 from minilora.system.console import set_quiet
 from minilora.train import fit
 from tests.conftest import make_reviews

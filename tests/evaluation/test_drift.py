@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minilora.drift import drift, render_drift
+from minilora.evaluation.drift import drift, render_drift
 
 LABELS = np.array([0, 1, 1, 0])
 BEFORE = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.6, 0.4]])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from minilora import predict
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.data.records import Row, iter_line_rows
 from minilora.errors import UserError
-from minilora.evaluate import MAX_TOKENS, score
-from minilora.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
+from minilora.evaluation import predict
+from minilora.evaluation.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
+from minilora.evaluation.score import MAX_TOKENS, score
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from tests.conftest import make_reviews

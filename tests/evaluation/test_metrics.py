@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from minilora.metrics import (
+from minilora.evaluation.metrics import (
     bootstrap_intervals,
     calibration_bins,
     classification_metrics,
