@@ -26,7 +26,7 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 
 from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
-from minilora.generate import Context, generate, speed_up
+from minilora.generation.decode import Context, generate, speed_up
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.cli import run_script

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from minilora.adapters.attach import adapter_disabled
-from minilora.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.config import MAX_SEED
 from minilora.data.lines import iter_lines
 from minilora.errors import UserError
-from minilora.generate import speed_up
+from minilora.generation.chat import Conversation, GenerationConfig, read_generation_config
+from minilora.generation.decode import speed_up
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.console import say, uses_colour, warn
 from minilora.system.distributed import without_ranks

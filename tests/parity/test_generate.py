@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.generation import logits_process
 
-from minilora.generate import Context, candidates, generate, penalize
+from minilora.generation.decode import Context, candidates, generate, penalize
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
 from tests.parity.reference import VOCAB_SIZE, load_reference

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from minilora import gemv
 from minilora.adapters.attach import attach, iter_lora_weights
-from minilora.gemv import make_product
+from minilora.generation import gemv
+from minilora.generation.gemv import make_product
 from minilora.qlora import bnb
 from minilora.qlora.nf4 import FEW_ROWS, Linear4bit, QuantizedTensor, quantize
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minilora.adapters.attach import adapter_disabled, attach, iter_lora_weights
-from minilora.gemv import make_product
-from minilora.generate import MAX_ROWS, Context, candidates, generate, penalize, speed_up
+from minilora.generation.decode import MAX_ROWS, Context, candidates, generate, penalize, speed_up
+from minilora.generation.gemv import make_product
 from minilora.qlora.batch import pack_rows
 from minilora.qlora.kv_cache import KeyValues
 from minilora.qlora.loss import head_logits
@@ -66,7 +66,7 @@ def test_a_prompt_longer_than_a_pass_goes_in_pieces(tiny_model: TinyModel, monke
     model = tiny_model()
     ids = [3 + i % 400 for i in range(50)]
     expected = logits_anew(model, ids)
-    monkeypatch.setattr("minilora.generate.MAX_ROWS", 16)
+    monkeypatch.setattr("minilora.generation.decode.MAX_ROWS", 16)
     assert MAX_ROWS >= 1024
     torch.testing.assert_close(Context(model, ids).next_logits(), expected, rtol=1e-4, atol=1e-4)
 

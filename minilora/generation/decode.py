@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from minilora.adapters.attach import iter_lora_layers
-from minilora.gemv import make_product
+from minilora.generation.gemv import make_product
 from minilora.qlora.kv_cache import KeyValues
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from minilora.errors import UserError
-from minilora.generate import Context, generate
+from minilora.generation.decode import Context, generate
 from minilora.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
