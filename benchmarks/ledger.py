@@ -26,8 +26,8 @@ from minilora.adapters.attach import parameter_groups
 from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.memory import CONTEXT_BYTES, peak_memory_bytes
-from minilora.plan import BatchShape, config_ledger, count_config
+from minilora.planning.memory import CONTEXT_BYTES, peak_memory_bytes
+from minilora.planning.plan import BatchShape, config_ledger, count_config
 from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example

@@ -28,7 +28,7 @@ from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, score
 from minilora.modelcard import render_model_card
 from minilora.origin import current_origin, read_origin, refuse_another_run
-from minilora.plan import run_ledger
+from minilora.planning.plan import run_ledger
 from minilora.qlora.batch import pack
 from minilora.report import Report, render_report
 from minilora.run import Run, check_best, share_adapter

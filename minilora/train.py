@@ -30,9 +30,9 @@ from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkp
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.final import check_finished, finish, in_words, score_split, score_test_set
-from minilora.memory import is_out_of_memory, peak_memory_bytes
 from minilora.origin import current_origin
-from minilora.plan import run_ledger
+from minilora.planning.memory import is_out_of_memory, peak_memory_bytes
+from minilora.planning.plan import run_ledger
 from minilora.qlora.optim import lr_at
 from minilora.qlora.step import train_step
 from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places

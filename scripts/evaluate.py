@@ -23,8 +23,8 @@ from minilora.config import Config
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
-from minilora.memory import peak_memory_bytes
 from minilora.origin import model_digests
+from minilora.planning.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
 from minilora.report import Report, render_report

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 
-from minilora.budget import (
+from minilora.config import Config, load_config
+from minilora.data.hub import fetch_model, local_folder
+from minilora.data.records import ENCODINGS, Row, read_rows
+from minilora.errors import UserError
+from minilora.planning.budget import (
     MOST,
     Advice,
     Setup,
@@ -28,14 +32,10 @@ from minilora.budget import (
     train_command,
     uniform_shapes,
 )
-from minilora.config import Config, load_config
-from minilora.data.hub import fetch_model, local_folder
-from minilora.data.records import ENCODINGS, Row, read_rows
-from minilora.errors import UserError
-from minilora.memory import peak_memory_bytes
+from minilora.planning.memory import peak_memory_bytes
+from minilora.planning.sizes import SIZES, hub_name, size_of
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.sizes import SIZES, hub_name, size_of
 from minilora.system.console import say
 from minilora.weights.load import read_config
 from minilora.weights.safetensors_io import dtype_name

@@ -14,7 +14,7 @@ from minilora.config import Config, describe_keys, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.prepare import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
-from minilora.plan import print_plan
+from minilora.planning.plan import print_plan
 from minilora.system.console import say
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.train import fit

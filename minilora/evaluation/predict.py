@@ -23,7 +23,7 @@ import numpy as np
 from minilora.data.records import Row
 from minilora.errors import UserError
 from minilora.evaluation.score import Prefix, label_probabilities
-from minilora.memory import is_out_of_memory
+from minilora.planning.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.system.distributed import ALONE, Ranks

@@ -18,7 +18,7 @@ import torch
 
 from minilora.errors import UserError
 from minilora.generation.decode import Context, generate
-from minilora.memory import is_out_of_memory
+from minilora.planning.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import read_json

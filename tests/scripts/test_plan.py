@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from minilora import budget
 from minilora.config import Config
 from minilora.data import hub
 from minilora.data.records import Row, read_rows
 from minilora.errors import UserError
-from minilora.memory import Numbers
-from minilora.plan import count_config
-from minilora.sizes import SIZES
+from minilora.planning import budget
+from minilora.planning.memory import Numbers
+from minilora.planning.plan import count_config
+from minilora.planning.sizes import SIZES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
 RECIPE = Path(__file__).parents[2] / "scripts" / "configs" / "chnsenticorp.yaml"

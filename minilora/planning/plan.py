@@ -11,7 +11,7 @@ from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
-from minilora.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
+from minilora.planning.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
 from minilora.qlora.batch import count_rows, cut_micro_batches, round_rows
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, moments_bytes

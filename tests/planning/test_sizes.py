@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from minilora.planning.sizes import SIZES, hub_name, next_smaller, size_of
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.sizes import SIZES, hub_name, next_smaller, size_of
 
 
 @pytest.mark.parametrize(

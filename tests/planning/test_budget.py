@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import budget
-from minilora.budget import (
+from minilora.config import load_config
+from minilora.data.records import read_rows
+from minilora.errors import UserError
+from minilora.planning import budget
+from minilora.planning.budget import (
     ROWS,
     Knob,
     Setup,
@@ -30,13 +33,10 @@ from minilora.budget import (
     train_command,
     uniform_shapes,
 )
-from minilora.config import load_config
-from minilora.data.records import read_rows
-from minilora.errors import UserError
-from minilora.memory import Numbers
-from minilora.plan import BatchShape
+from minilora.planning.memory import Numbers
+from minilora.planning.plan import BatchShape
+from minilora.planning.sizes import LONGEST, SIZES
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.sizes import LONGEST, SIZES
 
 GB = 10**9
 COUNTED: dict[tuple[Any, ...], Numbers] = {}  # so that each model is counted once

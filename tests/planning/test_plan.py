@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora import plan
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
 from minilora.data.prepare import epoch_order
-from minilora.memory import CONTEXT_BYTES
-from minilora.plan import (
+from minilora.planning import plan
+from minilora.planning.memory import CONTEXT_BYTES
+from minilora.planning.plan import (
     ANSWER_TOKENS,
     BatchShape,
     config_ledger,
@@ -25,9 +25,9 @@ from minilora.plan import (
     run_ledger,
     uniform_batch,
 )
+from minilora.planning.sizes import SIZES
 from minilora.qlora.batch import cut_micro_batches, pack
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.sizes import SIZES
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model
 

@@ -23,12 +23,12 @@ from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.data.records import Row
 from minilora.errors import UserError
-from minilora.memory import Ledger, Numbers
-from minilora.plan import ANSWER_TOKENS, BatchShape, config_ledger, count_config, largest_batch, uniform_batch
+from minilora.planning.memory import Ledger, Numbers
+from minilora.planning.plan import ANSWER_TOKENS, BatchShape, config_ledger, count_config, largest_batch, uniform_batch
+from minilora.planning.sizes import LONGEST, SIZES, hub_name, next_smaller
 from minilora.qlora.batch import round_rows
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.sizes import LONGEST, SIZES, hub_name, next_smaller
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 ROWS = "train.max_tokens_per_micro_batch"

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from minilora import memory
 from minilora.adapters.attach import attach, parameter_groups
-from minilora.memory import (
+from minilora.planning import memory
+from minilora.planning.memory import (
     CONTEXT_BYTES,
     Ledger,
     Numbers,
@@ -36,7 +36,7 @@ from minilora.qlora.step import train_step
 from minilora.weights.load import load_model, read_config
 from tests.conftest import write_checkpoint
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "ledger.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "ledger.py"
 
 # Qwen2.5-0.5B.
 SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
@@ -365,7 +365,7 @@ def test_the_peak_is_in_bytes() -> None:
 
 def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
     block = torch.ones(700_000_000, dtype=torch.uint8)
-    code = "import torch; from minilora.memory import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    code = "import torch; from minilora.planning.memory import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None" or int(done.stdout) < block.nbytes
 
