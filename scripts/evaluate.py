@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from minilora.adapters.attach import adapter_disabled
-from minilora.answers import Answers
 from minilora.build import Examples, choose_device
 from minilora.config import Config
 from minilora.data.records import ENCODINGS
@@ -27,7 +26,8 @@ from minilora.origin import model_digests
 from minilora.planning.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
-from minilora.report import Report, render_report
+from minilora.reports.answers import Answers
+from minilora.reports.report import Report, render_report
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.trained import KEYS_READ, Trained, open_trained

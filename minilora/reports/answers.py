@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora import plots
 from minilora.data.records import Row
 from minilora.evaluation.metrics import calibration_bins
-from minilora.markup import Markup, element, joined, table
+from minilora.reports import plots
+from minilora.reports.markup import Markup, element, joined, table
 
 MOST_MISTAKES = 20
 CLIPPED_AT = 120  # characters of a text that are shown unasked

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from minilora import plots
+from minilora.reports import plots
 
 ROWS = [
     {"step": 1, "train_loss": 2.0, "learning_rate": 1e-4},

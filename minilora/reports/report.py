@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minilora import __version__, plots
-from minilora.answers import Answers, iter_answer_parts
-from minilora.markup import Markup, element, escaped, joined, table
+from minilora import __version__
+from minilora.reports import plots
+from minilora.reports.answers import Answers, iter_answer_parts
+from minilora.reports.markup import Markup, element, escaped, joined, table
 
 STYLE = Path(__file__).parent / "assets" / "report" / "report.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

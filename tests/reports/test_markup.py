@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.markup import Markup, element, escaped, joined, table
+from minilora.reports.markup import Markup, element, escaped, joined, table
 
 
 class Texts(HTMLParser):

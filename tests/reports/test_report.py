@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minilora import plots
-from minilora.answers import Answers
 from minilora.config import Config, load_config
 from minilora.data.records import Row
 from minilora.evaluation.metrics import classification_metrics
-from minilora.report import Report, render_report
+from minilora.reports import plots
+from minilora.reports.answers import Answers
+from minilora.reports.report import Report, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"
 NAMES = ("负面", "正面")

@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 
 from minilora.config import load_config
-from minilora.modelcard import render_model_card
+from minilora.reports.model_card import render_model_card
 
 AFTER = {
     "loss": 0.21,

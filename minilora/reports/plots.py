@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.markup import Markup, element, escaped
+from minilora.reports.markup import Markup, element, escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

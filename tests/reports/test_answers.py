@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from minilora import plots
-from minilora.answers import CLIPPED_AT, MOST_MISTAKES, Answers, iter_answer_parts
 from minilora.data.records import Row
 from minilora.evaluation.metrics import classification_metrics
+from minilora.reports import plots
+from minilora.reports.answers import CLIPPED_AT, MOST_MISTAKES, Answers, iter_answer_parts
 
 NAMES = ("负面", "<正面>")
 
