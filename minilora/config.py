@@ -174,7 +174,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
-# How an optimizer step is cut, together with the number of ranks: what counts is their product (`origin.py`).
+# How an optimizer step is cut, together with the number of ranks: what counts is their product (`provenance.py`).
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
 # Keys that users of peft look for, and why they are not here.

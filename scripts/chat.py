@@ -27,10 +27,10 @@ from minilora.errors import UserError
 from minilora.generation.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.generation.decode import speed_up
 from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.runs.load_run import Trained, is_base, open_base, open_trained
 from minilora.system.console import say, uses_colour, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.schema import coerce
-from minilora.trained import Trained, is_base, open_base, open_trained
 
 EXAMPLES = """\
 examples:

@@ -22,15 +22,15 @@ from minilora.config import Config
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
-from minilora.origin import model_digests
 from minilora.planning.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
 from minilora.reports.answers import Answers
 from minilora.reports.report import Report, render_report
+from minilora.runs.load_run import KEYS_READ, Trained, open_trained
+from minilora.runs.provenance import model_digests
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
-from minilora.trained import KEYS_READ, Trained, open_trained
 
 EXAMPLES = """\
 examples:

@@ -36,11 +36,11 @@ from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.drift import drift, render_drift
+from minilora.runs.load_run import Trained, open_trained
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file
 from minilora.system.manifest import finish_folder
-from minilora.trained import Trained, open_trained
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.weights.load import load_model
 from minilora.weights.safetensors_io import dtype_name

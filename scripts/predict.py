@@ -27,10 +27,10 @@ from minilora.data.records import ENCODINGS, Row, iter_line_rows, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
+from minilora.runs.load_run import Trained, is_base, open_base, open_trained
 from minilora.system.console import emit, progress, say, warn
 from minilora.system.distributed import ALONE, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
-from minilora.trained import Trained, is_base, open_base, open_trained
 
 STANDARD_INPUT = Path("-")
 FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output

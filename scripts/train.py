@@ -15,9 +15,9 @@ from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.prepare import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
+from minilora.runs.train import fit
 from minilora.system.console import say
 from minilora.system.distributed import ALONE, Ranks, with_ranks
-from minilora.train import fit
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 DOWNLOADS = "chn_senti_corp"  # beside data.dir

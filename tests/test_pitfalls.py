@@ -28,8 +28,8 @@ from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.qlora.step import StepResult, train_step
-from minilora.runlog import MEASURED_KEYS, read_metrics
-from minilora.train import fit
+from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
+from minilora.runs.train import fit
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")

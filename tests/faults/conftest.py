@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minilora.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import damage_of, list_checkpoints
 from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from minilora.adapters.peft_files import load_adapter
-from minilora.checkpoint import damage_of
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.runs.checkpoint import damage_of
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header
 from tests.faults.conftest import outcome

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import damage_of, list_checkpoints
 from minilora.system.files import LOCK
 from tests.faults.runner import Runs
 from tests.faults.test_kill import operations_of_a_run

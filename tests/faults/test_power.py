@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.run import _find_checkpoint
+from minilora.runs.setup import _find_checkpoint
 from minilora.system.manifest import recover_folders
 from tests.faults.runner import Runs
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from minilora.checkpoint import damage_of, list_checkpoints
-from minilora.runlog import read_metrics
+from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.metrics_log import read_metrics
 from minilora.system.manifest import recover_folders
 from tests.faults.conftest import outcome
 from tests.faults.runner import SCRIPTS, Runs

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from minilora import train
-from minilora.checkpoint import damage_of
 from minilora.config import load_config
 from minilora.qlora import step as step_module
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.step import StepResult
+from minilora.runs import train
+from minilora.runs.checkpoint import damage_of
+from minilora.runs.train import fit
 from minilora.system.cli import Interrupted, SafePoints
-from minilora.train import fit
 from tests.faults.conftest import outcome
 
 STEPS = 24

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minilora.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import damage_of, list_checkpoints
 from tests.faults.runner import Runs
 from tests.faults.test_kill import operations_of_a_run
 

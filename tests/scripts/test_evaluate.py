@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.errors import UserError
+from minilora.runs.load_run import warn_of_another_test_set
+from minilora.runs.train import fit
 from minilora.system.files import StorageError, sha256
-from minilora.train import fit
-from minilora.trained import warn_of_another_test_set
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 Evaluate = Callable[..., dict[str, Any]]

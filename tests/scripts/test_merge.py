@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from minilora import build
 from minilora.config import load_config
 from minilora.errors import UserError
+from minilora.runs.train import fit
 from minilora.system.files import WRITING, StorageError
 from minilora.system.manifest import read_manifest, verify_folder
-from minilora.train import fit
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model
 from tests.scripts.test_evaluate import SCRIPTS, load_script

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from minilora.config import load_config
 from minilora.errors import UserError
 from minilora.evaluation.predict import Prediction
+from minilora.runs.train import fit
 from minilora.system.console import set_quiet
-from minilora.train import fit
 from tests.conftest import make_reviews
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minilora.errors import UserError
-from minilora.runlog import MEASURED_KEYS, read_metrics
+from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.system import distributed
 from minilora.system.distributed import ALONE, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
 from tests.conftest import make_reviews

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from minilora.origin import model_digests
+from minilora.runs.provenance import model_digests
 from minilora.system import files
 from minilora.system.files import lock_folder
 from minilora.system.manifest import read_manifest, verify_folder

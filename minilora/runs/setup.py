@@ -21,7 +21,16 @@ from minilora.build import (
     choose_dtype,
     read_split,
 )
-from minilora.checkpoint import (
+from minilora.config import Config
+from minilora.data.prepare import SPLITS, epoch_order
+from minilora.errors import UserError
+from minilora.qlora import ops
+from minilora.qlora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.runs.checkpoint import (
     RunState,
     checkpoint_path,
     damage_of,
@@ -30,10 +39,7 @@ from minilora.checkpoint import (
     new_state,
     read_state,
 )
-from minilora.config import Config
-from minilora.data.prepare import SPLITS, epoch_order
-from minilora.errors import UserError
-from minilora.origin import (
+from minilora.runs.provenance import (
     Origin,
     describe_machine,
     note_another_cut,
@@ -41,12 +47,6 @@ from minilora.origin import (
     refuse_another_machine,
     refuse_another_run,
 )
-from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
-from minilora.qlora.dropout import DropoutSeed
-from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.system.console import progress, say, warn
 from minilora.system.distributed import ALONE, Ranks
 from minilora.system.files import explained

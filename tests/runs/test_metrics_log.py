@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from minilora import runlog
 from minilora.errors import UserError
-from minilora.runlog import RunLog, read_metrics
+from minilora.runs import metrics_log
+from minilora.runs.metrics_log import RunLog, read_metrics
 from minilora.system.files import StorageError
 
 NUMBERS = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
@@ -122,7 +122,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     log = RunLog(tmp_path, 10, 0)
     log.write(row(1))
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        patch.setattr(metrics_log.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
         log.sync()
     log.close()
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_size] != [0]
@@ -162,7 +162,7 @@ def test_a_log_that_cannot_be_synced_is_explained(tmp_path: Path, monkeypatch: p
 
     log = RunLog(tmp_path, 10, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.os, "fsync", fail)
+        patch.setattr(metrics_log.os, "fsync", fail)
         with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
             log.sync()
     log.close()
@@ -174,7 +174,7 @@ def test_a_line_goes_to_the_file_whole_however_little_of_it_the_system_takes_at_
     plain = os.write
     log = RunLog(tmp_path, 10, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(runlog.os, "write", lambda descriptor, rest: plain(descriptor, rest[:7]))
+        patch.setattr(metrics_log.os, "write", lambda descriptor, rest: plain(descriptor, rest[:7]))
         log.write(row(1))
     log.close()
     assert read_metrics(tmp_path) == [row(1)]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
+from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
 from minilora.system.files import explained, replace_file
-from minilora.trackers import Tracker
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 

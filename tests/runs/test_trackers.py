@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.trackers import Tracker, check_tracker, numbers_in, open_tracker
+from minilora.runs.trackers import Tracker, check_tracker, numbers_in, open_tracker
 
 CONFIG = {"lora": {"r": 8}}
 SKIPPED = {"step": 3, "train_loss": None, "learning_rate": 1e-4, "skipped": True, "rows": ["a.jsonl:1"]}

@@ -26,23 +26,23 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
-from minilora.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.final import check_finished, finish, in_words, score_split, score_test_set
-from minilora.origin import current_origin
 from minilora.planning.memory import is_out_of_memory, peak_memory_bytes
 from minilora.planning.plan import run_ledger
 from minilora.qlora.optim import lr_at
 from minilora.qlora.step import train_step
-from minilora.run import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
-from minilora.runlog import NoLog, RunLog, read_metrics
+from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
+from minilora.runs.finish import check_finished, finish, in_words, score_split, score_test_set
+from minilora.runs.metrics_log import NoLog, RunLog, read_metrics
+from minilora.runs.provenance import current_origin
+from minilora.runs.setup import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
+from minilora.runs.trackers import Tracker, check_tracker, open_tracker
 from minilora.system.cli import Interrupted, SafePoints
 from minilora.system.console import say
 from minilora.system.distributed import ALONE, LostRankError, Ranks
 from minilora.system.files import StorageError, lock_folder, make_folder
 from minilora.system.manifest import recover_folders
-from minilora.trackers import Tracker, check_tracker, open_tracker
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = ALONE) -> Path:

@@ -12,10 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import __version__, checkpoint
+from minilora import __version__
 from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.adapters.peft_config import AdapterConfig, attach_adapter
-from minilora.checkpoint import (
+from minilora.errors import UserError
+from minilora.qlora.batch import pack
+from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import build_optimizer
+from minilora.qlora.prompt import Example
+from minilora.qlora.step import train_step
+from minilora.runs import checkpoint
+from minilora.runs.checkpoint import (
     RunState,
     damage_of,
     list_checkpoints,
@@ -27,13 +35,6 @@ from minilora.checkpoint import (
     state_digests,
     step_of,
 )
-from minilora.errors import UserError
-from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
-from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import build_optimizer
-from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.manifest import read_manifest, write_folder
 

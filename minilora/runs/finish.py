@@ -19,20 +19,20 @@ import torch
 from minilora.adapters.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
 from minilora.adapters.peft_files import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
 from minilora.build import Examples, adapter_config, choose_dtype
-from minilora.checkpoint import checkpoint_path
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, score
-from minilora.origin import current_origin, read_origin, refuse_another_run
 from minilora.planning.plan import run_ledger
 from minilora.qlora.batch import pack
 from minilora.reports import plots
 from minilora.reports.answers import Answers
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, render_report
-from minilora.run import Run, check_best, share_adapter
-from minilora.runlog import read_metrics
+from minilora.runs.checkpoint import checkpoint_path
+from minilora.runs.metrics_log import read_metrics
+from minilora.runs.provenance import current_origin, read_origin, refuse_another_run
+from minilora.runs.setup import Run, check_best, share_adapter
 from minilora.system.console import progress, say, warn
 from minilora.system.files import StorageError, json_bytes, replace_file
 from minilora.system.manifest import write_folder

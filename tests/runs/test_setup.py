@@ -18,27 +18,27 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from minilora import final as final_module
-from minilora import run as run_module
-from minilora import train
 from minilora.adapters.peft_files import adapter_files
 from minilora.build import Examples
-from minilora.checkpoint import list_checkpoints
 from minilora.config import Config, load_config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
-from minilora.origin import read_origin, read_saved_config
 from minilora.qlora import step as step_module
 from minilora.qlora.step import StepResult
-from minilora.run import set_run_aside
-from minilora.runlog import MEASURED_KEYS, read_metrics
+from minilora.runs import finish as final_module
+from minilora.runs import setup as run_module
+from minilora.runs import train
+from minilora.runs.checkpoint import list_checkpoints
+from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
+from minilora.runs.provenance import read_origin, read_saved_config
+from minilora.runs.setup import set_run_aside
+from minilora.runs.trackers import Tracker
+from minilora.runs.train import fit
 from minilora.system import console
 from minilora.system.cli import Interrupted
 from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, json_bytes, lock_folder, sha256
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
-from minilora.trackers import Tracker
-from minilora.train import fit
 
 Fit = Callable[..., Path]
 STEPS = 4

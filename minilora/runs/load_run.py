@@ -31,9 +31,9 @@ from minilora.data.hub import PACKAGE_ASSETS, fetch_model
 from minilora.data.records import read_rows
 from minilora.errors import UserError
 from minilora.evaluation.score import score
-from minilora.origin import model_digests, read_saved_config
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.runs.provenance import model_digests, read_saved_config
 from minilora.system.console import progress, warn
 from minilora.system.distributed import ALONE, Ranks
 from minilora.system.files import read_json, sha256
