@@ -50,7 +50,7 @@ def local_folder(name_or_path: str) -> Path | None:
     """The folder of a model that is here already, None for a name on the hub."""
     folder = Path(name_or_path)
     if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
-        folder = Path(__file__).parent / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
+        folder = Path(__file__).parents[1] / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
     return folder if folder.is_dir() else None
 
 

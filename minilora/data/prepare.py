@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import UserError
 from minilora.data.records import Row, read_demo_rows, read_rows
+from minilora.errors import UserError
 from minilora.system.files import WRITING, explained, lock_folder, make_folder, read_json, sha256, sync, write_file
 
 SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training

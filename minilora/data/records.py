@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import UserError
 from minilora.data.lines import iter_file_lines
+from minilora.errors import UserError
 from minilora.qlora.prompt import check_turns
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")

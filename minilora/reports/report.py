@@ -18,7 +18,7 @@ from minilora.reports import plots
 from minilora.reports.answers import Answers, iter_answer_parts
 from minilora.reports.markup import Markup, element, escaped, joined, table
 
-STYLE = Path(__file__).parent / "assets" / "report" / "report.css"
+STYLE = Path(__file__).parents[1] / "assets" / "report" / "report.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 # The metrics in reading order, and what the page calls them.
 NAMES = {

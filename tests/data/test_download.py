@@ -24,10 +24,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from minilora.data import download
 from minilora.data.download import PARALLEL, download_snapshot
-from minilora.errors import UserError
 from minilora.data.hub import MODEL_FILES, SUBFOLDERS, downloaded_files
-from minilora.weights.bnb_checkpoint import COMPANIONS
+from minilora.errors import UserError
 from minilora.system.cli import GRACE_S
+from minilora.weights.bnb_checkpoint import COMPANIONS
 from tests.local_hub import COMMIT, Fault, LocalHub
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

@@ -7,7 +7,6 @@ import pytest
 
 from minilora.data import download
 from minilora.data import hub as hub_module
-from minilora.errors import UserError
 from minilora.data.hub import (
     MODEL_FILES,
     SMALL_FILES,
@@ -17,6 +16,7 @@ from minilora.data.hub import (
     fetch_model,
     local_folder,
 )
+from minilora.errors import UserError
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_the_packages_own_model_is_found_from_any_working_directory(
     (folder / "config.json").write_text("{}", "utf-8")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(hub_module, "__file__", str(tmp_path / "package" / "hub.py"))
+    monkeypatch.setattr(hub_module, "__file__", str(tmp_path / "package" / "data" / "hub.py"))
     assert fetch_model("minilora/assets/tiny") == folder
     with pytest.raises(UserError, match=r"minilora/assets/huge: is neither a folder nor a hub name such as Qwen/"):
         fetch_model("minilora/assets/huge")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.errors import UserError
 from minilora.data.lines import count_lines, iter_file_lines, iter_lines
+from minilora.errors import UserError
 
 ENCODED = ("utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be")
 # 上 (U+4E0A), 一 (U+4E00) and ਊ (U+0A0A) hold a byte 10 in UTF-16.

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.data import prepare
+from minilora.data import prepare as prepare_module
 from minilora.data.prepare import (
     clean_rows,
     epoch_order,
@@ -25,8 +25,8 @@ from minilora.data.prepare import (
     split_of,
     split_rows,
 )
-from minilora.errors import UserError
 from minilora.data.records import Row, read_rows
+from minilora.errors import UserError
 from minilora.system.files import StorageError, lock_folder, sha256
 
 
@@ -429,14 +429,14 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
 ) -> None:
     prepare(official, tmp_path / "out", seed=1)
     before = contents(tmp_path / "out")
-    plain = prepare.write_file
+    plain = prepare_module.write_file
 
     def full_disk(path: Path, content: bytes) -> None:
         plain(path, content[:9] if "test.jsonl" in path.name else content)
         if "test.jsonl" in path.name:
             raise StorageError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(prepare, "write_file", full_disk)
+    monkeypatch.setattr(prepare_module, "write_file", full_disk)
     with pytest.raises(StorageError, match="cannot be written"):
         prepare(official, tmp_path / "out", seed=2)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before

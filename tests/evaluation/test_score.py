@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
-from minilora.evaluation import score
+from minilora.evaluation import score as score_module
 from minilora.evaluation.score import Scores, score
 from minilora.qlora.batch import common_prefix, pack_rows
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -190,7 +190,7 @@ def test_long_examples_go_in_smaller_passes(
     prompt, examples = build(chat_tokenizer, SINGLE)
     together = score(tiny_model(), examples, prompt, len(examples)).probabilities
     longest = max(len(example.input_ids) for example in examples)
-    monkeypatch.setattr(score, "MAX_TOKENS", 2 * longest)
+    monkeypatch.setattr(score_module, "MAX_TOKENS", 2 * longest)
     finished: list[int] = []
     apart = score(tiny_model(), examples, prompt, len(examples), finished.append).probabilities
     assert finished[0] == 2

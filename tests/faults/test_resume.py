@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minilora.config import load_config
+from minilora.evaluation import score as score_module
 from minilora.qlora import step as step_module
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.step import StepResult
@@ -40,12 +41,12 @@ def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
             @contextlib.contextmanager
             def anywhere(self) -> Iterator[None]:
-                for module in (step_module, evaluate):
+                for module in (step_module, score_module):
                     monkeypatch.setattr(module, "next_token_nll", lambda *a: (self.check(), next_token_nll(*a))[1])
                 try:
                     yield
                 finally:
-                    for module in (step_module, evaluate):
+                    for module in (step_module, score_module):
                         monkeypatch.setattr(module, "next_token_nll", next_token_nll)
 
             def __exit__(self, *_: Any) -> None:

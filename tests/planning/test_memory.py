@@ -365,7 +365,10 @@ def test_the_peak_is_in_bytes() -> None:
 
 def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
     block = torch.ones(700_000_000, dtype=torch.uint8)
-    code = "import torch; from minilora.planning.memory import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    code = (
+        "import torch; from minilora.planning.memory import peak_memory_bytes; "
+        "print(peak_memory_bytes(torch.device('cpu')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None" or int(done.stdout) < block.nbytes
 

@@ -194,7 +194,7 @@ path, signum, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 class Striking:
     imports = 0
     def find_spec(self, name, *_):
-        self.imports += "minilora.system.cli" in sys.modules and "answer_signals" in vars(sys.modules["minilora.system.cli"])
+        self.imports += "answer_signals" in vars(sys.modules.get("minilora.system.cli", object))
         if self.imports == count:
             os.kill(os.getpid(), signum)
 sys.meta_path.insert(0, Striking())

@@ -28,7 +28,7 @@ from minilora.system.distributed import ALONE, VARIABLES, LostRankError, Ranks, 
 from tests.conftest import make_reviews
 from tests.faults.runner import Runs
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SCRIPTS = TESTS.parent / "scripts"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 RANKS = 3
