@@ -42,7 +42,7 @@ def run_minilora(
     from minilora.adapters.attach import parameter_groups
     from minilora.adapters.peft_files import load_adapter
     from minilora.qlora import ops
-    from minilora.qlora.batch import cut_micro_batches, pack
+    from minilora.qlora.batch import pack, split_into_micro_batches
     from minilora.qlora.dropout import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
     from minilora.qlora.optim import build_optimizer
@@ -64,7 +64,7 @@ def run_minilora(
     for number, examples in enumerate(work.batches(sort), start=1):
         real = sum(len(example.input_ids) for example in examples)
         with meter.step(real, 0) as row:
-            parts = cut_micro_batches(examples, len(examples), max_rows)
+            parts = split_into_micro_batches(examples, len(examples), max_rows)
             batches = [pack(part, share_prefix).to(torch.device(work.device)) for part in parts]
             row["computed_tokens"] = sum(len(batch.input_ids) for batch in batches)
             row["loss"] = train_step(

@@ -26,13 +26,14 @@ from minilora.adapters.attach import parameter_groups
 from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.planning.memory import CONTEXT_BYTES, peak_memory_bytes
-from minilora.planning.plan import BatchShape, config_ledger, count_config
+from minilora.planning.memory import CONTEXT_BYTES
+from minilora.planning.plan import BatchShape, count_config, estimate_config_memory
 from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
 from minilora.system.cli import run_script
+from minilora.system.memory import peak_memory_bytes
 from minilora.weights.load import freed_memory_returned, read_config
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
@@ -92,10 +93,12 @@ def measure(case: Case) -> dict[str, Any]:
         examples = random_examples(rows, generator)
         batch = pack(examples).to(device)
         lengths = (len(batch.input_ids), batch.num_supervised, max(len(e.input_ids) - 1 for e in examples))
-        shape = BatchShape(*map(max, zip(lengths, (shape.rows, shape.supervised_rows, shape.longest), strict=True)))
+        shape = BatchShape(
+            *map(max, zip(lengths, (shape.rows, shape.supervised_positions, shape.longest), strict=True))
+        )
         train_step(model, [batch], optimizer, 1e-4, 1.0, dropout_seed, 0, step)
     numbers = count_config(config, read_config(Path(case.model)))
-    ledger = config_ledger(config, numbers, shape, dtype, device.type, process_bytes)
+    ledger = estimate_config_memory(config, numbers, shape, dtype, device.type, process_bytes)
     predicted = ledger.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
     return {"predicted": predicted, "measured": peak_memory_bytes(device), "parts": ledger.parts}
 

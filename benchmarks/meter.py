@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minilora.planning.memory import peak_memory_bytes
+from minilora.system.memory import peak_memory_bytes
 
 _CLEAR = Path("/proc/self/clear_refs")
 PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "trl", "tokenizers", "safetensors", "numpy")

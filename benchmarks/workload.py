@@ -21,7 +21,7 @@ from minilora.adapters.peft_files import KEY_PREFIX
 from minilora.build import build_examples
 from minilora.config import Config
 from minilora.data.hub import fetch_model
-from minilora.data.records import read_demo_rows, read_rows
+from minilora.data.records import read_demo_records, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
@@ -74,7 +74,7 @@ class Workload:
 
     def examples(self, count: int) -> list[Example]:
         """The first `count` reviews of the data."""
-        rows = read_rows(Path(self.data)) if self.data else read_demo_rows()
+        rows = read_records(Path(self.data)) if self.data else read_demo_records()
         if len(rows) < count:
             raise UserError(f"{self.data}: holds {len(rows)} reviews, {count} are needed; ask for fewer steps")
         prompt = self.prompt()

@@ -14,13 +14,13 @@ import torch
 
 from minilora.adapters.peft_config import AdapterConfig
 from minilora.config import Config
-from minilora.data.records import Row, as_label, read_rows
+from minilora.data.records import Record, as_label, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.system.console import progress
-from minilora.system.distributed import ALONE, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.weights.load import load_model, read_config
 from minilora.weights.quantized_cache import load_through_cache
 
@@ -37,7 +37,7 @@ class Examples:
         labelled: all of them have a label, so accuracy and F1 mean something.
     """
 
-    rows: list[Row]
+    records: list[Record]
     examples: list[Example]
     labelled: bool
 
@@ -118,10 +118,10 @@ def read_split(config: Config, prompt: ClassificationPrompt, split: str) -> Exam
     """The examples of one file of `data.dir`, as many as `data.max_{split}_examples` allows."""
     limit = getattr(config.data, f"max_{split}_examples")
     path = Path(config.data.dir) / f"{split}.jsonl"
-    return build_examples(read_rows(path)[:limit], prompt)
+    return build_examples(read_records(path)[:limit], prompt)
 
 
-def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt) -> Examples:
+def build_examples(rows: Sequence[Record], prompt: ClassificationPrompt) -> Examples:
     """One example for each row: a labelled text, or a conversation, which begins with the same system turn.
 
     Raises:
@@ -139,7 +139,7 @@ def build_examples(rows: Sequence[Row], prompt: ClassificationPrompt) -> Example
     return Examples(rows, examples, labelled=len(texts) == len(rows))
 
 
-def _label_indices(rows: Sequence[Row], labels: tuple[str, ...]) -> list[int]:
+def _label_indices(rows: Sequence[Record], labels: tuple[str, ...]) -> list[int]:
     """Class of each row. A label word counts before an index, and where a word is a number no number is an index."""
     words = [as_label(label) for label in labels]
     has_indices = not any(isinstance(word, int) for word in words)
@@ -158,7 +158,7 @@ def _label_indices(rows: Sequence[Row], labels: tuple[str, ...]) -> list[int]:
     return indices
 
 
-def _all_labels(rows: Sequence[Row]) -> str:
+def _all_labels(rows: Sequence[Record]) -> str:
     """The labels of the rows as a command line names them, nothing where they are too many to be classes."""
     found = sorted({row.label for row in rows}, key=lambda label: (isinstance(label, str), label))
     words = json.dumps([str(label) for label in found], ensure_ascii=False)
@@ -166,7 +166,7 @@ def _all_labels(rows: Sequence[Row]) -> str:
 
 
 def build_model(
-    config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = SINGLE_RANK
 ) -> Qwen2ForCausalLM:
     """The frozen base model, with a progress bar for its tensors; each of `ranks` has one of its own.
 
@@ -175,7 +175,7 @@ def build_model(
     """
     ranks.check_device(device)
     makes_copy = config.model.quantized_cache is not None
-    with ranks.in_turn() if makes_copy else ranks.together(), progress("load model", None, "tensor") as bar:
+    with ranks.rank_0_first() if makes_copy else ranks.barrier(), progress("load model", None, "tensor") as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

@@ -27,8 +27,8 @@ from minilora.errors import UserError
 from minilora.generation.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.generation.decode import speed_up
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.runs.load_run import Trained, is_base, open_base, open_trained
-from minilora.system.console import say, uses_colour, warn
+from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
+from minilora.system.console import info, uses_colour, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.schema import coerce
 
@@ -76,7 +76,7 @@ def main() -> None:
         return
     is_typed = sys.stdin.isatty()
     if is_typed:
-        say(f"{describe(trained, settings)}; /help lists the commands")
+        info(f"{describe(trained, settings)}; /help lists the commands")
     lines = iter_typed() if is_typed else iter_lines(sys.stdin.buffer, "standard input")
     Talk(conversation, model, trained.path is not None, is_typed).go_on(lines)
 
@@ -105,14 +105,14 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def open_model(arguments: argparse.Namespace) -> Trained:
+def open_model(arguments: argparse.Namespace) -> LoadedRun:
     """The adapter with its base, or the base model that --model_path names."""
     overrides = [CACHED, *arguments.overrides]
     if not is_base(arguments.model_path):
-        return open_trained(arguments.model_path, arguments.base, overrides, keys_read=KEYS_READ)
+        return load_run(arguments.model_path, arguments.base, overrides, keys_read=KEYS_READ)
     if arguments.base is not None:
         raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
-    return open_base(arguments.model_path.as_posix(), overrides, KEYS_READ)
+    return load_base_run(arguments.model_path.as_posix(), overrides, KEYS_READ)
 
 
 def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -> GenerationConfig:
@@ -136,7 +136,7 @@ def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -
     return replace(settings, do_sample=draws, **given)
 
 
-def describe(trained: Trained, settings: GenerationConfig) -> str:
+def describe(trained: LoadedRun, settings: GenerationConfig) -> str:
     """Who answers, and how, in a line."""
     base = trained.config.model.name_or_path
     name = base if trained.path is None else f"{trained.path} on {base}"
@@ -259,7 +259,7 @@ class Talk:
 
     def _note(self, text: str) -> None:
         if self._is_typed:
-            say(f"{DIM}({text}){RESET}" if uses_colour() else f"({text})")
+            info(f"{DIM}({text}){RESET}" if uses_colour() else f"({text})")
 
 
 def show_answer(conversation: Conversation, text: str, check: Callable[[], object] = bool) -> None:

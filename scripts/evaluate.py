@@ -22,15 +22,15 @@ from minilora.config import Config
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
-from minilora.planning.memory import peak_memory_bytes
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
-from minilora.reports.answers import Answers
+from minilora.reports.answers import ScoredExamples
 from minilora.reports.report import Report, render_report
-from minilora.runs.load_run import KEYS_READ, Trained, open_trained
+from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run
 from minilora.runs.provenance import model_digests
-from minilora.system.distributed import ALONE, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
+from minilora.system.memory import peak_memory_bytes
 
 EXAMPLES = """\
 examples:
@@ -42,7 +42,7 @@ examples:
 """
 
 
-def main(ranks: Ranks = ALONE) -> None:
+def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, scores, writes the results."""
     parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
@@ -56,9 +56,9 @@ def main(ranks: Ranks = ALONE) -> None:
     arguments = parser.parse_intermixed_args()
 
     if arguments.output_dir is not None:
-        ranks.once(lambda: make_folder(arguments.output_dir, "--output_dir"))
-    with ranks.in_turn():
-        trained = open_trained(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
+        ranks.run_on_rank_0(lambda: make_folder(arguments.output_dir, "--output_dir"))
+    with ranks.rank_0_first():
+        trained = load_run(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
     config, prompt = trained.config, trained.prompt
     data, examples = trained.read_reviews(arguments.data, arguments.encoding)
     model = trained.load(arguments.allow_bin, ranks)
@@ -70,7 +70,7 @@ def main(ranks: Ranks = ALONE) -> None:
         labels = np.array(examples.labels)
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
-    if not ranks.is_first:
+    if not ranks.is_rank_0:
         return
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
     print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
@@ -81,7 +81,7 @@ def main(ranks: Ranks = ALONE) -> None:
 
 
 def evaluate(
-    trained: Trained, model: Qwen2ForCausalLM, examples: Examples, title: str, ranks: Ranks
+    trained: LoadedRun, model: Qwen2ForCausalLM, examples: Examples, title: str, ranks: Ranks
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Metrics and (N, labels) probabilities; the ranks share the work."""
     started = time.perf_counter()
@@ -124,7 +124,7 @@ def _figure(value: float | None) -> str:
     return f"{'-':>10}" if value is None else f"{value:10.4f}"
 
 
-def report_of(trained: Trained, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
+def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
     """What the report of an evaluation shows: of the configuration only what scoring reads."""
     config, data = trained.config, Path(results["data"])
     scored = {"base model": results["base"], "adapter": results} if "base" in results else {"adapter": results}
@@ -138,7 +138,7 @@ def report_of(trained: Trained, results: dict[str, Any], examples: Examples, pro
         title="Evaluation report",
         remark=remark,
         results=scored,
-        answers=Answers(examples.rows, np.array(examples.labels), probabilities, trained.prompt.labels),
+        answers=ScoredExamples(examples.records, np.array(examples.labels), probabilities, trained.prompt.labels),
         log=[],
         ledger=None,
         peak_bytes=peak_memory_bytes(choose_device(config)),
@@ -171,7 +171,7 @@ def write_results(
         UserError: they cannot be written.
     """
     lines = []
-    for index, (row, label, scores) in enumerate(zip(examples.rows, examples.labels, probabilities, strict=True)):
+    for index, (row, label, scores) in enumerate(zip(examples.records, examples.labels, probabilities, strict=True)):
         line = {
             "index": index,
             "text": row.text,

@@ -13,7 +13,7 @@ from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
 from minilora.data.hub import fetch_model
 from minilora.data.prepare import epoch_order
-from minilora.data.records import read_rows
+from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -46,7 +46,7 @@ def main() -> None:
         )
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
-    rows = read_rows(path)
+    rows = read_records(path)
     if not rows:
         raise UserError(f"{path}: holds no record; give another file with --data")
     size = config.train.per_device_train_batch_size

@@ -36,10 +36,10 @@ from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.drift import drift, render_drift
-from minilora.runs.load_run import Trained, open_trained
-from minilora.system.console import progress, say, warn
+from minilora.runs.load_run import LoadedRun, load_run
+from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
-from minilora.system.files import WRITING, explained, json_bytes, make_folder, remove, write_file
+from minilora.system.files import WRITING, json_bytes, make_folder, remove, storage_errors, write_file
 from minilora.system.manifest import finish_folder
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.weights.load import load_model
@@ -63,9 +63,7 @@ def main() -> None:
     refuse_output(output)
     make_folder(output.parent, "--output")
     limit = [] if arguments.max_examples is None else [f"data.max_test_examples={arguments.max_examples}"]
-    trained = open_trained(
-        arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None
-    )
+    trained = load_run(arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None)
     if output == trained.model_folder.resolve():
         raise UserError(f"{output}: is the base model's own folder; choose another --output")
     if arguments.gguf is not None:
@@ -85,13 +83,13 @@ def main() -> None:
     temporary = output.with_name(WRITING + output.name)
     results: dict[str, Any] = {"output": str(arguments.output), FACT: into, "dtype": dtype_name(dtype)}
     try:
-        with explained(temporary):
+        with storage_errors(temporary):
             remove(temporary)  # of a merge that was killed
             temporary.mkdir()
         with progress(f"merge into {into}", len(merge.shapes), "tensor") as bar:
             write_merged(merge, into, dtype, temporary, arguments.max_shard_size, bar.update)
         if arguments.gguf is not None:
-            say(f"write model-{arguments.gguf}.gguf")
+            info(f"write model-{arguments.gguf}.gguf")
             write_gguf(temporary, temporary / f"model-{arguments.gguf}.gguf", arguments.gguf, output.name)
         if reviews is not None:
             rows = measure_drift(trained, merge, into, dtype, temporary, reviews, arguments.allow_bin)
@@ -103,7 +101,7 @@ def main() -> None:
     finally:
         with contextlib.suppress(OSError):  # after a failure, which counts; on success nothing is there any more
             remove(temporary)
-    say(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
+    info(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
     print(json.dumps(results, ensure_ascii=False))
 
 
@@ -148,7 +146,7 @@ def read_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def open_run(trained: Trained, allow_bin: bool) -> Merge:
+def open_run(trained: LoadedRun, allow_bin: bool) -> Merge:
     """Base and adapter, with the 4-bit weights that the adapter's run had."""
     config = trained.config
     return open_merge(
@@ -162,8 +160,8 @@ def open_run(trained: Trained, allow_bin: bool) -> Merge:
     )
 
 
-def read_reviews(trained: Trained, data: Path | None, encoding: str) -> tuple[Path, Examples]:
-    """`Trained.read_reviews`, with what to do where there is no test split."""
+def read_reviews(trained: LoadedRun, data: Path | None, encoding: str) -> tuple[Path, Examples]:
+    """`LoadedRun.read_reviews`, with what to do where there is no test split."""
     split = Path(trained.config.data.dir) / "test.jsonl"
     if data is None and not split.is_file():
         raise UserError(
@@ -174,7 +172,7 @@ def read_reviews(trained: Trained, data: Path | None, encoding: str) -> tuple[Pa
 
 
 def measure_drift(
-    trained: Trained, merge: Merge, into: str, dtype: torch.dtype, folder: Path, reviews: Examples, allow_bin: bool
+    trained: LoadedRun, merge: Merge, into: str, dtype: torch.dtype, folder: Path, reviews: Examples, allow_bin: bool
 ) -> dict[str, dict[str, Any]]:
     """`drift` from the adapter as it was trained, of the model in `folder` and of the other way to merge, by name.
 
@@ -187,7 +185,7 @@ def measure_drift(
         dtype: of its tensors.
         folder: the written model.
         reviews: labelled.
-        allow_bin: see `Trained.load`.
+        allow_bin: see `LoadedRun.load`.
     """
     device = choose_device(trained.config)
     compute_dtype = choose_dtype(trained.config, device)

@@ -18,7 +18,7 @@ import torch
 
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
-from minilora.data.records import ENCODINGS, Row, read_rows
+from minilora.data.records import ENCODINGS, Record, read_records
 from minilora.errors import UserError
 from minilora.planning.budget import (
     MOST,
@@ -26,17 +26,17 @@ from minilora.planning.budget import (
     Setup,
     advise,
     largest_rows,
-    least_ledger,
+    least_memory_estimate,
     read_bytes,
     shapes_of_rows,
     train_command,
     uniform_shapes,
 )
-from minilora.planning.memory import peak_memory_bytes
 from minilora.planning.sizes import SIZES, hub_name, size_of
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.system.console import say
+from minilora.system.console import info
+from minilora.system.memory import peak_memory_bytes
 from minilora.weights.load import read_config
 from minilora.weights.safetensors_io import dtype_name
 
@@ -102,7 +102,7 @@ def main() -> None:
         print(json.dumps(results, ensure_ascii=False))
 
 
-def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Row], ChatTokenizer | None]:
+def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Record], ChatTokenizer | None]:
     """The records to plan for and what cuts them into tokens: those of --data, else the prepared ones.
 
     No records where neither is there, or where no tokenizer is at hand for the prepared ones.
@@ -119,9 +119,9 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
     except UserError as error:
         if arguments.data is not None:
             raise
-        say(f"{path} is not looked at, for want of a tokenizer ({error})\n")
+        info(f"{path} is not looked at, for want of a tokenizer ({error})\n")
         return [], None
-    rows = read_rows(path, encoding=arguments.encoding)[: config.data.max_train_examples]
+    rows = read_records(path, encoding=arguments.encoding)[: config.data.max_train_examples]
     if not rows:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
     return rows, tokenizer
@@ -147,7 +147,7 @@ def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
                 "total_bytes": sized.total_bytes,
                 "fits": sized.total_bytes <= budget_bytes,
                 "max_tokens_per_micro_batch": largest_rows(sized, budget_bytes),
-                "least_bytes": least_ledger(sized).total_bytes,
+                "least_bytes": least_memory_estimate(sized).total_bytes,
             }
         )
     return rows

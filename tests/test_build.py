@@ -9,7 +9,7 @@ import pytest
 
 from minilora.build import build_examples, build_prompt
 from minilora.config import load_config
-from minilora.data.records import Row, as_label
+from minilora.data.records import Record, as_label
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 
@@ -36,7 +36,7 @@ def test_a_label_is_its_word_and_else_an_index(
     chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, index: int
 ) -> None:
     prompt = prompt_with(chat_tokenizer, *labels)
-    (example,) = build_examples([Row("a.tsv:2", "好", as_label(found))], prompt).examples
+    (example,) = build_examples([Record("a.tsv:2", "好", as_label(found))], prompt).examples
     assert example.label == index
     answer = example.input_ids[example.answer_start :]
     assert chat_tokenizer.decode(answer) == f"{labels[index]}<|im_end|>"
@@ -54,15 +54,15 @@ def test_a_label_that_is_neither_word_nor_index_is_refused(
     chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, message: str
 ) -> None:
     with pytest.raises(UserError, match=rf"a\.tsv:2: {message}"):
-        build_examples([Row("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels))
+        build_examples([Record("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels))
 
 
 def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them(chat_tokenizer: ChatTokenizer) -> None:
-    rows = [Row(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
+    rows = [Record(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
     words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
     with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
         build_examples(rows, prompt_with(chat_tokenizer, "负面", "正面"))
-    many = [Row("a.csv:2", "好", f"word {number}") for number in range(21)]
+    many = [Record("a.csv:2", "好", f"word {number}") for number in range(21)]
     with pytest.raises(UserError, match=r"correct the file or set prompt\.labels$"):
         build_examples(many, prompt_with(chat_tokenizer, "负面", "正面"))
 

@@ -248,7 +248,7 @@ def test_2_5_the_end_of_the_answer_is_learnt_whatever_the_padding_token_is(
     tokenizer = ChatTokenizer(tmp_path)
     examples = build_prompt(tokenizer).examples(["很好", "差", "非常非常非常不错<|im_end|>"], [1, 0, 1])
     packed = pack(examples)
-    by_example = [packed.targets[packed.owners == owner].tolist() for owner in range(3)]
+    by_example = [packed.targets[packed.example_indices == owner].tolist() for owner in range(3)]
     assert [tokenizer.decode(ids) for ids in by_example] == ["正面<|im_end|>", "负面<|im_end|>", "正面<|im_end|>"]
     assert all(example.input_ids.count(end) == 3 for example in examples)  # system, user, answer: no padding
 
@@ -286,12 +286,12 @@ def test_2_7_nothing_is_widened_and_the_head_sees_supervised_rows_alone(
     scored: list[int] = []
     plain = loss.head_logits
 
-    def count_rows(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    def count_packed_tokens(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
         scored.append(hidden.shape[0])
         return plain(hidden, head_weight)
 
     kept: list[torch.Tensor] = []
-    monkeypatch.setattr(loss, "head_logits", count_rows)
+    monkeypatch.setattr(loss, "head_logits", count_packed_tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
         hidden = model(packed)
         nll, count = loss.next_token_nll(hidden, packed.targets, model.head_weight)
@@ -299,7 +299,7 @@ def test_2_7_nothing_is_widened_and_the_head_sees_supervised_rows_alone(
     assert hidden.shape == (80, model.config.hidden_size)
     assert hidden.dtype == torch.bfloat16
     assert count == sum(scored) == 80 < len(packed.input_ids)
-    assert max(scored) <= loss.CHUNK_ROWS
+    assert max(scored) <= loss.CHUNK_TOKENS
     vocabulary = model.config.vocab_size
     assert not any(vocabulary in t.shape for t in kept if t.data_ptr() != model.head_weight.data_ptr())
     adapter = {parameter.data_ptr() for parameter in lora_parameters(model)}

@@ -50,7 +50,7 @@ def attach(
         r: rank of the product.
         alpha: numerator of the scaling.
         dropout: probability with which an entry of the adapter's input is zero in training.
-        target_modules: see `target_modules.py`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
+        target_modules: see `choose_targets`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
         use_rslora: scale by alpha / sqrt(r).
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
         device: of the adapter; by default that of the layers it belongs to.
@@ -132,7 +132,7 @@ def _draw(w: LoRAWeights, init_lora_weights: str, generator: torch.Generator) ->
         first = torch.empty(shape).uniform_(-bound, bound, generator=generator)
     w.lora_A.data.copy_(first)
     if init_lora_weights == "pissa":
-        w.principal_A, w.principal_B = torch.zeros_like(w.lora_A.data), torch.zeros_like(w.lora_B.data)
+        w.initial_A, w.initial_B = torch.zeros_like(w.lora_A.data), torch.zeros_like(w.lora_B.data)
 
 
 def _values(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -34,7 +34,7 @@ from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 BY_WEIGHTS = ("pissa", "loftq")
 
 
-def initialise(
+def initialize(
     model: Qwen2ForCausalLM,
     folder: Path,
     init_lora_weights: str,
@@ -66,9 +66,9 @@ def initialise(
         with torch.no_grad():
             w.lora_A.copy_(a / w.scaling**0.5)
             w.lora_B.copy_(b / w.scaling**0.5)
-            if w.principal_A is not None and w.principal_B is not None:
-                w.principal_A.copy_(w.lora_A)
-                w.principal_B.copy_(-w.lora_B)
+            if w.initial_A is not None and w.initial_B is not None:
+                w.initial_A.copy_(w.lora_A)
+                w.initial_B.copy_(-w.lora_B)
             elif w.lora_magnitude_vector is not None:  # with DoRA c is 1 at the start, here where B is not 0
                 merged = torch.addmm(dense, w.lora_B, w.lora_A, alpha=w.scaling)
                 w.lora_magnitude_vector.copy_(torch.linalg.vector_norm(merged, dim=1))

@@ -29,7 +29,7 @@ from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear, merged_weight
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.system.files import StorageError, explained, json_bytes, read_json, write_file
+from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
 from minilora.weights.bnb_checkpoint import COMPANIONS
 from minilora.weights.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
@@ -192,7 +192,7 @@ def write_merged(
     config.pop("quantization_config", None)
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
     write_file(folder / "config.json", json_bytes(config))
-    with explained(folder):
+    with storage_errors(folder):
         for name in COMPANIONS:
             if (merge.base / name).is_file():
                 shutil.copyfile(merge.base / name, folder / name)
@@ -230,7 +230,7 @@ def plan_shards(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes:
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        with explained(path, sum(tensor.nbytes for tensor in tensors.values())):
+        with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
             save_file(tensors, path, metadata={"format": "pt"})
             shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody but the owner read it
     except SafetensorError as error:  # what the library makes of an OSError

@@ -40,7 +40,7 @@ NEUTRAL_KEYS = frozenset(
         "task_type",
     )
 )
-# What other keys may hold when they are not empty. The other ways to initialise (pissa, olora, corda, loftq, lora_ga)
+# What other keys may hold when they are not empty. The other ways to initialize (pissa, olora, corda, loftq, lora_ga)
 # change the base model's weights, so that on the plain base model their adapter is wrong.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),

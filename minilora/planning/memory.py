@@ -21,17 +21,15 @@ keep nothing. What PyTorch's allocator hands out agrees with all this within a f
 lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not yet.
 """
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_weights, lora_parameters
 from minilora.qlora.batch import MAX_GROUP_SCORES
-from minilora.qlora.loss import CHUNK_ROWS
+from minilora.qlora.loss import CHUNK_TOKENS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.weights.load import LARGEST_IN_HEAP
 from minilora.weights.safetensors_io import dtype_name
@@ -50,11 +48,10 @@ COMPILER_BYTES = 80_000_000  # PyTorch's compiler, which the optimizers of bitsa
 # On a GPU: the context was 426 MiB on an RTX 6000 Ada with PyTorch 2.10 (unsloth-zoo, pull request 1053), about 400 MB
 # by pytorch issue 109888; cuBLAS adds 8 to 32 MiB. Nothing for what the allocator holds and cannot use again.
 CONTEXT_BYTES = 500_000_000
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryEstimate:
     """Predicted bytes by component; `total_bytes` is their sum."""
 
     parts: dict[str, int]
@@ -75,7 +72,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ParameterCounts:
     """How many numbers a model with its adapter holds: what the ledger needs to know of it.
 
     Attributes:
@@ -107,7 +104,7 @@ class Numbers:
     trained_layers: int
 
 
-def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Numbers:
+def count_parameters(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> ParameterCounts:
     """Counts a model's numbers.
 
     Args:
@@ -125,7 +122,7 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
     }
     projections = sum(weights.values())
     first = min((int(path.split(".")[2]) for path in adapted), default=0)  # model.layers.N...
-    return Numbers(
+    return ParameterCounts(
         config=model.config,
         projections=projections,
         in_full=sum(weights[name] for name in in_full),
@@ -133,18 +130,18 @@ def count_numbers(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> Num
         trained=trained,
         lora_a=sum(a.numel() for a, _ in matrices),
         ranks=sum(len(a) for a, _ in matrices),
-        frozen_a=sum(w.principal_A.numel() for w in adapted.values() if w.principal_A is not None),
-        frozen_b=sum(w.principal_B.numel() for w in adapted.values() if w.principal_B is not None),
+        frozen_a=sum(w.initial_A.numel() for w in adapted.values() if w.initial_A is not None),
+        frozen_b=sum(w.initial_B.numel() for w in adapted.values() if w.initial_B is not None),
         dora_outputs=sum(size for path, size in with_dora.items() if not path.endswith(KEPT_OUTPUTS)),
         dora_in_mlp=any(path.endswith(("gate_proj", "up_proj")) for path in with_dora),
         trained_layers=model.config.num_hidden_layers - first,
     )
 
 
-def predict_memory(
-    numbers: Numbers,
+def estimate_memory(
+    numbers: ParameterCounts,
     rows: int,
-    supervised_rows: int,
+    supervised_positions: int,
     longest: int,
     compute_dtype: torch.dtype,
     quantization: str,
@@ -156,13 +153,13 @@ def predict_memory(
     bitsandbytes_optimizer: bool = False,
     device_type: str = "cpu",
     process_bytes: int | None = None,
-) -> Ledger:
+) -> MemoryEstimate:
     """The ledger of training with micro-batches of up to `rows` packed rows.
 
     Args:
         numbers: of the model and its adapter.
         rows: T of the largest micro-batch.
-        supervised_rows: S of the micro-batch that has most of them.
+        supervised_positions: S of the micro-batch that has most of them.
         longest: rows of the longest example, with the prefix.
         compute_dtype: of activations and dense weights.
         quantization: "nf4", "fp4" or "none".
@@ -193,11 +190,11 @@ def predict_memory(
         parts["dense weights that are kept"] = in_bits * width
 
     offloads = offload_checkpoints and device_type == "cuda"
-    everywhere, one_layer = _activations(numbers, rows, supervised_rows, width, gradient_checkpointing, offloads)
+    everywhere, one_layer = _activations(numbers, rows, supervised_positions, width, gradient_checkpointing, offloads)
     dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
     in_mlp = rows * (2 * config.hidden_size + (4 if numbers.dora_in_mlp else 3) * config.intermediate_size) * width
     backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
-    logits = 2 * min(supervised_rows, CHUNK_ROWS) * config.vocab_size * 4
+    logits = 2 * min(supervised_positions, CHUNK_TOKENS) * config.vocab_size * 4
     gradients = (sum(numbers.trained) + numbers.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": everywhere, "logits": logits},
@@ -220,11 +217,16 @@ def predict_memory(
         if bitsandbytes_optimizer:
             parts["PyTorch's compiler, which bitsandbytes imports"] = COMPILER_BYTES
         parts["Python and PyTorch themselves (measured)"] = process_bytes
-    return Ledger(parts)
+    return MemoryEstimate(parts)
 
 
 def _activations(
-    numbers: Numbers, rows: int, supervised_rows: int, width: int, gradient_checkpointing: bool, offloads: bool
+    numbers: ParameterCounts,
+    rows: int,
+    supervised_positions: int,
+    width: int,
+    gradient_checkpointing: bool,
+    offloads: bool,
 ) -> tuple[int, int]:
     """Bytes that wait for the backward pass when it begins, and when its last layer's turn has come."""
     config = numbers.config
@@ -234,44 +236,20 @@ def _activations(
     copies = numbers.lora_a * width + 2 * numbers.frozen_b * 4  # of A, and of PiSSA's B with both halves
     one_layer = rows * row + copies // layers
     if not gradient_checkpointing:
-        return (rows * (layers - 1) + supervised_rows) * row + copies, one_layer
+        return (rows * (layers - 1) + supervised_positions) * row + copies, one_layer
     inputs = rows * config.hidden_size * width
     return inputs * (1 if offloads else layers) + one_layer, inputs + one_layer
 
 
 def _attention_backward(config: Qwen2Config, rows: int, longest: int) -> int:
-    """Numbers that the backward pass of a layer's attention takes, less gate and up, which are free again by then."""
+    """Elements that the backward pass of a layer's attention takes, less gate and up, which are free by then."""
     scores = min(rows * longest, MAX_GROUP_SCORES) * config.num_attention_heads
     return ATTENTION_COPIES * scores - rows * (2 * config.intermediate_size - 3 * config.hidden_size)
 
 
 def _row_elements(config: Qwen2Config) -> int:
-    """Numbers that one layer keeps for the backward pass of one row."""
+    """ParameterCounts that one layer keeps for the backward pass of one row."""
     kv_size = config.num_key_value_heads * config.head_dim
     stream = 2 * config.hidden_size  # what the two norms read
     attention = 2 * config.hidden_size + 2 * kv_size  # q, k, v, and what o_proj reads
     return stream + attention + 2 * config.intermediate_size  # gate and up
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is PyTorch's or Python's way to say that memory ran out; on a CPU PyTorch has no type for it."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in ("not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive")
-    )
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory used so far: allocated on a GPU, resident for this process on a CPU; None where unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if STATUS.is_file():  # Linux, whose getrusage tells a child the peak of the process that started it
-        fields = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    if sys.platform != "darwin":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

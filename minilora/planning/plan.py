@@ -11,12 +11,13 @@ from minilora.adapters.peft_config import attach_adapter
 from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
-from minilora.planning.memory import Ledger, Numbers, count_numbers, peak_memory_bytes, predict_memory
-from minilora.qlora.batch import count_rows, cut_micro_batches, round_rows
+from minilora.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
+from minilora.qlora.batch import count_packed_tokens, round_up_tokens, split_into_micro_batches
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, moments_bytes
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.weights.bnb_checkpoint import projections_in_full
+from minilora.system.memory import peak_memory_bytes
+from minilora.weights.bnb_checkpoint import unquantized_projections
 from minilora.weights.load import read_config
 from minilora.weights.safetensors_io import dtype_name
 
@@ -29,12 +30,12 @@ class BatchShape:
 
     Attributes:
         rows: T of the largest.
-        supervised_rows: S of the one that has most of them.
+        supervised_positions: S of the one that has most of them.
         longest: rows of the longest example, with the prefix.
     """
 
     rows: int
-    supervised_rows: int
+    supervised_positions: int
     longest: int
 
 
@@ -52,14 +53,14 @@ def print_plan(config: Config, model_folder: Path) -> None:
     real = sum(len(example.input_ids) for example in examples)
     supervised = sum(sum(example.supervised) for example in examples)
 
-    ledger = run_ledger(config, model_folder, examples, dtype, process_bytes)
+    ledger = estimate_run_memory(config, model_folder, examples, dtype, process_bytes)
     print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{ledger}\n")
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
     print(
         f"an epoch: {real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
-        f"{sum(map(count_rows, batches)):,} rows computed (common prefixes once)\n"
+        f"{sum(map(count_packed_tokens, batches)):,} rows computed (common prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
@@ -72,7 +73,9 @@ def epoch_batches(config: Config, examples: Sequence[Example], epoch: int) -> It
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     for start in range(0, len(order), per_step):
         step_examples = [examples[place] for place in order[start : start + per_step]]
-        yield from cut_micro_batches(step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
+        yield from split_into_micro_batches(
+            step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch
+        )
 
 
 def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
@@ -84,7 +87,7 @@ def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
         epochs = math.ceil(train.max_steps / math.ceil(len(examples) / per_step))
     batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch)]
     return BatchShape(
-        max(map(count_rows, batches)),
+        max(map(count_packed_tokens, batches)),
         max(sum(sum(example.supervised) for example in batch) for batch in batches),
         max(len(example.input_ids) - 1 for example in examples),
     )
@@ -97,13 +100,14 @@ def uniform_batch(config: Config, length: int) -> BatchShape:
     if train.max_tokens_per_micro_batch is not None:
         in_step = count * train.gradient_accumulation_steps
         at_most = next(
-            (n for n in range(in_step, 1, -1) if round_rows(n * (length - 1)) <= train.max_tokens_per_micro_batch), 1
+            (n for n in range(in_step, 1, -1) if round_up_tokens(n * (length - 1)) <= train.max_tokens_per_micro_batch),
+            1,
         )
-        count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `cut_micro_batches`
-    return BatchShape(round_rows(count * (length - 1)), count * ANSWER_TOKENS, length - 1)
+        count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `split_into_micro_batches`
+    return BatchShape(round_up_tokens(count * (length - 1)), count * ANSWER_TOKENS, length - 1)
 
 
-def count_config(config: Config, architecture: Qwen2Config, folder: Path | None = None) -> Numbers:
+def count_config(config: Config, architecture: Qwen2Config, folder: Path | None = None) -> ParameterCounts:
     """The numbers of a model with the adapter of `lora.*`.
 
     Args:
@@ -114,18 +118,18 @@ def count_config(config: Config, architecture: Qwen2Config, folder: Path | None 
     with torch.device("meta"):
         model = Qwen2ForCausalLM(architecture)
         attach_adapter(model, adapter_config(config))
-    return count_numbers(model, () if folder is None else projections_in_full(folder))
+    return count_parameters(model, () if folder is None else unquantized_projections(folder))
 
 
-def config_ledger(
+def estimate_config_memory(
     config: Config,
-    numbers: Numbers,
+    numbers: ParameterCounts,
     shape: BatchShape,
     dtype: torch.dtype,
     device_type: str,
     process_bytes: int | None,
-) -> Ledger:
-    """`predict_memory` for a configuration.
+) -> MemoryEstimate:
+    """`estimate_memory` for a configuration.
 
     Args:
         config: of the run.
@@ -133,12 +137,12 @@ def config_ledger(
         shape: of its micro-batches.
         dtype: of activations and dense weights.
         device_type: "cpu" or "cuda".
-        process_bytes: see `predict_memory`.
+        process_bytes: see `estimate_memory`.
     """
-    return predict_memory(
+    return estimate_memory(
         numbers,
         shape.rows,
-        shape.supervised_rows,
+        shape.supervised_positions,
         shape.longest,
         dtype,
         config.model.quantization,
@@ -153,9 +157,9 @@ def config_ledger(
     )
 
 
-def run_ledger(
+def estimate_run_memory(
     config: Config, model_folder: Path, examples: Sequence[Example], dtype: torch.dtype, process_bytes: int | None
-) -> Ledger:
+) -> MemoryEstimate:
     """What a run takes by its largest micro-batch.
 
     Args:
@@ -163,8 +167,8 @@ def run_ledger(
         model_folder: with config.json.
         examples: of training.
         dtype: of activations and dense weights.
-        process_bytes: see `predict_memory`.
+        process_bytes: see `estimate_memory`.
     """
     numbers = count_config(config, read_config(model_folder), model_folder)
     shape = largest_batch(config, examples)
-    return config_ledger(config, numbers, shape, dtype, choose_device(config).type, process_bytes)
+    return estimate_config_memory(config, numbers, shape, dtype, choose_device(config).type, process_bytes)

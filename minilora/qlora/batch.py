@@ -15,9 +15,9 @@ The rows are rounded up to one of sixteen numbers between a power of two and the
 segment: 3 % more of them on average. Matrix products are compiled for each shape that comes along, and with a new one
 in every step that costs more than the padding does.
 
-An example's last token is a target and never an input, so its row is not computed at all. Only rows that
-predict a supervised token reach the head (`supervised_rows`), and nothing but their keys and values is needed of the
-others in the last layer (`last_groups`).
+An example's last token is a target and never an input, so it is not computed at all. Only positions that predict a
+supervised token reach the head (`supervised_positions`), and nothing but their keys and values is needed of the others
+in the last layer (`last_groups`).
 """
 
 from collections.abc import Sequence
@@ -88,9 +88,9 @@ class MicroBatch:
         position_ids: (T,) int64, each segment counting on from the prefix.
         groups: which rows attend to which, for `ops.attention`.
         last_groups: the same with the supervised rows alone as queries, numbered 0..S-1: the last layer's.
-        supervised_rows: (S,) int64, rows whose hidden state predicts a supervised token.
+        supervised_positions: (S,) int64, rows whose hidden state predicts a supervised token.
         targets: (S,) int64, those tokens.
-        owners: (S,) int64, the example (its place in the batch) that each of them belongs to.
+        example_indices: (S,) int64, the example (its place in the batch) that each of them belongs to.
         num_examples: examples packed.
         num_real_tokens: tokens of the examples, each with its own prefix: the unit of tokens/s.
     """
@@ -99,9 +99,9 @@ class MicroBatch:
     position_ids: torch.Tensor
     groups: tuple[SegmentGroup, ...]
     last_groups: tuple[SegmentGroup, ...]
-    supervised_rows: torch.Tensor
+    supervised_positions: torch.Tensor
     targets: torch.Tensor
-    owners: torch.Tensor
+    example_indices: torch.Tensor
     num_examples: int
     num_real_tokens: int
 
@@ -117,9 +117,9 @@ class MicroBatch:
             position_ids=_move(self.position_ids, device),
             groups=tuple(group.to(device) for group in self.groups),
             last_groups=tuple(group.to(device) for group in self.last_groups),
-            supervised_rows=_move(self.supervised_rows, device),
+            supervised_positions=_move(self.supervised_positions, device),
             targets=_move(self.targets, device),
-            owners=_move(self.owners, device),
+            example_indices=_move(self.example_indices, device),
             num_examples=self.num_examples,
             num_real_tokens=self.num_real_tokens,
         )
@@ -138,7 +138,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
         share_prefix: compute the ids that all examples begin with once. The result is the same either way;
             with dropout the examples then share the prefix's mask.
         cached_prefix: so many ids that all of them begin with have no rows here, because their keys and values are at
-            hand (`model.run_prefix`); at most `common_prefix`.
+            hand (`model.build_prefix_cache`); at most `common_prefix`.
     """
     prefix = cached_prefix or (common_prefix(examples) if share_prefix else 0)
     segments = [example.input_ids[prefix:-1] for example in examples]
@@ -148,43 +148,45 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
 
     input_ids = examples[0].input_ids[cached_prefix:prefix]
     position_ids = list(range(cached_prefix, prefix))
-    supervised_rows, targets, owners = [], [], []
+    supervised_positions, targets, example_indices = [], [], []
     for owner, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
         input_ids = input_ids + segment
         position_ids += range(prefix, prefix + len(segment))
         for position, supervised in enumerate(example.supervised):
             if supervised:
-                supervised_rows.append(start + position - 1 - prefix)
+                supervised_positions.append(start + position - 1 - prefix)
                 targets.append(example.input_ids[position])
-                owners.append(owner)
+                example_indices.append(owner)
     spans = _group_spans(prefix, list(pairwise(starts)))
-    padding = [0] * (round_rows(len(input_ids)) - len(input_ids))
+    padding = [0] * (round_up_tokens(len(input_ids)) - len(input_ids))
     return MicroBatch(
         input_ids=torch.tensor(input_ids + padding),
         position_ids=torch.tensor(position_ids + padding),
         groups=_build_groups(prefix, spans, cached_prefix),
-        last_groups=tuple(_build_last_group(prefix, group, supervised_rows) for group in spans),
-        supervised_rows=torch.tensor(supervised_rows) - cached_prefix,
+        last_groups=tuple(_build_last_group(prefix, group, supervised_positions) for group in spans),
+        supervised_positions=torch.tensor(supervised_positions) - cached_prefix,
         targets=torch.tensor(targets),
-        owners=torch.tensor(owners),
+        example_indices=torch.tensor(example_indices),
         num_examples=len(examples),
         num_real_tokens=sum(len(example.input_ids) for example in examples),
     )
 
 
-def count_rows(examples: Sequence[Example]) -> int:
+def count_packed_tokens(examples: Sequence[Example]) -> int:
     """T of `pack(examples)`."""
     prefix = common_prefix(examples)
-    return round_rows(prefix + sum(len(example.input_ids) - 1 - prefix for example in examples))
+    return round_up_tokens(prefix + sum(len(example.input_ids) - 1 - prefix for example in examples))
 
 
-def round_rows(rows: int) -> int:
+def round_up_tokens(rows: int) -> int:
     """T of a micro-batch with so many rows: the next number of five significant bits."""
     step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
 
 
-def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | None = None) -> list[list[Example]]:
+def split_into_micro_batches(
+    examples: Sequence[Example], size: int, max_rows: int | None = None
+) -> list[list[Example]]:
     """The examples of a step as micro-batches; how they are cut changes its result by rounding alone,
     and the dropout masks.
 
@@ -201,12 +203,12 @@ def cut_micro_batches(examples: Sequence[Example], size: int, max_rows: int | No
     for count in range(1, len(examples) + 1):
         bins = _even_bins(examples, prefix, count, len(examples))
         shared = [chosen for chosen in bins if len(chosen) > 1]
-        if all(round_rows(prefix + _own_rows(chosen, prefix)) <= max_rows for chosen in shared):
+        if all(round_up_tokens(prefix + _own_rows(chosen, prefix)) <= max_rows for chosen in shared):
             break
     return bins
 
 
-def cut_shares(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
+def split_across_ranks(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
     """The examples of a step for `count` ranks, even in rows: the slowest of them decides how long a step takes.
 
     Args:
@@ -233,7 +235,7 @@ def _own_rows(examples: Sequence[Example], prefix: int) -> int:
     return sum(len(example.input_ids) - 1 - prefix for example in examples)
 
 
-def pack_rows(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
+def pack_segments(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
     """Attention groups of segments that stand one after another and share no prefix but one that is cached.
 
     Args:
@@ -295,11 +297,11 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
     return tuple(groups)
 
 
-def _build_last_group(prefix: int, spans: Sequence[Span], supervised_rows: Sequence[int]) -> SegmentGroup:
-    """A group whose queries are the supervised rows of its segments, by their place in `supervised_rows`."""
-    chosen = [[i for i, row in enumerate(supervised_rows) if start <= row < end] for start, end in spans]
+def _build_last_group(prefix: int, spans: Sequence[Span], supervised_positions: Sequence[int]) -> SegmentGroup:
+    """A group whose queries are the supervised rows of its segments, by their place in `supervised_positions`."""
+    chosen = [[i for i, row in enumerate(supervised_positions) if start <= row < end] for start, end in spans]
     queries, keys = _lay_out(chosen), _lay_out([range(*span) for span in spans])
-    own_place = torch.tensor(supervised_rows)[queries.rows] - torch.tensor([[start] for start, _ in spans])
+    own_place = torch.tensor(supervised_positions)[queries.rows] - torch.tensor([[start] for start, _ in spans])
     key_place = torch.arange(keys.rows.shape[1])
     behind = key_place > own_place[:, :, None]
     seen = torch.zeros(len(spans), queries.rows.shape[1], prefix, dtype=torch.bool)

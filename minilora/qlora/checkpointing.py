@@ -46,7 +46,7 @@ class _Recomputed(torch.autograd.Function):
         return None, None, None, *(() if needs_dhidden else (None,)), *found
 
 
-def run_twice(layer: nn.Module, hidden: torch.Tensor, arguments: Sequence[Any], offload: bool) -> torch.Tensor:
+def checkpoint_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Sequence[Any], offload: bool) -> torch.Tensor:
     """`layer(hidden, *arguments)`, computed again in backward.
 
     Args:

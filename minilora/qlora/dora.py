@@ -25,7 +25,7 @@ import torch
 BLOCK_ROWS = 256  # on a CPU PyTorch multiplies and sums across types by wide copies: here of so many rows, not of all
 
 
-def row_lengths(
+def weight_norms(
     base_squares: torch.Tensor, dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """n, (out,) in the dtype of B.

@@ -21,7 +21,7 @@ class DropoutSeed:
         self.value = int.from_bytes(digest, "big")
 
 
-def dropped_places(shape: torch.Size, probability: float, seed: int, device: torch.device) -> torch.Tensor:
+def dropout_mask(shape: torch.Size, probability: float, seed: int, device: torch.device) -> torch.Tensor:
     """Which entries dropout sets to zero: bool of `shape`, the same for the same seed and device type.
 
     Four 16-bit draws come out of each 64-bit number, a quarter of the cost of drawing floats; the probability

@@ -3,7 +3,7 @@
 import torch
 
 
-class KeyValues:
+class KVCache:
     """Keys and values of one layer for the rows that stand before those of a forward pass.
 
     A prompt's common prefix is run once and then stands before every batch of an evaluation; those of a conversation

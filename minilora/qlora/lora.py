@@ -50,8 +50,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.qlora.dora import magnitude_gradient, row_lengths, scaled
-from minilora.qlora.dropout import DropoutSeed, dropped_places
+from minilora.qlora.dora import magnitude_gradient, scaled, weight_norms
+from minilora.qlora.dropout import DropoutSeed, dropout_mask
 from minilora.qlora.nf4 import Linear4bit
 
 
@@ -128,7 +128,7 @@ class _Projections(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # nothing below the first layer is trained, so its x needs none
             dx = du @ a
             if ctx.dropout:
-                dx.masked_fill_(dropped_places(dx.shape, ctx.dropout, ctx.seed, dx.device), 0)
+                dx.masked_fill_(dropout_mask(dx.shape, ctx.dropout, ctx.seed, dx.device), 0)
             for dz, layer in zip(dzs, ctx.layers, strict=True):
                 dx.addmm_(dz, dense_weight(_base(layer), dz.dtype))
         return dx, None, None, *(one for da, rest in zip(das, others, strict=True) for one in (da, *rest))
@@ -156,7 +156,7 @@ def _forward_adapted(
     y.addmm_(x, dense.T)  # last: to add the thin product to y would read y once more
     if m is None:
         return y, None
-    c = m / row_lengths(w.base_squares(dense), dense, a, b, w.scaling)
+    c = m / weight_norms(w.base_squares(dense), dense, a, b, w.scaling)
     scaled(y, c, y)
     return (y if bias is None else y.add_(bias)), c
 
@@ -195,7 +195,7 @@ def _straight_product(x: torch.Tensor, layer: "Projection") -> torch.Tensor | No
     if w is not None and (w.lora_magnitude_vector is not None or w.dropout_now()[0]):
         return None  # DoRA's n needs the dense weight
     bias = base.bias if w is None or w.bias is None else w.bias.to(x.dtype)
-    y = base.straight_product(x, bias)
+    y = base.gemv_product(x, bias)
     if y is None or w is None:
         return y
     a, b = w.matrices()
@@ -219,7 +219,7 @@ def _base(layer: "Projection") -> "Linear4bit | nn.Linear":
 
 
 def _drop(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    return x.masked_fill(dropped_places(x.shape, dropout, seed, x.device), 0) if dropout else x
+    return x.masked_fill(dropout_mask(x.shape, dropout, seed, x.device), 0) if dropout else x
 
 
 def dense_weight(base: "Linear4bit | nn.Linear", dtype: torch.dtype) -> torch.Tensor:
@@ -235,8 +235,8 @@ class LoRAWeights(nn.Module):
         lora_B: (out, R).
         lora_magnitude_vector: (out,), DoRA's m, or None.
         bias: (out,) in place of the frozen layer's, or None.
-        principal_A: (R, in) frozen, PiSSA's A0, or None.
-        principal_B: (out, R) frozen, its B0 with the sign turned, or None.
+        initial_A: (R, in) frozen, PiSSA's A0, or None.
+        initial_B: (out, R) frozen, its B0 with the sign turned, or None.
         alpha: what s was made from; adapter_config.json names it.
         scaling: s.
         dropout: probability with which an entry of the adapter's input is zero in training.
@@ -245,8 +245,8 @@ class LoRAWeights(nn.Module):
 
     lora_magnitude_vector: nn.Parameter | None
     bias: nn.Parameter | None
-    principal_A: torch.Tensor | None
-    principal_B: torch.Tensor | None
+    initial_A: torch.Tensor | None
+    initial_B: torch.Tensor | None
 
     def __init__(
         self,
@@ -272,8 +272,8 @@ class LoRAWeights(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("bias", None)
-        self.register_buffer("principal_A", None)
-        self.register_buffer("principal_B", None)
+        self.register_buffer("initial_A", None)
+        self.register_buffer("initial_B", None)
 
     @property
     def r(self) -> int:
@@ -282,9 +282,9 @@ class LoRAWeights(nn.Module):
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as they are multiplied with: PiSSA's frozen half behind the trained one."""
-        if self.principal_A is None or self.principal_B is None:
+        if self.initial_A is None or self.initial_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.principal_A)), torch.cat((self.lora_B, self.principal_B), dim=1)
+        return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.initial_B), dim=1)
 
     def dropout_now(self) -> tuple[float, int]:
         """Probability and seed of this micro-batch's mask; no dropout outside training."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-CHUNK_ROWS = 64
+CHUNK_TOKENS = 64
 
 
 def head_logits(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
@@ -31,8 +31,8 @@ class _NextTokenNLL(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
             logits = head_logits(hidden[rows], head_weight)
             chosen = targets[rows, None]
             log_norm = logits.logsumexp(-1, keepdim=True)
@@ -72,8 +72,8 @@ def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: tor
 def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     """log p(target) of each row: (S,) float32 or wider, for scoring; no gradient is kept for it."""
     chunks = []
-    for start in range(0, hidden.shape[0], CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
+    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
         logits = head_logits(hidden[rows], head_weight)
         chunks.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(-1))
     return torch.cat(chunks)

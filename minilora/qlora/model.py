@@ -34,9 +34,9 @@ from torch.nn import functional as F
 
 from minilora.errors import UserError
 from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, SegmentGroup, pack_rows
-from minilora.qlora.checkpointing import run_twice
-from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.batch import MicroBatch, SegmentGroup, pack_segments
+from minilora.qlora.checkpointing import checkpoint_layer
+from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.lora import Again, project
 from minilora.qlora.ops import HeadGroup
 from minilora.system.schema import limits, read_fields
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         sin: torch.Tensor,
         groups: tuple[HeadGroup, ...] | None,
         rows: torch.Tensor | None = None,
-        past: KeyValues | None = None,
+        past: KVCache | None = None,
     ) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`.
 
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         keys, values = ops.rotary(self._heads(k), cos, sin), self._heads(v)
         if past is not None:
             keys, values = past.before(keys, values)
-        mixed = ops.last_row_attention(q, keys, values) if groups is None else ops.attention(q, keys, values, groups)
+        mixed = ops.decode_attention(q, keys, values) if groups is None else ops.attention(q, keys, values, groups)
         return project(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ class DecoderLayer(nn.Module):
         sin: torch.Tensor,
         groups: tuple[HeadGroup, ...] | None,
         rows: torch.Tensor | None = None,
-        past: KeyValues | None = None,
+        past: KVCache | None = None,
     ) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) of `rows` alone."""
         norm = self.input_layernorm
@@ -251,7 +251,7 @@ class Qwen2Model(nn.Module):
         groups: tuple[SegmentGroup, ...] | None,
         last_groups: tuple[SegmentGroup, ...] | None = None,
         rows: torch.Tensor | None = None,
-        past: Sequence[KeyValues] | None = None,
+        past: Sequence[KVCache] | None = None,
     ) -> torch.Tensor:
         """(T,) ids -> hidden states after the last norm: (T, C), or (S, C) of `rows` alone, by `last_groups`.
 
@@ -264,7 +264,7 @@ class Qwen2Model(nn.Module):
         last_seen = seen
         if rows is not None:
             last_seen = None if last_groups is None else ops.split_heads(last_groups, *heads, len(rows))
-        pasts: Sequence[KeyValues | None] = [None] * len(self.layers) if past is None else past
+        pasts: Sequence[KVCache | None] = [None] * len(self.layers) if past is None else past
         for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
             hidden = self._run(layer, hidden, cos, sin, seen, None, layer_past)
         hidden = self._run(self.layers[-1], hidden, cos, sin, last_seen, rows, pasts[-1])
@@ -273,7 +273,7 @@ class Qwen2Model(nn.Module):
     def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """`layer(hidden, ...)`, its activations kept for backward or computed again there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return run_twice(layer, hidden, arguments, self.offload_checkpoints)
+            return checkpoint_layer(layer, hidden, arguments, self.offload_checkpoints)
         output: torch.Tensor = layer(hidden, *arguments)
         return output
 
@@ -294,7 +294,7 @@ class Qwen2ForCausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def forward(self, batch: MicroBatch, past: Sequence[KeyValues] | None = None) -> torch.Tensor:
+    def forward(self, batch: MicroBatch, past: Sequence[KVCache] | None = None) -> torch.Tensor:
         """Hidden states of the rows that predict a supervised token: (S, C) compute dtype.
 
         Args:
@@ -302,19 +302,19 @@ class Qwen2ForCausalLM(nn.Module):
             past: by layer, of the rows that stand before the batch's.
         """
         hidden: torch.Tensor = self.model(
-            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_rows, past
+            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_positions, past
         )
         return hidden
 
-    def run_prefix(self, input_ids: torch.Tensor) -> list[KeyValues]:
+    def build_prefix_cache(self, input_ids: torch.Tensor) -> list[KVCache]:
         """Keys and values, by layer, of (P,) ids that all later batches begin with."""
-        past = [KeyValues() for _ in self.model.layers]
-        self.run_behind(input_ids, past)
+        past = [KVCache() for _ in self.model.layers]
+        self.prefill(input_ids, past)
         for layer in past:
             layer.growing = False
         return past
 
-    def run_behind(self, input_ids: torch.Tensor, past: Sequence[KeyValues]) -> torch.Tensor:
+    def prefill(self, input_ids: torch.Tensor, past: Sequence[KVCache]) -> torch.Tensor:
         """Runs (T,) ids behind the rows of `past`, which they join.
 
         Returns:
@@ -325,7 +325,7 @@ class Qwen2ForCausalLM(nn.Module):
         if count == 1:
             hidden: torch.Tensor = self.model(input_ids, positions, None, past=past)
             return hidden
-        groups = tuple(group.to(device) for group in pack_rows([count], start))
+        groups = tuple(group.to(device) for group in pack_segments([count], start))
         last = torch.arange(count - 1, count, device=device)
         hidden = self.model(input_ids, positions, groups, rows=last, past=past)
         return hidden

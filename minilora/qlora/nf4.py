@@ -33,7 +33,7 @@ from minilora.qlora import bnb
 BLOCK_SIZE = 64  # weights under one scale
 ABSMAX_BLOCK_SIZE = 256  # scales under one scale of scales
 SMALLEST_ABSMAX = 1e-38  # so that a block of zeros does not divide by zero
-FEW_ROWS = 32  # up to so many a product straight from 4 bits is faster than to dequantise
+MAX_GEMV_TOKENS = 32  # up to so many a product straight from 4 bits is faster than to dequantise
 PIECE = 1 << 20  # numbers that are quantised at a time on a CPU; whole blocks
 
 # fmt: off
@@ -171,7 +171,7 @@ class Linear4bit(nn.Module):
     Attributes:
         bias: (out,) compute dtype, or None.
         cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes a number in bfloat16.
-        straight: (x, bias) -> y straight from 4 bits, from `gemv.py`; used in inference mode for up to FEW_ROWS rows.
+        straight: (x, bias) -> y by GEMV on 4-bit weights, from `gemv.py`; used in inference mode up to MAX_GEMV_TOKENS.
     """
 
     bias: torch.Tensor | None
@@ -202,12 +202,12 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        y = self.straight_product(x, self.bias)
+        y = self.gemv_product(x, self.bias)
         return _FrozenLinear.apply(x, self, self.bias) if y is None else y
 
-    def straight_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+    def gemv_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
         """x W^T + bias by `straight`, None where that is not the way to go."""
-        if self.straight is None or len(x) > FEW_ROWS or not torch.is_inference_mode_enabled():
+        if self.straight is None or len(x) > MAX_GEMV_TOKENS or not torch.is_inference_mode_enabled():
             return None
         return self.straight(x, bias)
 

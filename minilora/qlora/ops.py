@@ -6,7 +6,7 @@ a frozen model is the place to see what a backward pass costs. Each function sta
 gradient, and what it keeps. tests/test_ops.py checks every gradient in float64 (`gradcheck`) and the
 results against the formulas spelled out in plain PyTorch.
 
-Upper-case sizes are explained in `model.py`. dy means the gradient of the loss with respect to y.
+Upper-case sizes are storage_errors in `model.py`. dy means the gradient of the loss with respect to y.
 """
 
 from collections.abc import Callable, Sequence
@@ -327,7 +327,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
     return _Attention.apply(q, k, v, groups)
 
 
-def last_row_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Grouped-query attention of one row that sees all keys; for generating, where no gradient is asked for.
 
     The G query heads of a key/value head are PyTorch's rows: its fused kernel then reads each key once and not G times.

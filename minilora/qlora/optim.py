@@ -229,14 +229,14 @@ class BitsAndBytesAdamW:
         self._adamw.state.clear()
         if not tensors:
             return
-        self._initialise()
+        self._initialize()
         for name, value in self._named_state().items():
             if isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])  # in place: paged memory stays paged
             else:
                 self._states()[int(name.partition(".")[0])]["step"] = int(tensors[name])
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for place, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 self._adamw.init_state(group, parameter, place, index)

@@ -26,7 +26,7 @@ from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, parameters_of, set_rate
-from minilora.system.distributed import ALONE, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def train_step(
     step: int,
     scaler: torch.amp.GradScaler | None = None,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     num_supervised: int | None = None,
 ) -> StepResult:
     """Moves the adapter by one optimizer step, or not at all.
@@ -80,7 +80,7 @@ def train_step(
     total = torch.zeros((), device=model.head_weight.device)
     parameters = parameters_of(optimizer)
     try:
-        with ranks.together(), interruptible():
+        with ranks.barrier(), interruptible():
             for index, batch in enumerate(micro_batches):
                 dropout_seed.set(seed, step, index * ranks.size + ranks.rank)
                 nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
@@ -88,7 +88,7 @@ def train_step(
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 total += loss.detach()
 
-        total = ranks.sum_gradients(parameters, total)
+        total = ranks.all_reduce_gradients(parameters, total)
         if scaler is not None:
             scaler.scale(total)  # the first call makes the scale, and a rank without a micro-batch has made none yet
             scaler.unscale_(cast(torch.optim.Optimizer, optimizer))

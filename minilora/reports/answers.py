@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.data.records import Row
+from minilora.data.records import Record
 from minilora.evaluation.metrics import calibration_bins
 from minilora.reports import plots
 from minilora.reports.markup import Markup, element, joined, table
@@ -19,7 +19,7 @@ CLIPPED_AT = 120  # characters of a text that are shown unasked
 
 
 @dataclass(frozen=True)
-class Answers:
+class ScoredExamples:
     """What a model said to N labelled texts.
 
     Attributes:
@@ -29,13 +29,13 @@ class Answers:
         names: the K label words.
     """
 
-    rows: Sequence[Row]
+    records: Sequence[Record]
     labels: np.ndarray
     probabilities: np.ndarray
     names: Sequence[str]
 
 
-def iter_answer_parts(answers: Answers, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Markup]]:
+def iter_answer_parts(answers: ScoredExamples, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Markup]]:
     """Title and content of each part.
 
     Args:
@@ -71,7 +71,7 @@ def _shaded(value: object, share: float) -> Markup:
     return element("span", value, class_="shaded", style=f"--share: {share:.3f}")
 
 
-def _calibration(metrics: Mapping[str, Any], answers: Answers) -> Markup:
+def _calibration(metrics: Mapping[str, Any], answers: ScoredExamples) -> Markup:
     """How far the model may be believed, as a reliability diagram and its numbers."""
     counts, correct, confidence = calibration_bins(answers.labels, answers.probabilities)
     accuracy, sure = (sums / np.maximum(counts, 1) for sums in (correct, confidence))
@@ -92,7 +92,7 @@ def _calibration(metrics: Mapping[str, Any], answers: Answers) -> Markup:
     return joined(text, element("div", picture, bins, class_="beside"))
 
 
-def _mistakes(answers: Answers) -> Markup:
+def _mistakes(answers: ScoredExamples) -> Markup:
     """The wrong answers that the model was most sure of."""
     said = answers.probabilities.argmax(axis=1)
     sure = answers.probabilities.max(axis=1)
@@ -110,8 +110,8 @@ def _mistakes(answers: Answers) -> Markup:
                 element("span", "probability ", element("b", f"{sure[place]:.4f}")),
                 class_="verdict",
             ),
-            _clipped(answers.rows[place].content),
-            element("p", answers.rows[place].where, class_="place"),
+            _clipped(answers.records[place].content),
+            element("p", answers.records[place].where, class_="place"),
         )
         for place in shown
     ]

@@ -10,7 +10,7 @@ library_name: peft
 ---
 # LoRA adapter for {base}
 
-Trained with minilora: {quantization} base weights, LoRA r {r}, alpha {alpha:g}, dropout {dropout:g} on {targets};
+LoadedRun with minilora: {quantization} base weights, LoRA r {r}, alpha {alpha:g}, dropout {dropout:g} on {targets};
 learning rate {learning_rate:g} ({schedule}), {samples} examples a step, {step} steps, seed {seed}.
 
 | | before | after |

@@ -15,7 +15,7 @@ from typing import Any
 
 from minilora import __version__
 from minilora.reports import plots
-from minilora.reports.answers import Answers, iter_answer_parts
+from minilora.reports.answers import ScoredExamples, iter_answer_parts
 from minilora.reports.markup import Markup, element, escaped, joined, table
 
 STYLE = Path(__file__).parents[1] / "assets" / "report" / "report.css"
@@ -56,7 +56,7 @@ class Report:
     title: str
     remark: str
     results: Mapping[str, Values]
-    answers: Answers | None
+    answers: ScoredExamples | None
     log: Sequence[dict[str, Any]]
     ledger: Mapping[str, int] | None
     peak_bytes: int | None

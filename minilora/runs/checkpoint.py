@@ -32,7 +32,7 @@ from minilora.adapters.peft_files import adapter_files, load_adapter_weights
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
-from minilora.system.files import WRITING, explained, json_bytes, read_json, remove
+from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header, read_tensor
 
@@ -46,7 +46,7 @@ class RunState:
     Attributes:
         step: optimizer steps done.
         samples_seen: training examples done, over all epochs: the position in the data.
-        unfinished_row: log row of a step whose validation was interrupted and is still to be done, None otherwise.
+        pending_entry: log row of a step whose validation was interrupted and is still to be done, None otherwise.
         validated_step: step of the last validation, 0 before the first.
         best_step: step of the best validation so far, 0 before the first.
         best_metric: its value.
@@ -63,7 +63,7 @@ class RunState:
 
     step: int
     samples_seen: int
-    unfinished_row: dict[str, Any] | None
+    pending_entry: dict[str, Any] | None
     validated_step: int
     best_step: int
     best_metric: float | None
@@ -85,7 +85,7 @@ def new_state(
     return RunState(
         step=0,
         samples_seen=0,
-        unfinished_row=None,
+        pending_entry=None,
         validated_step=0,
         best_step=0,
         best_metric=None,
@@ -211,7 +211,7 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
     for path in checkpoints:
         if path not in kept:
             going = path.with_name(WRITING + path.name)  # a half-removed one must not bear a checkpoint's name
-            with explained(path):
+            with storage_errors(path):
                 remove(going)
                 path.rename(going)
                 remove(going)

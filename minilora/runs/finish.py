@@ -23,17 +23,17 @@ from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, score
-from minilora.planning.plan import run_ledger
+from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.batch import pack
 from minilora.reports import plots
-from minilora.reports.answers import Answers
+from minilora.reports.answers import ScoredExamples
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, render_report
 from minilora.runs.checkpoint import checkpoint_path
 from minilora.runs.metrics_log import read_metrics
-from minilora.runs.provenance import current_origin, read_origin, refuse_another_run
+from minilora.runs.provenance import current_provenance, read_provenance, refuse_another_run
 from minilora.runs.setup import Run, check_best, share_adapter
-from minilora.system.console import progress, say, warn
+from minilora.system.console import info, progress, warn
 from minilora.system.files import StorageError, json_bytes, replace_file
 from minilora.system.manifest import write_folder
 
@@ -49,7 +49,7 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
         )
-    before, now = read_origin(final), current_origin(config, model_folder, ranks)
+    before, now = read_provenance(final), current_provenance(config, model_folder, ranks)
     refuse_another_run(before, now, config, final.parent.parent)
     for name in (*FINAL_KEYS, *LENGTHS):
         old, new = before.config["train"].get(name), now.config["train"][name]
@@ -72,10 +72,10 @@ def finish(run: Run, final: Path, process_bytes: int | None = None) -> Path:
     step = run.state.step
     if train.load_best_model_at_end and run.state.best_step != step:
         step = run.state.best_step
-        run.ranks.once(lambda: _load_best(run))
+        run.ranks.run_on_rank_0(lambda: _load_best(run))
         share_adapter(run.model, run.ranks)
     after, probabilities = score_test_set(run, "test after training") if train.do_predict else (None, None)
-    run.ranks.once(lambda: _write_final(run, final, step, after, probabilities, process_bytes))
+    run.ranks.run_on_rank_0(lambda: _write_final(run, final, step, after, probabilities, process_bytes))
     return final
 
 
@@ -126,7 +126,7 @@ def _write_final(
 
     write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
     if after is not None:
-        print(f"test after training:  {in_words(after)}")
+        print(f"test after training:  {format_metrics(after)}")
     print(f"final adapter (step {step}): {final}")
     log = read_metrics(run.directory)
     report = render_report(_report_of(run, results, probabilities, log, process_bytes))
@@ -134,7 +134,7 @@ def _write_final(
     if plots.is_available():
         _write_if_possible(run.directory / "loss.png", lambda path: plots.save_loss_png(path, log))
     else:
-        say("loss.png and the report's curves are left out, because matplotlib is not installed")
+        info("loss.png and the report's curves are left out, because matplotlib is not installed")
 
 
 def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
@@ -144,7 +144,7 @@ def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
     except (StorageError, OSError) as error:
         warn(f"note: {path} cannot be written ({getattr(error.__cause__ or error, 'strerror', None) or error})")
     else:
-        say(f"written: {path}")
+        info(f"written: {path}")
 
 
 def _report_of(
@@ -178,9 +178,9 @@ def _report_of(
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
         answers=None
         if probabilities is None
-        else Answers(test.rows, np.array(test.labels), probabilities, run.prompt.labels),
+        else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        ledger=run_ledger(config, folder, splits["train"].examples, dtype, process_bytes).parts,
+        ledger=estimate_run_memory(config, folder, splits["train"].examples, dtype, process_bytes).parts,
         peak_bytes=max((row["peak_memory_bytes"] for row in log if "peak_memory_bytes" in row), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),
@@ -253,7 +253,7 @@ def score_split(
     scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
     check_finite(run, f"{name} loss", scores.loss)
     # Computed once: what decides which checkpoint is best has to be one number.
-    return run.ranks.once(lambda: _metrics(run, split, scores)), scores.probabilities
+    return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
 
 
 def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def check_finite(run: Run, what: str, value: float) -> None:
     )
 
 
-def in_words(metrics: dict[str, Any]) -> str:
+def format_metrics(metrics: dict[str, Any]) -> str:
     """The few numbers that a line on the screen has room for."""
     names = ("loss", "accuracy", "f1")
     shown = ((name, metrics.get(name, metrics.get(f"eval_{name}"))) for name in names)

@@ -28,14 +28,14 @@ from minilora.build import (
 )
 from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_model
-from minilora.data.records import read_rows
+from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.evaluation.score import score
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import model_digests, read_saved_config
 from minilora.system.console import progress, warn
-from minilora.system.distributed import ALONE, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import read_json, sha256
 from minilora.system.manifest import MANIFEST
 
@@ -51,7 +51,7 @@ KEYS_READ = (
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """An adapter and what it belongs to.
 
     Attributes:
@@ -66,7 +66,7 @@ class Trained:
     model_folder: Path
     prompt: ClassificationPrompt
 
-    def load(self, allow_bin: bool = False, ranks: Ranks = ALONE) -> Qwen2ForCausalLM:
+    def load(self, allow_bin: bool = False, ranks: Ranks = SINGLE_RANK) -> Qwen2ForCausalLM:
         """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`.
 
         Raises:
@@ -108,13 +108,13 @@ class Trained:
                 warn_of_another_test_set(self.path, path)
         else:
             path = data
-            reviews = build_examples(read_rows(path, encoding=encoding)[: config.data.max_test_examples], prompt)
+            reviews = build_examples(read_records(path, encoding=encoding)[: config.data.max_test_examples], prompt)
         if not reviews.examples or not reviews.labelled:
             raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
         return path, reviews
 
     def score(
-        self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = ALONE
+        self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = SINGLE_RANK
     ) -> tuple[float, np.ndarray]:
         """Loss and (N, labels) probabilities of labelled reviews, behind a progress bar.
 
@@ -139,9 +139,9 @@ class Trained:
         return scores.loss, scores.probabilities
 
 
-def open_trained(
+def load_run(
     path: Path, base: str | None, overrides: list[str], other_data: bool = True, keys_read: tuple[str, ...] = KEYS_READ
-) -> Trained:
+) -> LoadedRun:
     """Everything but the weights, checked before they are loaded.
 
     Args:
@@ -158,16 +158,16 @@ def open_trained(
     note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
     refuse_another_base(path, folder, base is not None)
-    return Trained(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
+    return LoadedRun(path, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 
-def open_base(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> Trained:
+def load_base_run(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> LoadedRun:
     """A base model without an adapter, with the default prompt.
 
     Args:
         name_or_path: a folder, or a name on the hub.
         overrides: `section.key=value` from the command line.
-        keys_read: as for `open_trained`.
+        keys_read: as for `load_run`.
 
     Raises:
         UserError: see `fetch_model`.
@@ -175,7 +175,7 @@ def open_base(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...
     config = config_from_dict({"model": {"name_or_path": name_or_path}}, overrides, "--model_path")
     note_unread(overrides, keys_read)
     folder = fetch_model(config.model.name_or_path, config.model.revision)
-    return Trained(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
+    return LoadedRun(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 
 def is_base(path: Path) -> bool:

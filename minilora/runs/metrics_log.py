@@ -20,7 +20,7 @@ from typing import Any
 from minilora.errors import UserError
 from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
-from minilora.system.files import explained, replace_file
+from minilora.system.files import replace_file, storage_errors
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -40,7 +40,7 @@ class RunLog:
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(directory, step) if row["step"] <= step]
         replace_file(self._path, "".join(_line(row) for row in kept).encode())
-        with explained(self._path):
+        with storage_errors(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._bar = progress("train", total_steps, "step", initial=step, leave=True)
         self._tracker = tracker or Tracker()
@@ -60,17 +60,17 @@ class RunLog:
     def write(self, row: dict[str, Any]) -> None:
         """Appends a line, and makes it survive the end of this process."""
         line = _line(row).encode()
-        with explained(self._path, len(line)):
+        with storage_errors(self._path, len(line)):
             while line:
                 line = line[os.write(self._descriptor, line) :]
         self._tracker.write(row)
 
     def sync(self) -> None:
         """Makes the lines so far survive a loss of power, as the checkpoint does that is written next."""
-        with explained(self._path):
+        with storage_errors(self._path):
             os.fsync(self._descriptor)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line of text above the progress bar."""
         if not self._bar.disable:
             self._bar.write(text)
@@ -96,7 +96,7 @@ class NoLog(RunLog):
     def sync(self) -> None:
         """Nothing."""
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:

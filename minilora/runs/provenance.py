@@ -44,7 +44,7 @@ def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """All that a run is a function of.
 
     Attributes:
@@ -73,12 +73,12 @@ class Origin:
         return {**keys, **self.data_sha256, **self.model_sha256}
 
 
-def current_origin(config: Config, model_folder: Path, ranks: int = 1) -> Origin:
+def current_provenance(config: Config, model_folder: Path, ranks: int = 1) -> Provenance:
     """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
     directory = Path(config.data.dir)
     data = {name: sha256(directory / name) for name in (f"{split}.jsonl" for split in SPLITS)}
     _note_changed_splits(directory, data)
-    return Origin(config.to_dict(), data, model_digests(model_folder), ranks)
+    return Provenance(config.to_dict(), data, model_digests(model_folder), ranks)
 
 
 def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
@@ -101,7 +101,7 @@ def model_digests(folder: Path) -> dict[str, str]:
     }
 
 
-def read_origin(folder: Path) -> Origin:
+def read_provenance(folder: Path) -> Provenance:
     """What the run that wrote `folder`, a checkpoint or the final adapter, was made from.
 
     Raises:
@@ -115,10 +115,10 @@ def read_origin(folder: Path) -> Origin:
         raise UserError(f"{folder / names[1]}: holds no SHA-256 of data and model; put the file back")
     machine = content.get("machine")
     ranks = machine.get("ranks") if isinstance(machine, dict) else None
-    return Origin(config, content["data_sha256"], content["model_sha256"], 1 if ranks is None else int(ranks))
+    return Provenance(config, content["data_sha256"], content["model_sha256"], 1 if ranks is None else int(ranks))
 
 
-def refuse_another_run(before: Origin, now: Origin, config: Config, directory: Path) -> None:
+def refuse_another_run(before: Provenance, now: Provenance, config: Config, directory: Path) -> None:
     """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
     changes = changed_keys(before.config, config)
     examples = math.prod(before.cut.values())
@@ -146,11 +146,11 @@ def refuse_another_run(before: Origin, now: Origin, config: Config, directory: P
             )
 
 
-def _changed_cut(before: Origin, now: Origin) -> list[str]:
+def _changed_cut(before: Provenance, now: Provenance) -> list[str]:
     return [f"{name}: {old} -> {now.cut[name]}" for name, old in before.cut.items() if old != now.cut[name]]
 
 
-def note_another_cut(before: Origin, now: Origin) -> None:
+def note_another_cut(before: Provenance, now: Provenance) -> None:
     """Says on standard error what `refuse_another_run` let pass: the same examples a step, cut otherwise."""
     changes = _changed_cut(before, now)
     if changes:

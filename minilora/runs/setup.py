@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import iter_lora_weights, lora_parameters, parameter_groups
-from minilora.adapters.init import BY_WEIGHTS, initialise
+from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_config import attach_adapter
 from minilora.build import (
     Examples,
@@ -25,7 +25,7 @@ from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, cut_micro_batches, cut_shares, pack
+from minilora.qlora.batch import MicroBatch, pack, split_across_ranks, split_into_micro_batches
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
@@ -40,16 +40,16 @@ from minilora.runs.checkpoint import (
     read_state,
 )
 from minilora.runs.provenance import (
-    Origin,
+    Provenance,
     describe_machine,
     note_another_cut,
-    read_origin,
+    read_provenance,
     refuse_another_machine,
     refuse_another_run,
 )
-from minilora.system.console import progress, say, warn
-from minilora.system.distributed import ALONE, Ranks
-from minilora.system.files import explained
+from minilora.system.console import info, progress, warn
+from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.files import storage_errors
 from minilora.system.manifest import DAMAGED, set_aside
 from minilora.weights.load import freed_memory_returned
 from minilora.weights.safetensors_io import dtype_name
@@ -147,7 +147,7 @@ def check_best(config: Config, directory: Path, state: RunState) -> None:
         )
 
 
-def _choose_checkpoint(config: Config, directory: Path, origin: Origin, machine: dict[str, Any]) -> str | None:
+def _choose_checkpoint(config: Config, directory: Path, origin: Provenance, machine: dict[str, Any]) -> str | None:
     """Path of the checkpoint that the run goes on from; None where it begins.
 
     Raises:
@@ -156,7 +156,7 @@ def _choose_checkpoint(config: Config, directory: Path, origin: Origin, machine:
     checkpoint = _find_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         return None
-    before = read_origin(checkpoint)
+    before = read_provenance(checkpoint)
     refuse_another_run(before, origin, config, directory)
     check_best(config, directory / "checkpoints", read_state(checkpoint))
     refuse_another_machine(read_state(checkpoint).machine, machine, directory)
@@ -164,7 +164,9 @@ def _choose_checkpoint(config: Config, directory: Path, origin: Origin, machine:
     return str(checkpoint)
 
 
-def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin, ranks: Ranks = ALONE) -> Run:
+def open_run(
+    config: Config, directory: Path, model_folder: Path, origin: Provenance, ranks: Ranks = SINGLE_RANK
+) -> Run:
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
 
     The first rank reads the checkpoint, which the others need not see, and sends them what is in it.
@@ -180,7 +182,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         {**origin.facts, **{name: value for name, value in machine.items() if name != "threads"}},
         "give all machines the same command, files and library versions",
     )
-    checkpoint = ranks.once(lambda: _choose_checkpoint(config, directory, origin, machine))
+    checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, origin, machine))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
@@ -193,7 +195,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
         dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
         if checkpoint is None:
-            ranks.once(lambda: _initialise(model, model_folder, config.lora.init_lora_weights))
+            ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
     optimizer = build_optimizer(
         parameter_groups(model, config.train.loraplus_lr_ratio),
         (config.train.adam_beta1, config.train.adam_beta2),
@@ -205,17 +207,17 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     machine = {**machine, "ranks": ranks.size}
     state = new_state(origin.config, origin.data_sha256, origin.model_sha256, machine)
     if checkpoint is not None:
-        loaded = ranks.once(lambda: asdict(load_checkpoint(Path(checkpoint), model, optimizer)))
+        loaded = ranks.run_on_rank_0(lambda: asdict(load_checkpoint(Path(checkpoint), model, optimizer)))
         state = replace(RunState(**loaded), config=origin.config, machine=machine)
         if scaler is not None:
             scaler.load_state_dict(state.scaler)
-        say(f"going on from {checkpoint}")
+        info(f"going on from {checkpoint}")
     share_adapter(model, ranks)
-    moments = ranks.first_tensors(optimizer.tensors())
-    if not ranks.is_first:
+    moments = ranks.broadcast_tensors(optimizer.tensors())
+    if not ranks.is_rank_0:
         optimizer.load_tensors(moments)
     run = Run(config, directory, device, prompt, splits, model, dropout_seed, optimizer, scaler, state, ranks)
-    is_validated = state.step == state.validated_step or state.unfinished_row is not None
+    is_validated = state.step == state.validated_step or state.pending_entry is not None
     if state.step > run.total_steps or (state.step == run.total_steps and not is_validated):
         raise UserError(
             f"{checkpoint}: has {state.step} steps behind it, the configuration asks for {run.total_steps}; raise "
@@ -223,7 +225,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
         )
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     truncated = sum(split.num_truncated for split in splits.values())
-    say(
+    info(
         f"{config.model.name_or_path} ({config.model.quantization}, {dtype_name(dtype)}, {device}): "
         f"{sum(p.numel() for p in lora_parameters(model)):,} adapter parameters; examples: {counts}; "
         f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
@@ -231,7 +233,7 @@ def open_run(config: Config, directory: Path, model_folder: Path, origin: Origin
     return run
 
 
-def _initialise(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: str) -> None:
+def _initialize(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: str) -> None:
     """The adapter's first values that depend on the weights, behind a progress bar: minutes for a large model."""
     if init_lora_weights in BY_WEIGHTS:
         with progress(init_lora_weights, None, "layer") as bar:
@@ -240,14 +242,14 @@ def _initialise(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: 
                 bar.total = total
                 bar.update()
 
-            initialise(model, model_folder, init_lora_weights, on_progress)
+            initialize(model, model_folder, init_lora_weights, on_progress)
 
 
 def share_adapter(model: Qwen2ForCausalLM, ranks: Ranks) -> None:
     """Gives all ranks the first one's adapter."""
     tensors = [tensor.detach() for _, w in iter_lora_weights(model) for tensor in (*w.parameters(), *w.buffers())]
-    first = ranks.first_tensors({str(place): tensor.cpu() for place, tensor in enumerate(tensors)})
-    if not ranks.is_first:
+    first = ranks.broadcast_tensors({str(place): tensor.cpu() for place, tensor in enumerate(tensors)})
+    if not ranks.is_rank_0:
         for place, tensor in enumerate(tensors):
             tensor.copy_(first[str(place)])
 
@@ -264,14 +266,14 @@ def set_run_aside(directory: Path) -> None:
         return  # there is none
     taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
     target = directory / f"previous-{1 + max(taken, default=0)}"
-    with explained(target):
+    with storage_errors(target):
         going.mkdir(exist_ok=True)
         for path in earlier:
             path.rename(going / path.name)
         going.rename(target)
         checkpoints.mkdir(exist_ok=True)
     finished = list_checkpoints(target / "checkpoints")
-    say(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
+    info(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")
 
 
 def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
@@ -279,7 +281,7 @@ def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
         if not split.examples:
             raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
         mute = [
-            row.where for row, found in zip(split.rows, split.examples, strict=True) if True not in found.supervised
+            row.where for row, found in zip(split.records, split.examples, strict=True) if True not in found.supervised
         ]
         if mute:
             raise UserError(f"{', '.join(mute[:8])}: {len(mute)} records without one token to learn; remove them")
@@ -287,7 +289,7 @@ def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
 
 
-def step_places(run: Run, step: int) -> list[int]:
+def step_indices(run: Run, step: int) -> list[int]:
     """Which training examples optimizer step `step` takes: a function of (seed, step)."""
     epoch, place = divmod(step - 1, run.steps_per_epoch)
     order = epoch_order(len(run.splits["train"].examples), run.config.train.seed, epoch)
@@ -296,12 +298,12 @@ def step_places(run: Run, step: int) -> list[int]:
 
 def step_examples(run: Run, step: int) -> list[Example]:
     """The training examples of optimizer step `step`, those of all ranks; any step can be made alone."""
-    return [run.splits["train"].examples[place] for place in step_places(run, step)]
+    return [run.splits["train"].examples[place] for place in step_indices(run, step)]
 
 
 def iter_micro_batches(run: Run, examples: list[Example]) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a step of `examples`."""
     train = run.config.train
-    share = cut_shares(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
-    for part in cut_micro_batches(share, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
+    share = split_across_ranks(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
+    for part in split_into_micro_batches(share, train.per_device_train_batch_size, train.max_tokens_per_micro_batch):
         yield pack(part).to(run.device)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from minilora.errors import UserError
-from minilora.system.console import say, warn
+from minilora.system.console import info, warn
 from minilora.system.files import make_folder, replace_file
 
 PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
@@ -120,7 +120,7 @@ class WeightsAndBiases(Tracker):
             ) from error
         place = self._run.dir if self._run.offline else self._run.url
         if place:  # WANDB_MODE=disabled has none
-            say(f"Weights & Biases: {place}")
+            info(f"Weights & Biases: {place}")
 
     def _write(self, row: dict[str, Any]) -> None:
         """Sends a row."""

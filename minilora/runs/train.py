@@ -7,7 +7,7 @@ The run is a function of its configuration, its data and its base model. What `f
 decides where it begins: nothing, a checkpoint to go on from, or a finished run to leave alone.
 
 Several ranks go through it in step (`distributed.py`). The first alone touches the output folder; what one of them
-cannot do without the others knowing stands within `ranks.together()` or is done `ranks.once()`.
+cannot do without the others knowing stands within `ranks.barrier()` or is done `ranks.run_on_rank_0()`.
 
     outputs/
         metrics.jsonl, loss.png, report.html
@@ -28,24 +28,32 @@ from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.build import adapter_config, choose_dtype
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.planning.memory import is_out_of_memory, peak_memory_bytes
-from minilora.planning.plan import run_ledger
+from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.optim import lr_at
 from minilora.qlora.step import train_step
 from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
-from minilora.runs.finish import check_finished, finish, in_words, score_split, score_test_set
+from minilora.runs.finish import check_finished, finish, format_metrics, score_split, score_test_set
 from minilora.runs.metrics_log import NoLog, RunLog, read_metrics
-from minilora.runs.provenance import current_origin
-from minilora.runs.setup import RESTARTING, Run, iter_micro_batches, open_run, set_run_aside, step_examples, step_places
+from minilora.runs.provenance import current_provenance
+from minilora.runs.setup import (
+    RESTARTING,
+    Run,
+    iter_micro_batches,
+    open_run,
+    set_run_aside,
+    step_examples,
+    step_indices,
+)
 from minilora.runs.trackers import Tracker, check_tracker, open_tracker
 from minilora.system.cli import Interrupted, SafePoints
-from minilora.system.console import say
-from minilora.system.distributed import ALONE, LostRankError, Ranks
+from minilora.system.console import info
+from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
 from minilora.system.files import StorageError, lock_folder, make_folder
 from minilora.system.manifest import recover_folders
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes
 
 
-def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = ALONE) -> Path:
+def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:
     """Trains, or goes on training, or finds it done.
 
     Args:
@@ -66,14 +74,14 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
     directory = Path(config.train.output_dir)
     final = directory / "checkpoints" / "final"
     with ExitStack() as lock:
-        if not ranks.once(lambda: _claim(directory, final, restart, config, lock)):
-            ranks.once(lambda: check_finished(final, config, model_folder, ranks.size))
-            say(f"{final}: this run is finished; --restart begins anew")
+        if not ranks.run_on_rank_0(lambda: _claim(directory, final, restart, config, lock)):
+            ranks.run_on_rank_0(lambda: check_finished(final, config, model_folder, ranks.size))
+            info(f"{final}: this run is finished; --restart begins anew")
             return final
         run = None
         process_bytes = peak_memory_bytes(torch.device("cpu"))
         try:
-            origin = current_origin(config, model_folder, ranks.size)
+            origin = current_provenance(config, model_folder, ranks.size)
             run = open_run(config, directory, model_folder, origin, ranks)
             _train(run)
             return finish(run, final, process_bytes)
@@ -114,46 +122,48 @@ def _claim(directory: Path, final: Path, restart: bool, config: Config, lock: Ex
 def _train(run: Run) -> None:
     """All steps that are left, with their validations and checkpoints."""
     limit = run.config.train.save_total_limit
-    run.ranks.once(lambda: prune_checkpoints(run.checkpoints, limit))  # what a killed one left to do
-    done = run.state.step - (run.state.unfinished_row is not None)
-    report_to, is_first = run.config.train.report_to, run.ranks.is_first
+    run.ranks.run_on_rank_0(lambda: prune_checkpoints(run.checkpoints, limit))  # what a killed one left to do
+    done = run.state.step - (run.state.pending_entry is not None)
+    report_to, is_rank_0 = run.config.train.report_to, run.ranks.is_rank_0
     with ExitStack() as stack:
-        with run.ranks.together():
-            tracker = open_tracker(report_to, run.directory, done, run.config.to_dict()) if is_first else Tracker()
+        with run.ranks.barrier():
+            tracker = open_tracker(report_to, run.directory, done, run.config.to_dict()) if is_rank_0 else Tracker()
             stack.enter_context(tracker)
         if run.config.train.do_predict and run.state.test_before is None:
             with adapter_disabled(run.model):  # a run that was begun without do_predict may have an adapter by now
                 run.state = replace(run.state, test_before=score_test_set(run, "test before training")[0])
         if run.state.test_before is not None:
-            say(f"test before training: {in_words(run.state.test_before)}")
-        with run.ranks.together():
-            log = RunLog(run.directory, run.total_steps, done, tracker) if is_first else NoLog()
+            info(f"test before training: {format_metrics(run.state.test_before)}")
+        with run.ranks.barrier():
+            log = RunLog(run.directory, run.total_steps, done, tracker) if is_rank_0 else NoLog()
             stack.callback(log.close)
         with SafePoints() as safe_points:
             _take_steps(run, log, safe_points)
     if _has_stalled(run):
-        say(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
+        info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
 
 
 def _take_steps(run: Run, log: RunLog, safe_points: SafePoints) -> None:
     """The loop. However it ends, what was done is saved, unless it was the saving that failed."""
     saved = run.state
     try:
-        while run.state.unfinished_row is not None or not (_is_at_the_end(run) or _has_stalled(run)):
+        while run.state.pending_entry is not None or not (_is_at_the_end(run) or _has_stalled(run)):
             improved = _advance(run, log, safe_points)
             if improved or _has_stalled(run) or _is_save_due(run, saved.step):
                 _save(run, log)
                 saved = run.state
-            with run.ranks.together():
+            with run.ranks.barrier():
                 safe_points.check()
     except (Interrupted, LostRankError, OSError) as stop:
         if not isinstance(stop, Interrupted):  # which all ranks agree on
-            run.ranks = run.ranks.parted()
+            run.ranks = run.ranks.detached()
         if run.state is not saved:
             _save(run, log)
         step = run.state.step
         if isinstance(stop, LostRankError):
-            raise LostRankError(f"step {step} is saved; {stop}" if step and run.ranks.is_first else str(stop)) from None
+            raise LostRankError(
+                f"step {step} is saved; {stop}" if step and run.ranks.is_rank_0 else str(stop)
+            ) from None
         if isinstance(stop, OSError):  # whoever read the output has gone, or the output's disk is full
             raise
         where = f"saved step {step}; the same command goes on from there" if step else "nothing done"
@@ -162,20 +172,20 @@ def _take_steps(run: Run, log: RunLog, safe_points: SafePoints) -> None:
 
 def _advance(run: Run, log: RunLog, safe_points: SafePoints) -> bool:
     """One step, or the validation that is left of one, into the log; says whether it is the best so far."""
-    row = run.state.unfinished_row
+    row = run.state.pending_entry
     must_validate = row is not None
     if row is None:
         row = _take_step(run, run.state.step + 1, log, safe_points)
     improved = False
     if must_validate or _is_due(run, run.config.train.eval_steps):
         # A signal within the validation leaves a state that begins with it again.
-        run.state = replace(run.state, unfinished_row=row)
+        run.state = replace(run.state, pending_entry=row)
         improved = _validate(run, row, safe_points)
     if row["step"] % run.config.train.logging_steps == 0 or "eval_loss" in row or "skipped" in row:
         log.write(row)
     log.advance(row)
     if "eval_loss" in row:
-        log.say(f"step {row['step']}: {in_words(row)}{'  best so far' if improved else ''}")
+        log.info(f"step {row['step']}: {format_metrics(row)}{'  best so far' if improved else ''}")
     return improved
 
 
@@ -195,7 +205,7 @@ def _save(run: Run, log: RunLog) -> None:
     if run.ranks.size > 1:
         remedy = f"run the same command on machines that are alike, it goes on from {run.newest_checkpoint}"
         run.ranks.require_same(state_digests(run.model, run.optimizer), f"step {run.state.step} is not saved; {remedy}")
-    run.ranks.once(lambda: _write_checkpoint(run, log))
+    run.ranks.run_on_rank_0(lambda: _write_checkpoint(run, log))
 
 
 def _write_checkpoint(run: Run, log: RunLog) -> None:
@@ -230,7 +240,7 @@ def _out_of_memory(config: Config, run: Run | None, process_bytes: int | None, e
         if not is_set
     ]
     folder, examples = run.prompt.tokenizer.folder, run.splits["train"].examples
-    ledger = run_ledger(config, folder, examples, choose_dtype(config, run.device), process_bytes)
+    ledger = estimate_run_memory(config, folder, examples, choose_dtype(config, run.device), process_bytes)
     now = (
         f"set {', '.join(harmless)} and run it again (newest checkpoint: {run.newest_checkpoint}); or "
         if harmless
@@ -278,9 +288,9 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
         # With float16 an overflow of the gradient alone is how the loss scale is found.
         is_search = run.scaler is not None and math.isfinite(result.loss)
         skipped, in_a_row = skipped + 1, run.state.skipped_in_a_row + (not is_search)
-        rows = [run.splits["train"].rows[place].where for place in step_places(run, step)]
+        rows = [run.splits["train"].records[place].where for place in step_indices(run, step)]
         row |= {"skipped": True, "rows": rows}
-        log.say(
+        log.info(
             f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: skipped, it changed nothing "
             f"({skipped} skipped so far)"
         )
@@ -326,7 +336,7 @@ def _validate(run: Run, row: dict[str, Any], safe_points: SafePoints) -> bool:
     row |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = row[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)
-    run.state = replace(run.state, unfinished_row=None, validated_step=row["step"])
+    run.state = replace(run.state, pending_entry=None, validated_step=row["step"])
     if improved:
         run.state = replace(run.state, best_step=row["step"], best_metric=value, evals_without_improvement=0)
     else:

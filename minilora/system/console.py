@@ -22,7 +22,7 @@ _is_silent = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Chooses for the whole process whether `say` and `progress` are silent."""
+    """Chooses for the whole process whether `info` and `progress` are silent."""
     global _is_quiet
     _is_quiet = quiet
 
@@ -42,7 +42,7 @@ def is_silent() -> bool:
 
 
 def is_quiet() -> bool:
-    """Whether `say` and `progress` are silent."""
+    """Whether `info` and `progress` are silent."""
     return _is_quiet or _is_silent
 
 
@@ -51,13 +51,13 @@ def uses_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """A line about what is going on."""
     if not is_quiet():
         print(text)
 
 
-def emit(text: str) -> None:
+def write_results(text: str) -> None:
     """Results that come one by one: at once, and above a progress bar that is on the same terminal.
 
     Args:

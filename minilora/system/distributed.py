@@ -1,7 +1,7 @@
 """Several processes that train one adapter together: what each does alone, and where they meet.
 
 torchrun starts N of them, the ranks, on one machine or on several. Each has the whole base in 4 bits, the whole adapter
-and its moments. A step's examples are cut into N shares of about as many rows (`batch.cut_shares`), and
+and its moments. A step's examples are cut into N shares of about as many rows (`batch.split_across_ranks`), and
 
     gradient = sum over the ranks of the gradient of  (losses of its share / supervised tokens of all shares)
 
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 TIMEOUT = timedelta(minutes=30)  # how long ranks wait for each other that do the same
-PATIENCE = timedelta(days=1)  # and for what one of them does for all: a download, a 4-bit copy, a checkpoint
+LONG_TIMEOUT = timedelta(days=1)  # and for what one of them does for all: a download, a 4-bit copy, a checkpoint
 FAILED = 255  # beside the numbers of signals
 GRACE_S = 2.0  # in which the first rank may say what the others would say too
 
@@ -81,24 +81,24 @@ class Ranks:
         rank: 0 to size - 1; 0 is the first, which writes and speaks.
         size: how many there are.
         local_rank: its number on its own machine, which is that of its GPU.
-        patient: the group that waits for PATIENCE, None where this process is alone.
+        long_timeout_group: the group that waits for LONG_TIMEOUT, None where this process is alone.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    patient: dist.ProcessGroup | None = None
+    long_timeout_group: dist.ProcessGroup | None = None
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
-    def parted(self) -> "Ranks":
+    def detached(self) -> "Ranks":
         """The same rank, which from now on asks the others nothing: they are elsewhere, or gone."""
-        return replace(self, patient=None)
+        return replace(self, long_timeout_group=None)
 
-    def together(self) -> AbstractContextManager[None]:
+    def barrier(self) -> AbstractContextManager[None]:
         """Around work of this rank alone: what ends it on one rank ends it on all, here.
 
         Raises:
@@ -106,34 +106,34 @@ class Ranks:
             FailedElsewhereError: another rank failed.
             LostRankError: another rank is gone.
         """
-        return self._together(None)
+        return self._barrier(None)
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def rank_0_first(self) -> Iterator[None]:
         """Around work that leaves files: first the first rank, then the first of each other machine, then the rest.
 
         What one has made, the next finds, whether their machines share a disk or not. Raises as `together` does.
         """
-        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
-            self._meet(None, self.patient)
-        with self._together(self.patient):
+            self._meet(None, self.long_timeout_group)
+        with self._barrier(self.long_timeout_group):
             yield
         for _ in range(2 - turn):
-            self._meet(None, self.patient)
+            self._meet(None, self.long_timeout_group)
 
-    def once(self, work: Callable[[], T]) -> T:
+    def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first rank, which alone does it; JSON for the others. Raises as `together` does."""
         result: Any = None
-        with self._together(self.patient):
-            if self.is_first:
+        with self._barrier(self.long_timeout_group):
+            if self.is_rank_0:
                 result = work()
-        found = self.gather(result)[0]
-        return result if self.is_first else found
+        found = self.all_gather(result)[0]
+        return result if self.is_rank_0 else found
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, in their order; anything that JSON has."""
-        if self.patient is None:
+        if self.long_timeout_group is None:
             return [value]
         content = json.dumps(value).encode()
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -145,13 +145,13 @@ class Ranks:
             dist.all_gather(parts, _bytes_tensor(content.ljust(longest)))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
-    def takes(self, number: int) -> bool:
+    def owns(self, number: int) -> bool:
         """Whether item `number` of a list that the ranks share is this one's; see `collect`."""
         return number % self.size == self.rank
 
-    def collect(self, results: Sequence[T]) -> list[T]:
+    def gather_in_order(self, results: Sequence[T]) -> list[T]:
         """What all ranks made of the items that each `takes`, in the items' order; JSON."""
-        parts = self.gather(results)
+        parts = self.all_gather(results)
         return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def require_same(self, facts: dict[str, Any], remedy: str) -> None:
@@ -161,21 +161,21 @@ class Ranks:
             facts: by name; the names that differ are said.
             remedy: what to do, for the message.
         """
-        for rank, (host, other) in enumerate(self.gather([platform.node(), facts])):
+        for rank, (host, other) in enumerate(self.all_gather([platform.node(), facts])):
             if rank == 0:
                 first = other
             names = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
             if names:
                 raise UserError(f"rank {rank} on {host}: has another {', '.join(names)} than rank 0; {remedy}")
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
         """Puts the sum of all ranks' gradients in the place of each, and returns that of their losses.
 
         Args:
             parameters: of one dtype; a rank that had no example has no gradient.
             loss: of this rank's share, a number.
         """
-        if self.patient is None:
+        if self.long_timeout_group is None:
             return loss
         sizes = [parameter.numel() for parameter in parameters]
         buffer = parameters[0].new_zeros(sum(sizes) + 1)
@@ -189,13 +189,13 @@ class Ranks:
             dist.all_reduce(buffer)
         return total[0]
 
-    def first_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The first rank's `tensors`, which are on the CPU, by name."""
-        if self.patient is None:
+        if self.long_timeout_group is None:
             return tensors
-        content = save(tensors) if self.is_first else b""
-        length = self.gather(len(content))[0]
-        buffer = _bytes_tensor(content) if self.is_first else torch.empty(length, dtype=torch.uint8)
+        content = save(tensors) if self.is_rank_0 else b""
+        length = self.all_gather(len(content))[0]
+        buffer = _bytes_tensor(content) if self.is_rank_0 else torch.empty(length, dtype=torch.uint8)
         with _answered():
             dist.broadcast(buffer, 0)
         return load(buffer.numpy().tobytes())
@@ -213,9 +213,9 @@ class Ranks:
             )
 
     @contextmanager
-    def _together(self, group: dist.ProcessGroup | None) -> Iterator[None]:
+    def _barrier(self, group: dist.ProcessGroup | None) -> Iterator[None]:
         """`together`, with the patience of `group`."""
-        if self.patient is None:
+        if self.long_timeout_group is None:
             yield
             return
         failure: BaseException | None = None
@@ -227,7 +227,7 @@ class Ranks:
 
     def _meet(self, failure: BaseException | None, group: dist.ProcessGroup | None) -> None:
         """Tells the others how this rank fared, and raises what is the matter with any of them."""
-        if self.patient is None:
+        if self.long_timeout_group is None:
             return
         own = 0 if failure is None else failure.signum if isinstance(failure, Interrupted) else FAILED
         code = torch.tensor([own])
@@ -245,7 +245,7 @@ class Ranks:
             raise Interrupted(int(code)) from failure
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
@@ -256,7 +256,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
 
     def joined() -> None:
         if _num_started() == 1:
-            main(ALONE)
+            main(SINGLE_RANK)
             return
         store, ranks = _join(int(os.environ["LOCAL_RANK"]))
         try:
@@ -265,7 +265,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
             signum = error.signum if isinstance(error, Interrupted) else None
             if _is_said(store, ranks, error):
                 raise SystemExit(2 if signum is None else 128 + signum) from None
-            if ranks.is_first:
+            if ranks.is_rank_0:
                 raise
             text = f"rank {ranks.rank} on {platform.node()}: {error}"
             raise (UserError(text) if signum is None else Interrupted(signum, text)) from error
@@ -311,14 +311,14 @@ def _join(local_rank: int) -> tuple[dist.Store, Ranks]:
             world_size=size,
             timeout=TIMEOUT,
         )
-        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"{place}: the ranks cannot be joined ({_reason(error)}); check --nnodes and --master-addr, and that every "
             "machine was started"
         ) from None
-    return store, Ranks(rank, size, local_rank, patient)
+    return store, Ranks(rank, size, local_rank, long_timeout_group)
 
 
 def _is_said(store: dist.Store, ranks: Ranks, error: BaseException) -> bool:
@@ -332,7 +332,7 @@ def _is_said(store: dist.Store, ranks: Ranks, error: BaseException) -> bool:
 
     def ask() -> None:
         with suppress(RuntimeError):  # the store has gone all the same
-            if ranks.is_first:
+            if ranks.is_rank_0:
                 store.set(key, "")
                 store.set("ended", "")
                 while not over.is_set() and store.add("heard", 0) < ranks.size - 1:

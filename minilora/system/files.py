@@ -156,7 +156,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         StorageError: with the bytes that were needed and are free.
     """
-    with explained(path, len(content)):
+    with storage_errors(path, len(content)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         try:
             rest = memoryview(content)
@@ -185,7 +185,7 @@ class GrowingFile:
         Raises:
             StorageError: it cannot be written; what was, ends where it did before.
         """
-        with explained(self.path, len(content)):
+        with storage_errors(self.path, len(content)):
             if self._descriptor is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
                 self._descriptor = os.open(self.path, flags, 0o666)
@@ -208,7 +208,7 @@ class GrowingFile:
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
-        with explained(self.path):
+        with storage_errors(self.path):
             try:
                 os.fsync(descriptor)
             except OSError as error:
@@ -227,7 +227,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(WRITING + path.name)
     try:
         write_file(temporary, content)
-        with explained(path):
+        with storage_errors(path):
             temporary.replace(path)
             sync(path.parent)
     except StorageError:
@@ -284,7 +284,7 @@ def _lock(descriptor: int, folder: Path, key: str) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+def storage_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
     """Turns an OSError about `path` into a StorageError that says how much room was needed and is there."""
     try:
         yield

@@ -26,11 +26,11 @@ from minilora.errors import UserError
 from minilora.system.files import (
     WRITING,
     StorageError,
-    explained,
     hash_file,
     json_bytes,
     remove,
     sha256,
+    storage_errors,
     sync,
     write_file,
 )
@@ -58,7 +58,7 @@ def write_folder(
     """
     temporary = target.with_name(WRITING + target.name)
     try:
-        with explained(temporary):
+        with storage_errors(temporary):
             remove(temporary)
             temporary.mkdir(parents=True)
         entries = {}
@@ -77,7 +77,7 @@ def write_folder(
 def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
     """`write_folder` for files that a library has written into `temporary` already."""
     entries = {}
-    with explained(temporary):
+    with storage_errors(temporary):
         for path in sorted(temporary.iterdir()):
             sync(path)
             entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
@@ -87,7 +87,7 @@ def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> No
 
 def _put_in_place(temporary: Path, target: Path) -> None:
     replaced = target.with_name(REPLACED + target.name)
-    with explained(target):
+    with storage_errors(target):
         sync(temporary)
         if target.exists() or target.is_symlink():
             remove(replaced)
@@ -101,7 +101,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         sync(target.parent)
     problem = verify_folder(target)
     if problem is not None:
-        with explained(target):
+        with storage_errors(target):
             set_aside(target)
             if replaced.exists():
                 replaced.rename(target)
@@ -118,7 +118,7 @@ def recover_folders(directory: Path) -> None:
     Raises:
         StorageError: something cannot be renamed or removed.
     """
-    with explained(directory):
+    with storage_errors(directory):
         for replaced in directory.glob(REPLACED + "*"):
             target = replaced.with_name(replaced.name.removeprefix(REPLACED))
             if target.exists() and verify_folder(target) is None:
@@ -136,7 +136,7 @@ def set_aside(path: Path) -> Path:
     number = 1
     while (aside := path.with_name(f"{DAMAGED}{path.name}-{number}")).exists():
         number += 1
-    with explained(path):
+    with storage_errors(path):
         path.rename(aside)
     return aside
 

@@ -34,7 +34,7 @@ from torch import nn
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, LEVELS, Linear4bit, QuantizedTensor
-from minilora.system.files import WRITING, StorageError, explained, read_json, remove
+from minilora.system.files import WRITING, StorageError, read_json, remove, storage_errors
 from minilora.system.manifest import finish_folder
 from minilora.weights.safetensors_io import TensorEntry, dtype_name, read_checkpoint_entries, read_tensor
 
@@ -101,7 +101,7 @@ def is_quantized(folder: Path) -> bool:
     return bool(split_entries(read_checkpoint_entries(folder))[1])
 
 
-def projections_in_full(folder: Path) -> list[str]:
+def unquantized_projections(folder: Path) -> list[str]:
     """Names of the projections' weights that a checkpoint in 4 bits holds in full; none where it holds no 4 bits."""
     if not read_json(folder / "config.json").get("quantization_config"):
         return []
@@ -190,7 +190,7 @@ def write_quantized(model: Qwen2ForCausalLM, source: Path, target: Path, facts: 
     """
     temporary = target.with_name(WRITING + target.name)
     try:
-        with explained(temporary):
+        with storage_errors(temporary):
             remove(temporary)
             save_quantized(model, source, temporary)
         finish_folder(temporary, target, facts)

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minilora.errors import UserError
-from minilora.system.files import explained
+from minilora.system.files import storage_errors
 from minilora.weights.load import read_config
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
@@ -71,7 +71,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
     entries = read_checkpoint_entries(checkpoint)
     config = read_config(checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    with explained(path):
+    with storage_errors(path):
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
         try:
             for key, entry in entries.items():

@@ -1,6 +1,6 @@
 """4-bit copies of base models on disk, so that the next run has nothing to quantise and loads in a second or two.
 
-    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `bnb_checkpoint.py` writes it; transformers opens it
+    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `bnb_checkpoint.py` writes it; transformers opens
     {cache}/{key}/manifest.json                          SHA-256 of its files, and all that it was made from
 
 The key is a hash of all that decides what is in a copy: the base model's files, the way of quantising, and who

@@ -24,7 +24,7 @@ from minilora.adapters.attach import (
     set_adapter,
     unmerge_adapter,
 )
-from minilora.qlora.batch import pack_rows
+from minilora.qlora.batch import pack_segments
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 
@@ -45,7 +45,7 @@ def randomize(model: Qwen2ForCausalLM, seed: int = 0) -> None:
 @torch.no_grad()
 def outputs(model: Qwen2ForCausalLM) -> torch.Tensor:
     ids = torch.arange(3, 12)
-    hidden: torch.Tensor = model.model(ids, torch.arange(9), pack_rows([9]))
+    hidden: torch.Tensor = model.model(ids, torch.arange(9), pack_segments([9]))
     return hidden
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_layers
-from minilora.adapters.init import initialise, low_rank_factors
+from minilora.adapters.init import initialize, low_rank_factors
 from minilora.errors import UserError
 from minilora.qlora.lora import dense_weight, merged_weight
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -64,7 +64,7 @@ def test_pissa_begins_with_the_principal_part_and_changes_nothing(
     folder = tiny_checkpoint()
     model = load_model(folder, torch.float32, quantization)
     attach(model, 4, 12, init_lora_weights="pissa", use_rslora=use_rslora)
-    initialise(model, folder, "pissa")
+    initialize(model, folder, "pissa")
     for _, layer in iter_lora_layers(model):
         w = layer.weights
         assert w is not None
@@ -83,7 +83,7 @@ def test_loftq_begins_nearer_to_the_original_weights(
     originals = load_model(folder, torch.float32, "none")
     model = load_model(folder, torch.float32)
     attach(model, 8, alpha, init_lora_weights="loftq", use_dora=use_dora)
-    initialise(model, folder, "loftq")
+    initialize(model, folder, "loftq")
     for path, layer in iter_lora_layers(model):
         original = originals.get_parameter(f"{path}.weight")
         rounded = dense_weight(layer.base, torch.float32)
@@ -97,4 +97,4 @@ def test_loftq_needs_the_original_weights(tiny_checkpoint: Callable[..., Path], 
     model = load_model(tmp_path / "4bit", torch.float32)
     attach(model, 4, 8, init_lora_weights="loftq")
     with pytest.raises(UserError, match="is quantised already, so what was lost by it is not known"):
-        initialise(model, tmp_path / "4bit", "loftq")
+        initialize(model, tmp_path / "4bit", "loftq")

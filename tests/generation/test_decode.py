@@ -8,8 +8,8 @@ import torch
 from minilora.adapters.attach import adapter_disabled, attach, iter_lora_weights
 from minilora.generation.decode import MAX_ROWS, Context, candidates, generate, penalize, speed_up
 from minilora.generation.gemv import make_product
-from minilora.qlora.batch import pack_rows
-from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.batch import pack_segments
+from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
@@ -21,7 +21,7 @@ PROMPT = [5, 17, 90, 3, 44, 8]
 @torch.inference_mode()
 def logits_anew(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
     """Logits behind the last id, of one pass over all of them without a cache."""
-    hidden = model.model(torch.tensor(ids), torch.arange(len(ids)), pack_rows([len(ids)]))
+    hidden = model.model(torch.tensor(ids), torch.arange(len(ids)), pack_segments([len(ids)]))
     return head_logits(hidden[-1:], model.head_weight)[0]
 
 
@@ -49,13 +49,13 @@ def test_a_conversation_costs_its_new_rows_alone_and_says_the_same(
     context = Context(model, PROMPT)
     list(generate(context, 5))
     rows: list[int] = []
-    plain = Qwen2ForCausalLM.run_behind
+    plain = Qwen2ForCausalLM.prefill
 
-    def counted(self: Qwen2ForCausalLM, ids: torch.Tensor, past: list[KeyValues]) -> torch.Tensor:
+    def counted(self: Qwen2ForCausalLM, ids: torch.Tensor, past: list[KVCache]) -> torch.Tensor:
         rows.append(len(ids))
         return plain(self, ids, past)
 
-    monkeypatch.setattr(Qwen2ForCausalLM, "run_behind", counted)
+    monkeypatch.setattr(Qwen2ForCausalLM, "prefill", counted)
     context.ids += [7, 8, 9]
     whole = list(context.ids)
     assert list(generate(context, 3)) == greedy_anew(model, whole, 3)

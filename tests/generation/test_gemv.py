@@ -9,7 +9,7 @@ from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.generation import gemv
 from minilora.generation.gemv import make_product
 from minilora.qlora import bnb
-from minilora.qlora.nf4 import FEW_ROWS, Linear4bit, QuantizedTensor, quantize
+from minilora.qlora.nf4 import MAX_GEMV_TOKENS, Linear4bit, QuantizedTensor, quantize
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="the kernels are bitsandbytes'")
 needs_kernel = pytest.mark.skipif(not gemv._order_is_right(), reason="this processor has no AVX512-BF16")
@@ -25,7 +25,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @needs_kernel
-@pytest.mark.parametrize("rows", [1, 2, 7, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 7, MAX_GEMV_TOKENS])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("out", "size"), [(32, 64), (96, 128), (160, 448)])
@@ -128,7 +128,7 @@ def straight_layer() -> tuple[Linear4bit, list[int]]:
 
 def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
     layer, calls = straight_layer()
-    few, many = torch.randn(FEW_ROWS, 128), torch.randn(FEW_ROWS + 1, 128)
+    few, many = torch.randn(MAX_GEMV_TOKENS, 128), torch.randn(MAX_GEMV_TOKENS + 1, 128)
     layer(few.requires_grad_()).sum().backward()
     with torch.no_grad():  # a backward pass that computes a layer again, as gradient checkpointing does
         layer(few)
@@ -137,7 +137,7 @@ def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
         assert layer(many).abs().sum() > 0
         assert calls == []
         assert layer(few).abs().sum() == 0
-    assert calls == [FEW_ROWS]
+    assert calls == [MAX_GEMV_TOKENS]
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])

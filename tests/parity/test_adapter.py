@@ -12,7 +12,7 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
 from minilora.adapters.attach import iter_lora_weights, parameter_groups
-from minilora.adapters.init import initialise
+from minilora.adapters.init import initialize
 from minilora.adapters.peft_config import AdapterConfig, attach_adapter
 from minilora.adapters.peft_files import adapter_files, load_adapter, save_adapter
 from minilora.errors import UserError
@@ -296,7 +296,7 @@ def test_any_kind_of_ours_gives_the_same_logits_in_peft(
     )
     attach_adapter(model, config)
     if kind == "pissa":
-        initialise(model, base, "pissa")
+        initialize(model, base, "pissa")
     randomize_adapter(model)
     for name, content in adapter_files(model, config, portable=portable):
         (tmp_path / name).write_bytes(content)
@@ -360,7 +360,7 @@ def test_pissa_trains_as_pefts(reference_checkpoint: Callable[..., Path], exampl
     base = reference_checkpoint()
     ours = load_model(base, torch.float32, "none")
     attach_adapter(ours, AdapterConfig(4, 12, 0.0, "all-linear", False, str(base), init_lora_weights="pissa"))
-    initialise(ours, base, "pissa")
+    initialize(ours, base, "pissa")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa"
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach
-from minilora.data.records import read_rows
+from minilora.data.records import read_records
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -48,7 +48,7 @@ def _all_threads() -> Iterator[None]:
 
 
 def real_examples(count: int) -> list[Example]:
-    rows = read_rows(Path(DATA or "") / "train.tsv")[:count]
+    rows = read_records(Path(DATA or "") / "train.tsv")[:count]
     return build_examples(ChatTokenizer(Path(MODEL or "")), [(row.text or "", int(row.label or 0)) for row in rows])
 
 

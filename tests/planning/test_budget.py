@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.config import load_config
-from minilora.data.records import read_rows
+from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.planning import budget
 from minilora.planning.budget import (
@@ -24,7 +24,7 @@ from minilora.planning.budget import (
     largest_batch_size,
     largest_rows,
     largest_that_fits,
-    least_ledger,
+    least_memory_estimate,
     list_knobs,
     longest_example,
     merge_keys,
@@ -33,13 +33,13 @@ from minilora.planning.budget import (
     train_command,
     uniform_shapes,
 )
-from minilora.planning.memory import Numbers
+from minilora.planning.memory import ParameterCounts
 from minilora.planning.plan import BatchShape
 from minilora.planning.sizes import LONGEST, SIZES
 from minilora.qlora.prompt import ChatTokenizer
 
 GB = 10**9
-COUNTED: dict[tuple[Any, ...], Numbers] = {}  # so that each model is counted once
+COUNTED: dict[tuple[Any, ...], ParameterCounts] = {}  # so that each model is counted once
 
 
 def setup_of(size: str, *keys: str, device_type: str = "cuda", process_bytes: int | None = None) -> Setup:
@@ -114,7 +114,7 @@ def test_so_many_rows_fit_and_the_next_number_of_rows_does_not(keys: tuple[str, 
     many = ("train.per_device_train_batch_size=64", "train.gradient_accumulation_steps=16")
     assert setup.with_keys([*many, f"{ROWS}={found}"]).total_bytes <= 16 * GB
     longest = setup.shape.longest
-    supervised = -(-setup.shape.supervised_rows * (found + step) // setup.shape.rows)
+    supervised = -(-setup.shape.supervised_positions * (found + step) // setup.shape.rows)
     assert setup.ledger(BatchShape(found + step, supervised, longest)).total_bytes > 16 * GB
 
 
@@ -188,7 +188,7 @@ def test_keys_of_several_knobs_are_one_each() -> None:
 def test_the_combination_is_the_cheapest_of_all_that_fit(size: str) -> None:
     setup = setup_of(size, "lora.r=64", "data.max_length=2048")
     knobs = list_knobs(setup)
-    least, most = least_ledger(setup).total_bytes, setup.total_bytes
+    least, most = least_memory_estimate(setup).total_bytes, setup.total_bytes
     for share in (0.0, 0.02, 0.05, 0.1, 0.3, 0.7, 0.999):
         limit = int(least + share * (most - least))
         # Counting in binary over the knobs' order: a dearer one counts more than all cheaper ones together.
@@ -260,7 +260,7 @@ def test_a_command_says_every_key_once_and_the_last_value_counts() -> None:
 @pytest.fixture
 def real_setup(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> Setup:
     """The reviews of `processed_data`, on a 0.5B."""
-    rows = read_rows(processed_data / "train.jsonl")
+    rows = read_records(processed_data / "train.jsonl")
     shape_of = shapes_of_rows(rows, ChatTokenizer(tiny_checkpoint()))
     return Setup(load_config(), SIZES["0.5B"], shape_of, "cuda", None, None, COUNTED)
 

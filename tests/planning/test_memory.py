@@ -16,16 +16,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
-from minilora.planning import memory
-from minilora.planning.memory import (
-    CONTEXT_BYTES,
-    Ledger,
-    Numbers,
-    count_numbers,
-    is_out_of_memory,
-    peak_memory_bytes,
-    predict_memory,
-)
+from minilora.planning.memory import CONTEXT_BYTES, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
@@ -33,6 +24,8 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer, moments_bytes
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import train_step
+from minilora.system import memory as measured
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes
 from minilora.weights.load import load_model, read_config
 from tests.conftest import write_checkpoint
 
@@ -43,17 +36,19 @@ SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
 
 
 @functools.cache
-def numbers(tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = ()) -> Numbers:
+def numbers(tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = ()) -> ParameterCounts:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
         attach(model, rank, 16)
-    return count_numbers(model, in_full)
+    return count_parameters(model, in_full)
 
 
-def ledger(rows: int = 400, tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = (), **changes: Any) -> Ledger:
+def ledger(
+    rows: int = 400, tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = (), **changes: Any
+) -> MemoryEstimate:
     counted = numbers(tied, rank, in_full)
     arguments = {
-        "supervised_rows": 16,
+        "supervised_positions": 16,
         "longest": 50,
         "compute_dtype": torch.bfloat16,
         "quantization": "nf4",
@@ -62,16 +57,16 @@ def ledger(rows: int = 400, tied: bool = True, rank: int = 8, in_full: tuple[str
         "moments_bytes": moments_bytes("adamw_torch_fused", counted.trained, "cpu"),
         **changes,
     }
-    return predict_memory(counted, rows, **arguments)
+    return estimate_memory(counted, rows, **arguments)
 
 
-def part(found: Ledger, beginning: str) -> int:
+def part(found: MemoryEstimate, beginning: str) -> int:
     (value,) = (value for name, value in found.parts.items() if name.startswith(beginning))
     return value
 
 
 def test_the_total_is_the_sum_and_is_printed() -> None:
-    found = Ledger({"weights": 2_000_000, "adapter": 500_000})
+    found = MemoryEstimate({"weights": 2_000_000, "adapter": 500_000})
     assert found.total_bytes == 2_500_000
     assert [line.split() for line in str(found).splitlines()] == [
         ["weights", "2.0", "MB"],
@@ -243,8 +238,8 @@ class Step:
         with torch.device("meta"):
             shapes = Qwen2ForCausalLM(read_config(folder))
             self.attach(shapes)
-        counted, batch = count_numbers(shapes), self.batch()
-        return predict_memory(
+        counted, batch = count_parameters(shapes), self.batch()
+        return estimate_memory(
             counted,
             len(batch.input_ids),
             batch.num_supervised,
@@ -366,7 +361,7 @@ def test_the_peak_is_in_bytes() -> None:
 def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
     block = torch.ones(700_000_000, dtype=torch.uint8)
     code = (
-        "import torch; from minilora.planning.memory import peak_memory_bytes; "
+        "import torch; from minilora.system.memory import peak_memory_bytes; "
         "print(peak_memory_bytes(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -374,8 +369,8 @@ def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() 
 
 
 def test_where_the_system_does_not_tell_the_peak_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
-    monkeypatch.setattr(memory.sys, "platform", "win32")
+    monkeypatch.setattr(measured, "STATUS", tmp_path / "absent")
+    monkeypatch.setattr(sys, "platform", "win32")
     process_bytes = peak_memory_bytes(torch.device("cpu"))
     assert process_bytes is None
     assert not any(name.startswith("Python") for name in ledger(process_bytes=process_bytes).parts)

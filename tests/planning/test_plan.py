@@ -18,15 +18,15 @@ from minilora.planning.memory import CONTEXT_BYTES
 from minilora.planning.plan import (
     ANSWER_TOKENS,
     BatchShape,
-    config_ledger,
     count_config,
     epoch_batches,
+    estimate_config_memory,
+    estimate_run_memory,
     largest_batch,
-    run_ledger,
     uniform_batch,
 )
 from minilora.planning.sizes import SIZES
-from minilora.qlora.batch import cut_micro_batches, pack
+from minilora.qlora.batch import pack, split_into_micro_batches
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model
@@ -70,7 +70,7 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(
         order = epoch_order(len(examples), config.train.seed, epoch)
         for start in range(0, len(order), 6):
             step = [examples[place] for place in order[start : start + 6]]
-            batches += [pack(part) for part in cut_micro_batches(step, 3, None if rows == "null" else 100)]
+            batches += [pack(part) for part in split_into_micro_batches(step, 3, None if rows == "null" else 100)]
     assert largest_batch(config, examples) == BatchShape(
         max(len(batch.input_ids) for batch in batches),
         max(batch.num_supervised for batch in batches),
@@ -105,7 +105,7 @@ def test_examples_of_one_length_are_cut_as_real_ones_are(
     flags = [False] * (length - ANSWER_TOKENS) + [True] * ANSWER_TOKENS
     # Ids that differ from the first on, so that nothing is shared.
     step = [Example([number] * length, flags) for number in range(count * accumulation)]
-    batches = [pack(part) for part in cut_micro_batches(step, count, rows)]
+    batches = [pack(part) for part in split_into_micro_batches(step, count, rows)]
     assert uniform_batch(config, length) == BatchShape(
         max(len(batch.input_ids) for batch in batches), max(batch.num_supervised for batch in batches), length - 1
     )
@@ -120,7 +120,7 @@ def test_a_configuration_is_counted_without_memory_for_its_weights() -> None:
 def total_bytes(*keys: str, rows: int = 1024) -> int:
     config = load_config(None, [*keys])
     numbers = count_config(config, SIZES["7B"])
-    return config_ledger(config, numbers, BatchShape(rows, 4, 512), torch.bfloat16, "cuda", None).total_bytes
+    return estimate_config_memory(config, numbers, BatchShape(rows, 4, 512), torch.bfloat16, "cuda", None).total_bytes
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_runs_ledger_is_for_its_device_and_its_own_examples(
     examples: list[Example], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config = load_config(None, ["model.device=cpu"])
-    found = run_ledger(config, tiny_checkpoint(), examples, torch.float32, 1_000_000)
+    found = estimate_run_memory(config, tiny_checkpoint(), examples, torch.float32, 1_000_000)
     rows = largest_batch(config, examples).rows
     assert f"activations of {rows} rows" in found.parts
     assert found.parts["Python and PyTorch themselves (measured)"] == 1_000_000

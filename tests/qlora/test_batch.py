@@ -10,12 +10,12 @@ from minilora.qlora.batch import (
     MicroBatch,
     Places,
     SegmentGroup,
-    count_rows,
-    cut_micro_batches,
-    cut_shares,
+    count_packed_tokens,
     pack,
-    pack_rows,
-    round_rows,
+    pack_segments,
+    round_up_tokens,
+    split_across_ranks,
+    split_into_micro_batches,
 )
 from minilora.qlora.prompt import ChatTokenizer, Example, chat_example
 
@@ -44,7 +44,7 @@ def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
     """For each query of a group, the packed rows that it attends to."""
     found = {}
     for segment, query, row in real_places(group.queries):
-        keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
+        keys = [*range(group.prefix), *group.keys.records[segment].tolist()]
         hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
         found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
     return found
@@ -57,7 +57,7 @@ def seen_rows(packed: MicroBatch) -> list[list[int]]:
         assert not seen.keys() & seen_by_queries(group).keys()
         seen |= seen_by_queries(group)
     assert sorted(seen) == list(range(len(seen)))
-    assert len(packed.input_ids) == round_rows(len(seen))  # what is in no group is padding
+    assert len(packed.input_ids) == round_up_tokens(len(seen))  # what is in no group is padding
     return [seen[row] for row in range(len(seen))]
 
 
@@ -65,9 +65,9 @@ def test_the_common_prefix_stands_once_and_the_segments_follow() -> None:
     packed = pack(EXAMPLES)
     assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90, 31, 91, 41, 42, 43, 90]
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 3, 4, 5, 6]
-    assert packed.supervised_rows.tolist() == [4, 5, 6, 7, 10, 11]
+    assert packed.supervised_positions.tolist() == [4, 5, 6, 7, 10, 11]
     assert packed.targets.tolist() == [90, 99, 91, 99, 90, 99]
-    assert packed.owners.tolist() == [0, 0, 1, 1, 2, 2]
+    assert packed.example_indices.tolist() == [0, 0, 1, 1, 2, 2]
     assert (packed.num_examples, packed.num_real_tokens, packed.num_supervised) == (3, 21, 6)
     assert packed.input_ids.dtype == packed.position_ids.dtype == packed.targets.dtype == torch.int64
 
@@ -76,7 +76,7 @@ def test_without_sharing_every_example_stands_alone() -> None:
     packed = pack(EXAMPLES, share_prefix=False)
     assert packed.input_ids.tolist() == [i for e in EXAMPLES for i in e.input_ids[:-1]]
     assert packed.position_ids.tolist() == [p for e in EXAMPLES for p in range(len(e.input_ids) - 1)]
-    assert packed.supervised_rows.tolist() == [4, 5, 9, 10, 16, 17]
+    assert packed.supervised_positions.tolist() == [4, 5, 9, 10, 16, 17]
     assert packed.targets.tolist() == [90, 99, 91, 99, 90, 99]
     assert all(group.prefix == 0 for group in packed.groups)
     assert packed.num_real_tokens == 21
@@ -86,7 +86,7 @@ def test_without_sharing_every_example_stands_alone() -> None:
 def test_a_row_sees_what_it_would_see_alone(share_prefix: bool) -> None:
     packed = pack(EXAMPLES, share_prefix)
     seen = seen_rows(packed)
-    for row, target, owner in zip(packed.supervised_rows, packed.targets, packed.owners, strict=True):
+    for row, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
         ids = packed.input_ids[seen[row]].tolist()
         assert [*ids, target] == EXAMPLES[owner].input_ids[: len(ids) + 1]
         assert packed.position_ids[seen[row]].tolist() == list(range(len(ids)))
@@ -96,21 +96,21 @@ def test_a_single_example_has_no_shared_prefix() -> None:
     packed = pack(EXAMPLES[:1])
     assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90]
     assert packed.position_ids.tolist() == list(range(6))
-    assert packed.supervised_rows.tolist() == [4, 5]
+    assert packed.supervised_positions.tolist() == [4, 5]
     assert [group.prefix for group in packed.groups] == [0]
 
 
 def test_equal_examples_share_all_but_the_row_that_predicts_the_answer() -> None:
     packed = pack([EXAMPLES[0], EXAMPLES[0]])
     assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90, 22, 90]
-    assert packed.supervised_rows.tolist() == [4, 5, 6, 7]
+    assert packed.supervised_positions.tolist() == [4, 5, 6, 7]
 
 
 def test_an_example_that_is_the_beginning_of_another_keeps_its_answer_row() -> None:
     short, long = answered([10, 11, 90]), answered([10, 11, 12, 90])
     packed = pack([short, long])
     assert packed.input_ids.tolist() == [10, 11, 11, 12]
-    assert packed.supervised_rows.tolist() == [1, 3]
+    assert packed.supervised_positions.tolist() == [1, 3]
     assert packed.position_ids.tolist() == [0, 1, 1, 2]
 
 
@@ -129,7 +129,7 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
     packed = pack(examples)
     seen = seen_rows(packed)
     found: list[list[int]] = [[], []]
-    for row, target, owner in zip(packed.supervised_rows, packed.targets, packed.owners, strict=True):
+    for row, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
         ids = packed.input_ids[seen[row]].tolist()
         assert [*ids, target] == examples[owner].input_ids[: len(ids) + 1]
         found[owner].append(int(target))
@@ -154,13 +154,13 @@ def test_the_last_layers_queries_are_the_supervised_rows_and_see_what_they_saw(s
     packed = pack(EXAMPLES, share_prefix)
     seen = seen_rows(packed)
     found = {row: rows for group in packed.last_groups for row, rows in seen_by_queries(group).items()}
-    assert found == {place: seen[row] for place, row in enumerate(packed.supervised_rows.tolist())}
+    assert found == {place: seen[row] for place, row in enumerate(packed.supervised_positions.tolist())}
 
 
 def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(pack_rows([10] * 8)) == 1
+    assert len(pack_segments([10] * 8)) == 1
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
-    groups = pack_rows([10] * 8)
+    groups = pack_segments([10] * 8)
     assert [group.keys.rows.shape for group in groups] == [(4, 10)] * 2
 
 
@@ -176,7 +176,7 @@ def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(monkeypatch:
 @settings(deadline=None)
 def test_micro_batches_by_rows_hold_every_example_once_and_fit(lengths: list[int], max_rows: int) -> None:
     examples = [answered([1, 2, 3, 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
-    parts = cut_micro_batches(examples, 8, max_rows)
+    parts = split_into_micro_batches(examples, 8, max_rows)
     assert sorted(id(example) for part in parts for example in part) == sorted(map(id, examples))
     for part in parts:
         assert len(part) == 1 or len(pack(part).input_ids) <= max_rows
@@ -184,26 +184,26 @@ def test_micro_batches_by_rows_hold_every_example_once_and_fit(lengths: list[int
 
 def test_an_example_beyond_the_limit_has_a_micro_batch_to_itself_and_the_others_share() -> None:
     examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([90, 20, 20, 10])]
-    parts = cut_micro_batches(examples, 8, 60)
+    parts = split_into_micro_batches(examples, 8, 60)
     assert sorted(len(part) for part in parts) == [1, 3]
 
 
 def test_micro_batches_by_rows_are_few_and_even() -> None:
     examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([40, 30, 20, 10])]
-    parts = cut_micro_batches(examples, 1, 60)
+    parts = split_into_micro_batches(examples, 1, 60)
     assert [[len(example.input_ids) - 4 for example in part] for part in parts] == [[40, 10], [30, 20]]
-    assert cut_micro_batches(examples, 1, 10**6) == [examples]
+    assert split_into_micro_batches(examples, 1, 10**6) == [examples]
 
 
 def test_micro_batches_by_examples_are_slices() -> None:
-    assert cut_micro_batches(EXAMPLES, 2) == [EXAMPLES[:2], EXAMPLES[2:]]
+    assert split_into_micro_batches(EXAMPLES, 2) == [EXAMPLES[:2], EXAMPLES[2:]]
 
 
 def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -> None:
     whole, behind = pack(EXAMPLES), pack(EXAMPLES, cached_prefix=3)
     assert behind.input_ids.tolist() == whole.input_ids.tolist()[3:]
     assert behind.position_ids.tolist() == whole.position_ids.tolist()[3:]
-    assert behind.supervised_rows.tolist() == [row - 3 for row in whole.supervised_rows.tolist()]
+    assert behind.supervised_positions.tolist() == [row - 3 for row in whole.supervised_positions.tolist()]
     seen = seen_rows(whole)
     found = {row: rows for group in behind.groups for row, rows in seen_by_queries(group).items()}
     assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
@@ -213,18 +213,18 @@ def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -
 
 @pytest.mark.parametrize("examples", [EXAMPLES, EXAMPLES[:1], [EXAMPLES[0]] * 40, [answered([1, 2]), answered([3, 4])]])
 def test_rows_are_counted_as_they_are_packed(examples: list[Example]) -> None:
-    assert count_rows(examples) == len(pack(examples).input_ids)
+    assert count_packed_tokens(examples) == len(pack(examples).input_ids)
 
 
 def test_row_counts_repeat_and_little_is_added() -> None:
-    rounded = [round_rows(rows) for rows in range(1, 4097)]
+    rounded = [round_up_tokens(rows) for rows in range(1, 4097)]
     assert rounded[:32] == list(range(1, 33))
     assert all(rows <= found <= rows * 17 / 16 for rows, found in enumerate(rounded, start=1))
     assert sorted(set(rounded[512:1024])) == list(range(544, 1025, 32))
 
 
 def test_padding_repeats_the_first_row_of_its_segment() -> None:
-    (group,) = pack_rows([3, 4])
+    (group,) = pack_segments([3, 4])
     assert group.keys.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
     assert group.keys.padding.tolist() == [[0, 3]]
 
@@ -250,7 +250,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
 def test_shares_hold_every_example_once_in_order_and_none_too_many(lengths: list[int], count: int, more: int) -> None:
     examples = [answered([10, 11, 20 + place, *[5] * length, 9]) for place, length in enumerate(lengths)]
     size = -(-len(examples) // count) + more
-    shares = cut_shares(examples, count, size)
+    shares = split_across_ranks(examples, count, size)
     assert len(shares) == count
     assert sorted(example.input_ids[2] - 20 for share in shares for example in share) == list(range(len(examples)))
     for share in shares:
@@ -263,12 +263,12 @@ def test_shares_hold_every_example_once_in_order_and_none_too_many(lengths: list
 
 def test_shares_are_even_in_rows() -> None:
     examples = [answered([7, *[place] * length, 9]) for place, length in enumerate((90, 10, 80, 20, 60, 40))]
-    rows = [sum(len(example.input_ids) for example in share) for share in cut_shares(examples, 3, 2)]
+    rows = [sum(len(example.input_ids) for example in share) for share in split_across_ranks(examples, 3, 2)]
     assert rows == [104, 104, 104]
-    rows = [sum(len(example.input_ids) for example in share) for share in cut_shares(examples, 2, 4)]
+    rows = [sum(len(example.input_ids) for example in share) for share in split_across_ranks(examples, 2, 4)]
     assert max(rows) - min(rows) <= 20
 
 
 def test_a_rank_without_an_example_has_no_micro_batch() -> None:
-    assert cut_shares(EXAMPLES, 5, 1) == [[EXAMPLES[2]], [EXAMPLES[0]], [EXAMPLES[1]], [], []]
-    assert cut_micro_batches([], 2) == cut_micro_batches([], 2, 100) == []
+    assert split_across_ranks(EXAMPLES, 5, 1) == [[EXAMPLES[2]], [EXAMPLES[0]], [EXAMPLES[1]], [], []]
+    assert split_into_micro_batches([], 2) == split_into_micro_batches([], 2, 100) == []

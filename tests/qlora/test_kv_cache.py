@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minilora.qlora.kv_cache import KeyValues
+from minilora.qlora.kv_cache import KVCache
 
 K, D = 2, 4
 
@@ -17,7 +17,7 @@ def rows(count: int, first: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("passes", [[1], [5, 1, 1, 1], [1] * 40, [3, 7, 1, 30, 2]])
 def test_a_pass_sees_all_rows_before_its_own(passes: list[int]) -> None:
-    past, total = KeyValues(), 0
+    past, total = KVCache(), 0
     for count in passes:
         keys, values = past.before(rows(count, total), -rows(count, total))
         total += count
@@ -27,7 +27,7 @@ def test_a_pass_sees_all_rows_before_its_own(passes: list[int]) -> None:
 
 
 def test_a_row_is_copied_once_more_on_average() -> None:
-    past, rooms = KeyValues(), []
+    past, rooms = KVCache(), []
     for place in range(1000):
         past.before(rows(1, place), rows(1, place))
         assert past._held is not None
@@ -38,7 +38,7 @@ def test_a_row_is_copied_once_more_on_average() -> None:
 
 
 def test_a_prefix_that_does_not_grow_stands_before_every_pass() -> None:
-    past = KeyValues()
+    past = KVCache()
     past.before(rows(3), rows(3))
     past.growing = False
     for count in (2, 1, 4):
@@ -49,7 +49,7 @@ def test_a_prefix_that_does_not_grow_stands_before_every_pass() -> None:
 
 
 def test_rows_that_are_forgotten_are_written_anew() -> None:
-    past = KeyValues()
+    past = KVCache()
     past.before(rows(5), rows(5))
     past.keep(2)
     keys, _ = past.before(rows(2, 100), rows(2, 100))

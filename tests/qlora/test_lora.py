@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minilora.qlora.dora import BLOCK_ROWS
-from minilora.qlora.dropout import DropoutSeed, dropped_places
+from minilora.qlora.dropout import DropoutSeed, dropout_mask
 from minilora.qlora.lora import (
     Again,
     LoRALinear,
@@ -51,7 +51,7 @@ def by_hand(layer: LoRALinear, x: torch.Tensor, dense: torch.Tensor) -> torch.Te
     w, kept = weights_of(layer), x
     dropout, seed = w.dropout_now()
     if dropout:
-        kept = x * (~dropped_places(x.shape, dropout, seed, x.device)) / (1 - dropout)
+        kept = x * (~dropout_mask(x.shape, dropout, seed, x.device)) / (1 - dropout)
     bias = layer.base.bias if w.bias is None else w.bias
     product = x @ dense.T + w.scaling * (kept @ w.lora_A.T) @ w.lora_B.T
     if w.lora_magnitude_vector is not None:
@@ -131,14 +131,14 @@ def test_an_input_that_is_made_again_is_not_kept_and_changes_no_gradient() -> No
 
 def test_dropout_is_a_function_of_its_seed() -> None:
     shape, device = torch.Size((30, 41)), torch.device("cpu")
-    assert torch.equal(dropped_places(shape, 0.3, 5, device), dropped_places(shape, 0.3, 5, device))
-    assert not torch.equal(dropped_places(shape, 0.3, 5, device), dropped_places(shape, 0.3, 6, device))
+    assert torch.equal(dropout_mask(shape, 0.3, 5, device), dropout_mask(shape, 0.3, 5, device))
+    assert not torch.equal(dropout_mask(shape, 0.3, 5, device), dropout_mask(shape, 0.3, 6, device))
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.5])
 def test_dropout_meets_its_probability(probability: float) -> None:
     count = 400_000
-    share = dropped_places(torch.Size((count,)), probability, 3, torch.device("cpu")).double().mean().item()
+    share = dropout_mask(torch.Size((count,)), probability, 3, torch.device("cpu")).double().mean().item()
     # Five standard deviations of a mean of `count` draws.
     assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / count)
 
@@ -225,11 +225,11 @@ def test_magnitude_in_bfloat16_is_multiplied_in_float32() -> None:
 def test_pissas_principal_part_is_taken_off_and_not_trained() -> None:
     layer = layer_over(nn.Linear(64, 10))
     w = weights_of(layer)
-    w.principal_A, w.principal_B = w.lora_A.detach().clone(), -w.lora_B.detach().clone()
+    w.initial_A, w.initial_B = w.lora_A.detach().clone(), -w.lora_B.detach().clone()
     x = torch.randn(5, 64, requires_grad=True)
     torch.testing.assert_close(layer(x), layer.base(x), rtol=1e-4, atol=1e-4)
     torch.nn.init.normal_(w.lora_B)
-    delta = 0.5 * (w.lora_B @ w.lora_A + w.principal_B @ w.principal_A)
+    delta = 0.5 * (w.lora_B @ w.lora_A + w.initial_B @ w.initial_A)
     wanted = x @ (layer.base.weight + delta).T + layer.base.bias
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
     inputs, dy = (x, w.lora_A, w.lora_B), torch.randn(5, 10)

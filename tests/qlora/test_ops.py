@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minilora.qlora import batch, ops
-from minilora.qlora.batch import SegmentGroup, pack, pack_rows
+from minilora.qlora.batch import SegmentGroup, pack, pack_segments
 from minilora.qlora.prompt import Example
 
 
@@ -122,13 +122,13 @@ def test_attention_over_segments_equals_one_segment_at_a_time(heads: int, kv_hea
     ends = torch.tensor(lengths).cumsum(0).tolist()
     segments = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     expected = attention_by_hand(q, k, v, segments, prefix=0)
-    torch.testing.assert_close(attention(q, k, v, pack_rows(lengths)), expected)
+    torch.testing.assert_close(attention(q, k, v, pack_segments(lengths)), expected)
 
 
 def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 20)
     q, k, v = random(12, 4, 4), random(12, 2, 4), random(12, 2, 4)
-    groups = pack_rows([9, 3])
+    groups = pack_segments([9, 3])
     assert len(groups) > 2
     dout = torch.randn(12, 4, 4, dtype=torch.float64)
     found, expected = attention(q, k, v, groups), attention_by_hand(q, k, v, [(0, 9), (9, 12)], prefix=0)
@@ -142,17 +142,17 @@ def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch
 def test_attention_of_the_last_row_equals_that_row_of_all(heads: int, kv_heads: int) -> None:
     q, k, v = random(9, heads, 4), random(9, kv_heads, 4), random(9, kv_heads, 4)
     expected = attention_by_hand(q, k, v, [(0, 9)], prefix=0)
-    torch.testing.assert_close(ops.last_row_attention(q[-1:], k, v), expected[-1:])
+    torch.testing.assert_close(ops.decode_attention(q[-1:], k, v), expected[-1:])
 
 
 @pytest.mark.parametrize("cached", [1, 4, 8])
 def test_rows_behind_a_cached_prefix_attend_as_in_one_pass(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = random(9, 4, 4), random(9, 2, 4), random(9, 2, 4)
     expected = attention_by_hand(q, k, v, [(0, 9)], prefix=0)[cached:]
-    groups = pack_rows([9 - cached], cached)
+    groups = pack_segments([9 - cached], cached)
     torch.testing.assert_close(attention(q[cached:], k, v, groups), expected)
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 18)
-    blocks = pack_rows([9 - cached], cached)
+    blocks = pack_segments([9 - cached], cached)
     assert len(blocks) >= len(groups)
     torch.testing.assert_close(attention(q[cached:], k, v, blocks), expected)
 
@@ -179,7 +179,7 @@ def test_attention_with_a_shared_prefix_equals_one_segment_at_a_time(lengths: li
 
 def test_rows_in_no_group_are_zero_and_send_nothing_back() -> None:
     q, k, v = random(9, 4, 4), random(9, 2, 4), random(9, 2, 4)
-    groups = pack_rows([4, 3])  # two rows of padding behind them
+    groups = pack_segments([4, 3])  # two rows of padding behind them
     out = attention(q, k, v, groups)
     torch.testing.assert_close(out[:7], attention_by_hand(q[:7], k[:7], v[:7], [(0, 4), (4, 7)], prefix=0))
     assert torch.equal(out[7:], torch.zeros_like(out[7:]))
@@ -193,7 +193,7 @@ def test_attention_gradient(prefix: int) -> None:
     if prefix:
         segments, groups = shared_prefix_batch([2, 5, 3], prefix)
     else:
-        segments, groups = [(0, 4), (4, 6)], pack_rows([4, 2])
+        segments, groups = [(0, 4), (4, 6)], pack_segments([4, 2])
     rows = segments[-1][1]
     inputs = (random(rows, 4, 2), random(rows, 2, 2), random(rows, 2, 2))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, groups), inputs)

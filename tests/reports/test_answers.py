@@ -5,20 +5,20 @@ import re
 import numpy as np
 import pytest
 
-from minilora.data.records import Row
+from minilora.data.records import Record
 from minilora.evaluation.metrics import classification_metrics
 from minilora.reports import plots
-from minilora.reports.answers import CLIPPED_AT, MOST_MISTAKES, Answers, iter_answer_parts
+from minilora.reports.answers import CLIPPED_AT, MOST_MISTAKES, ScoredExamples, iter_answer_parts
 
 NAMES = ("负面", "<正面>")
 
 
 def parts(texts: list[str], labels: list[int], positive: list[float]) -> dict[str, str]:
     """The parts for reviews whose probability of the second label is `positive`."""
-    rows = [Row(f"test.jsonl:{number}", text) for number, text in enumerate(texts, start=1)]
+    rows = [Record(f"test.jsonl:{number}", text) for number, text in enumerate(texts, start=1)]
     probabilities = np.array([[1 - p, p] for p in positive])
     metrics = classification_metrics(np.array(labels), probabilities, NAMES, 1)
-    return dict(iter_answer_parts(Answers(rows, np.array(labels), probabilities, NAMES), metrics))
+    return dict(iter_answer_parts(ScoredExamples(rows, np.array(labels), probabilities, NAMES), metrics))
 
 
 def test_the_confusion_matrix_has_labels_down_and_answers_across_shaded_by_the_share_of_the_row() -> None:

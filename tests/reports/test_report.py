@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from minilora.config import Config, load_config
-from minilora.data.records import Row
+from minilora.data.records import Record
 from minilora.evaluation.metrics import classification_metrics
 from minilora.reports import plots
-from minilora.reports.answers import Answers
+from minilora.reports.answers import ScoredExamples
 from minilora.reports.report import Report, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"
@@ -28,7 +28,7 @@ def make_report(**changes: Any) -> Report:
     labels = generator.integers(0, 2, 60)
     positive = 1 / (1 + np.exp(-(2 * labels - 1) * 1.5 + generator.normal(0, 2, 60)))
     probabilities = np.stack([1 - positive, positive], axis=1)
-    rows = [Row(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
+    rows = [Record(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
     after = {**classification_metrics(labels, probabilities, NAMES, 1), "loss": 0.2}
     before = {**classification_metrics(labels, np.full((60, 2), 0.5), NAMES, 1), "loss": 0.7}
     log: list[dict[str, Any]] = [
@@ -42,7 +42,7 @@ def make_report(**changes: Any) -> Report:
         title="Training report",
         remark="Test set: 60 records.",
         results={"before training": before, "after training": after},
-        answers=Answers(rows, labels, probabilities, NAMES),
+        answers=ScoredExamples(rows, labels, probabilities, NAMES),
         log=log,
         ledger={"projections (nf4)": 3_000_000, "activations of 640 rows": 1_000_000},
         peak_bytes=4_100_000,

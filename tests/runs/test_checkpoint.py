@@ -46,7 +46,7 @@ def state_at(step: int) -> RunState:
     return RunState(
         step=step,
         samples_seen=step * 8,
-        unfinished_row={"step": step, "train_loss": None, "rows": ["数据.jsonl:3"]},
+        pending_entry={"step": step, "train_loss": None, "rows": ["数据.jsonl:3"]},
         validated_step=step - 1,
         best_step=1,
         best_metric=0.1 + 0.2,  # no short decimal: it has to come back to the bit
@@ -169,7 +169,7 @@ def test_a_run_that_has_not_begun_has_done_nothing() -> None:
     assert dataclasses.asdict(new_state({"a": {}}, digests, digests, machine)) == {
         "step": 0,
         "samples_seen": 0,
-        "unfinished_row": None,
+        "pending_entry": None,
         "validated_step": 0,
         "best_step": 0,
         "best_metric": None,

@@ -97,7 +97,7 @@ def test_no_log_has_no_rows(tmp_path: Path) -> None:
 def test_the_bar_shows_the_numbers_of_the_moment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, 10, 4)
     log.advance(row(5))
-    log.say("step 5: loss 0.3")
+    log.info("step 5: loss 0.3")
     log.close()
     out, err = capsys.readouterr()
     assert "5/10" in err

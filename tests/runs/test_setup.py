@@ -30,7 +30,7 @@ from minilora.runs import setup as run_module
 from minilora.runs import train
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
-from minilora.runs.provenance import read_origin, read_saved_config
+from minilora.runs.provenance import read_provenance, read_saved_config
 from minilora.runs.setup import set_run_aside
 from minilora.runs.trackers import Tracker
 from minilora.runs.train import fit
@@ -432,7 +432,7 @@ def test_a_checkpoint_from_before_there_were_ranks_had_one(final: Path, run: Fit
     state = read(newest / "state.json")
     assert state["machine"].pop("ranks") == 1
     rewrite(newest, "state.json", json_bytes(state))
-    assert read_origin(newest).ranks == 1
+    assert read_provenance(newest).ranks == 1
     assert read(run() / "metrics.json")["machine"]["ranks"] == 1
 
 
@@ -911,10 +911,10 @@ def test_a_damaged_final_folder_is_named(tmp_path: Path, name: str, content: str
     folder.mkdir()
     (folder / "training_args.json").write_text(json.dumps(load_config().to_dict()), "utf-8")
     (folder / "metrics.json").write_text('{"data_sha256": {}, "model_sha256": {}}', "utf-8")
-    read_origin(folder)
+    read_provenance(folder)
     (folder / name).write_text(content, "utf-8")
     with pytest.raises(UserError, match=rf"{name}: {message}"):
-        read_origin(folder)
+        read_provenance(folder)
 
 
 def _drop(tensors: dict[str, torch.Tensor]) -> None:

@@ -109,7 +109,7 @@ def test_a_key_that_scoring_does_not_read_is_noted(
 def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
     trained: Path, evaluate: Evaluate, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "open_trained", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(script, "load_run", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("a file", "utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"cannot be written to \(.+\); choose another --output_dir"):

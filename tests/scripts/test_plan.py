@@ -15,10 +15,10 @@ import pytest
 
 from minilora.config import Config
 from minilora.data import hub
-from minilora.data.records import Row, read_rows
+from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.planning import budget
-from minilora.planning.memory import Numbers
+from minilora.planning.memory import ParameterCounts
 from minilora.planning.plan import count_config
 from minilora.planning.sizes import SIZES
 
@@ -54,10 +54,10 @@ def plan(
     return call
 
 
-COUNTED: dict[object, Numbers] = {}
+COUNTED: dict[object, ParameterCounts] = {}
 
 
-def count_once(config: Config, *of: object) -> Numbers:
+def count_once(config: Config, *of: object) -> ParameterCounts:
     """`count_config`, whose answer is the same in every test."""
     key = (repr(config.lora), *of)
     if key not in COUNTED:
@@ -174,12 +174,12 @@ def test_the_process_is_measured_as_a_run_does_before_anything_is_read(
 ) -> None:
     size = 10**9
 
-    def growing(*of: Any, **settings: Any) -> list[Row]:
+    def growing(*of: Any, **settings: Any) -> list[Record]:
         nonlocal size
         size += 10**9
-        return read_rows(*of, **settings)
+        return read_records(*of, **settings)
 
-    monkeypatch.setattr(script, "read_rows", growing)
+    monkeypatch.setattr(script, "read_records", growing)
     monkeypatch.setattr(script, "peak_memory_bytes", lambda _: size)
     keys = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={processed_data}")
     printed = plan("--budget", "24GB", "--device", "cpu", *keys)

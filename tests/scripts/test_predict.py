@@ -316,7 +316,7 @@ def test_an_output_that_is_there_stays_unless_it_may_go(
     output = tmp_path / "out.jsonl"
     output.write_text("mine", "utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(script, "open_trained", lambda *_, **__: pytest.fail("too late"))
+        patch.setattr(script, "load_run", lambda *_, **__: pytest.fail("too late"))
         with pytest.raises(UserError, match=r"is there already; choose another --output, or replace it with --overwri"):
             predict("好", "--output", output)
         with pytest.raises(UserError, match=r"reviews\.tsv: is the input too; choose another --output"):
@@ -380,7 +380,7 @@ def test_a_file_that_cannot_be_read_is_named_before_a_model_is_loaded(
     content: str | bytes | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr(script, "open_trained", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(script, "load_run", lambda *_, **__: pytest.fail("too late"))
     if content is None:
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / name)
     else:

@@ -452,7 +452,7 @@ time.sleep(60)"""
 @no_windows
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_other_signals_end_the_script_within_such_a_stretch(name: str, status: int) -> None:
-    body = f"from minilora.system.cli import Interruptible\nwith Interruptible():\n    os.kill(os.getpid(), signal.{name})\n"
+    body = f"with cli.Interruptible():\n    os.kill(os.getpid(), signal.{name})\n"
     assert run(f"{body}    time.sleep(60)\nprint('not here')").stdout == ""
     assert run(f"{body}    time.sleep(60)").returncode == status
 

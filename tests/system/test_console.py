@@ -19,7 +19,7 @@ def loud_again() -> Iterator[None]:
 
 def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
     build_parser("does something", "examples:").parse_args(["--quiet"])
-    console.say("going on")
+    console.info("going on")
     console.warn("note: look at this")
     with console.progress("train", 3, "step") as bar:
         bar.update(3)
@@ -29,7 +29,7 @@ def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -
 
 def test_one_that_another_process_speaks_for_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     console.set_silent(True)
-    console.say("going on")
+    console.info("going on")
     console.warn("note: look at this")
     with console.progress("train", 3, "step") as bar:
         bar.update(3)
@@ -67,7 +67,7 @@ def test_results_stand_on_lines_of_their_own_above_a_bar(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdout", terminal)
     with console.progress("predict", 3, "review") as bar:
         bar.update(1)
-        console.emit("a result\n")
+        console.write_results("a result\n")
     before, result, after = terminal.getvalue().partition("a result\n")
     assert result
     assert before.endswith("\r")  # the bar's line is blank, and the cursor at its beginning
@@ -77,7 +77,7 @@ def test_results_stand_on_lines_of_their_own_above_a_bar(monkeypatch: pytest.Mon
 
 def test_results_are_out_at_once_and_alone_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with console.progress("predict", 3, "review") as bar:
-        console.emit("one\ntwo\n")
+        console.write_results("one\ntwo\n")
         assert capsys.readouterr().out == "one\ntwo\n"
         bar.update(3)
     assert capsys.readouterr().out == ""

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from minilora.errors import UserError
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.system import distributed
-from minilora.system.distributed import ALONE, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
+from minilora.system.distributed import SINGLE_RANK, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
 from tests.conftest import make_reviews
 from tests.faults.runner import Runs
 
@@ -383,19 +383,19 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with_ranks(seen.append)()
-    assert seen == [ALONE] * 3
+    assert seen == [SINGLE_RANK] * 3
     assert not dist.is_initialized()
 
 
 def test_alone_all_questions_are_answered_and_errors_are_left_as_they_are() -> None:
-    assert ALONE.gather(3) == [3]
-    assert ALONE.once(lambda: torch.Size([3])) == torch.Size([3])
-    assert ALONE.collect([1, 2]) == [1, 2]
-    assert all(ALONE.takes(number) for number in range(3))
+    assert SINGLE_RANK.gather(3) == [3]
+    assert SINGLE_RANK.run_on_rank_0(lambda: torch.Size([3])) == torch.Size([3])
+    assert SINGLE_RANK.collect([1, 2]) == [1, 2]
+    assert all(SINGLE_RANK.takes(number) for number in range(3))
     loss, tensors = torch.tensor(1.0), {"a": torch.zeros(1)}
-    assert ALONE.sum_gradients([], loss) is loss
-    assert ALONE.first_tensors(tensors) is tensors
-    for around in (ALONE.together, ALONE.in_turn):
+    assert SINGLE_RANK.all_reduce_gradients([], loss) is loss
+    assert SINGLE_RANK.broadcast_tensors(tensors) is tensors
+    for around in (SINGLE_RANK.together, SINGLE_RANK.in_turn):
         error = ZeroDivisionError()
         with pytest.raises(ZeroDivisionError) as caught, around():
             raise error
@@ -415,7 +415,7 @@ def test_ranks_that_cannot_be_joined_are_a_message(monkeypatch: pytest.MonkeyPat
 
 def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for ranks, device in ((ALONE, "cuda:1"), (Ranks(1, 4, 1), "cuda"), (Ranks(3, 4, 3), "cpu")):
+    for ranks, device in ((SINGLE_RANK, "cuda:1"), (Ranks(1, 4, 1), "cuda"), (Ranks(3, 4, 3), "cpu")):
         ranks.check_device(torch.device(device))
     with pytest.raises(UserError, match=r"model\.device: cuda:1 is one GPU for 4 ranks; each takes its own with cuda"):
         Ranks(1, 4, 1).check_device(torch.device("cuda:1"))

@@ -21,7 +21,6 @@ from minilora.system import files
 from minilora.system.files import (
     GrowingFile,
     StorageError,
-    explained,
     json_bytes,
     lock_folder,
     make_folder,
@@ -30,6 +29,7 @@ from minilora.system.files import (
     replace_file,
     sha256,
     sha256_once,
+    storage_errors,
     write_file,
 )
 
@@ -184,7 +184,7 @@ def test_an_error_without_a_reason_on_a_disk_that_tells_nothing_is_still_explain
     monkeypatch.setattr(shutil, "disk_usage", raising(OSError()))
     with (
         pytest.raises(StorageError, match=r"a/b: cannot be written \(odd\); make room or mend"),
-        explained(tmp_path / "a" / "b"),
+        storage_errors(tmp_path / "a" / "b"),
     ):
         raise OSError("odd")
 

@@ -1,0 +1,35 @@
+"""Memory as it is measured: the peak of this process or GPU, and whether an error says that it ran out.
+
+What a configuration will take is predicted in `planning/memory.py`.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is PyTorch's or Python's way to say that memory ran out; on a CPU PyTorch has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive")
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory used so far: allocated on a GPU, resident for this process on a CPU; None where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if STATUS.is_file():  # Linux, whose getrusage tells a child the peak of the process that started it
+        fields = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines() if ":" in line)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    if sys.platform != "darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
