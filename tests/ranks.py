@@ -54,7 +54,7 @@ def check_exchange(ranks: Ranks, folder: Path) -> Found:
         "no tensors": ranks.broadcast_tensors({}) == {},
         "same": caught(lambda: ranks.require_same({"a": 1, "threads": [2]}, "do something")),
         "not same": caught(lambda: ranks.require_same({"a": 1, "b": ranks.rank // 2, "c": 3}, "do something")),
-        "parted": [ranks.detached().gather(ranks.rank), ranks.detached().run_on_rank_0(lambda: "alone")],
+        "parted": [ranks.detached().all_gather(ranks.rank), ranks.detached().run_on_rank_0(lambda: "alone")],
     }
 
 

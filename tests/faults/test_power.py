@@ -144,8 +144,8 @@ def save(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 def sound_contents(save: Save, folder: Path) -> dict[str, dict[str, bytes]]:
     """What the two checkpoints hold when nothing happens."""
-    before = write_tree(crash(save.records[: save.begin], None), folder / "before")
-    after = write_tree(crash(save.records[: save.synced + 1], None), folder / "after")
+    before = write_tree(crash(save.rows[: save.begin], None), folder / "before")
+    after = write_tree(crash(save.rows[: save.synced + 1], None), folder / "after")
     return {"step-000003": contents(before / "step-000003"), "step-000004": contents(after / "step-000004")}
 
 

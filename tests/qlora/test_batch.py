@@ -44,7 +44,7 @@ def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
     """For each query of a group, the packed rows that it attends to."""
     found = {}
     for segment, query, row in real_places(group.queries):
-        keys = [*range(group.prefix), *group.keys.records[segment].tolist()]
+        keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
         hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
         found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
     return found

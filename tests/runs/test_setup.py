@@ -442,7 +442,7 @@ def test_ranks_that_no_longer_agree_save_nothing(
     class Two(Ranks):
         """The first of two, of which the other says the same but for its adapter."""
 
-        def gather(self, value: Any) -> list[Any]:
+        def all_gather(self, value: Any) -> list[Any]:
             host, facts = value if isinstance(value, list) and len(value) == 2 else (None, None)
             return [value, [host, {**facts, "adapter": "another"}] if facts and "adapter" in facts else value]
 

@@ -279,7 +279,7 @@ def test_a_second_signal_does_not_wait_for_what_the_first_one_began() -> None:
 @no_windows
 def test_a_script_that_does_not_end_by_itself_is_ended() -> None:
     done = run(
-        "script.GRACE_S = 0.1\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n"
+        "cli.GRACE_S = 0.1\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(30)\n"
         "finally:\n    time.sleep(30)"
     )
     assert done.returncode == 143

@@ -388,14 +388,14 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_alone_all_questions_are_answered_and_errors_are_left_as_they_are() -> None:
-    assert SINGLE_RANK.gather(3) == [3]
+    assert SINGLE_RANK.all_gather(3) == [3]
     assert SINGLE_RANK.run_on_rank_0(lambda: torch.Size([3])) == torch.Size([3])
-    assert SINGLE_RANK.collect([1, 2]) == [1, 2]
-    assert all(SINGLE_RANK.takes(number) for number in range(3))
+    assert SINGLE_RANK.gather_in_order([1, 2]) == [1, 2]
+    assert all(SINGLE_RANK.owns(number) for number in range(3))
     loss, tensors = torch.tensor(1.0), {"a": torch.zeros(1)}
     assert SINGLE_RANK.all_reduce_gradients([], loss) is loss
     assert SINGLE_RANK.broadcast_tensors(tensors) is tensors
-    for around in (SINGLE_RANK.together, SINGLE_RANK.in_turn):
+    for around in (SINGLE_RANK.barrier, SINGLE_RANK.rank_0_first):
         error = ZeroDivisionError()
         with pytest.raises(ZeroDivisionError) as caught, around():
             raise error
