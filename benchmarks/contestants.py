@@ -46,7 +46,7 @@ def run_minilora(
     from minilora.qlora.dropout import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
     from minilora.qlora.optim import build_optimizer
-    from minilora.qlora.step import train_step
+    from minilora.qlora.step import StepSettings, TrainState, train_step
     from minilora.weights.load import load_model
 
     problem = ops.compile_swiglu(compiled, work.dtype, torch.device(work.device))
@@ -68,7 +68,7 @@ def run_minilora(
             batches = [pack(part, share_prefix).to(torch.device(work.device)) for part in parts]
             row["computed_tokens"] = sum(len(batch.input_ids) for batch in batches)
             row["loss"] = train_step(
-                model, batches, optimizer, LEARNING_RATE, MAX_GRAD_NORM, DropoutSeed(), 0, number
+                TrainState(model, optimizer, DropoutSeed()), batches, StepSettings(number, LEARNING_RATE, MAX_GRAD_NORM)
             ).loss
 
 

@@ -31,7 +31,7 @@ from minilora.planning.plan import BatchShape, count_config, estimate_config_mem
 from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.load import freed_memory_returned, read_config
@@ -96,7 +96,7 @@ def measure(case: Case) -> dict[str, Any]:
         shape = BatchShape(
             *map(max, zip(lengths, (shape.rows, shape.supervised_positions, shape.longest), strict=True))
         )
-        train_step(model, [batch], optimizer, 1e-4, 1.0, dropout_seed, 0, step)
+        train_step(TrainState(model, optimizer, dropout_seed), [batch], StepSettings(step, 0.0001, 1.0))
     numbers = count_config(config, read_config(Path(case.model)))
     ledger = estimate_config_memory(config, numbers, shape, dtype, device.type, process_bytes)
     predicted = ledger.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)

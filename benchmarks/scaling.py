@@ -29,7 +29,7 @@ from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
 from minilora.weights.load import load_model
 
@@ -63,7 +63,7 @@ def measure(point: Point) -> dict[str, Any]:
     meter.loaded()
     for number in range(1, point.steps + 2):
         with meter.step(0, point.examples * point.length):
-            train_step(model, [batch], optimizer, 1e-4, 1.0, DropoutSeed(), 0, number)
+            train_step(TrainState(model, optimizer, DropoutSeed()), [batch], StepSettings(number, 0.0001, 1.0))
     meter.finish()
     return meter.results
 

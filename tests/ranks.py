@@ -22,7 +22,7 @@ from minilora.qlora.batch import pack, split_across_ranks
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import Interrupted, run_script
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
 from tests.qlora.test_step import build, examples
@@ -114,17 +114,9 @@ def take_step(
     num_supervised = sum(sum(example.supervised) for example in step_examples)
     try:
         result = train_step(
-            model,
+            TrainState(model, optimizer, dropout_seed, scaler=scaler, ranks=ranks),
             [pack(share)] if share else [],
-            optimizer,
-            1e-2,
-            0.0,
-            dropout_seed,
-            0,
-            1,
-            scaler,
-            ranks=ranks,
-            num_supervised=num_supervised,
+            StepSettings(1, 0.01, 0.0, num_supervised=num_supervised),
         )
     finally:
         step_module.next_token_nll = plain_loss
@@ -160,7 +152,11 @@ def check_dropout(ranks: Ranks) -> list[int]:
             numbers.append(micro_batch)
 
     batches = [pack(examples(2)) for _ in range(2)]
-    train_step(model, batches, build_optimizer(parameter_groups(model)), 1e-2, 1.0, Noting(), 0, 1, ranks=ranks)
+    train_step(
+        TrainState(model, build_optimizer(parameter_groups(model)), Noting(), ranks=ranks),
+        batches,
+        StepSettings(1, 0.01, 1.0),
+    )
     return numbers
 
 

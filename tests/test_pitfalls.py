@@ -27,7 +27,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from minilora.qlora.step import StepResult, train_step
+from minilora.qlora.step import StepResult, StepSettings, TrainState, train_step
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.runs.train import fit
 
@@ -63,7 +63,7 @@ def gradients_of_step(
     gradients: list[torch.Tensor] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in lora_parameters(model)))
     batches = [pack(examples) for examples in micro_batches]
-    result = train_step(model, batches, optimizer, 0.0, 0.0, dropout_seed, 1, 1)
+    result = train_step(TrainState(model, optimizer, dropout_seed), batches, StepSettings(1, 0.0, 0.0, 1))
     assert all(gradient.any() for gradient in gradients)
     return result, gradients
 
@@ -150,7 +150,11 @@ def test_2_3_nothing_quantises_the_base_again(tiny_model: LoadModel, chat_tokeni
     dropout_seed = adapted(model, dropout=0.1)
     optimizer = build_optimizer(parameter_groups(model))
     for step in (1, 2, 3):
-        train_step(model, [pack(build_examples(chat_tokenizer))], optimizer, 1e-2, 1.0, dropout_seed, 0, step)
+        train_step(
+            TrainState(model, optimizer, dropout_seed),
+            [pack(build_examples(chat_tokenizer))],
+            StepSettings(step, 0.01, 1.0),
+        )
     for layer, values in zip(layers, before, strict=True):
         assert {name for name, _ in layer.named_buffers()} == set(values)
         assert all(torch.equal(value, values[name]) for name, value in layer.named_buffers())
@@ -354,7 +358,7 @@ def test_2_10_adapters_are_float32_and_a_scaled_gradient_can_be_unscaled(
     optimizer = build_optimizer(parameter_groups(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     batches = [pack(build_examples(chat_tokenizer))]
-    result = train_step(model, batches, optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
+    result = train_step(TrainState(model, optimizer, dropout_seed, scaler=scaler), batches, StepSettings(1, 0.001, 1.0))
     assert result.updated
     assert 0 < result.grad_norm < float("inf")
     after = lora_parameters(model)

@@ -29,6 +29,44 @@ from minilora.qlora.optim import Optimizer, parameters_of, set_rate
 from minilora.system.distributed import SINGLE_RANK, Ranks
 
 
+@dataclass
+class TrainState:
+    """What training changes, and the ranks that change it together.
+
+    Attributes:
+        model: in training mode, adapter attached.
+        optimizer: over the adapter.
+        dropout_seed: the model's, set before each micro-batch.
+        scaler: for float16, whose small gradients would become zero.
+        ranks: that take each step together.
+    """
+
+    model: Qwen2ForCausalLM
+    optimizer: Optimizer
+    dropout_seed: DropoutSeed
+    scaler: torch.amp.GradScaler | None = None
+    ranks: Ranks = SINGLE_RANK
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one optimizer step is told.
+
+    Attributes:
+        step: its number, from 1.
+        learning_rate: of this step.
+        max_grad_norm: the gradient is scaled down to this global norm; 0 leaves it alone.
+        seed: of the run, for dropout.
+        num_supervised: supervised tokens of all ranks; None: those of this rank's micro-batches.
+    """
+
+    step: int
+    learning_rate: float
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    num_supervised: int | None = None
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did.
@@ -36,7 +74,7 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood of the supervised tokens, in nats, over all ranks.
         grad_norm: global norm of the gradient before clipping.
-        updated: False where loss or gradient was no number: weights and moments are what they were.
+        updated: False where loss or gradient was NaN or infinite: weights and moments are what they were.
     """
 
     loss: float
@@ -45,36 +83,22 @@ class StepResult:
 
 
 def train_step(
-    model: Qwen2ForCausalLM,
+    state: TrainState,
     micro_batches: Sequence[MicroBatch],
-    optimizer: Optimizer,
-    learning_rate: float,
-    max_grad_norm: float,
-    dropout_seed: DropoutSeed,
-    seed: int,
-    step: int,
-    scaler: torch.amp.GradScaler | None = None,
+    settings: StepSettings,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ranks: Ranks = SINGLE_RANK,
-    num_supervised: int | None = None,
 ) -> StepResult:
     """Moves the adapter by one optimizer step, or not at all.
 
     Args:
-        model: in training mode, adapter attached.
+        state: model, optimizer and ranks.
         micro_batches: this rank's examples of the step, on the model's device; maybe none.
-        optimizer: over the adapter.
-        learning_rate: of this step.
-        max_grad_norm: the gradient is scaled down to this global norm; 0 leaves it alone.
-        dropout_seed: the model's, set before each micro-batch.
-        seed: of the run.
-        step: number of this step, from 1.
-        scaler: for float16, whose small gradients would become zero.
+        settings: of this step.
         interruptible: entered around the work that may be thrown away: an exception within it leaves weights and
             moments as they were.
-        ranks: that take this step together.
-        num_supervised: supervised tokens of all of them; None: those of `micro_batches`.
     """
+    model, optimizer, scaler, ranks = state.model, state.optimizer, state.scaler, state.ranks
+    num_supervised = settings.num_supervised
     if num_supervised is None:
         num_supervised = sum(batch.num_supervised for batch in micro_batches)
     total = torch.zeros((), device=model.head_weight.device)
@@ -82,7 +106,7 @@ def train_step(
     try:
         with ranks.barrier(), interruptible():
             for index, batch in enumerate(micro_batches):
-                dropout_seed.set(seed, step, index * ranks.size + ranks.rank)
+                state.dropout_seed.set(settings.seed, settings.step, index * ranks.size + ranks.rank)
                 nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
                 loss = nll / num_supervised
                 (loss if scaler is None else scaler.scale(loss)).backward()
@@ -92,10 +116,10 @@ def train_step(
         if scaler is not None:
             scaler.scale(total)  # the first call makes the scale, and a rank without a micro-batch has made none yet
             scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or torch.inf, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or torch.inf, foreach=True)
         loss_value, grad_norm = total.item(), norm.item()  # the step's only wait for the device
         updated = math.isfinite(loss_value) and math.isfinite(grad_norm)
-        set_rate(optimizer, learning_rate)
+        set_rate(optimizer, settings.learning_rate)
         if scaler is not None:
             if updated:
                 scaler.step(cast(torch.optim.Optimizer, optimizer))

@@ -30,7 +30,7 @@ from minilora.config import Config
 from minilora.errors import UserError
 from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.optim import lr_at
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, state_digests, step_of
 from minilora.runs.finish import check_finished, finish, format_metrics, score_split, score_test_set
 from minilora.runs.metrics_log import NoLog, RunLog, read_metrics
@@ -260,19 +260,12 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
     micro_batches = list(iter_micro_batches(run, examples))
     rate = lr_at(step, run.total_steps, train.learning_rate, train.lr_scheduler_type, train.warmup_ratio)
     run.model.train()
+    num_supervised = sum(sum(example.supervised) for example in examples)
     result = train_step(
-        run.model,
+        TrainState(run.model, run.optimizer, run.dropout_seed, run.scaler, run.ranks),
         micro_batches,
-        run.optimizer,
-        rate,
-        train.max_grad_norm,
-        run.dropout_seed,
-        train.seed,
-        step,
-        run.scaler,
+        StepSettings(step, rate, train.max_grad_norm, train.seed, num_supervised=num_supervised),
         safe_points.anywhere,
-        run.ranks,
-        sum(sum(example.supervised) for example in examples),
     )
     num_real_tokens = sum(len(example.input_ids) for example in examples)
     row: dict[str, Any] = {

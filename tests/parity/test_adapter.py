@@ -21,7 +21,7 @@ from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model
 from tests.parity.reference import (
     load_reference,
@@ -406,7 +406,7 @@ def test_loraplus_moves_all_parameters_as_pefts(
         reference_loss(theirs, examples).backward()
         optimizer.step()
         optimizer.zero_grad()
-        train_step(ours.train(), [pack(examples)], mine, 1e-3, 0.0, DropoutSeed(), 0, 1)
+        train_step(TrainState(ours.train(), mine, DropoutSeed()), [pack(examples)], StepSettings(1, 0.001, 0.0))
     moved = peft_tensors(theirs)
     for name, parameter in our_tensors(ours).items():
         torch.testing.assert_close(parameter, moved[name], rtol=0, atol=2e-4)  # of 3 steps of 1e-3, or of 16e-3

@@ -14,7 +14,7 @@ from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer, lr_at
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model
 from tests.parity.reference import (
     load_reference,
@@ -157,7 +157,9 @@ def test_twenty_adamw_steps_follow_pefts_loss_curve(
         chosen = [examples[(step + offset) % len(examples)] for offset in range(4)]
         rate = lr_at(step, steps, peak, "cosine", warmup_ratio=0.1)
         micro_batches = [pack(chosen[:1]), pack(chosen[1:])]
-        result = train_step(ours, micro_batches, optimizer, rate, max_norm, DropoutSeed(), seed=0, step=step)
+        result = train_step(
+            TrainState(ours, optimizer, DropoutSeed()), micro_batches, StepSettings(step, rate, max_norm)
+        )
         curve.append(result.loss)
         largest_norm = max(largest_norm, result.grad_norm)
 

@@ -23,7 +23,7 @@ from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer, moments_bytes
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system import memory as measured
 from minilora.system.memory import is_out_of_memory, peak_memory_bytes
 from minilora.weights.load import load_model, read_config
@@ -263,7 +263,7 @@ class Step:
         batch = self.batch()
 
         def step() -> None:
-            train_step(model, [batch], optimizer, 1e-4, 1.0, dropout_seed, 0, 1)
+            train_step(TrainState(model, optimizer, dropout_seed), [batch], StepSettings(1, 0.0001, 1.0))
 
         step()  # makes the moments, and the dense weights that are kept
         held = [*model.parameters(), *model.buffers(), *optimizer.tensors().values()]

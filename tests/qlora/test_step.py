@@ -16,7 +16,7 @@ from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 
 
 def build(dropout: float = 0.0) -> tuple[Qwen2ForCausalLM, DropoutSeed]:
@@ -42,7 +42,9 @@ def take_step(max_grad_norm: float, learning_rate: float = 0.1) -> tuple[list[to
     model, dropout_seed = build()
     before = [parameter.detach().clone() for parameter in lora_parameters(model)]
     optimizer = torch.optim.SGD(lora_parameters(model), lr=0.0)
-    result = train_step(model, [pack(examples(6))], optimizer, learning_rate, max_grad_norm, dropout_seed, 0, 1)
+    result = train_step(
+        TrainState(model, optimizer, dropout_seed), [pack(examples(6))], StepSettings(1, learning_rate, max_grad_norm)
+    )
     moved = [old - new.detach() for old, new in zip(before, lora_parameters(model), strict=True)]
     return moved, result.grad_norm
 
@@ -55,7 +57,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens() -> None:
         expected = torch.nn.functional.cross_entropy(logits, batch.targets).item()
     optimizer = build_optimizer(parameter_groups(model))
     micro_batches = [pack(examples(6)[:1]), pack(examples(6)[1:])]
-    result = train_step(model, micro_batches, optimizer, 1e-3, 1.0, dropout_seed, 0, 1)
+    result = train_step(TrainState(model, optimizer, dropout_seed), micro_batches, StepSettings(1, 0.001, 1.0))
     assert result.loss == pytest.approx(expected, rel=1e-5)  # another order of float32 sums
 
 
@@ -72,7 +74,11 @@ def test_dropout_differs_between_micro_batches_and_repeats_with_the_step() -> No
     for step in (1, 1, 2):
         model, dropout_seed = build(dropout=0.5)
         optimizer = build_optimizer(parameter_groups(model))
-        losses.append(train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, step).loss)
+        losses.append(
+            train_step(
+                TrainState(model, optimizer, dropout_seed), [pack(examples(6))], StepSettings(step, 0.001, 1.0)
+            ).loss
+        )
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -83,7 +89,9 @@ def test_an_overflowed_float16_gradient_leaves_the_weights_alone() -> None:
     optimizer = build_optimizer(parameter_groups(model))
     torch.nn.init.normal_(lora_parameters(model)[0], std=1e3)
     before[0] = lora_parameters(model)[0].detach().clone()
-    result = train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
+    result = train_step(
+        TrainState(model, optimizer, dropout_seed, scaler=scaler), [pack(examples(6))], StepSettings(1, 0.001, 1.0)
+    )
     assert not result.updated
     assert scaler.get_scale() < 2.0**127
     for old, new in zip(before, lora_parameters(model), strict=True):
@@ -95,7 +103,9 @@ def test_a_scaled_step_equals_an_unscaled_one() -> None:
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         model, dropout_seed = build()
         optimizer = build_optimizer(parameter_groups(model))
-        train_step(model, [pack(examples(6))], optimizer, 1e-3, 1.0, dropout_seed, 0, 1, scaler)
+        train_step(
+            TrainState(model, optimizer, dropout_seed, scaler=scaler), [pack(examples(6))], StepSettings(1, 0.001, 1.0)
+        )
         moved.append([parameter.detach().clone() for parameter in lora_parameters(model)])
     for ours, theirs in zip(*moved, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # a power of two scales float32 exactly
@@ -127,23 +137,29 @@ def test_a_loss_that_is_no_number_in_one_micro_batch_changes_nothing(
     optimizer = build_optimizer(parameter_groups(model))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if has_scaler else None
     micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
-    assert train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 1, scaler).updated
+    assert train_step(
+        TrainState(model, optimizer, dropout_seed, scaler=scaler), micro_batches, StepSettings(1, 0.01, 1.0)
+    ).updated
     before = contents(model, optimizer)
     with monkeypatch.context() as patch:
         spoil_micro_batch(patch, number, factor)
-        result = train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 2, scaler)
+        result = train_step(
+            TrainState(model, optimizer, dropout_seed, scaler=scaler), micro_batches, StepSettings(2, 0.01, 1.0)
+        )
     assert not result.updated
     assert not math.isfinite(result.loss)
     assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
     assert all(parameter.grad is None for parameter in lora_parameters(model))
-    assert train_step(model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0, 3, scaler).updated
+    assert train_step(
+        TrainState(model, optimizer, dropout_seed, scaler=scaler), micro_batches, StepSettings(3, 0.01, 1.0)
+    ).updated
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_one_gradient_that_is_no_number_changes_nothing(value: float) -> None:
     model, dropout_seed = build()
     optimizer = build_optimizer(parameter_groups(model))
-    train_step(model, [pack(examples(6))], optimizer, 1e-2, 1.0, dropout_seed, 0, 1)
+    train_step(TrainState(model, optimizer, dropout_seed), [pack(examples(6))], StepSettings(1, 0.01, 1.0))
     before = contents(model, optimizer)
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
@@ -152,7 +168,7 @@ def test_one_gradient_that_is_no_number_changes_nothing(value: float) -> None:
         return spoiled
 
     hook = lora_parameters(model)[-1].register_hook(spoil)
-    result = train_step(model, [pack(examples(6))], optimizer, 1e-2, 1.0, dropout_seed, 0, 2)
+    result = train_step(TrainState(model, optimizer, dropout_seed), [pack(examples(6))], StepSettings(2, 0.01, 1.0))
     hook.remove()
     assert not result.updated
     assert math.isfinite(result.loss)
@@ -177,23 +193,23 @@ def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int, monkeypat
     model, dropout_seed = build(dropout=0.5)
     optimizer = build_optimizer(parameter_groups(model))
     micro_batches = [pack(examples(6)[i : i + 2]) for i in (0, 2, 4)]
-    arguments = (model, micro_batches, optimizer, 1e-2, 1.0, dropout_seed, 0)
-    train_step(*arguments, 1)
+    state = TrainState(model, optimizer, dropout_seed)
+    train_step(state, micro_batches, StepSettings(1, 1e-2))
     before = contents(model, optimizer)
     calls: list[None] = []
     entered: list[None] = []
     with monkeypatch.context() as patch:
         patch.setattr(step_module, "next_token_nll", loss)
         with pytest.raises(KeyboardInterrupt):
-            train_step(*arguments, 2, None, interruptible)
+            train_step(state, micro_batches, StepSettings(2, 1e-2), interruptible)
     assert len(entered) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, contents(model, optimizer), strict=True))
     assert all(parameter.grad is None for parameter in lora_parameters(model))
 
-    loss = train_step(*arguments, 2).loss
+    loss = train_step(state, micro_batches, StepSettings(2, 1e-2)).loss
     undisturbed, seed = build(dropout=0.5)
     other = build_optimizer(parameter_groups(undisturbed))
     for step in (1, 2):
-        expected = train_step(undisturbed, micro_batches, other, 1e-2, 1.0, seed, 0, step).loss
+        expected = train_step(TrainState(undisturbed, other, seed), micro_batches, StepSettings(step, 0.01, 1.0)).loss
     assert loss == expected
     assert all(torch.equal(a, b) for a, b in zip(contents(model, optimizer), contents(undisturbed, other), strict=True))

@@ -21,7 +21,7 @@ from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs import checkpoint
 from minilora.runs.checkpoint import (
     RunState,
@@ -73,7 +73,9 @@ class Trainee:
     def step(self, number: int) -> float:
         examples = [Example([5, 6, 7, 8 + n, number % 50, 9], [False] * 4 + [True] * 2) for n in range(2)]
         batches = [pack([example]) for example in examples]
-        return train_step(self.model, batches, self.optimizer, 1e-2, 1.0, self.seed, 3, number).loss
+        return train_step(
+            TrainState(self.model, self.optimizer, self.seed), batches, StepSettings(number, 0.01, 1.0, 3)
+        ).loss
 
     def save(self, directory: Path, step: int) -> Path:
         return save_checkpoint(directory, self.model, ADAPTER, self.optimizer, state_at(step))
