@@ -22,7 +22,7 @@ from minilora.config import Config, load_config
 from minilora.errors import UserError
 from minilora.qlora import loss
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.optim import build_optimizer

@@ -20,7 +20,7 @@ import torch
 
 from minilora.adapters.attach import DEFAULT, attach, iter_lora_weights
 from minilora.errors import UserError
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import read_json
 from minilora.system.schema import limits, read_fields

@@ -70,7 +70,7 @@ def adapter_files(
 
 def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
     """What one layer has in the file, by key."""
-    a, b = w.matrices()
+    a, b = w.factors()
     named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
     if w.lora_magnitude_vector is not None:
         named[f"{path}.lora_magnitude_vector"] = w.lora_magnitude_vector

@@ -67,7 +67,7 @@ class Context:
         """(V,) float32 logits of what comes next; runs the ids that were not run yet."""
         self._rows = min(self._rows, len(self.ids) - 1)  # the last one's hidden state is not kept
         for layer in self._past:
-            layer.keep(self._rows)
+            layer.truncate(self._rows)
         for start in range(self._rows, len(self.ids), MAX_ROWS):
             piece = torch.tensor(self.ids[start : start + MAX_ROWS], device=self.device)
             hidden = self._model.prefill(piece, self._past)
@@ -170,5 +170,5 @@ def speed_up(model: Qwen2ForCausalLM) -> None:
     }
     for module in model.modules():
         if isinstance(module, Linear4bit) and id(module) not in with_dora:
-            module.straight = make_product(module.weight, model.head_weight.dtype)
-            module.cache_dequantized &= module.straight is None
+            module.gemv = make_product(module.weight, model.head_weight.dtype)
+            module.cache_dequantized &= module.gemv is None

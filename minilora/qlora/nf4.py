@@ -171,7 +171,7 @@ class Linear4bit(nn.Module):
     Attributes:
         bias: (out,) compute dtype, or None.
         cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes a number in bfloat16.
-        straight: (x, bias) -> y by GEMV on 4-bit weights, from `gemv.py`; used in inference mode up to MAX_GEMV_TOKENS.
+        gemv: (x, bias) -> y by GEMV on 4-bit weights (`generation/gemv.py`); in inference mode up to MAX_GEMV_TOKENS.
     """
 
     bias: torch.Tensor | None
@@ -181,7 +181,7 @@ class Linear4bit(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.quant_type = weight.quant_type
         self.cache_dequantized = False
-        self.straight: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+        self.gemv: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
         self._dense: torch.Tensor | None = None
         self._shape = weight.shape
         self._weight_names = tuple(weight.tensors())
@@ -202,14 +202,18 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        y = self.gemv_product(x, self.bias)
-        return _FrozenLinear.apply(x, self, self.bias) if y is None else y
+        return self.product(x, self.bias)
 
-    def gemv_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """x W^T + bias by `straight`, None where that is not the way to go."""
-        if self.straight is None or len(x) > MAX_GEMV_TOKENS or not torch.is_inference_mode_enabled():
-            return None
-        return self.straight(x, bias)
+    def uses_gemv(self, x: torch.Tensor) -> bool:
+        """Whether there is no dense weight in `product`."""
+        return self.gemv is not None and len(x) <= MAX_GEMV_TOKENS and torch.is_inference_mode_enabled()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias: by GEMV on the 4 bits where `gemv` is set, for a few tokens in inference mode, else dense."""
+        if self.gemv is not None and self.uses_gemv(x):
+            return self.gemv(x, bias)
+        y: torch.Tensor = _FrozenLinear.apply(x, self, bias)
+        return y
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(out, in) `dtype`, constant: made anew, unless it is kept."""
@@ -227,8 +231,18 @@ class Linear4bit(nn.Module):
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        self._dense = self.straight = None
+        self._dense = self.gemv = None
         return super()._apply(move, recurse)
+
+
+def dense_weight(base: Linear4bit | nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in) `dtype`: the weight itself, or dequantised from its 4 bits."""
+    return base.dense_weight(dtype) if isinstance(base, Linear4bit) else base.weight.to(dtype)
+
+
+def frozen_product(base: Linear4bit | nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x W^T without the bias, (T, out)."""
+    return base.product(x, None) if isinstance(base, Linear4bit) else F.linear(x, base.weight)
 
 
 def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantization: bool) -> QuantizedTensor:

@@ -23,12 +23,12 @@ from minilora.build import (
 )
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
+from minilora.data.sampler import split_across_ranks, split_into_micro_batches
 from minilora.errors import UserError
-from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, pack, split_across_ranks, split_into_micro_batches
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
+from minilora.qlora.optim import AdamWSettings, Optimizer, build_optimizer, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.runs.checkpoint import (
     RunState,
@@ -187,22 +187,15 @@ def open_run(
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype, ranks)
-    problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
-    if problem is not None:
-        warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
         dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
         if checkpoint is None:
             ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
-    optimizer = build_optimizer(
-        parameter_groups(model, config.train.loraplus_lr_ratio),
-        (config.train.adam_beta1, config.train.adam_beta2),
-        config.train.adam_epsilon,
-        config.train.weight_decay,
-        config.train.optim,
-    )
+    train = config.train
+    settings = AdamWSettings((train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay)
+    optimizer = build_optimizer(parameter_groups(model, train.loraplus_lr_ratio), settings, train.optim)
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     machine = {**machine, "ranks": ranks.size}
     state = new_state(origin.config, origin.data_sha256, origin.model_sha256, machine)

@@ -258,7 +258,13 @@ def _take_step(run: Run, step: int, log: RunLog, safe_points: SafePoints) -> dic
     started = time.perf_counter()
     examples = step_examples(run, step)
     micro_batches = list(iter_micro_batches(run, examples))
-    rate = lr_at(step, run.total_steps, train.learning_rate, train.lr_scheduler_type, train.warmup_ratio)
+    rate = lr_at(
+        step,
+        run.total_steps,
+        peak=train.learning_rate,
+        schedule=train.lr_scheduler_type,
+        warmup_ratio=train.warmup_ratio,
+    )
     run.model.train()
     num_supervised = sum(sum(example.supervised) for example in examples)
     result = train_step(

@@ -1,7 +1,7 @@
 """Several processes that train one adapter together: what each does alone, and where they meet.
 
 torchrun starts N of them, the ranks, on one machine or on several. Each has the whole base in 4 bits, the whole adapter
-and its moments. A step's examples are cut into N shares of about as many rows (`batch.split_across_ranks`), and
+and its moments. A step's examples are cut into N shares of about as many rows (`sampler.split_across_ranks`), and
 
     gradient = sum over the ranks of the gradient of  (losses of its share / supervised tokens of all shares)
 

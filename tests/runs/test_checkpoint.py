@@ -17,7 +17,7 @@ from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.adapters.peft_config import AdapterConfig, attach_adapter
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
