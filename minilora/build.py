@@ -133,7 +133,9 @@ def build_examples(rows: Sequence[Record], prompt: ClassificationPrompt) -> Exam
     examples = [
         next(labelled)
         if row.messages is None
-        else chat_example(prompt.tokenizer, row.messages, prompt.max_length, row.where, prompt.system)
+        else chat_example(
+            prompt.tokenizer, row.messages, max_length=prompt.max_length, where=row.where, default_system=prompt.system
+        )
         for row in rows
     ]
     return Examples(rows, examples, labelled=len(texts) == len(rows))

@@ -29,7 +29,7 @@ from torch import nn
 
 from minilora.adapters.attach import iter_lora_weights, lora_parameters
 from minilora.qlora.batch import MAX_GROUP_SCORES
-from minilora.qlora.loss import CHUNK_TOKENS
+from minilora.qlora.loss import CHUNK_POSITIONS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.weights.load import LARGEST_IN_HEAP
@@ -210,7 +210,7 @@ def estimate_memory(
     dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
     in_mlp = rows * (2 * config.hidden_size + (4 if numbers.dora_in_mlp else 3) * config.intermediate_size) * width
     backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
-    logits = 2 * min(supervised_positions, CHUNK_TOKENS) * config.vocab_size * 4
+    logits = 2 * min(supervised_positions, CHUNK_POSITIONS) * config.vocab_size * 4
     gradients = (sum(numbers.trained) + numbers.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": everywhere, "logits": logits},

@@ -122,7 +122,9 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
         [("user", "问一"), ("assistant", "答一"), ("user", "问二"), ("assistant", "答二")],
         [("user", "问三"), ("assistant", "长一点的回答")],
     ]
-    examples = [chat_example(chat_tokenizer, messages, 512, "f:1", "s") for messages in chats]
+    examples = [
+        chat_example(chat_tokenizer, messages, max_length=512, where="f:1", default_system="s") for messages in chats
+    ]
     packed = pack(examples)
     seen = seen_tokens(packed)
     found: list[list[int]] = [[], []]
