@@ -287,7 +287,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
     assert run_together(runs, now, keys, output) == [0] * now
     printed, noted = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
-    assert f"going on from {output / 'checkpoints' / 'step-000008'}\n" in printed
+    assert f"resuming from {output / 'checkpoints' / 'step-000008'}\n" in printed
     sizes = f"train.per_device_train_batch_size: {6 // before} -> {6 // now}, processes: {before} -> {now}"
     assert f"note: {sizes}; the rest may differ in the last bits and has other dropout masks\n" in noted
     assert_equal_runs(output, finished[1])
