@@ -22,9 +22,8 @@ from compare_peft import run_child
 from meter import environment
 from workload import add_workload_arguments, model_folder
 
-from minilora.adapters.attach import parameter_groups
-from minilora.adapters.peft_config import attach_adapter
-from minilora.build import adapter_config, build_model, choose_device, choose_dtype
+from minilora.adapters.attach import attach, parameter_groups
+from minilora.build import build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
 from minilora.planning.memory import CONTEXT_BYTES
 from minilora.planning.plan import BatchShape, count_config, estimate_config_memory
@@ -84,7 +83,7 @@ def measure(case: Case) -> dict[str, Any]:
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     with freed_memory_returned():  # as `run.open_run`
-        dropout_seed = attach_adapter(model, adapter_config(config))
+        dropout_seed = attach(model, config.lora)
     optimizer = build_optimizer(parameter_groups(model.train()), optim=config.train.optim)
     generator = random.Random(0)
     shape = BatchShape(0, 0, 0)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.peft_config import AdapterConfig
 from minilora.config import Config
 from minilora.data.records import Record, as_label, read_records
 from minilora.errors import UserError
@@ -190,23 +189,3 @@ def build_model(
         if isinstance(module, Linear4bit):
             module.cache_dequantized = config.model.cache_dequantized
     return model
-
-
-def adapter_config(config: Config) -> AdapterConfig:
-    """The adapter that `lora.*` describes, on the base that `model.*` names."""
-    targets, layers = config.lora.target_modules, config.lora.layers_to_transform
-    return AdapterConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=config.lora.use_rslora,
-        base_model_name_or_path=config.model.name_or_path,
-        revision=config.model.revision,
-        layers_to_transform=layers if layers is None or isinstance(layers, int) else tuple(layers),
-        rank_pattern=config.lora.rank_pattern,
-        alpha_pattern=config.lora.alpha_pattern,
-        bias=config.lora.bias,
-        use_dora=config.lora.use_dora,
-        init_lora_weights=config.lora.init_lora_weights,
-    )

@@ -52,16 +52,21 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class LoraSection:
-    r: int = key(8, "rank of the adapter", minimum=1)
+class LoraConfig:
+    """What an adapter is: in a YAML file, in `attach`, and with peft's names in adapter_config.json."""
+
+    r: int = key(8, "rank of the adapter", minimum=1, maximum=65_536)
     alpha: float = key(16, "the adapter's product is scaled by alpha / r", above=0, maximum=1e6)
-    dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.9)
+    dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.99)
     target_modules: str | list[str] = key(
         "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
     )
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
-    layers_to_transform: int | list[int] | None = key(None, "numbers of the layers to adapt; null is all", minimum=0)
-    rank_pattern: dict[str, int] = key({}, "another rank for names or regular expressions: {q_proj: 4}", minimum=1)
+    layers_to_transform: int | list[int] | None = key(None, "indices of the layers to adapt; null is all", minimum=0)
+    layers_pattern: str | list[str] | None = key(None, "name of the list of layers that layers_to_transform indexes")
+    rank_pattern: dict[str, int] = key(
+        {}, "another rank for names or regular expressions: {q_proj: 4}", minimum=1, maximum=65_536
+    )
     alpha_pattern: dict[str, float] = key({}, "another alpha for names or regular expressions", above=0, maximum=1e6)
     bias: Literal["none", "lora_only", "all"] = key("none", "also train the biases of adapted, or of all linear layers")
     use_dora: bool = key(False, "train the length of each output's weights apart from their direction (DoRA)")
@@ -164,7 +169,7 @@ class Config:
     """Everything that a run depends on."""
 
     model: ModelSection = field(default_factory=ModelSection)
-    lora: LoraSection = field(default_factory=LoraSection)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataSection = field(default_factory=DataSection)
     prompt: PromptSection = field(default_factory=PromptSection)
     train: TrainSection = field(default_factory=TrainSection)

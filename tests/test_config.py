@@ -65,7 +65,7 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
         f"train: got 'fast', expected a section with keys ({path})",
         "nonsense: expected section.key=value (command line)",
         f"lora.rnak: unknown key; did you mean lora.r? ({path})",
-        f"lora.dropout: got 2, expected 0.9 or less ({path})",
+        f"lora.dropout: got 2, expected 0.99 or less ({path})",
         "train.seed: got 'soon', expected a whole number (command line)",
         "lora.r: got 0, expected 1 or more (command line)",
     ]
@@ -248,7 +248,7 @@ def test_a_written_configuration_that_holds_no_sections_is_named(content: object
         ("train.seed=1e30", "9223372036854775807 or less"),
         ("train.seed=18446744073709551616", "9223372036854775807 or less"),
         ("train.seed=" + "9" * 400, "9223372036854775807 or less"),
-        ("lora.dropout=0.95", "0.9 or less"),
+        ("lora.dropout=1", "0.99 or less"),
         ("data.max_length=8", "16 or more"),
         ("train.warmup_ratio=1.5", "1 or less"),
         ("train.max_steps=0", "1 or more"),

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 
 MATCH_TIMEOUT_S = 10.0
@@ -44,42 +45,24 @@ class Target:
     alpha: float
 
 
-def choose_targets(
-    candidates: Sequence[str],
-    r: int,
-    alpha: float,
-    target_modules: str | Sequence[str] = "all-linear",
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> list[Target]:
-    """The chosen ones of `candidates`, in their order.
-
-    Args:
-        candidates: paths of all linear layers that may have an adapter.
-        r: rank where no pattern says otherwise.
-        alpha: where no pattern says otherwise.
-        target_modules: see above, like all that follow.
-        layers_to_transform: None takes every layer.
-        layers_pattern: None takes what the model calls its numbered modules.
-        rank_pattern: of several that match a path the first counts.
-        alpha_pattern: likewise.
+def choose_targets(candidates: Sequence[str], lora_config: LoraConfig) -> list[Target]:
+    """The chosen ones of `candidates`, the paths of all linear layers that may have an adapter, in their order.
 
     Raises:
         UserError: something that matches no linear layer, or no regular expression.
     """
+    target_modules = lora_config.target_modules
     paths = _choose_paths(candidates, target_modules)
-    if layers_to_transform is not None:
+    if lora_config.layers_to_transform is not None:
         if isinstance(target_modules, str) and target_modules != "all-linear":
             raise UserError(
                 f"lora.layers_to_transform: goes with names in lora.target_modules, which is {target_modules!r}; "
                 "put the layers' numbers into the expression"
             )
-        paths = _in_layers(paths, layers_to_transform, layers_pattern)
-    ranks = _read_pattern("rank_pattern", rank_pattern or {}, candidates)
-    alphas = _read_pattern("alpha_pattern", alpha_pattern or {}, candidates)
-    return [Target(path, int(ranks.get(path, r)), alphas.get(path, alpha)) for path in paths]
+        paths = _in_layers(paths, lora_config.layers_to_transform, lora_config.layers_pattern)
+    ranks = _read_pattern("rank_pattern", lora_config.rank_pattern, candidates)
+    alphas = _read_pattern("alpha_pattern", lora_config.alpha_pattern, candidates)
+    return [Target(p, int(ranks.get(p, lora_config.r)), alphas.get(p, lora_config.alpha)) for p in paths]
 
 
 def _choose_paths(candidates: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:

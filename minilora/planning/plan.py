@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.peft_config import attach_adapter
-from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
+from minilora.adapters.attach import attach
+from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
@@ -117,7 +117,7 @@ def count_config(config: Config, architecture: Qwen2Config, folder: Path | None 
     """
     with torch.device("meta"):
         model = Qwen2ForCausalLM(architecture)
-        attach_adapter(model, adapter_config(config))
+        attach(model, config.lora)
     return count_parameters(model, () if folder is None else unquantized_projections(folder))
 
 

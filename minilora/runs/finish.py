@@ -18,7 +18,7 @@ import torch
 
 from minilora.adapters.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
 from minilora.adapters.peft_files import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
-from minilora.build import Examples, adapter_config, choose_dtype
+from minilora.build import Examples, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
@@ -119,7 +119,9 @@ def _write_final(
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
 
     def files() -> Iterator[tuple[str, bytes]]:
-        yield from adapter_files(run.model, adapter_config(run.config), train.save_format, dtype, train.portable)
+        yield from adapter_files(
+            run.model, *run.adapter, save_format=train.save_format, save_dtype=dtype, portable=train.portable
+        )
         yield "training_args.json", json_bytes(run.config.to_dict())
         yield "metrics.json", json_bytes(results)
         yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()

@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
-from minilora.adapters.attach import iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
-from minilora.adapters.peft_config import attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.build import (
     Examples,
-    adapter_config,
     build_model,
     build_prompt,
     choose_device,
     choose_dtype,
     read_split,
 )
-from minilora.config import Config
+from minilora.config import Config, LoraConfig
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
 from minilora.qlora import ops
@@ -73,6 +72,11 @@ class Run:
     scaler: torch.amp.GradScaler | None
     state: RunState
     ranks: Ranks
+
+    @property
+    def adapter(self) -> tuple[LoraConfig, BaseModel]:
+        """What adapter_config.json names: the adapter and what it belongs to."""
+        return self.config.lora, BaseModel(self.config.model.name_or_path, self.config.model.revision)
 
     @property
     def checkpoints(self) -> Path:
@@ -193,7 +197,7 @@ def open_run(
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
-        dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
+        dropout_seed = attach(model, config.lora, seed=config.train.seed)
         if checkpoint is None:
             ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
     optimizer = build_optimizer(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
-from minilora.build import adapter_config, choose_dtype
+from minilora.build import choose_dtype
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.planning.plan import estimate_run_memory
@@ -210,7 +210,7 @@ def _save(run: Run, log: RunLog) -> None:
 
 def _write_checkpoint(run: Run, log: RunLog) -> None:
     log.sync()
-    save_checkpoint(run.checkpoints, run.model, adapter_config(run.config), run.optimizer, run.state)
+    save_checkpoint(run.checkpoints, run.model, run.adapter, run.optimizer, run.state)
     prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from minilora.adapters import target_modules
 from minilora.adapters.target_modules import choose_targets
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 
 NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -15,7 +16,7 @@ PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in NAMES]
 
 
 def chosen(target_modules: str | list[str] = "all-linear", **patterns: Any) -> list[str]:
-    return [target.path for target in choose_targets(PATHS, 4, 8.0, target_modules, **patterns)]
+    return [t.path for t in choose_targets(PATHS, LoraConfig(target_modules=target_modules, **patterns))]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_pattern_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(target_modules, "MATCH_TIMEOUT_S", 0.5)
     started = time.monotonic()
     with pytest.raises(UserError, match="takes for ever to match; write it without a repetition"):
-        choose_targets(["a" * 400], 4, 8.0, expression)
+        choose_targets(["a" * 400], LoraConfig(target_modules=expression))
     assert time.monotonic() - started < 10
 
 
@@ -90,7 +91,6 @@ def test_numbers_and_patterns_that_match_nothing_are_refused(arguments: dict[str
 
 
 def test_of_two_patterns_for_a_path_the_first_counts() -> None:
-    found = choose_targets(
-        PATHS, 4, 8.0, ["q_proj"], rank_pattern={"layers.1.*": 2, "q_proj": 3}, alpha_pattern={"q_proj": 1.5}
-    )
+    patterns = {"rank_pattern": {"layers.1.*": 2, "q_proj": 3}, "alpha_pattern": {"q_proj": 1.5}}
+    found = choose_targets(PATHS, LoraConfig(target_modules=["q_proj"], **patterns))
     assert [(target.r, target.alpha) for target in found] == [(3, 1.5), (2, 1.5), (3, 1.5)]

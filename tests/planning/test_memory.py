@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.config import LoraConfig
 from minilora.planning.memory import CONTEXT_BYTES, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.dropout import DropoutSeed
@@ -39,7 +40,7 @@ SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
 def numbers(tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = ()) -> ParameterCounts:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
-        attach(model, rank, 16)
+        attach(model, LoraConfig(r=rank, alpha=16, dropout=0))
     return count_parameters(model, in_full)
 
 
@@ -180,7 +181,7 @@ def test_checkpointing_keeps_nothing_of_an_mlp() -> None:
     """A source of `lora.Again` that an attribute held would stay, and all of the memory with it."""
     model = Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, True))
     model.model.gradient_checkpointing = True
-    attach(model, 2, 4)
+    attach(model, LoraConfig(r=2, alpha=4, dropout=0))
     batch = pack([Example([*range(38)], [False] * 37 + [True])])
     hidden = model.train()(batch)
     rows = len(batch.input_ids)
@@ -229,10 +230,10 @@ class Step:
         return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
 
     def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         kind: dict[str, Any] = {"use_dora": self.use_dora, "init_lora_weights": self.init_lora_weights}
         kind["layers_to_transform"] = list(range(self.first_layer, model.config.num_hidden_layers))
-        return attach(model, self.rank, 16, self.dropout, names, **kind)
+        return attach(model, LoraConfig(r=self.rank, alpha=16, dropout=self.dropout, target_modules=names, **kind))
 
     def predict(self, folder: Path) -> int:
         with torch.device("meta"):

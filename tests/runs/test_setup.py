@@ -946,8 +946,8 @@ def test_a_final_adapter_that_cannot_be_read_back_as_it_was_is_not_put_in_place(
     damage: Callable[[dict[str, torch.Tensor]], None],
     message: str,
 ) -> None:
-    def files_damaged(*arguments: Any) -> Iterator[tuple[str, bytes]]:
-        for name, content in adapter_files(*arguments):
+    def files_damaged(*arguments: Any, **settings: Any) -> Iterator[tuple[str, bytes]]:
+        for name, content in adapter_files(*arguments, **settings):
             if name == "adapter_model.safetensors":
                 tensors = load(content)
                 damage(tensors)
@@ -1053,8 +1053,8 @@ def test_a_run_does_not_go_on_with_another_kind_of_adapter(final: Path, run: Fit
 def test_a_scale_that_was_lost_on_the_way_to_the_file_is_noticed(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor arrives as it was; with half of alpha in adapter_config.json they are another adapter."""
 
-    def files_rescaled(*arguments: Any) -> Iterator[tuple[str, bytes]]:
-        for name, content in adapter_files(*arguments):
+    def files_rescaled(*arguments: Any, **settings: Any) -> Iterator[tuple[str, bytes]]:
+        for name, content in adapter_files(*arguments, **settings):
             yield name, content.replace(b'"lora_alpha": 16', b'"lora_alpha": 8')
 
     monkeypatch.setattr(final_module, "adapter_files", files_rescaled)
