@@ -35,13 +35,11 @@ def run_minilora(
     share_prefix: bool = True,
     gradient_checkpointing: bool = False,
     cache_dequantized: bool = False,
-    compiled: bool = False,
     max_rows: int | None = None,
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
     from minilora.adapters.attach import parameter_groups
     from minilora.adapters.peft_files import load_adapter
-    from minilora.qlora import ops
     from minilora.qlora.batch import pack, split_into_micro_batches
     from minilora.qlora.dropout import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
@@ -49,9 +47,6 @@ def run_minilora(
     from minilora.qlora.step import StepSettings, TrainState, train_step
     from minilora.weights.load import load_model
 
-    problem = ops.compile_swiglu(compiled, work.dtype, torch.device(work.device))
-    if problem is not None:
-        raise UserError(f"minilora, compiled: nothing can be compiled here ({problem}); leave it out with --only")
     model = load_model(Path(work.model), work.dtype, quantization, device=work.device)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -245,7 +240,6 @@ CONTESTANTS: dict[str, Callable[[Workload, Meter], None]] = {
     "minilora, checkpointing": variant(run_minilora, gradient_checkpointing=True),
     "minilora, prefix not shared": variant(run_minilora, share_prefix=False),
     "minilora, dense weights kept": variant(run_minilora, cache_dequantized=True),
-    "minilora, compiled": variant(run_minilora, compiled=True),
     "minilora, length-sorted, LoRA without 4 bits": variant(run_minilora, sort=True, quantization="none"),
     "peft loop, padded, checkpointing": variant(run_peft_loop, sort=False, gradient_checkpointing=True),
     "peft loop, padded": variant(run_peft_loop, sort=False, gradient_checkpointing=False),

@@ -23,7 +23,6 @@ from minilora.build import (
 from minilora.config import Config, LoraConfig
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.errors import UserError
-from minilora.qlora import ops
 from minilora.qlora.batch import MicroBatch, pack, split_across_ranks, split_into_micro_batches
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -191,9 +190,6 @@ def open_run(
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype, ranks)
-    problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
-    if problem is not None:
-        warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
