@@ -20,6 +20,7 @@ from workload import Workload, pad, record
 
 from minilora.errors import UserError
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 
 # Small, so that rounding stays rounding: AdamW's first steps move every entry of B by the whole rate in the direction
 # of its gradient's sign, and at 2e-4 two bfloat16 runs of equal systems part after three steps. It costs no time.
@@ -27,6 +28,7 @@ LEARNING_RATE = 1e-6
 MAX_GRAD_NORM = 1.0
 
 
+@tuned_process()
 def run_minilora(
     work: Workload,
     meter: Meter,

@@ -25,7 +25,7 @@ from minilora.data.records import read_demo_records, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 
 IGNORED = -100  # transformers' label of a position that does not count
 

@@ -20,7 +20,8 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.system.console import progress
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.weights.load import load_model, read_config
+from minilora.weights.hf_config import read_config
+from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,11 +181,11 @@ def build_model(
             bar.total = total
             bar.update(done - bar.n)
 
-        settings = (dtype, config.model.quantization, config.model.double_quantization, device, on_progress)
+        settings = LoadSettings(dtype, config.model.quantization, config.model.double_quantization, device)
         if config.model.quantized_cache is None:
-            model = load_model(folder, *settings)
+            model = load_model(folder, **vars(settings), on_progress=on_progress)
         else:
-            model = load_through_cache(folder, Path(config.model.quantized_cache), *settings)
+            model = load_through_cache(folder, Path(config.model.quantized_cache), settings, on_progress)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.cache_dequantized = config.model.cache_dequantized

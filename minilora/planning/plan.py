@@ -18,7 +18,7 @@ from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, momen
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.bnb_checkpoint import unquantized_projections
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
 
 ANSWER_TOKENS = 2  # a label word and <|im_end|>

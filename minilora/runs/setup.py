@@ -49,7 +49,7 @@ from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import storage_errors
 from minilora.system.manifest import DAMAGED, set_aside
-from minilora.weights.load import freed_memory_returned
+from minilora.system.memory import trim_heap
 from minilora.weights.safetensors_io import dtype_name
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
@@ -192,10 +192,10 @@ def open_run(
     model = build_model(config, model_folder, device, dtype, ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    with freed_memory_returned():  # DoRA, PiSSA and LoftQ look at all weights in full, one after another
-        dropout_seed = attach(model, config.lora, seed=config.train.seed)
-        if checkpoint is None:
-            ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
+    dropout_seed = attach(model, config.lora, seed=config.train.seed)
+    if checkpoint is None:
+        ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
+    trim_heap()  # DoRA, PiSSA and LoftQ dequantise all weights, one after another
     optimizer = build_optimizer(
         parameter_groups(model, config.train.loraplus_lr_ratio),
         (config.train.adam_beta1, config.train.adam_beta2),

@@ -32,8 +32,9 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
-from minilora.system.memory import peak_memory_bytes
-from minilora.weights.load import freed_memory_returned, read_config
+from minilora.system.memory import peak_memory_bytes, trim_heap
+from minilora.system.process import tuned_process
+from minilora.weights.hf_config import read_config
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -73,6 +74,7 @@ class Case:
         return load_config(None, [*fixed, "lora.dropout=0", *self.keys])
 
 
+@tuned_process()
 def measure(case: Case) -> dict[str, Any]:
     """Bytes predicted and measured, in this process."""
     config = case.config()
@@ -82,8 +84,8 @@ def measure(case: Case) -> dict[str, Any]:
     model = build_model(config, Path(case.model), device, dtype)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    with freed_memory_returned():  # as `run.open_run`
-        dropout_seed = attach(model, config.lora)
+    dropout_seed = attach(model, config.lora)
+    trim_heap()  # as `open_run`
     optimizer = build_optimizer(parameter_groups(model.train()), optim=config.train.optim)
     generator = random.Random(0)
     shape = BatchShape(0, 0, 0)
@@ -126,7 +128,7 @@ def main() -> None:
     print("| rows | configuration | predicted | measured | off by |\n|---|---|---|---|---|")
     for rows, keys in CASES:
         case = Case(str(folder), arguments.device, rows, keys, arguments.steps)
-        found = run_child("ledger.py", json.dumps(asdict(case)))
+        found = run_child("memory_estimate.py", json.dumps(asdict(case)))
         off = found["predicted"] / found["measured"] - 1
         results.append({"rows": rows, "keys": keys, "off": off, **found})
         predicted, measured = (f"{found[name] / 1e9:.2f} GB" for name in ("predicted", "measured"))
