@@ -25,6 +25,7 @@ from minilora.errors import UserError
 from minilora.evaluation.score import score
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
 OURS = "minilora"
@@ -33,6 +34,7 @@ OURS = "minilora"
 PROBABILITY_TOLERANCE = 0.02
 
 
+@tuned_process()
 def score_with_minilora(work: Workload, examples: list[Example], meter: Meter) -> list[float]:
     """p(second label) of each review, by `evaluate.score`."""
     model = load_model(Path(work.model), work.dtype, device=work.device)

@@ -30,6 +30,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
 from minilora.system.console import info, uses_colour, warn
 from minilora.system.distributed import without_ranks
+from minilora.system.process import tuned_process
 from minilora.system.schema import coerce
 
 EXAMPLES = """\
@@ -290,4 +291,5 @@ def harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run_script(without_ranks(main))
+    with tuned_process():
+        run_script(without_ranks(main))

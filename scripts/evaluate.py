@@ -31,6 +31,7 @@ from minilora.runs.provenance import model_digests
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.system.memory import peak_memory_bytes
+from minilora.system.process import tuned_process
 
 EXAMPLES = """\
 examples:
@@ -201,4 +202,5 @@ def write_results(
 
 
 if __name__ == "__main__":
-    run_script(with_ranks(main))
+    with tuned_process():
+        run_script(with_ranks(main))

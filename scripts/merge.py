@@ -41,6 +41,7 @@ from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, json_bytes, make_folder, remove, storage_errors, write_file
 from minilora.system.manifest import finish_folder
+from minilora.system.process import tuned_process
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.weights.load import load_model
 from minilora.weights.safetensors_io import dtype_name
@@ -205,4 +206,5 @@ def measure_drift(
 
 
 if __name__ == "__main__":
-    run_script(without_ranks(main))
+    with tuned_process():
+        run_script(without_ranks(main))

@@ -37,7 +37,7 @@ from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.console import info
 from minilora.system.memory import peak_memory_bytes
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
 
 RECIPE = Path(__file__).parent / "configs" / "chnsenticorp.yaml"

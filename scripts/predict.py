@@ -31,6 +31,7 @@ from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
 from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
+from minilora.system.process import tuned_process
 
 STANDARD_INPUT = Path("-")
 FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output
@@ -291,4 +292,5 @@ def fitted(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
-    run_script(with_ranks(main))
+    with tuned_process():
+        run_script(with_ranks(main))

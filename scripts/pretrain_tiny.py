@@ -36,10 +36,12 @@ from minilora.data.prepare import SPLIT_SEED, clean_records, split_records
 from minilora.data.records import read_demo_records
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
-from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.console import info, progress
 from minilora.system.files import make_folder
+from minilora.system.process import tuned_process
+from minilora.weights.hf_config import parse_config
 
 ASSET = Path(__file__).parents[1] / "minilora" / "assets" / "tiny-qwen2.5"
 SEED = 42
@@ -197,7 +199,7 @@ def pretrain(
 ) -> tuple[Qwen2ForCausalLM, float]:
     """The trained model in float32, and the mean loss of the last tenth of the steps."""
     torch.manual_seed(SEED)
-    model = Qwen2ForCausalLM(Qwen2Config.from_dict(CONFIG))
+    model = Qwen2ForCausalLM(parse_config(CONFIG))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=CONFIG["initializer_range"])
@@ -262,4 +264,5 @@ The weights are the project's own, Apache-2.0.
 
 
 if __name__ == "__main__":
-    run_script(main)
+    with tuned_process():
+        run_script(main)

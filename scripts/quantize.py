@@ -14,6 +14,7 @@ from minilora.errors import UserError
 from minilora.qlora.nf4 import LEVELS
 from minilora.system.distributed import without_ranks
 from minilora.system.files import make_folder
+from minilora.system.process import tuned_process
 from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 
 EXAMPLES = """\
@@ -76,4 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(without_ranks(main))
+    with tuned_process():
+        run_script(without_ranks(main))

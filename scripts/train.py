@@ -18,6 +18,7 @@ from minilora.planning.plan import print_plan
 from minilora.runs.train import fit
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
+from minilora.system.process import tuned_process
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 DOWNLOADS = "chn_senti_corp"  # beside data.dir
@@ -95,4 +96,5 @@ def prepare_data(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(with_ranks(main))
+    with tuned_process():
+        run_script(with_ranks(main))

@@ -5,13 +5,14 @@ changes the base: an adapter that is disabled, or merged and unmerged, leaves ev
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from minilora.adapters.target_modules import Target, choose_targets
+from minilora.config import LoraConfig
 from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
 from minilora.qlora.nf4 import Linear4bit
@@ -26,39 +27,20 @@ def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
 
 def attach(
     model: nn.Module,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    use_rslora: bool = False,
+    lora_config: LoraConfig,
+    *,
     seed: int = 0,
     device: torch.device | str | None = None,
-    *,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    bias: str = "none",
-    use_dora: bool = False,
-    init_lora_weights: str = "kaiming",
     name: str = DEFAULT,
 ) -> DropoutSeed:
     """Gives every chosen linear layer the weights of a new adapter, which becomes the active one, and freezes the base.
 
     Args:
         model: changed in place.
-        r: rank of the product.
-        alpha: numerator of the scaling.
-        dropout: probability with which an entry of the adapter's input is zero in training.
-        target_modules: see `choose_targets`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
-        use_rslora: scale by alpha / sqrt(r).
+        lora_config: of the adapter; for "pissa" and "loftq" `init.initialize` does the rest.
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
-        device: of the adapter; by default that of the layers it belongs to.
-        bias: "lora_only" trains the biases of the chosen layers, "all" those of all linear layers.
-        use_dora: train the length of each output's weights apart from their direction.
-        init_lora_weights: "kaiming" draws A from a uniform, "gaussian" from a normal distribution; "pissa" and "loftq"
-            draw as "kaiming" and leave the rest to `init.py`.
-        name: of the adapter.
+        device: of the adapter; by default that of each layer.
+        name: of the adapter; one of the same name is replaced.
 
     Returns:
         The seed that training sets before each micro-batch.
@@ -70,37 +52,37 @@ def attach(
     remove_adapter(model, name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    dropout_seed = DropoutSeed()
+    for index, target in enumerate(_choose_layers(model, lora_config)):
+        layer = _adaptable(model, target.path)
+        base = layer.base
+        scaling = lora_scaling(target.r, target.alpha, lora_config.use_rslora) if target.r else 0.0
+        size, place = (base.out_features, base.in_features), device or _device_of(base)
+        w = LoRAWeights(size, target.r, target.alpha, scaling, lora_config.dropout, index, dropout_seed, place)
+        _draw(w, lora_config.init_lora_weights, generator)
+        if lora_config.bias != "none" and base.bias is not None:
+            w.bias = nn.Parameter(_values(base.bias.detach(), place))
+        if lora_config.use_dora and target.r:
+            w.lora_magnitude_vector = nn.Parameter(_values(_row_lengths(w, base), place))
+        layer.adapters[name] = w.train(layer.training)
+    set_adapter(model, name)
+    return dropout_seed
+
+
+def _choose_layers(model: nn.Module, lora_config: LoraConfig) -> list[Target]:
+    """The layers with A and B, then those of which only the bias is trained (bias="all"): rank 0."""
     candidates = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Linear4bit | LoRALinear) and path != "lm_head" and not path.endswith(".base")
     }
-    targets = choose_targets(
-        list(candidates), r, alpha, target_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
-    )
-    if bias == "all":
+    targets = choose_targets(list(candidates), lora_config)
+    if lora_config.bias == "all":
         chosen = {target.path for target in targets}
-        targets += [
-            Target(path, 0, 0.0)
-            for path, layer in candidates.items()
-            if path not in chosen and _bias_of(layer) is not None
-        ]
-    generator = torch.Generator().manual_seed(seed)
-    dropout_seed = DropoutSeed()
-    for index, target in enumerate(targets):
-        layer = _adaptable(model, target.path)
-        base = layer.base
-        scaling = lora_scaling(target.r, target.alpha, use_rslora) if target.r else 0.0
-        size, place = (base.out_features, base.in_features), device or _device_of(base)
-        w = LoRAWeights(size, target.r, target.alpha, scaling, dropout, index, dropout_seed, place)
-        _draw(w, init_lora_weights, generator)
-        if bias != "none" and base.bias is not None:
-            w.bias = nn.Parameter(_values(base.bias.detach(), place))
-        if use_dora and target.r:
-            w.lora_magnitude_vector = nn.Parameter(_values(_row_lengths(w, base), place))
-        layer.adapters[name] = w.train(layer.training)
-    set_adapter(model, name)
-    return dropout_seed
+        others = [path for path, layer in candidates.items() if path not in chosen and _bias_of(layer) is not None]
+        targets += [Target(path, 0, 0.0) for path in others]
+    return targets
 
 
 def _adaptable(model: nn.Module, path: str) -> LoRALinear:

@@ -32,7 +32,8 @@ from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
 from minilora.weights.bnb_checkpoint import COMPANIONS
-from minilora.weights.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
+from minilora.weights.hf_config import read_config
+from minilora.weights.load import BaseWeights, LoadSettings, is_finite, open_weights
 from minilora.weights.safetensors_io import dtype_name
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -63,7 +64,7 @@ class Merge:
         """What the adapter can be merged into: ORIGINAL, DEQUANTIZED or both."""
         if self.weights.quantized:
             return (DEQUANTIZED,)
-        return (ORIGINAL,) if self.weights.quantization == "none" else (DEQUANTIZED, ORIGINAL)
+        return (ORIGINAL,) if self.weights.settings.quantization == "none" else (DEQUANTIZED, ORIGINAL)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -91,7 +92,7 @@ class Merge:
         if quantized is None:
             tensor = self.weights.read(name)
         else:
-            tensor = quantized.dequantize(self.weights.compute_dtype).cpu()
+            tensor = quantized.dequantize(self.weights.settings.compute_dtype).cpu()
         layer = self.layers.get(path)
         if layer is not None and kind == "weight":
             tensor = merged_weight(layer, tensor)
@@ -111,11 +112,10 @@ class Merge:
         """The model that `load_model` would make of the files in `dtype`, without the files."""
         with torch.device("meta"):
             model = Qwen2ForCausalLM(self.config)
-        with freed_memory_returned():
-            for name in self.shapes:
-                path, _, kind = name.rpartition(".")
-                tensor = self.tensor(name, into, dtype).to(device, compute_dtype)
-                setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=False))
+        for name in self.shapes:
+            path, _, kind = name.rpartition(".")
+            tensor = self.tensor(name, into, dtype).to(device, compute_dtype)
+            setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=False))
         return model.eval()
 
 
@@ -145,7 +145,7 @@ def open_merge(
     config = read_config(base)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
-    weights = open_weights(model, base, compute_dtype, quantization, double_quantization, device)
+    weights = open_weights(model, base, LoadSettings(compute_dtype, quantization, double_quantization, device))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     load_adapter(model, adapter, allow_bin, device="cpu")
     return Merge(base, config, weights, dict(iter_lora_layers(model)), shapes)
@@ -198,17 +198,16 @@ def write_merged(
                 shutil.copyfile(merge.base / name, folder / name)
     shards = plan_shards(merge.shapes, dtype, max_shard_bytes)
     index: dict[str, str] = {}
-    with freed_memory_returned():
-        for number, names in enumerate(shards, start=1):
-            numbered = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = f"model{numbered}.safetensors"
-            tensors = {}
-            for name in names:
-                tensors[name] = merge.tensor(name, into, dtype)
-                if on_progress is not None:
-                    on_progress(1)
-            _save(tensors, folder / file)
-            index |= dict.fromkeys(names, file)
+    for number, names in enumerate(shards, start=1):
+        numbered = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{numbered}.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = merge.tensor(name, into, dtype)
+            if on_progress is not None:
+                on_progress(1)
+        _save(tensors, folder / file)
+        index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": merge.num_bytes(dtype)}, "weight_map": index}
         write_file(folder / "model.safetensors.index.json", json_bytes(content))

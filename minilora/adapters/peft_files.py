@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from minilora.adapters.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter, read_adapter_config
+from minilora.adapters.attach import DEFAULT, active_adapter, attach, iter_lora_weights, remove_adapter, set_adapter
+from minilora.adapters.peft_config import BaseModel, read_adapter_config, to_peft
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -36,7 +37,8 @@ KEY_PREFIX = "base_model.model."
 
 def adapter_files(
     model: Qwen2ForCausalLM,
-    config: AdapterConfig,
+    lora_config: LoraConfig,
+    base: BaseModel,
     save_format: str = "safetensors",
     save_dtype: torch.dtype = torch.float32,
     portable: bool = False,
@@ -45,13 +47,14 @@ def adapter_files(
 
     Args:
         model: with LoRA layers.
-        config: how it was attached.
+        lora_config: how it was attached.
+        base: what it belongs to.
         save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
         portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
             alpha_pattern.
     """
-    content = config.to_dict(model, portable)
+    content = to_peft(lora_config, base, model, portable)
     tensors = adapter_tensors(model, save_dtype, content["lora_alpha"] if portable else None)
     yield "adapter_config.json", json_bytes(content)
     if save_format == "bin":
@@ -106,10 +109,10 @@ def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
         slot.copy_(value)
 
 
-def save_adapter(model: Qwen2ForCausalLM, folder: Path, config: AdapterConfig) -> None:
+def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
     """Writes `adapter_files` into `folder`, which is made if needed; in a run they go through `write_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(model, config):
+    for name, content in adapter_files(model, lora_config, base):
         write_file(folder / name, content)
 
 
@@ -120,7 +123,7 @@ def load_adapter(
     device: torch.device | str | None = None,
     name: str = DEFAULT,
     is_verified: bool = False,
-) -> AdapterConfig:
+) -> LoraConfig:
     """Attaches the adapter in `folder` to `model` and makes it the active one.
 
     Args:
@@ -135,11 +138,11 @@ def load_adapter(
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
-    config = read_adapter_config(folder)
+    lora_config, _ = read_adapter_config(folder)
     path, tensors = read_adapter_tensors(folder, allow_bin, is_verified)
     before = active_adapter(model)
     try:
-        attach_adapter(model, config, device=device, name=name)
+        attach(model, lora_config, device=device, name=name)
     except UserError as error:
         raise UserError(f"{folder / 'adapter_config.json'}: {error}") from None
     try:
@@ -148,7 +151,7 @@ def load_adapter(
         remove_adapter(model, name)
         set_adapter(model, None if before == name else before)
         raise
-    return config
+    return lora_config
 
 
 def damage_of_adapter(folder: Path) -> str | None:

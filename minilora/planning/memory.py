@@ -31,7 +31,7 @@ from minilora.adapters.attach import iter_lora_weights, lora_parameters
 from minilora.qlora.batch import MAX_GROUP_SCORES
 from minilora.qlora.loss import CHUNK_TOKENS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.weights.load import LARGEST_IN_HEAP
+from minilora.system.process import LARGEST_IN_HEAP
 from minilora.weights.safetensors_io import dtype_name
 
 KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes

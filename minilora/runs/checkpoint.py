@@ -27,8 +27,9 @@ from safetensors.torch import save
 
 from minilora import __version__
 from minilora.adapters.attach import lora_parameters
-from minilora.adapters.peft_config import AdapterConfig
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import adapter_files, load_adapter_weights
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
@@ -121,7 +122,7 @@ def new_state(provenance: Provenance, machine: dict[str, Any]) -> RunState:
 def save_checkpoint(
     directory: Path,
     model: Qwen2ForCausalLM,
-    adapter: AdapterConfig,
+    adapter: tuple[LoraConfig, BaseModel],
     optimizer: Optimizer,
     state: RunState,
 ) -> Path:
@@ -132,7 +133,7 @@ def save_checkpoint(
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
-        yield from adapter_files(model, adapter)
+        yield from adapter_files(model, *adapter)
         yield "optimizer.safetensors", save(optimizer.tensors())
         yield "state.json", json_bytes(dataclasses.asdict(state))
 

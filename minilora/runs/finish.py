@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minilora.adapters.peft_config import to_peft
 from minilora.adapters.peft_files import (
     adapter_files,
     adapter_tensors,
@@ -23,7 +24,7 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import Examples, adapter_config, choose_dtype
+from minilora.build import Examples, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
@@ -116,7 +117,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield from adapter_files(
-            run.model, adapter_config(run.config), train.save_format, dtype, portable=train.portable
+            run.model, *run.adapter, save_format=train.save_format, save_dtype=dtype, portable=train.portable
         )
         yield "training_args.json", json_bytes(run.config.to_dict())
         yield "metrics.json", json_bytes(results)
@@ -199,7 +200,7 @@ def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
         UserError: they differ. Used elsewhere, a damaged adapter would only be a model that does worse.
     """
     train = run.config.train
-    expected_config = adapter_config(run.config).to_dict(run.model, train.portable)
+    expected_config = to_peft(*run.adapter, model=run.model, portable=train.portable)
     _, found = read_adapter_tensors(folder, allow_bin=True, is_verified=True)  # just written by this process
     expected = adapter_tensors(run.model, dtype, expected_config["lora_alpha"] if train.portable else None)
     different = [

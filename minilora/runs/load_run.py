@@ -200,7 +200,7 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
     problem = damage_of_adapter(model_path) if (model_path / MANIFEST).is_file() else None
     if problem is not None:
         raise UserError(f"{model_path}: is damaged ({problem}); take another copy of it")
-    named = read_adapter_config(model_path)
+    _, named = read_adapter_config(model_path)
     files = [path for name in ("training_args.json", "state.json") if (path := model_path / name).is_file()]
     content = read_saved_config(files[0]) if files else {}
     where = str(files[0] if files else model_path / "adapter_config.json")
@@ -208,7 +208,7 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
     if base:
         model = {**model, "name_or_path": base, "revision": None}
     elif model.get("name_or_path") is None:
-        model = {**model, "name_or_path": named.base_model_name_or_path, "revision": named.revision}
+        model = {**model, "name_or_path": named.name_or_path, "revision": named.revision}
     if model["name_or_path"] is None:
         raise UserError(f"{model_path}: adapter_config.json names no base model; give it with --base")
     if other_data:

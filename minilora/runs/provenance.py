@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minilora.config import CUTS, Config, changed_keys
+from minilora.config import CUTS, Config, changed_keys, drop_removed_keys
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
@@ -40,7 +40,7 @@ def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
         or not all(isinstance(keys, dict) for keys in content.values())
     ):
         raise UserError(f"{path}: holds no run's configuration, expected {', '.join(sections)}; put the file back")
-    return content
+    return drop_removed_keys(content)
 
 
 @dataclass(frozen=True)

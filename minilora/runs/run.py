@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from minilora.adapters.peft_config import BaseModel
 from minilora.build import Examples
-from minilora.config import Config
+from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.qlora.batch import MicroBatch, pack, split_across_ranks, split_into_micro_batches
 from minilora.qlora.dropout import DropoutSeed
@@ -76,6 +77,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.saved = self.state
+
+    @property
+    def adapter(self) -> tuple[LoraConfig, BaseModel]:
+        """What adapter_config.json names: the adapter and its base model."""
+        return self.config.lora, BaseModel(self.config.model.name_or_path, self.config.model.revision)
 
     @property
     def checkpoints(self) -> Path:

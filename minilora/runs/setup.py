@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from minilora.adapters.attach import iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
-from minilora.adapters.peft_config import attach_adapter
 from minilora.build import (
     Examples,
-    adapter_config,
     build_model,
     build_prompt,
     choose_device,
@@ -21,7 +19,6 @@ from minilora.build import (
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
-from minilora.qlora import ops
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, build_optimizer, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer
@@ -44,10 +41,9 @@ from minilora.runs.provenance import (
     refuse_other_run,
 )
 from minilora.runs.run import Run
-from minilora.system.console import info, progress, warn
+from minilora.system.console import info, progress
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.memory import peak_memory_bytes
-from minilora.weights.load import freed_memory_returned
+from minilora.system.memory import peak_memory_bytes, trim_heap
 from minilora.weights.safetensors_io import dtype_name
 
 
@@ -113,15 +109,12 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     _check_splits(config, splits)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
-    problem = ops.compile_swiglu(config.train.compile_swiglu, dtype, device)
-    if problem is not None:
-        warn(f"train.compile_swiglu: goes on without, because nothing can be compiled here ({problem})")
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    with freed_memory_returned():  # DoRA, PiSSA and LoftQ dequantise all weights, one after another
-        dropout_seed = attach_adapter(model, adapter_config(config), config.train.seed)
-        if checkpoint is None:
-            ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
+    dropout_seed = attach(model, config.lora, seed=config.train.seed)
+    if checkpoint is None:
+        ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
+    trim_heap()  # DoRA, PiSSA and LoftQ dequantise all weights, one after another
     run = Run(
         config=config,
         directory=directory,

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
-from minilora.build import adapter_config
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.qlora.step import StepResult, train_step
@@ -173,9 +172,7 @@ def save(run: Run, log: RunLog) -> None:
 
     def write() -> None:
         log.sync()
-        save_checkpoint(
-            run.checkpoints, run.model, adapter_config(run.config), optimizer=run.optimizer, state=run.state
-        )
+        save_checkpoint(run.checkpoints, run.model, run.adapter, optimizer=run.optimizer, state=run.state)
         prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)
 
     run.ranks.run_on_rank_0(write)

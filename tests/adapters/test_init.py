@@ -8,6 +8,7 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_layers
 from minilora.adapters.init import initialize, low_rank_factors
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import dense_weight, merged_weight
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -63,7 +64,7 @@ def test_pissa_begins_with_the_principal_part_and_changes_nothing(
 ) -> None:
     folder = tiny_checkpoint()
     model = load_model(folder, torch.float32, quantization)
-    attach(model, 4, 12, init_lora_weights="pissa", use_rslora=use_rslora)
+    attach(model, LoraConfig(r=4, alpha=12, dropout=0, init_lora_weights="pissa", use_rslora=use_rslora))
     initialize(model, folder, "pissa")
     for _, layer in iter_lora_layers(model):
         w = layer.weights
@@ -82,7 +83,7 @@ def test_loftq_begins_nearer_to_the_original_weights(
     folder = tiny_checkpoint()
     originals = load_model(folder, torch.float32, "none")
     model = load_model(folder, torch.float32)
-    attach(model, 8, alpha, init_lora_weights="loftq", use_dora=use_dora)
+    attach(model, LoraConfig(r=8, alpha=alpha, dropout=0, init_lora_weights="loftq", use_dora=use_dora))
     initialize(model, folder, "loftq")
     for path, layer in iter_lora_layers(model):
         original = originals.get_parameter(f"{path}.weight")
@@ -95,6 +96,6 @@ def test_loftq_begins_nearer_to_the_original_weights(
 def test_loftq_needs_the_original_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), tmp_path / "4bit")
     model = load_model(tmp_path / "4bit", torch.float32)
-    attach(model, 4, 8, init_lora_weights="loftq")
+    attach(model, LoraConfig(r=4, alpha=8, dropout=0, init_lora_weights="loftq"))
     with pytest.raises(UserError, match="is quantised already, so what was lost by it is not known"):
         initialize(model, tmp_path / "4bit", "loftq")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.adapters import merge as merge_module
-from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.adapters.merge import (
     DEQUANTIZED,
     ORIGINAL,
@@ -29,8 +29,9 @@ from minilora.adapters.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -46,29 +47,29 @@ Checkpoint = Callable[..., Path]
 # Float32: a sum of 64 to 128 products in another order, through two layers. Without the adapter logits move by more
 # than 1, without its trained biases by more than 0.1.
 HIDDEN_ATOL = 1e-4
-PLAIN = AdapterConfig(4, 8, 0.05, "all-linear", False, "tiny")
+PLAIN = LoraConfig(r=4, alpha=8, dropout=0.05)
 ADAPTERS = {
     "plain": PLAIN,
-    "two projections": replace(PLAIN, target_modules=("q_proj", "v_proj")),
+    "two projections": replace(PLAIN, target_modules=["q_proj", "v_proj"]),
     "rslora and patterns": replace(
         PLAIN, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3.0}
     ),
     "dora": replace(PLAIN, use_dora=True),
-    "all biases": replace(PLAIN, target_modules=("k_proj", "up_proj"), bias="all"),
-    "pissa": replace(PLAIN, lora_dropout=0.0, init_lora_weights="pissa"),
+    "all biases": replace(PLAIN, target_modules=["k_proj", "up_proj"], bias="all"),
+    "pissa": replace(PLAIN, dropout=0, init_lora_weights="pissa"),
 }
 
 
-def write_adapter(base: Path, folder: Path, config: AdapterConfig = PLAIN, size: float = 0.1) -> Path:
+def write_adapter(base: Path, folder: Path, config: LoraConfig = PLAIN, size: float = 0.1) -> Path:
     """An adapter that changes every hidden state (none with `size` 0), in `folder`."""
     model = load_model(base, torch.float32, "none")
-    attach_adapter(model, config)
+    attach(model, config)
     generator = torch.Generator().manual_seed(0)
     for _, w in iter_lora_weights(model):
         for parameter in (w.lora_B, w.lora_magnitude_vector, w.bias):
             if parameter is not None:
                 parameter.data += size * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, config)
+    save_adapter(model, folder, config, BaseModel("tiny"))
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.data.records import Record, iter_line_records
 from minilora.errors import UserError
 from minilora.evaluation import predict
@@ -40,7 +41,7 @@ def make_prompt(
 
 
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
-    attach(model, 4, 8, dropout)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=dropout))
     torch.manual_seed(0)
     for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.evaluation import score as score_module
 from minilora.evaluation.score import Scores, score
 from minilora.qlora.batch import common_prefix, pack_segments
@@ -36,7 +37,7 @@ def build(
 
 
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
-    attach(model, 4, 8, dropout)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=dropout))
     torch.manual_seed(0)
     for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)

@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.attach import attach
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
-from minilora.config import Config, load_config
+from minilora.config import Config, LoraConfig, load_config
 from minilora.data.prepare import clean_records, prepare
 from minilora.data.records import read_records
 from minilora.errors import UserError
@@ -184,8 +185,8 @@ def test_an_adapter_folder_is_read_or_refused(
     tmp_path: Path, tiny_model: Callable[..., Qwen2ForCausalLM], is_long: bool, count: Callable[[str], None]
 ) -> None:
     donor = tiny_model(layers=1)
-    attach_adapter(donor, AdapterConfig(2, 4, 0.0, ("q_proj",), False))
-    save_adapter(donor, tmp_path, AdapterConfig(2, 4, 0.0, ("q_proj",), False))
+    attach(donor, LoraConfig(r=2, alpha=4, dropout=0, target_modules=["q_proj"]))
+    save_adapter(donor, tmp_path, LoraConfig(r=2, alpha=4, dropout=0, target_modules=["q_proj"]), BaseModel())
     good = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     weights = (tmp_path / "adapter_model.safetensors").read_bytes()
     value = st.one_of(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from minilora.adapters.attach import lora_parameters
+from minilora.adapters.attach import attach, lora_parameters
 from minilora.adapters.merge import open_merge
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import save_adapter
+from minilora.config import LoraConfig
 from minilora.evaluation.score import score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
@@ -21,7 +22,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from tests.conftest import make_reviews
 
-ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")
+ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def examples(prompt: ClassificationPrompt) -> list[Example]:
 def model(tiny_model: Callable[..., Qwen2ForCausalLM]) -> Qwen2ForCausalLM:
     """In float64, with a trained-looking adapter."""
     made = tiny_model(dtype=torch.float64)
-    attach_adapter(made, ADAPTER, seed=1)
+    attach(made, ADAPTER, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(made):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -81,7 +82,7 @@ def test_an_adapter_of_zeros_changes_nothing(
     tiny_model: Callable[..., Qwen2ForCausalLM], examples: list[Example], prompt: ClassificationPrompt
 ) -> None:
     base, adapted = tiny_model(), tiny_model()
-    attach_adapter(adapted, ADAPTER)  # B = 0
+    attach(adapted, ADAPTER)  # B = 0
     plain, zero = (score(model, examples, prompt, 4) for model in (base, adapted))
     assert plain.loss == zero.loss
     np.testing.assert_array_equal(plain.probabilities, zero.probabilities)
@@ -98,11 +99,11 @@ def test_merged_equals_adapted(
 ) -> None:
     adapted = tiny_model(quantization)
     base = score(adapted, examples, prompt, 4)
-    attach_adapter(adapted, ADAPTER, seed=1)
+    attach(adapted, ADAPTER, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(adapted):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(adapted, tmp_path, ADAPTER)
+    save_adapter(adapted, tmp_path, ADAPTER, BaseModel("tiny"))
     merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, quantization, True)
     merged = merge.build(merge.variants[0], torch.float32, torch.float32, "cpu")  # of nf4, what training saw
     batch = pack(examples)

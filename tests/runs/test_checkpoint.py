@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from minilora import __version__
-from minilora.adapters.attach import lora_parameters, parameter_groups
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.attach import attach, lora_parameters, parameter_groups
+from minilora.adapters.peft_config import BaseModel
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.dropout import DropoutSeed
@@ -41,7 +42,7 @@ from minilora.runs.provenance import Provenance
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.manifest import read_manifest, write_folder
 
-ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")
+ADAPTER = LoraConfig(r=4, alpha=8, dropout=0.1)
 LoadModel = Callable[..., Qwen2ForCausalLM]
 
 
@@ -70,7 +71,7 @@ class Trainee:
 
     def __init__(self, tiny_model: LoadModel):
         self.model = tiny_model().train()
-        self.seed: DropoutSeed = attach_adapter(self.model, ADAPTER, seed=1)
+        self.seed: DropoutSeed = attach(self.model, ADAPTER, seed=1)
         self.optimizer = build_optimizer(parameter_groups(self.model))
 
     def step(self, number: int) -> float:
@@ -81,7 +82,8 @@ class Trainee:
         ).loss
 
     def save(self, directory: Path, step: int) -> Path:
-        return save_checkpoint(directory, self.model, ADAPTER, optimizer=self.optimizer, state=state_at(step))
+        adapter = (ADAPTER, BaseModel("tiny"))
+        return save_checkpoint(directory, self.model, adapter, optimizer=self.optimizer, state=state_at(step))
 
 
 def test_weights_moments_and_state_come_back_to_the_bit(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -380,7 +382,7 @@ def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
 def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model: LoadModel, tmp_path: Path) -> None:
     narrow = Trainee(tiny_model)
     narrow.model = tiny_model().train()
-    narrow.seed = attach_adapter(narrow.model, dataclasses.replace(ADAPTER, target_modules=("q_proj",)), seed=1)
+    narrow.seed = attach(narrow.model, dataclasses.replace(ADAPTER, target_modules=["q_proj"]), seed=1)
     narrow.optimizer = build_optimizer(parameter_groups(narrow.model))
     narrow.step(1)
     folder = narrow.save(tmp_path, 1)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.adapters.attach import iter_lora_weights
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import save_adapter
+from minilora.config import LoraConfig
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
 
@@ -34,13 +35,13 @@ def base(tiny_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, config = tmp_path_factory.mktemp("adapter"), AdapterConfig(4, 8, 0.0, "all-linear", False, str(base))
+    folder, config = tmp_path_factory.mktemp("adapter"), LoraConfig(r=4, alpha=8, dropout=0)
     model = load_model(base, torch.float32)
-    attach_adapter(model, config)
+    attach(model, config)
     generator = torch.Generator().manual_seed(0)
     for _, weights in iter_lora_weights(model):
         torch.nn.init.normal_(weights.lora_B, std=0.2, generator=generator)
-    save_adapter(model, folder, config)
+    save_adapter(model, folder, config, BaseModel(str(base)))
     return folder
 
 
