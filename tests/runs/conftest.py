@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def data(processed_data: Path, tmp_path: Path) -> Path:
 def run(tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path) -> Fit:
     """`fit` in tmp_path/"run", with keys that differ from `make_config`'s: run(**{"lora.r": 4})."""
     return lambda **more: fit(make_config(data, tmp_path / "run", **more), tiny_checkpoint())
+
+
+@pytest.fixture
+def with_plots() -> None:
+    """For tests that look at the plots."""
+
+
+@pytest.fixture(autouse=True)
+def without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of such a run's time is matplotlib's."""
+    if "with_plots" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
 
 
 @pytest.fixture

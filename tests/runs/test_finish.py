@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +137,7 @@ def report_of(final: Path) -> str:
     return (final.parent.parent / "report.html").read_text("utf-8")
 
 
+@pytest.mark.usefixtures("with_plots")
 def test_the_report_shows_the_run_and_is_written_again_with_the_final_folder(final: Path, run: Fit) -> None:
     metrics, page = read(final / "metrics.json"), report_of(final)
     for name in ("test_before", "test"):
@@ -158,6 +158,7 @@ def test_without_a_test_set_the_report_says_so_whatever_was_scored_before(final:
     assert "Worst mistakes" not in report_of(final)
 
 
+@pytest.mark.usefixtures("with_plots")
 @pytest.mark.parametrize("name", ["report.html", "loss.png"])
 def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
     run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -173,9 +174,8 @@ def test_a_report_or_a_plot_that_cannot_be_written_does_not_cost_the_run(
 
 
 def test_without_matplotlib_a_run_says_what_it_leaves_out(
-    run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     run()
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "run" / "loss.png").exists()
