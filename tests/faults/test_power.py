@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.runs.setup import _find_checkpoint
+from minilora.runs.checkpoint import find_checkpoint
 from minilora.system.manifest import recover_folders
+from tests.faults.conftest import Count, HowMany
 from tests.faults.runner import Runs
 
 ROOT = PurePosixPath("checkpoints")
@@ -158,9 +158,10 @@ def replay(save: Save, rows: list[dict[str, Any]], folder: Path, states: int) ->
         checkpoints = write_tree(crash(rows[:length], chooser), folder / "state")
         recover_folders(checkpoints)
         try:
-            found = _find_checkpoint(checkpoints)
+            checkpoint = find_checkpoint(checkpoints)
         except UserError:
-            found = None
+            checkpoint = None
+        found = None if checkpoint is None else checkpoint.path
         if found is None or contents(found) != sound.get(found.name):
             lost.append(f"after {length} operations: neither checkpoint is whole")
         elif length > save.synced and found.name != "step-000004":
@@ -173,9 +174,9 @@ def replay(save: Save, rows: list[dict[str, Any]], folder: Path, states: int) ->
 
 @pytest.mark.slow
 def test_a_loss_of_power_leaves_the_last_checkpoint_or_the_next_one(
-    save: Save, tmp_path: Path, count: Callable[[str], None], is_long: bool
+    save: Save, tmp_path: Path, count: Count, how_many: HowMany
 ) -> None:
-    states = 5000 if is_long else 300
+    states = how_many(60, 300, 5000)
     found_new, lost = replay(save, save.rows, tmp_path, states)
     count(
         f"loss of power within a save, {states} states: {found_new} had the new checkpoint, the others the old, "
@@ -187,8 +188,8 @@ def test_a_loss_of_power_leaves_the_last_checkpoint_or_the_next_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["files", "the folder", "its parent"])
-def test_no_fsync_of_a_save_can_be_left_out(save: Save, tmp_path: Path, what: str) -> None:
-    """Nor is it the replay that is kind: without one kind of them something gets lost."""
+def test_no_fsync_of_a_save_can_be_left_out(save: Save, tmp_path: Path, what: str, how_many: HowMany) -> None:
+    """Without one kind of them something gets lost, and the replay notices."""
     writing = "checkpoints/.writing-step-000004"
 
     def is_left_out(row: dict[str, Any]) -> bool:
@@ -202,12 +203,12 @@ def test_no_fsync_of_a_save_can_be_left_out(save: Save, tmp_path: Path, what: st
         row if not is_left_out(row) or place < save.begin else {**row, "name": "none"}
         for place, row in enumerate(save.rows)
     ]
-    _, lost = replay(save, kept, tmp_path, 300)
+    _, lost = replay(save, kept, tmp_path, how_many(100, 300, 300))
     assert lost
 
 
 def test_the_replay_notices_a_missing_fsync() -> None:
-    """The same model without the fsyncs loses files: it is not the replay that is kind."""
+    """Without the fsyncs, the same replay loses files."""
     create = {"number": 1, "name": "open", "path": "checkpoints/a", "flags": os.O_CREAT}
     write = {"number": 2, "name": "write", "path": "checkpoints/a", "content": base64.b64encode(b"text").decode()}
     sync = {"number": 3, "name": "fsync", "path": "checkpoints/a"}
