@@ -1,4 +1,4 @@
-"""Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
+"""Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. The same command resumes a run that was stopped."""
 
 from minilora.system.cli import answer_signals, build_parser, run_script
 
@@ -38,7 +38,9 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, prepares what is missing, trains."""
     parser = build_parser(__doc__, EXAMPLES + describe_keys())
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
-    parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the memory estimate, tokens and a prompt, and stop"
+    )
     parser.add_argument(
         "--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew"
     )

@@ -107,7 +107,7 @@ def set_run_aside(directory: Path) -> None:
     It goes into `RESTARTING` first. Where that is there, a restart was killed half-way, and this completes it.
     """
     moving = directory / RESTARTING
-    checkpoints = directory / "checkpoints"  # one that is moved already has an empty one in its place
+    checkpoints = directory / "checkpoints"  # the one that was moved left an empty one
     earlier = [directory / name for name in RUN_FILES if (directory / name).exists() and not (moving / name).exists()]
     if not moving.is_dir() and earlier in ([], [checkpoints]) and not any(checkpoints.iterdir()):
         return  # there is none

@@ -9,8 +9,8 @@ where it begins: nothing, a checkpoint to resume from, or a finished run, which 
 Two context managers keep the rest out of the loop. `run_folder` locks the folder and says of every error what is saved
 and what to do. `saving_on_exit` saves the steps done, however the loop ends, and delays signals while state changes.
 
-Several ranks go through the loop in step (`system/distributed.py`). Rank 0 alone writes to the output folder; work that
-one rank can fail in stands within `ranks.barrier()` or `ranks.run_on_rank_0()`, so that all ranks stop together.
+Several ranks go through the loop in step (`system/distributed.py`). Only rank 0 writes to the output folder; work that
+one rank can fail in is within `ranks.barrier()` or `ranks.run_on_rank_0()`, so that all ranks stop together.
 
     outputs/
         metrics.jsonl, loss.png, report.html
@@ -71,14 +71,13 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
         score_before_training(run)
         with saving_on_exit(run) as (log, safe_points):
             while not run.is_done:
-                entry, improved = run.state.pending_entry, False  # of a step whose validation was interrupted
-                if entry is None:
+                entry, improved = run.state.pending_entry, False
+                if entry is None:  # otherwise that of a step whose validation was interrupted
                     started = time.perf_counter()
                     batch = batches(run, run.state.step + 1)
+                    settings = run.step_settings(batch)
                     run.model.train()
-                    result = train_step(
-                        run.train_state, batch.micro_batches, run.step_settings(batch), safe_points.anywhere
-                    )
+                    result = train_step(run.train_state, batch.micro_batches, settings, safe_points.anywhere)
                     entry = count_step(run, batch, result, time.perf_counter() - started, log=log)
                 if run.is_validation_due:
                     improved = validate(run, entry, safe_points)
@@ -109,7 +108,7 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         "tokens_per_s": round(batch.num_tokens / seconds, 1),
     }
     if not result.updated:
-        # With float16 an overflow of the gradient alone is how the loss scale is found.
+        # With float16 an overflow of only the gradient is how the loss scale is found.
         is_search = run.scaler is not None and math.isfinite(result.loss)
         skipped, in_a_row = skipped + 1, state.skipped_in_a_row + (not is_search)
         entry |= {"skipped": True, "rows": batch.records}

@@ -63,7 +63,7 @@ def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count
         for length in range(len(content) - 1, -1, -stride):
             os.truncate(path, length)
             tried += 1
-            if path.suffix == ".safetensors":  # by the format alone, as for a file without a manifest
+            if path.suffix == ".safetensors":  # by the format only, as for a file without a manifest
                 with pytest.raises(UserError):
                     read_header(path)
             if (length % hashed == 0 or path.suffix == ".json") and damage_of(folder) is None:

@@ -62,7 +62,7 @@ def test_repeating_the_command_on_a_full_disk_leaves_nothing_more_behind(
     runs: Runs, keys: list[str], operations: list[dict[str, Any]], tmp_path: Path, how_many: HowMany
 ) -> None:
     output = tmp_path / "run"
-    first = next(row["number"] for row in operations if row["path"].endswith("optimizer.safetensors"))
+    first = next(one["number"] for one in operations if one["path"].endswith("optimizer.safetensors"))
     sizes = []
     for _ in range(how_many(3, 10, 10)):
         assert runs.run(keys, output, {"fail": first, "errno": errno.ENOSPC, "for_good": True}) == 2

@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_once_more_while_it_resumes_ends_in_the_same_bytes(
         assert runs.run(keys, output, {"kill": first}) == -signal.SIGKILL
         second_kills += runs.run(keys, output, {"kill": second}) == -signal.SIGKILL
         finishes(output)
-    count(f"kill -9, and again while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
+    count(f"kill -9, and once more while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
     assert second_kills > len(pairs) / 2 - 1
 
 
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
     how_many: HowMany,
     is_small: bool,
 ) -> None:
-    """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others while one of them goes on."""
+    """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others during a save."""
     chooser = random.Random(1)
     kills, within, late = how_many(3, 25, 1000), 0, 0
     watched = [watch_saves(runs, keys, tmp_path / f"watched-{number}") for number in range(how_many(1, 3, 3))]

@@ -69,9 +69,9 @@ def test_a_second_signal_within_a_save_tears_nothing(
     how_many: HowMany,
 ) -> None:
     saving = [
-        row["number"]
-        for row in operations
-        if row["path"].startswith(("checkpoints/.writing-step-000004", "checkpoints/step-000004"))
+        operation["number"]
+        for operation in operations
+        if operation["path"].startswith(("checkpoints/.writing-step-000004", "checkpoints/step-000004"))
     ]
     assert len(saving) > 10
     chosen = saving[:: how_many(7, 1, 1)]

@@ -28,10 +28,10 @@ class FakeRun:
     def define_metric(self, name: str, **more: Any) -> None:
         self.calls.append(("define", name, more))
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, entry: dict[str, Any]) -> None:
         if self.failure is not None:
             raise self.failure
-        self.calls.append(("log", row))
+        self.calls.append(("log", entry))
 
     def finish(self, exit_code: int) -> None:
         if self.failure is not None:
@@ -145,8 +145,8 @@ def test_entries_are_drawn_over_their_own_step_and_weights_and_biases_counts_cal
 def test_a_resumed_run_is_the_same_run_there_and_a_new_one_another(tmp_path: Path, wandb: FakeModule) -> None:
     for name, step in (("first", 0), ("first", 5), ("second", 0)):
         open_tracker("wandb", tmp_path / name, step, CONFIG).close(True)
-    first, again, second = wandb.begun
-    assert first["id"] == again["id"] != second["id"]
+    first, resumed, second = wandb.begun
+    assert first["id"] == resumed["id"] != second["id"]
     assert first["resume"] == "allow"
     assert first["dir"] == str(tmp_path / "first")
 

@@ -54,7 +54,7 @@ def test_ranks_that_no_longer_agree_save_nothing(
     tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
     class Two(Ranks):
-        """The first of two, of which the other says the same but for its adapter."""
+        """Rank 0 of two, of which the other has the same facts except its adapter."""
 
         def all_gather(self, value: Any) -> list[Any]:
             host, facts = value if isinstance(value, list) and len(value) == 2 else (None, None)
