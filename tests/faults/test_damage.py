@@ -69,7 +69,7 @@ def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count
             if (length % hashed == 0 or path.suffix == ".json") and damage_of(folder) is None:
                 accepted.append((path.name, length))
         path.write_bytes(content)
-    count(f"files of a checkpoint cut off at every {stride}. length: {tried}, accepted: {len(accepted)}")
+    count(f"files of a checkpoint cut off at {tried} lengths, accepted: {len(accepted)}")
     assert accepted == []
     assert damage_of(folder) is None
 

@@ -223,7 +223,7 @@ def test_torchrun_restarts_the_ranks_after_one_was_killed(
     runs: Runs, rank_keys: list[str], tmp_path: Path, is_small: bool
 ) -> None:
     if is_small:
-        pytest.skip("with --faults: torchrun starts its processes twice, half a minute")
+        pytest.skip("with --faults: torchrun starts its processes twice, ten seconds")
     keys = [*rank_keys, "train.max_steps=200", "train.eval_steps=50", "train.save_steps=40"]
     assert wait(runs, runs.start_ranks(2, keys, tmp_path / "whole")) == [0, 0]
     output = tmp_path / "run"
