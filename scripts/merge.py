@@ -43,7 +43,7 @@ from minilora.system.files import WRITING, json_bytes, make_folder, remove, stor
 from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
-from minilora.weights.load import load_model
+from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.safetensors_io import dtype_name
 
 EXAMPLES = """\
@@ -153,11 +153,13 @@ def open_run(trained: LoadedRun, allow_bin: bool) -> Merge:
     return open_merge(
         trained.model_folder,
         trained.path,
-        trained.run_dtype,
-        config.model.quantization,
-        config.model.double_quantization,
-        choose_device(config),
-        allow_bin,
+        LoadSettings(
+            compute_dtype=trained.run_dtype,
+            quantization=config.model.quantization,
+            double_quantization=config.model.double_quantization,
+            device=choose_device(config),
+        ),
+        allow_bin=allow_bin,
     )
 
 

@@ -30,6 +30,7 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, 
 from minilora.qlora.step import StepResult, StepSettings, TrainState, train_step
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.runs.train import fit
+from minilora.weights.load import LoadSettings
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
@@ -170,7 +171,7 @@ def test_2_3_a_merge_keeps_an_adapter_that_4_bits_would_round_away(
     for _, w in iter_lora_weights(model):
         torch.nn.init.normal_(w.lora_B, std=0.01, generator=torch.Generator().manual_seed(0))
     save_adapter(model, tmp_path, ADAPTER, BaseModel("tiny"))
-    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, "nf4", True)
+    merge = open_merge(tiny_checkpoint(), tmp_path, LoadSettings(torch.float32))
     for path, w in iter_lora_weights(model):
         product = w.scaling * w.lora_B @ w.lora_A
         base = merge.weights.in_4bit(f"{path}.weight")
@@ -209,7 +210,7 @@ def drop_tensor(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> dict[str
         (drop_prefix, "layers.0.mlp.down_proj.lora_A.weight: missing from the file"),
         (drop_config_key("target_modules"), "has no target_modules; without it the adapter would be applied wrongly"),
         (drop_config_key("lora_alpha"), "has no lora_alpha; without it the adapter would be applied wrongly"),
-        (narrow_targets, "down_proj.lora_A.weight: has no place in the model"),
+        (narrow_targets, "down_proj.lora_A.weight: unknown to the model"),
         (drop_tensor, "layers.0.mlp.down_proj.lora_A.weight: missing from the file"),
     ],
     ids=["no prefix", "no target_modules", "no lora_alpha", "other target_modules", "a tensor missing"],

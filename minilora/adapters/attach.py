@@ -1,7 +1,7 @@
-"""Adapters on a model: attached, listed, switched, scaled, disabled, merged for the time being.
+"""Adapters on a model: attach, list, switch, scale, disable, merge and unmerge them.
 
-A model may have several adapters, each by its name, over one frozen base; at most one of them is active. None of this
-changes the base: an adapter that is disabled, or merged and unmerged, leaves every bit as it was.
+A model may have several adapters, each under a name, over one frozen base; at most one of them is active. Nothing here
+changes the base: without the adapter, or after merging and unmerging it, every bit is as before.
 """
 
 import math
@@ -17,7 +17,7 @@ from minilora.qlora.dropout import DropoutSeed
 from minilora.qlora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
 from minilora.qlora.nf4 import Linear4bit
 
-DEFAULT = "default"  # peft's name of an adapter that was given none
+DEFAULT = "default"  # peft's name of an adapter without one
 
 
 def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
@@ -58,13 +58,13 @@ def attach(
         layer = _adaptable(model, target.path)
         base = layer.base
         scaling = lora_scaling(target.r, target.alpha, lora_config.use_rslora) if target.r else 0.0
-        size, place = (base.out_features, base.in_features), device or _device_of(base)
-        w = LoRAWeights(size, target.r, target.alpha, scaling, lora_config.dropout, index, dropout_seed, place)
+        size, where = (base.out_features, base.in_features), device or _device_of(base)
+        w = LoRAWeights(size, target.r, target.alpha, scaling, lora_config.dropout, index, dropout_seed, where)
         _draw(w, lora_config.init_lora_weights, generator)
         if lora_config.bias != "none" and base.bias is not None:
-            w.bias = nn.Parameter(_values(base.bias.detach(), place))
+            w.bias = nn.Parameter(_values(base.bias.detach(), where))
         if lora_config.use_dora and target.r:
-            w.lora_magnitude_vector = nn.Parameter(_values(_row_lengths(w, base), place))
+            w.lora_magnitude_vector = nn.Parameter(_values(_magnitudes(w, base), where))
         layer.adapters[name] = w.train(layer.training)
     set_adapter(model, name)
     return dropout_seed
@@ -86,7 +86,7 @@ def _choose_layers(model: nn.Module, lora_config: LoraConfig) -> list[Target]:
 
 
 def _adaptable(model: nn.Module, path: str) -> LoRALinear:
-    """The `LoRALinear` at `path`, put around the linear layer there if it is the first adapter's."""
+    """The `LoRALinear` at `path`; the first adapter wraps the linear layer there."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     layer = getattr(parent, name)
@@ -105,33 +105,33 @@ def _bias_of(layer: nn.Linear | Linear4bit | LoRALinear) -> torch.Tensor | None:
 
 
 def _draw(w: LoRAWeights, init_lora_weights: str, generator: torch.Generator) -> None:
-    """A's first values; B's are zeros, so that an untrained adapter changes nothing."""
+    """Initial values of A; B stays zero, so that an untrained adapter changes nothing."""
     shape = w.lora_A.shape
     if init_lora_weights == "gaussian":
-        first = torch.empty(shape).normal_(0, 1 / max(w.r, 1), generator=generator)
+        initial = torch.empty(shape).normal_(0, 1 / max(w.r, 1), generator=generator)
     else:
         bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = sqrt(5)
-        first = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    w.lora_A.data.copy_(first)
+        initial = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    w.lora_A.data.copy_(initial)
     if init_lora_weights == "pissa":
         w.initial_A, w.initial_B = torch.zeros_like(w.lora_A.data), torch.zeros_like(w.lora_B.data)
 
 
 def _values(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A float32 copy on `device`; zeros of a tensor that has no values yet, because they will come from a file."""
+    """A float32 copy on `device`; zeros for a meta tensor, whose values will come from a file."""
     if tensor.is_meta:
         return torch.zeros(tensor.shape, device=device)
     return tensor.to(device, torch.float32, copy=True)
 
 
-def _row_lengths(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
-    """|W| by rows, which the forward pass then uses to the bit: c is 1 while B is 0."""
+def _magnitudes(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
+    """DoRA's initial m, (out,): the norm of each row of W, as the forward pass computes it: c is 1 while B is 0."""
     dense = dense_weight(base, torch.float32 if isinstance(base, Linear4bit) else base.weight.dtype)
     return dense.new_empty(len(dense)) if dense.is_meta else w.base_squares(dense).sqrt()
 
 
 def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """(path, layer) of every layer for which the active adapter has weights, in the model's order."""
+    """(path, layer) of every layer that the active adapter adapts, in the model's order."""
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and module.weights is not None:
             yield path, module
@@ -145,15 +145,15 @@ def iter_lora_weights(model: nn.Module) -> Iterator[tuple[str, LoRAWeights]]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that is trained of the active adapter, in the model's order: A, B, and what else a layer has."""
+    """Trainable parameters of the active adapter, in the model's order: A, B, and a layer's magnitude and bias."""
     return [parameter for _, w in iter_lora_weights(model) for parameter in w.parameters() if parameter.numel()]
 
 
 def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[tuple[list[nn.Parameter], float]]:
-    """`lora_parameters` with the factor of the learning rate that each has, by factor.
+    """`lora_parameters`, grouped by the factor of their learning rate.
 
-    LoRA+ (arXiv 2402.12354) lets B, and what else has no product behind it, learn `lr_ratio` times as fast as A: with
-    one rate for both, A and B of a wide model cannot both learn efficiently.
+    LoRA+ (arXiv 2402.12354): all but A learn `lr_ratio` times as fast as A. With one rate for both, A and B of a wide
+    model cannot both learn efficiently.
     """
     if lr_ratio == 1.0:
         return [(lora_parameters(model), 1.0)]
@@ -177,7 +177,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
-    """All adapted layers. What stands for base and adapter while they are merged would not follow a change."""
+    """All adapted layers; a merged weight would not follow a change of its adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if any(layer.merged is not None for layer in layers):
         raise ValueError("an adapter is merged; unmerge_adapter comes first")
@@ -185,12 +185,12 @@ def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter, None where there is none."""
+    """Name of the active adapter, or None."""
     return next((m.active for m in model.modules() if isinstance(m, LoRALinear) and m.active is not None), None)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forgets an adapter; where it was the active one, none is.
+    """Removes an adapter; if it was the active one, none is active then.
 
     Raises:
         ValueError: one is merged.
@@ -204,7 +204,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter, for as long as the block lasts."""
+    """The model without its adapter, inside the block."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     before = [(layer.active, layer.merged) for layer in layers]
     try:
@@ -218,7 +218,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The active adapter at `factor` times its strength, for as long as the block lasts.
+    """The active adapter's scaling times `factor`, inside the block.
 
     Raises:
         ValueError: it is merged.
@@ -236,9 +236,9 @@ def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives each adapted layer one dense weight in `dtype` that stands for base and adapter: quicker to generate with.
+    """Gives each adapted layer one dense weight in `dtype` that replaces base and adapter: faster to generate with.
 
-    It takes 2 bytes a number in bfloat16 beside the base, which stays as it is.
+    It takes 2 bytes per parameter in bfloat16 beside the base, which does not change.
     """
     for _, layer in iter_lora_layers(model):
         bias = layer.base.bias if layer.bias is None else layer.bias
@@ -247,7 +247,7 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Goes back to base and adapter apart, to the bit: the base was never changed."""
+    """Drops the merged weights: base and adapter are separate again, bit for bit."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.merged = None

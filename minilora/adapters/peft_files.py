@@ -7,10 +7,9 @@
                                 base_model.model.{path}.base_layer.bias         (out,)   with a trained bias
                                 base_model.model.{path}.bias                    (out,)   of a layer without A and B
 
-Only what was trained goes in: no head, no embedding, no base weight. A PiSSA adapter is written as the plain LoRA of
-twice the rank that it is (`lora.py`), so that it fits everybody's base model. Keys and target modules are sorted, so
-equal runs give equal bytes. Reading is strict where peft only warns: every tensor of the file has a slot, and every
-slot a tensor.
+The file holds trained parameters only: no head, no embedding, no base weight. A PiSSA adapter is plain LoRA of twice
+the rank (`qlora/lora.py`) and is written so, which fits the unchanged base model. Keys and target modules are sorted,
+so equal runs give equal bytes. Reading is strict where peft only warns: tensors and parameters must correspond.
 
 Source: peft 0.21, src/peft/utils/save_and_load.py (behaviour, tests/parity/test_adapter.py).
 """
@@ -49,7 +48,7 @@ def adapter_files(
         model: with LoRA layers.
         lora_config: how it was attached.
         base: what it belongs to.
-        save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
+        save_format: "safetensors", or "bin" for tools that read adapter_model.bin only.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
         portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
             alpha_pattern.
@@ -85,7 +84,7 @@ def adapter_tensors(
 
 
 def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
-    """What one layer has in the file, by key."""
+    """Tensors of one layer by their key in the file."""
     a, b = w.matrices()
     named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
     if w.lora_magnitude_vector is not None:
@@ -96,7 +95,7 @@ def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
 
 
 def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
-    """Puts one tensor of the file in its place; of a PiSSA adapter's A and B the second half is the frozen one."""
+    """Copies one tensor of the file into the layer; of a PiSSA adapter's A and B the second half is the frozen one."""
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
         name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
         halves = value.split(w.r, dim=dim)
@@ -110,7 +109,7 @@ def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
 
 
 def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
-    """Writes `adapter_files` into `folder`, which is made if needed; in a run they go through `write_folder`."""
+    """Writes `adapter_files` into `folder`, which is created if needed; a run uses `write_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in adapter_files(model, lora_config, base):
         write_file(folder / name, content)
@@ -128,7 +127,7 @@ def load_adapter(
 
     Args:
         model: the base, with or without other adapters.
-        folder: with the adapter's two files, and maybe a manifest.
+        folder: with the adapter's two files, verified where there is a manifest.
         allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
             reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
         device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
@@ -155,7 +154,7 @@ def load_adapter(
 
 
 def damage_of_adapter(folder: Path) -> str | None:
-    """What is wrong with an adapter's folder by its manifest, None if nothing is. A README.md may be edited."""
+    """What differs from the manifest of an adapter's folder, or None. README.md may be edited."""
     try:
         names = [name for name in read_manifest(folder)["files"] if name != "README.md"]
     except UserError as error:
@@ -178,11 +177,11 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: boo
 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts the tensors that `path` held into the LoRA layers, all of them or none."""
-    places = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
-    slots = {key: slot for key, (_, slot) in places.items()}
+    """Copies the tensors of the file `path` into the LoRA layers, all of them or none."""
+    owners = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
+    slots = {key: slot for key, (_, slot) in owners.items()}
     problems = [f"{name}: missing from the file" for name in sorted(set(slots) - set(tensors))]
-    problems += [f"{name}: has no place in the model" for name in sorted(set(tensors) - set(slots))]
+    problems += [f"{name}: unknown to the model" for name in sorted(set(tensors) - set(slots))]
     for name in sorted(set(tensors) & set(slots)):
         if tensors[name].shape != slots[name].shape:
             expected = tuple(slots[name].shape)
@@ -194,14 +193,14 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
         elif not torch.isfinite(tensors[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:
-        # The first and the last few: with a wrong prefix all slots are missing, and only the extra names show it.
+        # The first and the last few: with a wrong prefix all are missing, and only the unknown names show it.
         shown = (
             problems if len(problems) <= 10 else [*problems[:5], f"... {len(problems) - 10} more ...", *problems[-5:]]
         )
         lines = "\n  ".join(shown)
         raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {lines}")
     with torch.no_grad():
-        for name, (w, _) in places.items():
+        for name, (w, _) in owners.items():
             _put(w, name, tensors[name])
 
 

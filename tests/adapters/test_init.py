@@ -1,4 +1,4 @@
-"""First values that depend on the weights: the principal part of them, or of what 4 bits lost."""
+"""Initial values that depend on the weights: the principal part of them, or of the 4-bit error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +34,7 @@ def test_a_matrix_of_zeros_has_factors_of_zeros() -> None:
     assert not b.any()
 
 
-def test_eigenvectors_are_computed_on_one_thread_and_all_else_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two, beside other programs, they take up to twenty times as long: threads wait for each other."""
+def test_eigenvectors_are_computed_on_one_thread_and_the_rest_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     before, eigh, threads = torch.get_num_threads(), torch.linalg.eigh, []
 
     def recorded(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,14 +51,14 @@ def test_eigenvectors_are_computed_on_one_thread_and_all_else_on_all(monkeypatch
         torch.set_num_threads(before)
 
 
-def test_a_rank_that_no_weight_has_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.r: 5 is more than a weight of \(6, 4\) has singular directions"):
+def test_a_rank_above_that_of_the_weight_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lora\.r: 5 .*\(6, 4\)"):
         low_rank_factors(torch.ones(6, 4), 5)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_pissa_begins_with_the_principal_part_and_changes_nothing(
+def test_pissa_starts_from_the_principal_part_and_changes_nothing(
     tiny_checkpoint: Callable[..., Path], quantization: str, use_rslora: bool
 ) -> None:
     folder = tiny_checkpoint()
@@ -77,7 +76,7 @@ def test_pissa_begins_with_the_principal_part_and_changes_nothing(
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("alpha", [4, 12])
-def test_loftq_begins_nearer_to_the_original_weights(
+def test_loftq_starts_nearer_to_the_original_weights(
     tiny_checkpoint: Callable[..., Path], alpha: int, use_dora: bool
 ) -> None:
     folder = tiny_checkpoint()
@@ -97,5 +96,5 @@ def test_loftq_needs_the_original_weights(tiny_checkpoint: Callable[..., Path], 
     save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), tmp_path / "4bit")
     model = load_model(tmp_path / "4bit", torch.float32)
     attach(model, LoraConfig(r=4, alpha=8, dropout=0, init_lora_weights="loftq"))
-    with pytest.raises(UserError, match="is quantised already, so what was lost by it is not known"):
+    with pytest.raises(UserError, match=r"4bit: is quantised already.*lora\.init_lora_weights"):
         initialize(model, tmp_path / "4bit", "loftq")

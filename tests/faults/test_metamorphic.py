@@ -20,6 +20,7 @@ from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.weights.load import LoadSettings
 from tests.conftest import make_reviews
 
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
@@ -104,7 +105,7 @@ def test_merged_equals_adapted(
     for parameter in lora_parameters(adapted):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     save_adapter(adapted, tmp_path, ADAPTER, BaseModel("tiny"))
-    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, quantization, True)
+    merge = open_merge(tiny_checkpoint(), tmp_path, LoadSettings(torch.float32, quantization))
     merged = merge.build(merge.variants[0], torch.float32, torch.float32, "cpu")  # of nf4, what training saw
     batch = pack(examples)
     with torch.no_grad():

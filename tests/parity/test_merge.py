@@ -15,7 +15,7 @@ from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
 from minilora.config import LoraConfig
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.weights.load import load_model
+from minilora.weights.load import LoadSettings, load_model
 from tests.parity.reference import (
     build_examples,
     load_reference,
@@ -48,7 +48,8 @@ def write_adapter(base: Path, folder: Path, config: LoraConfig = CONFIG) -> Path
 def merge(base: Path, adapter: Path, folder: Path, into: str, dtype: torch.dtype, max_shard_bytes: int = 10**9) -> Path:
     folder.mkdir()
     quantization = "nf4" if into == DEQUANTIZED else "none"
-    write_merged(open_merge(base, adapter, torch.float32, quantization, True), into, dtype, folder, max_shard_bytes)
+    merge = open_merge(base, adapter, LoadSettings(torch.float32, quantization))
+    write_merged(merge, into, dtype, folder, max_shard_bytes=max_shard_bytes)
     return folder
 
 

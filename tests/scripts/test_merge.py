@@ -279,7 +279,7 @@ def test_a_base_in_4_bits_is_merged_dequantized_and_never_called_original(
 ) -> None:
     base = tmp_path / "base-bnb-4bit"
     save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base)
-    with pytest.raises(UserError, match=r"base-bnb-4bit: is in 4 bits, its original weights are not there"):
+    with pytest.raises(UserError, match=r"base-bnb-4bit: .*--into dequantized"):
         merge("--base", base)
     results = merge("--base", base, "--into", "dequantized")
     assert "was trained on another base model than" in results["warned"]  # it is another file
@@ -291,7 +291,7 @@ def test_a_base_in_4_bits_is_merged_dequantized_and_never_called_original(
 
 
 def test_an_adapter_of_plain_lora_has_one_way_to_merge(merge: Merge) -> None:
-    with pytest.raises(UserError, match=r"--into dequantized: the adapter was trained beside weights in full"):
+    with pytest.raises(UserError, match=r"--into dequantized: .*model\.quantization=none"):
         merge("--into", "dequantized", "model.quantization=none")
     models = merge("model.quantization=none")["drift"]["models"]
     assert list(models) == ["adapter on the base", ORIGINAL]
