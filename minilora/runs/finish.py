@@ -22,13 +22,12 @@ from minilora.build import Examples, adapter_config, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
-from minilora.evaluation.score import Scores, score
+from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.batch import pack
 from minilora.reports import plots
-from minilora.reports.answers import ScoredExamples
 from minilora.reports.model_card import render_model_card
-from minilora.reports.report import Report, render_report
+from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.checkpoint import checkpoint_path
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_another_run
@@ -176,11 +175,11 @@ def _report_of(
         title="Training report",
         remark=remark,
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
-        answers=None
+        examples=None
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        ledger=estimate_run_memory(config, folder, splits["train"].examples, dtype, process_bytes).parts,
+        memory_estimate=estimate_run_memory(config, folder, splits["train"].examples, dtype, process_bytes).parts,
         peak_bytes=max((row["peak_memory_bytes"] for row in log if "peak_memory_bytes" in row), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),
@@ -250,7 +249,8 @@ def score_split(
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
     size = run.config.train.per_device_eval_batch_size
-    scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
+    options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
+    scores = score(run.model, split.examples, prompt, options)
     check_finite(run, f"{name} loss", scores.loss)
     # Computed once: what decides which checkpoint is best has to be one number.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
