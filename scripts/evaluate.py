@@ -24,8 +24,7 @@ from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt
-from minilora.reports.answers import ScoredExamples
-from minilora.reports.report import Report, render_report
+from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run
 from minilora.runs.provenance import model_digests
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
@@ -139,9 +138,9 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
         title="Evaluation report",
         remark=remark,
         results=scored,
-        answers=ScoredExamples(examples.records, np.array(examples.labels), probabilities, trained.prompt.labels),
+        examples=ScoredExamples(examples.records, np.array(examples.labels), probabilities, trained.prompt.labels),
         log=[],
-        ledger=None,
+        memory_estimate=None,
         peak_bytes=peak_memory_bytes(choose_device(config)),
         config={
             section: {name: value for name, value in keys.items() if f"{section}.{name}".startswith(KEYS_READ)}

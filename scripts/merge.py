@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from minilora.adapters.merge import (
 from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
-from minilora.evaluation.drift import drift, render_drift
+from minilora.evaluation.metrics import drift
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
@@ -205,6 +206,24 @@ def measure_drift(
         rows[f"merged {variant}"] = drift(labels, before, after)
         del model  # before the next one is built
     return rows
+
+
+def render_drift(models: Mapping[str, Mapping[str, Any]], num_reviews: int) -> str:
+    """A table with a line for each model; the others are compared with the first one.
+
+    Args:
+        models: what `drift` returned, by a name of the model.
+        num_reviews: N.
+    """
+    width = max(map(len, models)) + 2
+    lines = [f"{'':{width}}{'accuracy':>18}{'mean change':>13}{'largest':>9}{'flipped':>16}"]
+    for index, (name, found) in enumerate(models.items()):
+        line = f"{name:{width}}{found['accuracy']:>9.4f} {'({num_correct}/{n})'.format(**found, n=num_reviews):>8}"
+        if index:
+            flipped = f"{found['flipped']:.2%} ({found['num_flipped']})"
+            line += f"{found['mean_change']:>13.4f}{found['largest_change']:>9.4f}{flipped:>16}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minilora.adapters.attach import lora_parameters, parameter_groups
 from minilora.errors import UserError
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack, split_across_ranks
 from minilora.qlora.dropout import DropoutSeed
@@ -164,8 +164,12 @@ def check_scores(ranks: Ranks) -> Found:
     """Scores of 13 examples in batches of 2, together and alone."""
     model, _ = build()
     progress: list[int] = []
-    together = score(model, examples(13), None, 2, progress.append, ranks)
-    return {"together": together.loss, "alone": score(model, examples(13), None, 2).loss, "progress": sum(progress)}
+    together = score(model, examples(13), None, ScoringOptions(2, on_progress=progress.append, ranks=ranks))
+    return {
+        "together": together.loss,
+        "alone": score(model, examples(13), None, ScoringOptions(2)).loss,
+        "progress": sum(progress),
+    }
 
 
 def check_waiting(ranks: Ranks) -> list[str]:

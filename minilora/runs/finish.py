@@ -28,12 +28,11 @@ from minilora.build import Examples, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
-from minilora.evaluation.score import Scores, score
+from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.plan import estimate_run_memory
 from minilora.reports import plots
-from minilora.reports.answers import ScoredExamples
 from minilora.reports.model_card import render_model_card
-from minilora.reports.report import Report, render_report
+from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import check_finite
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
@@ -170,11 +169,11 @@ def _report_of(
         title="Training report",
         remark=remark,
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
-        answers=None
+        examples=None
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        ledger=estimate_run_memory(config, folder, splits["train"].examples, dtype, run.process_bytes).parts,
+        memory_estimate=estimate_run_memory(config, folder, splits["train"].examples, dtype, run.process_bytes).parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),
@@ -234,7 +233,8 @@ def score_split(
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
     size = run.config.train.per_device_eval_batch_size
-    scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
+    options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
+    scores = score(run.model, split.examples, prompt, options)
     check_finite(run, f"{name} loss", scores.loss)
     # On rank 0 only: all ranks have to agree on which checkpoint is best.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities

@@ -29,7 +29,7 @@ from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_model
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import model_digests, read_saved_config
@@ -127,9 +127,10 @@ class LoadedRun:
         Raises:
             UserError: the loss is non-finite.
         """
-        batch_size = self.config.train.per_device_eval_batch_size
+        size = self.config.train.per_device_eval_batch_size
         with progress(title, len(reviews.examples), "review") as bar:
-            scores = score(model, reviews.examples, self.prompt, batch_size, bar.update, ranks)
+            options = ScoringOptions(size, on_progress=bar.update, ranks=ranks)
+            scores = score(model, reviews.examples, self.prompt, options)
         if not math.isfinite(scores.loss):
             raise UserError(
                 f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an "

@@ -379,3 +379,14 @@ def test_quiet_leaves_the_table_and_a_mistake_ends_with_status_2(final: Path, tm
     assert mistaken.returncode == 2
     assert mistaken.stdout == ""
     assert mistaken.stderr.startswith("error: model.compute_type: unknown key")
+
+
+def test_the_drift_table_has_a_line_for_each_model_and_no_change_for_the_first(script: ModuleType) -> None:
+    none = {"num_correct": 3, "accuracy": 0.75, "mean_change": 0, "largest_change": 0, "num_flipped": 0, "flipped": 0}
+    some = {**none, "num_correct": 1, "accuracy": 0.25, "mean_change": 0.15, "largest_change": 0.3}
+    models = {"adapter on nf4": none, "merged": {**some, "num_flipped": 2, "flipped": 0.5}}
+    assert script.render_drift(models, 4).splitlines() == [
+        "                          accuracy  mean change  largest         flipped",
+        "adapter on nf4     0.7500    (3/4)",
+        "merged             0.2500    (1/4)       0.1500   0.3000      50.00% (2)",
+    ]
