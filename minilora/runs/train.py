@@ -45,12 +45,12 @@ from minilora.runs.setup import (
     step_indices,
 )
 from minilora.runs.trackers import Tracker, check_tracker, open_tracker
-from minilora.system.cli import Interrupted, SafePoints
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
 from minilora.system.files import StorageError, lock_folder, make_folder
 from minilora.system.manifest import recover_folders
 from minilora.system.memory import is_out_of_memory, peak_memory_bytes
+from minilora.system.signals import Interrupted, SafePoints
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:

@@ -35,10 +35,10 @@ from minilora.runs.setup import set_run_aside
 from minilora.runs.trackers import Tracker
 from minilora.runs.train import fit
 from minilora.system import console
-from minilora.system.cli import Interrupted
 from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, json_bytes, lock_folder, sha256
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
+from minilora.system.signals import Interrupted
 
 Fit = Callable[..., Path]
 STEPS = 4
