@@ -20,12 +20,12 @@ from minilora.runs.metrics_log import read_metrics
 from minilora.runs.run import Run
 from minilora.runs.setup import open_run
 from minilora.runs.trackers import check_tracker, open_tracker
-from minilora.system.cli import Interrupted
 from minilora.system.console import info
 from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, lock_folder, make_folder, storage_errors
 from minilora.system.manifest import recover_folders
 from minilora.system.memory import is_out_of_memory
+from minilora.system.signals import Interrupted
 
 RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
 RESTARTING = ".restarting"

@@ -38,10 +38,10 @@ from minilora.runs.finish import check_finished, finish, score_split, score_test
 from minilora.runs.folder import run_folder
 from minilora.runs.metrics_log import NoLog, RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
-from minilora.system.cli import Interrupted, SafePoints
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
 from minilora.system.memory import peak_memory_bytes
+from minilora.system.signals import Interrupted, SafePoints
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:

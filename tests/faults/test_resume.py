@@ -16,7 +16,7 @@ from minilora.qlora.step import StepResult
 from minilora.runs import train
 from minilora.runs.checkpoint import damage_of
 from minilora.runs.train import fit
-from minilora.system.cli import Interrupted, SafePoints
+from minilora.system.signals import Interrupted, SafePoints
 from tests.faults.conftest import Count, HowMany, outcome
 
 STEPS = 24

@@ -22,8 +22,8 @@ from minilora.runs.metrics_log import read_metrics
 from minilora.runs.run import Run
 from minilora.runs.trackers import Tracker
 from minilora.runs.train import fit
-from minilora.system.cli import Interrupted
 from minilora.system.distributed import Ranks
+from minilora.system.signals import Interrupted
 from tests.runs.conftest import (
     CONSTANT,
     STEPS,

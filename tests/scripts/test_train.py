@@ -243,7 +243,7 @@ def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(keys: list[str], tmp_path: Path) -> None:
     output = tmp_path / "planned"
-    done = run_script("train.py", *keys, "--dry-run", f"train.output_dir={output}")
+    done = run_script("train.py", *keys, "--dry_run", f"train.output_dir={output}")
     for part in ("projections (nf4", "activations of", "total", "an epoch:", "<|im_start|>assistant"):
         assert part in done.stdout
     assert not output.exists()
@@ -260,8 +260,8 @@ def test_a_dry_run_without_data_prepares_it_elsewhere_and_leaves_nothing_behind(
         pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
     before = sorted(tmp_path.rglob("*"))
     keys = (f"data.source={source}", f"model.name_or_path={tiny_checkpoint()}", "data.max_train_examples=8")
-    done = run_script("train.py", "--dry-run", *keys, cwd=tmp_path)
-    assert f"/processed from {source}, because it holds no data yet\n" in done.stdout
+    done = run_script("train.py", "--dry_run", *keys, cwd=tmp_path)
+    assert f"preparing it from {source}\n" in done.stdout
     assert "train: 8 examples" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
