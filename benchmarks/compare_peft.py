@@ -32,7 +32,7 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 
 from minilora.errors import UserError
 from minilora.system.cli import run_script
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 
 HERE = Path(__file__).parent
 OURS = "minilora"

@@ -20,6 +20,7 @@ from workload import Workload, pad, record
 
 from minilora.errors import UserError
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 
 # Small, so that rounding stays rounding: AdamW's first steps move every entry of B by the whole rate in the direction
 # of its gradient's sign, and at 2e-4 two bfloat16 runs of equal systems part after three steps. It costs no time.
@@ -27,6 +28,7 @@ LEARNING_RATE = 1e-6
 MAX_GRAD_NORM = 1.0
 
 
+@tuned_process()
 def run_minilora(
     work: Workload,
     meter: Meter,
@@ -35,14 +37,12 @@ def run_minilora(
     share_prefix: bool = True,
     gradient_checkpointing: bool = False,
     cache_dequantized: bool = False,
-    compiled: bool = False,
     max_rows: int | None = None,
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
     from minilora.adapters.attach import parameter_groups
     from minilora.adapters.peft_files import load_adapter
     from minilora.data.sampler import split_into_micro_batches
-    from minilora.qlora import ops
     from minilora.qlora.batch import pack
     from minilora.qlora.lora import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
@@ -50,9 +50,6 @@ def run_minilora(
     from minilora.qlora.step import StepSettings, TrainState, train_step
     from minilora.weights.load import load_model
 
-    problem = ops.compile_swiglu(compiled, work.dtype, torch.device(work.device))
-    if problem is not None:
-        raise UserError(f"minilora, compiled: nothing can be compiled here ({problem}); leave it out with --only")
     model = load_model(Path(work.model), work.dtype, quantization, device=work.device)
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -246,7 +243,6 @@ CONTESTANTS: dict[str, Callable[[Workload, Meter], None]] = {
     "minilora, checkpointing": variant(run_minilora, gradient_checkpointing=True),
     "minilora, prefix not shared": variant(run_minilora, share_prefix=False),
     "minilora, dense weights kept": variant(run_minilora, cache_dequantized=True),
-    "minilora, compiled": variant(run_minilora, compiled=True),
     "minilora, length-sorted, LoRA without 4 bits": variant(run_minilora, sort=True, quantization="none"),
     "peft loop, padded, checkpointing": variant(run_peft_loop, sort=False, gradient_checkpointing=True),
     "peft loop, padded": variant(run_peft_loop, sort=False, gradient_checkpointing=False),

@@ -24,7 +24,7 @@ from workload import add_workload_arguments, model_folder
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.nf4 import quantize
 from minilora.system.cli import run_script
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 
 ROWS = 600  # about what 8 reviews and their prompt pack into
 

@@ -24,6 +24,7 @@ from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
 LOSS_TOLERANCE = 1e-4  # relative
@@ -40,6 +41,7 @@ class Float32(Workload):
         return torch.float32
 
 
+@tuned_process()
 def minilora_gradients(work: Workload, examples: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss, and gradients by the path of the layer and the matrix."""
     model = load_model(Path(work.model), work.dtype, device=work.device)

@@ -30,6 +30,7 @@ from minilora.generation.decode import Context, generate, speed_up
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
 QUESTIONS = (
@@ -44,6 +45,7 @@ DENSE, QUANTIZED = "transformers, bfloat16", "transformers, NF4"
 LOSS_TOLERANCE = 0.3
 
 
+@tuned_process()
 def answer_with_minilora(
     work: Workload, ids: list[list[int]], meter: Meter, quantization: str, adapted: bool
 ) -> list[list[int]]:

@@ -31,6 +31,7 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
+from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
 
@@ -47,6 +48,7 @@ class Point:
     steps: int = 3
 
 
+@tuned_process()
 def measure(point: Point) -> dict[str, Any]:
     """Seconds of each step, and the peak of memory, in this process."""
     meter = Meter(point.device)

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minilora.adapters.attach import iter_lora_weights
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.adapters.peft_config import BaseModel, to_peft
 from minilora.adapters.peft_files import KEY_PREFIX
 from minilora.build import build_examples
-from minilora.config import Config
+from minilora.config import Config, LoraConfig
 from minilora.data.hub import fetch_model
 from minilora.data.records import read_demo_records, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 
 IGNORED = -100  # transformers' label of a position that does not count
 
@@ -101,10 +101,10 @@ def write_adapter(model_folder: Path, folder: Path, r: int, b_size: float) -> No
         r: rank; alpha is 2 r.
         b_size: standard deviation of B. 0 is how training begins; with another one A has a gradient too.
     """
-    config = AdapterConfig(r, 2 * r, 0.0, "all-linear", False, str(model_folder))
+    config = LoraConfig(r=r, alpha=2 * r, dropout=0)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(read_config(model_folder))
-        attach_adapter(model, config)
+        attach(model, config)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for path, layer in iter_lora_weights(model):
@@ -113,7 +113,9 @@ def write_adapter(model_folder: Path, folder: Path, r: int, b_size: float) -> No
         b = torch.randn(layer.lora_B.shape, generator=generator) * b_size
         tensors |= {f"{KEY_PREFIX}{path}.lora_A.weight": a, f"{KEY_PREFIX}{path}.lora_B.weight": b}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config.to_dict(model)), "utf-8")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(to_peft(config, BaseModel(str(model_folder)), model)), "utf-8"
+    )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

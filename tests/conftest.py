@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
+from minilora.weights.hf_config import parse_config
 from minilora.weights.load import load_model
 
 # Ignored where a shell's background or `nohup` started this, and then in every child as well.
@@ -48,9 +49,8 @@ LONG_LABEL_WORDS = ("差评", "好评")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--long", action="store_true", help="the fault tests (tests/faults) with a release's counts: hours"
-    )
+    parser.addoption("--faults", action="store_true", help="tests/faults with their normal counts: minutes")
+    parser.addoption("--long", action="store_true", help="tests/faults with a release's counts: an hour")
 
 
 def make_reviews(count: int, seed: int) -> list[tuple[str, int]]:
@@ -142,7 +142,7 @@ def write_checkpoint(
     (folder / "tokenizer.json").write_text(tokenizer_json, "utf-8")
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, parameter in Qwen2ForCausalLM(Qwen2Config.from_dict(config)).named_parameters():
+    for name, parameter in Qwen2ForCausalLM(parse_config(config)).named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         tensors[name] = (1 + 0.1 * noise if "norm" in name else 0.15 * noise).to(dtype).contiguous()
     if not sharded:

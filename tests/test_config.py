@@ -13,6 +13,7 @@ from minilora.config import (
     CUTS,
     HARMLESS_KEYS,
     LENGTHS,
+    REMOVED_KEYS,
     Config,
     changed_keys,
     config_from_dict,
@@ -20,6 +21,7 @@ from minilora.config import (
     load_config,
 )
 from minilora.errors import UserError
+from minilora.runs.provenance import Provenance, read_provenance, read_saved_config, refuse_another_run
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -61,14 +63,16 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("lora:\n  rnak: 4\n  dropout: 2\ntrain: fast\n", "utf-8")
     lines = refusal("train.seed=soon", "lora.r=0", "nonsense", path=path)
-    assert lines == [
-        f"train: got 'fast', expected a section with keys ({path})",
-        "nonsense: expected section.key=value (command line)",
-        f"lora.rnak: unknown key; did you mean lora.r? ({path})",
-        f"lora.dropout: got 2, expected 0.9 or less ({path})",
-        "train.seed: got 'soon', expected a whole number (command line)",
-        "lora.r: got 0, expected 1 or more (command line)",
+    shown = [
+        ("train", "'fast'"),
+        ("nonsense", "section.key=value"),
+        ("lora.rnak", "lora.r?"),
+        ("lora.dropout", "got 2"),
     ]
+    shown += [("train.seed", "'soon'"), ("lora.r", "got 0")]
+    assert [line.partition(":")[0] for line in lines] == [key for key, _ in shown]
+    assert all(part in line for line, (_, part) in zip(lines, shown, strict=True))
+    assert [str(path) in line for line in lines] == [True, False, True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,8 @@ def test_all_problems_come_in_one_error(tmp_path: Path) -> None:
 )
 def test_an_unknown_key_comes_with_a_suggestion(override: str, suggestion: str) -> None:
     (line,) = refusal(override)
-    assert f"unknown key; {suggestion} (command line)" in line
+    assert suggestion in line
+    assert line.endswith("(command line)")
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", ".0001", "1.0e-04"])
@@ -169,7 +174,7 @@ def test_traps_of_yaml_that_mean_what_they_say() -> None:
         "[" * 3000,
     ],
 )
-def test_a_key_that_takes_text_takes_it_as_it_stands(text: str) -> None:
+def test_a_key_that_takes_text_takes_it_unchanged(text: str) -> None:
     assert load_config(None, [f"prompt.system={text}"]).prompt.system == text
 
 
@@ -184,7 +189,7 @@ def test_a_key_that_takes_text_takes_it_as_it_stands(text: str) -> None:
         "./~/x",
     ],
 )
-def test_a_path_of_any_system_is_taken_as_it_stands(path: str, tmp_path: Path) -> None:
+def test_a_path_of_any_system_is_taken_unchanged(path: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"train:\n  output_dir: '{path}'\ndata:\n  dir: '{path}'\n", "utf-8")
     keys = [f"model.name_or_path={path}", f"model.quantized_cache={path}"]
@@ -232,8 +237,7 @@ def test_a_merge_key_brings_the_keys_of_another_mapping(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [[], None, 3, "lora"])
 def test_a_written_configuration_that_holds_no_sections_is_named(content: object) -> None:
-    kind = type(content).__name__
-    with pytest.raises(UserError, match=rf"training_args\.json: holds a {kind}, expected sections such as 'lora:'"):
+    with pytest.raises(UserError, match=rf"training_args\.json: holds a {type(content).__name__}, expected"):
         config_from_dict(content, [], "training_args.json")
 
 
@@ -248,7 +252,7 @@ def test_a_written_configuration_that_holds_no_sections_is_named(content: object
         ("train.seed=1e30", "9223372036854775807 or less"),
         ("train.seed=18446744073709551616", "9223372036854775807 or less"),
         ("train.seed=" + "9" * 400, "9223372036854775807 or less"),
-        ("lora.dropout=0.95", "0.9 or less"),
+        ("lora.dropout=1", "0.99 or less"),
         ("data.max_length=8", "16 or more"),
         ("train.warmup_ratio=1.5", "1 or less"),
         ("train.max_steps=0", "1 or more"),
@@ -268,7 +272,6 @@ def test_a_value_out_of_range_is_refused(override: str, problem: str) -> None:
 def test_a_text_that_no_file_and_no_tokenizer_takes_is_refused(override: str, text: str) -> None:
     (line,) = refusal(override.format(text))
     assert line.startswith(override.partition("=")[0])
-    assert "expected text without a zero character or half a character" in line
 
 
 def test_both_ends_of_a_range_are_allowed() -> None:
@@ -279,18 +282,18 @@ def test_both_ends_of_a_range_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["prompt.labels=[a]"], "prompt.labels: got ['a'], expected two or more different words"),
-        (["prompt.labels=[a, a]"], "prompt.labels: got ['a', 'a'], expected two or more different words"),
-        (["prompt.labels=[a, '']"], "prompt.labels: got ['a', ''], expected two or more different words"),
+        (["prompt.labels=[a]"], "prompt.labels: got ['a']"),
+        (["prompt.labels=[a, a]"], "prompt.labels: got ['a', 'a']"),
+        (["prompt.labels=[a, '']"], "prompt.labels: got ['a', '']"),
         (["prompt.positive_label=好"], "prompt.positive_label: '好' is not one of ['负面', '正面']"),
-        (
-            ["model.compute_dtype=float16", "model.device=cpu"],
-            "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu",
-        ),
+        (["model.compute_dtype=float16", "model.device=cpu"], "model.compute_dtype: float16"),
+        (["train.offload_checkpoints=true"], "train.offload_checkpoints: "),
     ],
 )
 def test_a_contradiction_is_refused(overrides: list[str], line: str) -> None:
-    assert refusal(*overrides) == [f"{line} (command line)"]
+    (found,) = refusal(*overrides)
+    assert found.startswith(line)
+    assert found.endswith("(command line)")
 
 
 def test_the_positive_class() -> None:
@@ -302,31 +305,31 @@ def test_the_positive_class() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"lora:\n  r: 4\n  r: 8\n", r"is not valid YAML; .*key 'r' is given twice.* line 3"),
-        (b"lora:\n  r: 4\nlora:\n  alpha: 8\n", r"is not valid YAML; key 'lora' is given twice"),
-        (b"lora: &a {r: 4}\ntrain: *a\n", r"is not valid YAML; .*alias \*a is not read.* line 2"),
-        (b"lora: &a {r: 4}\ntrain:\n  <<: *a\n", r"is not valid YAML; .*alias \*a is not read.* line 3"),
-        (b"lora: [", r"is not valid YAML; "),
-        (b"- lora\n", r"holds a list, expected sections such as 'lora:' with keys"),
-        (b"lora", r"holds a str, expected sections"),
-        ("prompt: {system: 好}".encode("gbk"), r"is not UTF-8 \(byte \d+\); save it as UTF-8"),
-        (b"prompt:\n  system: 2024-13-45\n", r"is not valid YAML; '2024-13-45' cannot be read; quote it .* line 2"),
-        (b"lora: {r: !!int x}", r"is not valid YAML; 'x' cannot be read; quote it if it is text .* line 1"),
-        (b"lora: {r: !!bool x}", r"is not valid YAML; 'x' cannot be read"),
-        (b"lora: {? [a] : b}", r"is not valid YAML; .*found unhashable key.* line 1"),
-        (b"lora: " + b"[" * 3000, r"is not valid YAML; brackets are nested too deep"),
-        (b"lora: !!python/object/apply:os.system ['true']\n", r"is not valid YAML; could not determine a constructor"),
+        (b"lora:\n  r: 4\n  r: 8\n", "'r'.* line 3"),
+        (b"lora:\n  r: 4\nlora:\n  alpha: 8\n", "'lora'"),
+        (b"lora: &a {r: 4}\ntrain: *a\n", r"alias \*a.* line 2"),
+        (b"lora: &a {r: 4}\ntrain:\n  <<: *a\n", r"alias \*a.* line 3"),
+        (b"lora: [", "not valid YAML"),
+        (b"- lora\n", "holds a list, expected sections"),
+        (b"lora", "holds a str, expected sections"),
+        ("prompt: {system: 好}".encode("gbk"), r"byte \d+\); save it as UTF-8"),
+        (b"prompt:\n  system: 2024-13-45\n", "'2024-13-45' .*quote it .* line 2"),
+        (b"lora: {r: !!int x}", "'x' .*quote it .* line 1"),
+        (b"lora: {r: !!bool x}", "'x' "),
+        (b"lora: {? [a] : b}", "unhashable key.* line 1"),
+        (b"lora: " + b"[" * 3000, "nested too deep"),
+        (b"lora: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
 )
 def test_a_bad_file_is_named_with_the_reason(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"mine\.yaml: {message}"):
+    with pytest.raises(UserError, match=rf"mine\.yaml: .*{message}"):
         load_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml: cannot be read \(No such file or directory\); check --config"):
+    with pytest.raises(UserError, match=r"absent\.yaml: .*check --config"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -374,7 +377,7 @@ def test_a_run_may_become_longer_where_its_learning_rate_does_not_depend_on_it(
 def test_how_a_step_is_cut_is_no_change_by_itself() -> None:
     before = load_config().to_dict()
     assert changed_keys(before, load_config(None, [f"train.{name}=2" for name in CUTS])) == []
-    assert not {f"train.{name}" for name in CUTS} & HARMLESS_KEYS  # their product counts: tests/test_run.py
+    assert not {f"train.{name}" for name in CUTS} & HARMLESS_KEYS  # their product counts: tests/runs/
 
 
 def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:
@@ -385,6 +388,39 @@ def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:
     changes = changed_keys(before, load_config(overrides=["lora.r=4", "data.max_length=100"]))
     assert "lora.r: 8 -> 4" in changes
     assert "data.max_length: 512 -> 100" in changes
+
+
+@pytest.mark.parametrize("name", REMOVED_KEYS)
+def test_a_key_that_was_removed_is_refused_with_the_reason_where_a_user_writes_it(name: str, tmp_path: Path) -> None:
+    section, _, key = name.partition(".")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{section}:\n  {key}: true\n", "utf-8")
+    (line,) = refusal(path=path)
+    assert line.startswith(f"{name}: was removed, because {REMOVED_KEYS[name]}; delete it")
+    assert str(path) in line
+    (line,) = refusal(f"{name}=true")
+    assert line.startswith(f"{name}: was removed")
+
+
+@pytest.mark.parametrize("name", REMOVED_KEYS)
+@pytest.mark.parametrize("file", ["training_args.json", "state.json"])
+def test_a_run_of_a_version_that_had_a_removed_key_is_read_and_continued(name: str, file: str, tmp_path: Path) -> None:
+    config = load_config(None, ["lora.r=3"])
+    section, _, key = name.partition(".")
+    saved = config.to_dict()
+    saved[section][key] = True
+    is_final = file == "training_args.json"
+    folder = tmp_path / ("final" if is_final else "step-000001")
+    folder.mkdir()
+    facts = {"data_sha256": {"train.jsonl": "a"}, "model_sha256": {"config.json": "b"}}
+    (folder / file).write_text(json.dumps(saved if is_final else {"config": saved, **facts}), "utf-8")
+    if is_final:
+        (folder / "metrics.json").write_text(json.dumps(facts), "utf-8")
+    assert config_from_dict(read_saved_config(folder / file), [], file) == config
+    now = Provenance(config.to_dict(), ranks=1, **facts)
+    refuse_another_run(read_provenance(folder), now, config, tmp_path)
+    with pytest.raises(UserError, match=r"lora\.r: 3 -> 4"):
+        refuse_another_run(read_provenance(folder), now, load_config(None, ["lora.r=4"]), tmp_path)
 
 
 def test_harmless_keys_exist_and_may_change() -> None:
@@ -435,10 +471,10 @@ def attributes_read() -> Iterator[str]:
                     yield from (f"max_{split}_examples" for split in ("train", "validation", "test"))
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_every_key_is_read_somewhere(name: str) -> None:
-    attribute = {"prompt.positive_label": "positive"}.get(name, name.partition(".")[2])
-    assert attribute in set(attributes_read())
+def test_every_key_is_read_somewhere() -> None:
+    read = set(attributes_read())
+    attributes = {"prompt.positive_label": "positive"}
+    assert [name for name in KEYS if attributes.get(name, name.partition(".")[2]) not in read] == []
 
 
 def test_readme_names_the_keys_that_may_change_in_the_middle_of_a_run() -> None:
@@ -455,28 +491,35 @@ def test_tables_are_read_from_yaml_and_from_the_command_line(tmp_path: Path) -> 
     assert config.lora.rank_pattern == {"q_proj": 4}
     assert config.lora.alpha_pattern == {".*mlp.*": 10.0, "v_proj": 2.0}
     assert config.lora.layers_to_transform == [0, 3]
+    assert load_config(None, ["lora.layers_pattern=layers"]).lora.layers_pattern == "layers"
     assert load_config(None, ["lora.layers_to_transform=2"]).lora.layers_to_transform == 2
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.rank_pattern=4", r"lora.rank_pattern: got 4, expected a table, such as \{name: 1\}"),
-        ("lora.rank_pattern={q_proj: 0}", "lora.rank_pattern: got .*, expected 1 or more"),
-        ("lora.rank_pattern={q_proj: many}", "lora.rank_pattern: got .*, expected a whole number"),
-        ("lora.rank_pattern={1: 2}", "lora.rank_pattern: got .*, expected a table"),
-        ("lora.alpha_pattern={q_proj: 0}", "lora.alpha_pattern: got .*, expected more than 0"),
-        ("lora.layers_to_transform=[-1]", "lora.layers_to_transform: got .*, expected 0 or more"),
-        ("lora.bias=some", "lora.bias: got 'some', expected one of none, lora_only, all"),
-        ("lora.init_lora_weights=pissa", "lora.dropout: must be 0 with lora.init_lora_weights=pissa"),
-        ("lora.modules_to_save=[lm_head]", "lora.modules_to_save: unknown key; the base stays frozen, also head and"),
+        ("lora.rank_pattern=4", "got 4, expected a table"),
+        ("lora.rank_pattern={q_proj: 0}", "1 or more"),
+        ("lora.rank_pattern={q_proj: many}", "a whole number"),
+        ("lora.rank_pattern={1: 2}", "a table"),
+        ("lora.alpha_pattern={q_proj: 0}", "more than 0"),
+        ("lora.layers_to_transform=[-1]", "0 or more"),
+        ("lora.bias=some", "got 'some', expected one of none, lora_only, all"),
+        ("lora.modules_to_save=[lm_head]", "the base stays frozen"),
     ],
 )
 def test_keys_of_other_kinds_of_adapters_are_checked(override: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(None, [override])
+    (line,) = refusal(override)
+    assert line.startswith(override.partition("=")[0])
+    assert message in line
+
+
+def test_pissa_has_no_dropout() -> None:
+    (line,) = refusal("lora.init_lora_weights=pissa")
+    assert line.startswith("lora.dropout: must be 0")
+    load_config(None, ["lora.init_lora_weights=pissa", "lora.dropout=0"])
 
 
 def test_loftq_needs_four_bits() -> None:
-    with pytest.raises(UserError, match=r"loftq begins with what 4 bits lost, so it needs model\.quantization=nf4"):
+    with pytest.raises(UserError, match=r"^lora\.init_lora_weights: .*model\.quantization=nf4"):
         load_config(None, ["lora.init_lora_weights=loftq", "model.quantization=none"])

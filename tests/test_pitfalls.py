@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
-from minilora.config import Config, load_config
+from minilora.config import Config, LoraConfig, load_config
 from minilora.errors import UserError
 from minilora.qlora import loss
 from minilora.qlora.batch import pack
@@ -30,9 +30,10 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, 
 from minilora.qlora.step import StepResult, StepSettings, TrainState, train_step
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.runs.train import fit
+from minilora.weights.load import LoadSettings
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
-ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")
+ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
 
 
 def build_prompt(tokenizer: ChatTokenizer, labels: tuple[str, ...] = ("负面", "正面")) -> ClassificationPrompt:
@@ -48,7 +49,7 @@ def build_examples(tokenizer: ChatTokenizer, count: int = 4) -> list[Example]:
 
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> DropoutSeed:
     """Attaches an adapter whose B is not zero, so that A has a gradient too."""
-    dropout_seed = attach(model.train(), 4, 8, dropout)
+    dropout_seed = attach(model.train(), LoraConfig(r=4, alpha=8, dropout=dropout))
     torch.manual_seed(0)
     for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
@@ -168,11 +169,11 @@ def test_2_3_a_merge_keeps_an_adapter_that_4_bits_would_round_away(
 ) -> None:
     """unsloth-zoo#810, mlx-tune#15: what is put in 4 bits again has lost most of a small product; a merge has not."""
     model = tiny_model("nf4")
-    attach_adapter(model, ADAPTER)
+    attach(model, ADAPTER)
     for _, w in iter_lora_weights(model):
         torch.nn.init.normal_(w.lora_B, std=0.01, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, tmp_path, ADAPTER)
-    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, "nf4", True)
+    save_adapter(model, tmp_path, ADAPTER, BaseModel("tiny"))
+    merge = open_merge(tiny_checkpoint(), tmp_path, LoadSettings(torch.float32))
     for path, w in iter_lora_weights(model):
         product = w.scaling * w.lora_B @ w.lora_A
         base = merge.weights.in_4bit(f"{path}.weight")
@@ -211,7 +212,7 @@ def drop_tensor(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> dict[str
         (drop_prefix, "layers.0.mlp.down_proj.lora_A.weight: missing from the file"),
         (drop_config_key("target_modules"), "has no target_modules; without it the adapter would be applied wrongly"),
         (drop_config_key("lora_alpha"), "has no lora_alpha; without it the adapter would be applied wrongly"),
-        (narrow_targets, "down_proj.lora_A.weight: has no place in the model"),
+        (narrow_targets, "down_proj.lora_A.weight: unknown to the model"),
         (drop_tensor, "layers.0.mlp.down_proj.lora_A.weight: missing from the file"),
     ],
     ids=["no prefix", "no target_modules", "no lora_alpha", "other target_modules", "a tensor missing"],
@@ -221,8 +222,8 @@ def test_2_4_an_adapter_is_applied_whole_or_refused(
 ) -> None:
     """peft#2699, #2566: the file loads, perhaps with a warning, and a part of it or all of it has no effect."""
     model = tiny_model()
-    attach_adapter(model, ADAPTER)
-    save_adapter(model, tmp_path, ADAPTER)
+    attach(model, ADAPTER)
+    save_adapter(model, tmp_path, ADAPTER, BaseModel("tiny"))
     load_adapter(tiny_model(), tmp_path)  # as it was written, it loads
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     tensors = change(load_file(tmp_path / "adapter_model.safetensors"), config)
@@ -337,15 +338,15 @@ def test_2_9_an_adapter_file_holds_the_adapter_and_nothing_else(
 ) -> None:
     """peft#2777, transformers#45127: heads and embeddings in the file, or adapted where they are one matrix."""
     model = tiny_model(tie=tie)
-    attach_adapter(model, ADAPTER)
-    save_adapter(model, tmp_path, ADAPTER)
+    attach(model, ADAPTER)
+    save_adapter(model, tmp_path, ADAPTER, BaseModel("tiny"))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == len(lora_parameters(model)) == 2 * 7 * 2
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in lora_parameters(model))
     for target in ("lm_head", "embed_tokens"):
         with pytest.raises(UserError, match="head and embedding cannot be adapted"):
-            attach(tiny_model(tie=tie), 4, 8, target_modules=["q_proj", target])
+            attach(tiny_model(tie=tie), LoraConfig(r=4, alpha=8, dropout=0, target_modules=["q_proj", target]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -49,12 +49,13 @@ def test_folders_say_nothing_in_their_init_files() -> None:
 
 
 def test_only_the_top_knows_the_configuration() -> None:
-    readers = {
-        path.relative_to(PACKAGE).parts[0]
-        for path in PACKAGE.rglob("*.py")
-        if "minilora.config" in imported_names(path)
-    }
-    assert readers == {"build.py", "planning", "runs"}
+    """And the adapters their own section of it, `LoraConfig`."""
+    readers = dict[str, set[str]]()
+    for path in PACKAGE.rglob("*.py"):
+        found = {name for name in imported_names(path) if name.startswith("minilora.config")}
+        readers[path.relative_to(PACKAGE).parts[0]] = readers.get(path.relative_to(PACKAGE).parts[0], set()) | found
+    assert readers.pop("adapters") == {"minilora.config", "minilora.config.LoraConfig"}
+    assert {name for name, found in readers.items() if found} == {"build.py", "planning", "runs"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

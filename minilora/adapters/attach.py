@@ -1,22 +1,23 @@
-"""Adapters on a model: attached, listed, switched, scaled, disabled, merged for the time being.
+"""Adapters on a model: attach, list, switch, scale, disable, merge and unmerge them.
 
-A model may have several adapters, each by its name, over one frozen base; at most one of them is active. None of this
-changes the base: an adapter that is disabled, or merged and unmerged, leaves every bit as it was.
+A model may have several adapters, each under a name, over one frozen base; at most one of them is active. Nothing here
+changes the base: without the adapter, or after merging and unmerging it, every bit is as before.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from minilora.adapters.target_modules import Target, choose_targets
+from minilora.config import LoraConfig
 from minilora.qlora.dora import base_squares
 from minilora.qlora.lora import Dropout, DropoutSeed, LoRALinear, LoRAWeights
 from minilora.qlora.nf4 import Linear4bit, dense_weight
 
-DEFAULT = "default"  # peft's name of an adapter that was given none
+DEFAULT = "default"  # peft's name of an adapter without one
 
 
 def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
@@ -26,39 +27,20 @@ def lora_scaling(r: int, alpha: float, use_rslora: bool) -> float:
 
 def attach(
     model: nn.Module,
-    r: int,
-    alpha: float,
-    dropout: float = 0.0,
-    target_modules: str | Sequence[str] = "all-linear",
-    use_rslora: bool = False,
+    lora_config: LoraConfig,
+    *,
     seed: int = 0,
     device: torch.device | str | None = None,
-    *,
-    layers_to_transform: int | Sequence[int] | None = None,
-    layers_pattern: str | Sequence[str] | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    bias: str = "none",
-    use_dora: bool = False,
-    init_lora_weights: str = "kaiming",
     name: str = DEFAULT,
 ) -> DropoutSeed:
     """Gives every chosen linear layer the weights of a new adapter, which becomes the active one, and freezes the base.
 
     Args:
         model: changed in place.
-        r: rank of the product.
-        alpha: numerator of the scaling.
-        dropout: probability with which an entry of the adapter's input is zero in training.
-        target_modules: see `choose_targets`, like layers_to_transform, layers_pattern, rank_pattern and alpha_pattern.
-        use_rslora: scale by alpha / sqrt(r).
+        lora_config: of the adapter; for "pissa" and "loftq" `init.initialize` does the rest.
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
-        device: of the adapter; by default that of the layers it belongs to.
-        bias: "lora_only" trains the biases of the chosen layers, "all" those of all linear layers.
-        use_dora: train the length of each output's weights apart from their direction.
-        init_lora_weights: "kaiming" draws A from a uniform, "gaussian" from a normal distribution; "pissa" and "loftq"
-            draw as "kaiming" and leave the rest to `init.py`.
-        name: of the adapter.
+        device: of the adapter; by default that of each layer.
+        name: of the adapter; one of the same name is replaced.
 
     Returns:
         The seed that training sets before each micro-batch.
@@ -70,41 +52,42 @@ def attach(
     remove_adapter(model, name)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    candidates = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Linear4bit | LoRALinear) and path != "lm_head" and not path.endswith(".base")
-    }
-    targets = choose_targets(
-        list(candidates), r, alpha, target_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern
-    )
-    if bias == "all":
-        chosen = {target.path for target in targets}
-        targets += [
-            Target(path, 0, 0.0)
-            for path, layer in candidates.items()
-            if path not in chosen and _bias_of(layer) is not None
-        ]
     generator = torch.Generator().manual_seed(seed)
     dropout_seed = DropoutSeed()
-    for index, target in enumerate(targets):
+    for index, target in enumerate(_choose_layers(model, lora_config)):
         layer = _adaptable(model, target.path)
         base = layer.base
-        scaling = lora_scaling(target.r, target.alpha, use_rslora) if target.r else 0.0
-        size, place = (base.out_features, base.in_features), device or _device_of(base)
-        w = LoRAWeights(size, target.r, target.alpha, scaling, Dropout(dropout, index, dropout_seed), place)
-        _draw(w, init_lora_weights, generator)
-        if bias != "none" and base.bias is not None:
-            w.bias = nn.Parameter(_values(base.bias.detach(), place))
-        if use_dora and target.r:
-            w.lora_magnitude_vector = nn.Parameter(_values(_row_lengths(w, base), place))
+        scaling = lora_scaling(target.r, target.alpha, lora_config.use_rslora) if target.r else 0.0
+        size, where = (base.out_features, base.in_features), device or _device_of(base)
+        dropout = Dropout(lora_config.dropout, index, dropout_seed)
+        w = LoRAWeights(size, target.r, target.alpha, scaling=scaling, dropout=dropout, device=where)
+        _draw(w, lora_config.init_lora_weights, generator)
+        if lora_config.bias != "none" and base.bias is not None:
+            w.bias = nn.Parameter(_values(base.bias.detach(), where))
+        if lora_config.use_dora and target.r:
+            w.lora_magnitude_vector = nn.Parameter(_values(_magnitudes(w, base), where))
         layer.adapters[name] = w.train(layer.training)
     set_adapter(model, name)
     return dropout_seed
 
 
+def _choose_layers(model: nn.Module, lora_config: LoraConfig) -> list[Target]:
+    """The layers with A and B, then those of which only the bias is trained (bias="all"): rank 0."""
+    candidates = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Linear4bit | LoRALinear) and path != "lm_head" and not path.endswith(".base")
+    }
+    targets = choose_targets(list(candidates), lora_config)
+    if lora_config.bias == "all":
+        chosen = {target.path for target in targets}
+        others = [path for path, layer in candidates.items() if path not in chosen and _bias_of(layer) is not None]
+        targets += [Target(path, 0, 0.0) for path in others]
+    return targets
+
+
 def _adaptable(model: nn.Module, path: str) -> LoRALinear:
-    """The `LoRALinear` at `path`, put around the linear layer there if it is the first adapter's."""
+    """The `LoRALinear` at `path`; the first adapter wraps the linear layer there."""
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     layer = getattr(parent, name)
@@ -123,33 +106,33 @@ def _bias_of(layer: nn.Linear | Linear4bit | LoRALinear) -> torch.Tensor | None:
 
 
 def _draw(w: LoRAWeights, init_lora_weights: str, generator: torch.Generator) -> None:
-    """A's first values; B's are zeros, so that an untrained adapter changes nothing."""
+    """Initial values of A; B stays zero, so that an untrained adapter changes nothing."""
     shape = w.lora_A.shape
     if init_lora_weights == "gaussian":
-        first = torch.empty(shape).normal_(0, 1 / max(w.r, 1), generator=generator)
+        initial = torch.empty(shape).normal_(0, 1 / max(w.r, 1), generator=generator)
     else:
         bound = 1 / math.sqrt(shape[1])  # Kaiming-uniform with a = sqrt(5)
-        first = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    w.lora_A.data.copy_(first)
+        initial = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    w.lora_A.data.copy_(initial)
     if init_lora_weights == "pissa":
         w.initial_A, w.initial_B = torch.zeros_like(w.lora_A.data), torch.zeros_like(w.lora_B.data)
 
 
 def _values(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A float32 copy on `device`; zeros of a tensor that has no values yet, because they will come from a file."""
+    """A float32 copy on `device`; zeros for a meta tensor, whose values will come from a file."""
     if tensor.is_meta:
         return torch.zeros(tensor.shape, device=device)
     return tensor.to(device, torch.float32, copy=True)
 
 
-def _row_lengths(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
-    """|W| by rows, which the forward pass then uses to the bit: c is 1 while B is 0."""
+def _magnitudes(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
+    """DoRA's initial m, (out,): the norm of each row of W, as the forward pass computes it: c is 1 while B is 0."""
     dense = dense_weight(base, torch.float32 if isinstance(base, Linear4bit) else base.weight.dtype)
     return dense.new_empty(len(dense)) if dense.is_meta else base_squares(w, dense).sqrt()
 
 
 def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """(path, layer) of every layer for which the active adapter has weights, in the model's order."""
+    """(path, layer) of every layer that the active adapter adapts, in the model's order."""
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and module.weights is not None:
             yield path, module
@@ -163,15 +146,15 @@ def iter_lora_weights(model: nn.Module) -> Iterator[tuple[str, LoRAWeights]]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that is trained of the active adapter, in the model's order: A, B, and what else a layer has."""
+    """Trainable parameters of the active adapter, in the model's order: A, B, and a layer's magnitude and bias."""
     return [parameter for _, w in iter_lora_weights(model) for parameter in w.parameters() if parameter.numel()]
 
 
 def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[tuple[list[nn.Parameter], float]]:
-    """`lora_parameters` with the factor of the learning rate that each has, by factor.
+    """`lora_parameters`, grouped by the factor of their learning rate.
 
-    LoRA+ (arXiv 2402.12354) lets B, and what else has no product behind it, learn `lr_ratio` times as fast as A: with
-    one rate for both, A and B of a wide model cannot both learn efficiently.
+    LoRA+ (arXiv 2402.12354): all but A learn `lr_ratio` times as fast as A. With one rate for both, A and B of a wide
+    model cannot both learn efficiently.
     """
     if lr_ratio == 1.0:
         return [(lora_parameters(model), 1.0)]
@@ -195,7 +178,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
-    """All adapted layers. What stands for base and adapter while they are merged would not follow a change."""
+    """All adapted layers; a merged weight would not follow a change of its adapter."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     if any(layer.merged is not None for layer in layers):
         raise ValueError("an adapter is merged; unmerge_adapter comes first")
@@ -203,12 +186,12 @@ def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """Name of the active adapter, None where there is none."""
+    """Name of the active adapter, or None."""
     return next((m.active for m in model.modules() if isinstance(m, LoRALinear) and m.active is not None), None)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Forgets an adapter; where it was the active one, none is.
+    """Removes an adapter; if it was the active one, none is active then.
 
     Raises:
         ValueError: one is merged.
@@ -222,7 +205,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter, for as long as the block lasts."""
+    """The model without its adapter, inside the block."""
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     before = [(layer.active, layer.merged) for layer in layers]
     try:
@@ -236,7 +219,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The active adapter at `factor` times its strength, for as long as the block lasts.
+    """The active adapter's scaling times `factor`, inside the block.
 
     Raises:
         ValueError: it is merged.
@@ -275,9 +258,9 @@ def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
 
 
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives each adapted layer one dense weight in `dtype` that stands for base and adapter: quicker to generate with.
+    """Gives each adapted layer one dense weight in `dtype` that replaces base and adapter: faster to generate with.
 
-    It takes 2 bytes a number in bfloat16 beside the base, which stays as it is.
+    It takes 2 bytes per parameter in bfloat16 beside the base, which does not change.
     """
     for _, layer in iter_lora_layers(model):
         bias = layer.effective_bias
@@ -286,7 +269,7 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Goes back to base and adapter apart, to the bit: the base was never changed."""
+    """Drops the merged weights: base and adapter are separate again, bit for bit."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.merged = None

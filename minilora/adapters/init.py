@@ -1,19 +1,19 @@
-"""First values of an adapter that depend on the weights it is put beside: PiSSA and LoftQ.
+"""Initial values of an adapter that depend on the base's weights: PiSSA and LoftQ.
 
 Both take the R largest singular directions of a matrix, U S V^T, and share them evenly between the two factors:
 
-    B = U sqrt(S / s)      A = sqrt(S / s) V^T      so that  s B A  is the matrix, as near as rank R can come
+    B = U sqrt(S / s)      A = sqrt(S / s) V^T      so that  s B A  is the matrix's best approximation of rank R
 
-    PiSSA   of the weight itself: training begins with its principal part, which learns faster
-    LoftQ   of W - Q(W), what was lost by rounding to 4 bits: training begins nearer to the original model
+    PiSSA   of the weight itself: training starts from its principal part, which learns faster
+    LoftQ   of W - Q(W), the error of rounding to 4 bits: training starts nearer to the original model
 
-PiSSA's principal part is taken off again by a frozen product (`lora.py`), so the base stays everybody's. LoftQ is its
-first iteration, as peft's `replace_lora_weights_loftq` does it, but for s, which that forgets.
+A frozen product subtracts PiSSA's principal part (`qlora/lora.py`), so the base does not change and other adapters fit
+it. LoftQ is its first iteration, as in peft's `replace_lora_weights_loftq`, except that peft leaves s out.
 
-The singular directions come from the eigenvectors of M M^T in float64, of the smaller side: what is squared costs half
-of the digits, of which float64 has twice as many as the result needs. They are exact: a weight's singular values fall
-so slowly that a randomised decomposition, peft's pissa_niter_16, is off by 2 to 43 % of the principal part's norm in a
-Qwen2.5-0.5B at R = 8, and one that hits it took longer there than the exact one.
+The singular directions come from the eigenvectors of M M^T (of the smaller side) in float64: squaring costs half of the
+digits, and float64 has twice as many as the result needs. They are exact. A weight's singular values fall so slowly
+that a randomised decomposition (peft's pissa_niter_16) is off by 2 to 43 % of the principal part's norm in a
+Qwen2.5-0.5B at R = 8, and one that is exact enough took longer there than the exact one.
 
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """
@@ -40,13 +40,13 @@ def initialize(
     init_lora_weights: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Gives the active adapter its first values.
+    """Gives the active adapter its initial values.
 
     Args:
         model: with an adapter that was attached for the same `init_lora_weights`.
-        folder: the base model's files, of which LoftQ reads the original weights.
+        folder: the base model's files; LoftQ reads the original weights.
         init_lora_weights: one of BY_WEIGHTS.
-        on_progress: called with (layers done, layers in all).
+        on_progress: called with (layers done, all layers).
 
     Raises:
         UserError: LoftQ, and the files have no original weights.
@@ -55,8 +55,8 @@ def initialize(
     originals, quantized = split_entries(read_checkpoint_entries(folder)) if init_lora_weights == "loftq" else ({}, {})
     if quantized:
         raise UserError(
-            f"{folder}: is quantised already, so what was lost by it is not known; use the original checkpoint, or "
-            "another lora.init_lora_weights than loftq"
+            f"{folder}: is quantised already, so the 4-bit error is not known; use the original checkpoint, or another "
+            "lora.init_lora_weights than loftq"
         )
     for done, (path, layer, w) in enumerate(layers, start=1):
         matrix = dense = dense_weight(layer.base, torch.float32)
@@ -69,7 +69,7 @@ def initialize(
             if w.initial_A is not None and w.initial_B is not None:
                 w.initial_A.copy_(w.lora_A)
                 w.initial_B.copy_(-w.lora_B)
-            elif w.lora_magnitude_vector is not None:  # with DoRA c is 1 at the start, here where B is not 0
+            elif w.lora_magnitude_vector is not None:  # DoRA's c is 1 at the start, also where B is not 0
                 merged = torch.addmm(dense, w.lora_B, w.lora_A, alpha=w.scaling)
                 w.lora_magnitude_vector.copy_(torch.linalg.vector_norm(merged, dim=1))
         if on_progress is not None:
@@ -77,13 +77,13 @@ def initialize(
 
 
 def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) float64 whose product B A is the nearest to `matrix` (out, in) of rank R.
+    """A (R, in) and B (out, R) float64: B A is the best approximation of rank R of `matrix` (out, in).
 
     Raises:
         UserError: R is larger than the matrix.
     """
     if r > min(matrix.shape):
-        raise UserError(f"lora.r: {r} is more than a weight of {tuple(matrix.shape)} has singular directions; lower it")
+        raise UserError(f"lora.r: {r} is more than the rank of a weight of shape {tuple(matrix.shape)}; lower it")
     wide = matrix.double()
     is_tall = wide.shape[0] > wide.shape[1]
     if is_tall:
@@ -99,9 +99,9 @@ def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """For work that is cut into thousands of small parts, at the end of each of which all threads wait for the slowest.
+    """For work of thousands of small parts, after each of which all threads wait for the slowest.
 
-    Where other programs run too, eigenvectors took twenty times as long on two threads as on one.
+    Beside other programs, eigenvectors took twenty times as long on two threads as on one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

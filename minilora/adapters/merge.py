@@ -1,17 +1,17 @@
-"""An adapter and its base in, one dense checkpoint out that needs neither: what is deployed, or trained further.
+"""An adapter and its base in, one dense checkpoint out that needs neither: to deploy, or to train further.
 
-    original      W' = W + s B A           W as the base model's files have it
-    dequantized   W' = Q(W) + s B A        Q(W) as training saw it, in 4 bits and back, in all projections
+    original      W' = W + s B A           W from the base model's files
+    dequantized   W' = Q(W) + s B A        Q(W) as in training, quantised to 4 bits and dequantised, in all projections
 
 The adapter was trained beside Q(W), so only the second is the model whose accuracy was measured; the first is nearer to
-the base, and often as good. Neither is put in 4 bits again: that would round away much of the small product. Sums are
-taken in float32 and rounded once, to the dtype of the files.
+the base, and often as good. Neither is quantised again: that would round away much of the small product. Sums are
+float32, rounded once to the dtype of the files.
 
-One tensor at a time is read, merged and put into a shard, and a shard is written and forgotten: that, and some float32
-copies of one weight, is all that is held of a model of any size.
+Memory: one shard, and a few float32 copies of one weight, for a model of any size. Tensors are read, merged and added
+to a shard one by one, and a shard is written before the next begins.
 
-The layout is that of Hugging Face: model.safetensors, or model-00001-of-00004.safetensors and so on with an index. A
-tied head is no tensor of its own, so it stays tied.
+The layout is Hugging Face's: model.safetensors, or model-00001-of-00004.safetensors and so on with an index. A tied
+head is not a tensor of its own, so it stays tied.
 """
 
 import shutil
@@ -32,7 +32,8 @@ from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
 from minilora.weights.bnb_checkpoint import COMPANIONS
-from minilora.weights.load import BaseWeights, freed_memory_returned, is_finite, open_weights, read_config
+from minilora.weights.hf_config import read_config
+from minilora.weights.load import BaseWeights, LoadSettings, is_finite, open_weights
 from minilora.weights.safetensors_io import dtype_name
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -42,7 +43,7 @@ FACT = "merged_into"  # in the manifest of a folder that holds a merged model
 
 @dataclass(frozen=True)
 class Merge:
-    """A base model and an adapter, each tensor of which can be merged when it is asked for.
+    """A base model and an adapter, whose tensors are merged one by one on request.
 
     Attributes:
         base: the base model's folder.
@@ -63,11 +64,11 @@ class Merge:
         """What the adapter can be merged into: ORIGINAL, DEQUANTIZED or both."""
         if self.weights.quantized:
             return (DEQUANTIZED,)
-        return (ORIGINAL,) if self.weights.quantization == "none" else (DEQUANTIZED, ORIGINAL)
+        return (ORIGINAL,) if self.weights.settings.quantization == "none" else (DEQUANTIZED, ORIGINAL)
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """What most of the base model's numbers are, whatever its config.json says."""
+        """Dtype of most of the base model's parameters; its config.json may name another."""
         dtype = self.weights.entries["model.embed_tokens.weight"].dtype
         return dtype if dtype in DTYPES.values() else torch.float32
 
@@ -91,7 +92,7 @@ class Merge:
         if quantized is None:
             tensor = self.weights.read(name)
         else:
-            tensor = quantized.dequantize(self.weights.compute_dtype).cpu()
+            tensor = quantized.dequantize(self.weights.settings.compute_dtype).cpu()
         layer = self.layers.get(path)
         if layer is not None and kind == "weight":
             tensor = merged_weight(layer, tensor)
@@ -100,8 +101,8 @@ class Merge:
         tensor = tensor.to(dtype)
         if not is_finite(tensor):
             raise UserError(
-                f"{name}: merged, it has values that {dtype_name(dtype)} cannot hold; choose another --dtype, or an "
-                "adapter from before its run went astray"
+                f"{name}: merged, it has values that {dtype_name(dtype)} cannot represent; choose another --dtype, or "
+                "an adapter from before its run diverged"
             )
         return tensor
 
@@ -111,32 +112,20 @@ class Merge:
         """The model that `load_model` would make of the files in `dtype`, without the files."""
         with torch.device("meta"):
             model = Qwen2ForCausalLM(self.config)
-        with freed_memory_returned():
-            for name in self.shapes:
-                path, _, kind = name.rpartition(".")
-                tensor = self.tensor(name, into, dtype).to(device, compute_dtype)
-                setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=False))
+        for name in self.shapes:
+            path, _, kind = name.rpartition(".")
+            tensor = self.tensor(name, into, dtype).to(device, compute_dtype)
+            setattr(model.get_submodule(path), kind, nn.Parameter(tensor, requires_grad=False))
         return model.eval()
 
 
-def open_merge(
-    base: Path,
-    adapter: Path,
-    compute_dtype: torch.dtype,
-    quantization: str,
-    double_quantization: bool,
-    device: torch.device | str = "cpu",
-    allow_bin: bool = False,
-) -> Merge:
+def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: bool = False) -> Merge:
     """Base and adapter, checked against each other; no weight of the base is read yet.
 
     Args:
         base: folder of the base model.
         adapter: folder of the adapter.
-        compute_dtype: of the run that trained it, as all that follow: they decide the 4-bit weights.
-        quantization: "nf4", "fp4" or "none".
-        double_quantization: scales of the 4-bit blocks in 8 bits.
-        device: where it is quantised.
+        settings: those of the run that trained it, which decide the 4-bit weights.
         allow_bin: see `load_adapter`.
 
     Raises:
@@ -145,24 +134,24 @@ def open_merge(
     config = read_config(base)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
-    weights = open_weights(model, base, compute_dtype, quantization, double_quantization, device)
+    weights = open_weights(model, base, settings)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     load_adapter(model, adapter, allow_bin, device="cpu")
-    return Merge(base, config, weights, dict(iter_lora_layers(model)), shapes)
+    return Merge(base=base, config=config, weights=weights, layers=dict(iter_lora_layers(model)), shapes=shapes)
 
 
 def refuse_variant(merge: Merge, into: str) -> None:
-    """Raises UserError where the adapter cannot be merged `into` that."""
+    """Raises UserError where `into` is not one of the variants."""
     if into in merge.variants:
         return
     if into == ORIGINAL:
         raise UserError(
-            f"{merge.base}: is in 4 bits, its original weights are not there; merge --into {DEQUANTIZED}, or name the "
-            "model that it was made from with --base"
+            f"{merge.base}: is in 4 bits, without its original weights; merge --into {DEQUANTIZED}, or name the model "
+            "that it was made from with --base"
         )
     raise UserError(
-        f"--into {DEQUANTIZED}: the adapter was trained beside weights in full (model.quantization=none); merge --into "
-        f"{ORIGINAL}"
+        f"--into {DEQUANTIZED}: the adapter was trained beside unquantised weights (model.quantization=none); merge "
+        f"--into {ORIGINAL}"
     )
 
 
@@ -174,7 +163,7 @@ def write_merged(
     max_shard_bytes: int,
     on_progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes the merged model, with configuration and tokenizer, as a checkpoint of Hugging Face's layout.
+    """Writes the merged model, with configuration and tokenizer, in Hugging Face's layout.
 
     Args:
         merge: base and adapter.
@@ -197,25 +186,24 @@ def write_merged(
             if (merge.base / name).is_file():
                 shutil.copyfile(merge.base / name, folder / name)
     shards = plan_shards(merge.shapes, dtype, max_shard_bytes)
-    index: dict[str, str] = {}
-    with freed_memory_returned():
-        for number, names in enumerate(shards, start=1):
-            numbered = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = f"model{numbered}.safetensors"
-            tensors = {}
-            for name in names:
-                tensors[name] = merge.tensor(name, into, dtype)
-                if on_progress is not None:
-                    on_progress(1)
-            _save(tensors, folder / file)
-            index |= dict.fromkeys(names, file)
+    file_of: dict[str, str] = {}
+    for index, names in enumerate(shards, start=1):
+        suffix = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{suffix}.safetensors"
+        tensors = {}
+        for name in names:
+            tensors[name] = merge.tensor(name, into, dtype)
+            if on_progress is not None:
+                on_progress(1)
+        _save(tensors, folder / file)
+        file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        content = {"metadata": {"total_size": merge.num_bytes(dtype)}, "weight_map": index}
+        content = {"metadata": {"total_size": merge.num_bytes(dtype)}, "weight_map": file_of}
         write_file(folder / "model.safetensors.index.json", json_bytes(content))
 
 
 def plan_shards(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order, no file larger than `max_bytes` unless by a single tensor."""
+    """Names of the tensors of each file, in order; only a single tensor makes a file larger than `max_bytes`."""
     shards: list[list[str]] = []
     filled = 0
     for name, shape in shapes.items():
@@ -232,19 +220,15 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
             save_file(tensors, path, metadata={"format": "pt"})
-            shutil.copymode(path.with_name("config.json"), path)  # safetensors lets nobody but the owner read it
-    except SafetensorError as error:  # what the library makes of an OSError
+            shutil.copymode(path.with_name("config.json"), path)  # safetensors makes it readable for the owner only
+    except SafetensorError as error:  # the library's wrapper of an OSError
         raise StorageError(
             f"{path}: cannot be written ({error}); make room or mend the disk, and run the same command again"
         ) from None
 
 
 def refuse_output(output: Path) -> None:
-    """Refuses to put a merged model where something else is: only an earlier one may be replaced.
-
-    Raises:
-        UserError: `output` is a file, or a folder that holds anything but a merged model.
-    """
+    """Raises UserError where `output` is anything except a new or empty folder or an earlier merged model."""
     if not output.exists() and not output.is_symlink():
         return
     problem = _other_content(output) if output.is_dir() else "is not a folder"
@@ -253,7 +237,7 @@ def refuse_output(output: Path) -> None:
 
 
 def _other_content(folder: Path) -> str | None:
-    """What a folder holds beside a merged model, None if nothing."""
+    """What a folder holds beside a merged model, or None."""
     names = {path.name for path in folder.iterdir()}
     try:
         manifest = read_manifest(folder)
@@ -266,11 +250,11 @@ def _other_content(folder: Path) -> str | None:
 
 
 def refuse_full_disk(output: Path, num_bytes: int) -> None:
-    """Raises StorageError where `num_bytes` more have no room beside `output`; what stands there stays until then."""
-    place = next(parent for parent in output.parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    """Raises StorageError where `num_bytes` do not fit on the disk; an earlier `output` is replaced only at the end."""
+    folder = next(parent for parent in output.parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise StorageError(
-            f"{output}: {num_bytes:,} bytes are to be written, {free:,} are free in {place}; make room, or choose "
+            f"{output}: {num_bytes:,} bytes are to be written, {free:,} are free in {folder}; make room, or choose "
             "another --output or --dtype"
         )

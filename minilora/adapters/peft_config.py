@@ -1,29 +1,28 @@
-"""adapter_config.json: what an adapter is, as peft writes it down.
+"""adapter_config.json: a `LoraConfig` and the base model that the adapter belongs to, under peft's names.
 
-    r, lora_alpha, lora_dropout, target_modules, use_rslora, rank_pattern, ..., base_model_name_or_path
+    r, lora_alpha, lora_dropout, target_modules, use_rslora, rank_pattern, ..., base_model_name_or_path, revision
 
-Reading is strict where peft only warns or keeps silent. Nothing has a default that would change what the adapter does:
-without `target_modules` peft falls back to q_proj and v_proj and drops the rest of the file, without `lora_alpha` it
-scales by 8 / r.
+Reading is strict where peft warns or is silent. A key that changes what the adapter does has no default: without
+`target_modules` peft falls back to q_proj and v_proj and drops the rest of the file, without `lora_alpha` it scales by
+8 / r.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py.
-Left out: modules_to_save, and what else peft adds to LoRA, refused by name, as is every key that is not known to leave
-the forward pass alone: peft adds some with every release.
+Left out: modules_to_save, and what else peft adds to LoRA. They are refused by name, as is every key that is not known
+to leave the forward pass unchanged: peft adds some with every release.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import torch
-
-from minilora.adapters.attach import DEFAULT, attach, iter_lora_weights
+from minilora.adapters.attach import iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.errors import UserError
-from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import read_json
-from minilora.system.schema import limits, read_fields
+from minilora.system.schema import coerce
 
 # Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.
 NEUTRAL_KEYS = frozenset(
@@ -40,90 +39,73 @@ NEUTRAL_KEYS = frozenset(
         "task_type",
     )
 )
-# What other keys may hold when they are not empty. The other ways to initialize (pissa, olora, corda, loftq, lora_ga)
-# change the base model's weights, so that on the plain base model their adapter is wrong.
+# What other keys may hold when they are not empty. The other initialisations (pissa, olora, corda, loftq, lora_ga)
+# change the base model's weights, so on the unchanged base model their adapter is wrong.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
+REQUIRED_KEYS = ("r", "lora_alpha", "target_modules")
+ADVICE = "without it the adapter would be applied wrongly, so take the file that was written with the weights"
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """The part of adapter_config.json that has a meaning here.
+class BaseModel:
+    """What an adapter belongs to: a folder or a name on the hub, and a revision there."""
 
-    Attributes:
-        r: rank.
-        lora_alpha: the scale is lora_alpha / r.
-        lora_dropout: used in training alone.
-        target_modules: names, or a text: "all-linear" or a regular expression.
-        use_rslora: scale by alpha / sqrt(r).
-        base_model_name_or_path: what the adapter belongs to.
-        revision: of the base model on the hub.
-        layers_to_transform: see `target_modules.py`, like the next three.
-        layers_pattern: what numbered modules are called.
-        rank_pattern: other ranks.
-        alpha_pattern: other alphas.
-        bias: whose biases are trained: none, lora_only (of adapted layers), all.
-        use_dora: see `lora.py`.
-        init_lora_weights: how training begins; a file does not say it, see `read_adapter_config`.
-    """
-
-    r: int = field(metadata=limits(minimum=1, maximum=65_536))
-    lora_alpha: float = field(metadata=limits(above=0, maximum=1e6))
-    lora_dropout: float = field(metadata=limits(minimum=0, maximum=1))
-    target_modules: str | tuple[str, ...]
-    use_rslora: bool
-    base_model_name_or_path: str | None = None
+    name_or_path: str | None = None
     revision: str | None = None
-    layers_to_transform: int | tuple[int, ...] | None = field(default=None, metadata=limits(minimum=0))
-    layers_pattern: str | tuple[str, ...] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=limits(minimum=1, maximum=65_536))
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=limits(above=0, maximum=1e6))
-    bias: Literal["none", "lora_only", "all"] = "none"
-    use_dora: bool = False
-    init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = "kaiming"
 
-    def to_dict(self, model: Qwen2ForCausalLM, portable: bool = False) -> dict[str, Any]:
-        """Content of adapter_config.json for the model's adapter, with keys that every consumer of peft's format knows.
 
-        "all-linear" and regular expressions are written as the names they matched: vLLM and llama.cpp read
-        nothing else. Patterns are written as the paths that they matched, so that their order has no meaning.
-        """
-        weights = {path: w for path, w in iter_lora_weights(model) if w.r}
-        halves = 2 if self.init_lora_weights == "pissa" else 1
-        widened = math.sqrt(halves) if self.use_rslora else halves  # of alpha, lest the scale change with the rank
-        alphas = {path: w.alpha for path, w in weights.items() if w.alpha != self.lora_alpha}
-        return {
-            "alpha_pattern": {} if portable else {path: _number(alpha * widened) for path, alpha in alphas.items()},
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": self.bias,
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "layers_pattern": self.layers_pattern,
-            "layers_to_transform": self.layers_to_transform,
-            "lora_alpha": self.r * halves if portable else _number(self.lora_alpha * widened),
-            "lora_dropout": self.lora_dropout,
-            "modules_to_save": None,
-            "peft_type": "LORA",
-            "r": self.r * halves,
-            "rank_pattern": {path: w.r * halves for path, w in weights.items() if w.r != self.r},
-            "revision": self.revision,
-            "target_modules": _target_names(self.target_modules, list(weights)),
-            "task_type": "CAUSAL_LM",
-            "use_dora": self.use_dora,
-            "use_rslora": self.use_rslora and not portable,
-        }
+# peft's keys of the fields whose names differ.
+PEFT_KEYS = {"alpha": "lora_alpha", "dropout": "lora_dropout", "name_or_path": "base_model_name_or_path"}
+T = TypeVar("T", LoraConfig, BaseModel)
+
+
+def to_peft(
+    lora_config: LoraConfig, base: BaseModel, model: Qwen2ForCausalLM, portable: bool = False
+) -> dict[str, Any]:
+    """Content of adapter_config.json for the model's active adapter, with keys that every reader of the format knows.
+
+    "all-linear" and regular expressions are written as the names that they matched: vLLM and llama.cpp read nothing
+    else. Patterns are written as the paths that they matched, so their order has no meaning. A PiSSA adapter has twice
+    the rank (`qlora/lora.py`), and alpha grows with it so that the scale stays the same. `portable`: see
+    `peft_files.adapter_files`.
+    """
+    weights = {path: w for path, w in iter_lora_weights(model) if w.r}
+    halves = 2 if lora_config.init_lora_weights == "pissa" else 1
+    widened = math.sqrt(halves) if lora_config.use_rslora else halves
+    alphas = {path: w.alpha for path, w in weights.items() if w.alpha != lora_config.alpha}
+    return {
+        "alpha_pattern": {} if portable else {path: _number(alpha * widened) for path, alpha in alphas.items()},
+        PEFT_KEYS["name_or_path"]: base.name_or_path,
+        "bias": lora_config.bias,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": lora_config.layers_pattern,
+        "layers_to_transform": lora_config.layers_to_transform,
+        PEFT_KEYS["alpha"]: lora_config.r * halves if portable else _number(lora_config.alpha * widened),
+        PEFT_KEYS["dropout"]: lora_config.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": lora_config.r * halves,
+        "rank_pattern": {path: w.r * halves for path, w in weights.items() if w.r != lora_config.r},
+        "revision": base.revision,
+        "target_modules": _target_names(lora_config.target_modules, list(weights)),
+        "task_type": "CAUSAL_LM",
+        "use_dora": lora_config.use_dora,
+        "use_rslora": lora_config.use_rslora and not portable,
+    }
 
 
 def _number(value: float) -> float:
-    """As JSON shows it best: 16, and not 16.0."""
+    """16.0 as 16, which is how peft writes it."""
     return int(value) if value == int(value) else value
 
 
-def _target_names(target_modules: str | tuple[str, ...], matched_paths: list[str]) -> list[str]:
-    """What the adapter covers, as names: short where all layers have it, whole paths where only some do."""
+def _target_names(target_modules: str | list[str], matched_paths: list[str]) -> list[str]:
+    """The adapted layers: short names where all layers have them, whole paths where only some do."""
     if not isinstance(target_modules, str):
         return sorted(set(target_modules))
     if target_modules == "all-linear":
@@ -131,65 +113,54 @@ def _target_names(target_modules: str | tuple[str, ...], matched_paths: list[str
     return sorted(matched_paths)
 
 
-def read_adapter_config(folder: Path) -> AdapterConfig:
-    """What adapter_config.json says, its own or peft's.
+def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
+    """What adapter_config.json says, written by minilora or by peft.
 
     Raises:
-        UserError: a key is missing or impossible, or the adapter is of a kind that is not applied here in full.
+        UserError: a key is missing or impossible, or the adapter is of a kind that cannot be applied exactly.
     """
     path = folder / "adapter_config.json"
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
+    _refuse_other_kinds(content, path)
+    given = {"lora_dropout": 0.0}
+    given |= {name: value for name, value in content.items() if value is not None and name not in PLAIN_VALUES}
+    missing = [name for name in REQUIRED_KEYS if name not in given]
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(missing)}; {ADVICE}")
+    return _take(LoraConfig, given, path), _take(BaseModel, given, path)
+
+
+def _refuse_other_kinds(content: Mapping[str, Any], path: Path) -> None:
     if content.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type is {content.get('peft_type')!r}, expected 'LORA'; give a LoRA adapter")
     if content.get("modules_to_save"):
         raise UserError(
-            f"{path}: modules_to_save is {content['modules_to_save']!r}, whole modules trained beside the adapter; all "
-            "of the base is frozen here, also head and embedding, which in small models are one matrix; train without "
-            "it, or merge the adapter with peft and use the merged model"
+            f"{path}: modules_to_save is {content['modules_to_save']!r}, whole modules trained beside the adapter; the "
+            "base is frozen here, also head and embedding, which in small models are one matrix; train without it, or "
+            "merge the adapter with peft and use the merged model"
         )
-    known = {item.name for item in fields(AdapterConfig)} - PLAIN_VALUES.keys()
-    for name in sorted(set(content) - known - NEUTRAL_KEYS):
+    known = {PEFT_KEYS.get(item.name, item.name) for kind in (LoraConfig, BaseModel) for item in fields(kind)}
+    for name in sorted(set(content) - (known - PLAIN_VALUES.keys()) - NEUTRAL_KEYS):
         value = content[name]
         if value and value not in PLAIN_VALUES.get(name, ()):
             raise UserError(
                 f"{path}: {name} is {value!r}, which is more than plain LoRA and would be applied wrongly; train "
                 "without it, or convert the adapter with peft"
             )
-    given = {name: value for name, value in content.items() if value is not None and name not in PLAIN_VALUES}
-    return read_fields(
-        AdapterConfig,
-        {"lora_dropout": 0.0, "use_rslora": False, **given},
-        str(path),
-        "without it the adapter would be applied wrongly, so take the file that was written with the weights",
-    )
 
 
-def attach_adapter(
-    model: Qwen2ForCausalLM,
-    config: AdapterConfig,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    name: str = DEFAULT,
-) -> DropoutSeed:
-    """`attach.attach` with the values of an `AdapterConfig`."""
-    targets = config.target_modules
-    return attach(
-        model,
-        r=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=config.use_rslora,
-        seed=seed,
-        device=device,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        bias=config.bias,
-        use_dora=config.use_dora,
-        init_lora_weights=config.init_lora_weights,
-        name=name,
-    )
+def _take(kind: type[T], given: Mapping[str, Any], path: Path) -> T:
+    """The dataclass `kind` from the keys that peft gives its fields."""
+    values, problems = {}, []
+    for item in fields(kind):
+        key = PEFT_KEYS.get(item.name, item.name)
+        if key in given:
+            try:
+                values[item.name] = coerce(given[key], item)
+            except ValueError as error:
+                problems.append(f"{key} is {given[key]!r}, expected {error}")
+    if problems:
+        raise UserError(f"{path}: {', '.join(problems)}; {ADVICE}")
+    return kind(**values)

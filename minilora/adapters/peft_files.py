@@ -7,10 +7,9 @@
                                 base_model.model.{path}.base_layer.bias         (out,)   with a trained bias
                                 base_model.model.{path}.bias                    (out,)   of a layer without A and B
 
-Only what was trained goes in: no head, no embedding, no base weight. A PiSSA adapter is written as the plain LoRA of
-twice the rank that it is (`lora.py`), so that it fits everybody's base model. Keys and target modules are sorted, so
-equal runs give equal bytes. Reading is strict where peft only warns: every tensor of the file has a slot, and every
-slot a tensor.
+The file holds trained parameters only: no head, no embedding, no base weight. A PiSSA adapter is plain LoRA of twice
+the rank (`qlora/lora.py`) and is written so, which fits the unchanged base model. Keys and target modules are sorted,
+so equal runs give equal bytes. Reading is strict where peft only warns: tensors and parameters must correspond.
 
 Source: peft 0.21, src/peft/utils/save_and_load.py (behaviour, tests/parity/test_adapter.py).
 """
@@ -22,8 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from minilora.adapters.attach import DEFAULT, active_adapter, iter_lora_weights, remove_adapter, set_adapter
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter, read_adapter_config
+from minilora.adapters.attach import DEFAULT, active_adapter, attach, iter_lora_weights, remove_adapter, set_adapter
+from minilora.adapters.peft_config import BaseModel, read_adapter_config, to_peft
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -36,7 +36,8 @@ KEY_PREFIX = "base_model.model."
 
 def adapter_files(
     model: Qwen2ForCausalLM,
-    config: AdapterConfig,
+    lora_config: LoraConfig,
+    base: BaseModel,
     save_format: str = "safetensors",
     save_dtype: torch.dtype = torch.float32,
     portable: bool = False,
@@ -45,20 +46,15 @@ def adapter_files(
 
     Args:
         model: with LoRA layers.
-        config: how it was attached.
-        save_format: "safetensors", or "bin" for tools that read adapter_model.bin alone.
+        lora_config: how it was attached.
+        base: what it belongs to.
+        save_format: "safetensors", or "bin" for tools that read adapter_model.bin only.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
         portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
             alpha_pattern.
     """
-    content = config.to_dict(model, portable)
-    tensors = {}
-    for path, w in iter_lora_weights(model):
-        for key, value in _named_tensors(path, w).items():
-            if portable and key.endswith("lora_B.weight"):
-                value = value * (w.scaling * value.shape[1] / content["lora_alpha"])
-            tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
-    tensors = dict(sorted(tensors.items()))
+    content = to_peft(lora_config, base, model, portable)
+    tensors = adapter_tensors(model, save_dtype, content["lora_alpha"] if portable else None)
     yield "adapter_config.json", json_bytes(content)
     if save_format == "bin":
         buffer = io.BytesIO()
@@ -68,8 +64,27 @@ def adapter_files(
         yield "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
 
 
+def adapter_tensors(
+    model: Qwen2ForCausalLM, save_dtype: torch.dtype = torch.float32, portable_alpha: float | None = None
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as the file has them, by sorted key, on the CPU.
+
+    Args:
+        model: with LoRA layers.
+        save_dtype: of the tensors.
+        portable_alpha: `lora_alpha` of a portable adapter, whose B has the rest of the scale in it.
+    """
+    tensors = {}
+    for path, w in iter_lora_weights(model):
+        for key, value in _named_tensors(path, w).items():
+            if portable_alpha is not None and key.endswith("lora_B.weight"):
+                value = value * (w.scaling * value.shape[1] / portable_alpha)
+            tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
+    return dict(sorted(tensors.items()))
+
+
 def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
-    """What one layer has in the file, by key."""
+    """Tensors of one layer by their key in the file."""
     a, b = w.factors()
     named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
     if w.lora_magnitude_vector is not None:
@@ -80,7 +95,7 @@ def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
 
 
 def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
-    """Puts one tensor of the file in its place; of a PiSSA adapter's A and B the second half is the frozen one."""
+    """Copies one tensor of the file into the layer; of a PiSSA adapter's A and B the second half is the frozen one."""
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
         name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
         halves = value.split(w.r, dim=dim)
@@ -93,10 +108,10 @@ def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
         slot.copy_(value)
 
 
-def save_adapter(model: Qwen2ForCausalLM, folder: Path, config: AdapterConfig) -> None:
-    """Writes `adapter_files` into `folder`, which is made if needed; in a run they go through `write_folder`."""
+def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
+    """Writes `adapter_files` into `folder`, which is created if needed; a run uses `write_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(model, config):
+    for name, content in adapter_files(model, lora_config, base):
         write_file(folder / name, content)
 
 
@@ -106,25 +121,27 @@ def load_adapter(
     allow_bin: bool = False,
     device: torch.device | str | None = None,
     name: str = DEFAULT,
-) -> AdapterConfig:
+    is_verified: bool = False,
+) -> LoraConfig:
     """Attaches the adapter in `folder` to `model` and makes it the active one.
 
     Args:
         model: the base, with or without other adapters.
-        folder: with the adapter's two files, and maybe a manifest.
+        folder: with the adapter's two files, verified where there is a manifest.
         allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
             reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
         device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
         name: of the adapter in the model; one of the same name is replaced.
+        is_verified: the caller has compared the folder with its manifest, which hashes it.
 
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
-    config = read_adapter_config(folder)
-    path, tensors = _read_adapter_tensors(folder, allow_bin)
+    lora_config, _ = read_adapter_config(folder)
+    path, tensors = read_adapter_tensors(folder, allow_bin, is_verified)
     before = active_adapter(model)
     try:
-        attach_adapter(model, config, device=device, name=name)
+        attach(model, lora_config, device=device, name=name)
     except UserError as error:
         raise UserError(f"{folder / 'adapter_config.json'}: {error}") from None
     try:
@@ -133,11 +150,11 @@ def load_adapter(
         remove_adapter(model, name)
         set_adapter(model, None if before == name else before)
         raise
-    return config
+    return lora_config
 
 
 def damage_of_adapter(folder: Path) -> str | None:
-    """What is wrong with an adapter's folder by its manifest, None if nothing is. A README.md may be edited."""
+    """What differs from the manifest of an adapter's folder, or None. README.md may be edited."""
     try:
         names = [name for name in read_manifest(folder)["files"] if name != "README.md"]
     except UserError as error:
@@ -145,25 +162,26 @@ def damage_of_adapter(folder: Path) -> str | None:
     return verify_folder(folder, names)
 
 
-def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
+def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: bool = False) -> None:
     """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
 
     Args:
         model: with LoRA layers.
         folder: with the adapter's two files; where it has a manifest, they are verified first.
+        is_verified: the caller has done that, and nothing is hashed.
 
     Raises:
         UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
-    _fill(model, *_read_adapter_tensors(folder, allow_bin=False))
+    _fill(model, *read_adapter_tensors(folder, is_verified=is_verified))
 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts the tensors that `path` held into the LoRA layers, all of them or none."""
-    places = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
-    slots = {key: slot for key, (_, slot) in places.items()}
+    """Copies the tensors of the file `path` into the LoRA layers, all of them or none."""
+    owners = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
+    slots = {key: slot for key, (_, slot) in owners.items()}
     problems = [f"{name}: missing from the file" for name in sorted(set(slots) - set(tensors))]
-    problems += [f"{name}: has no place in the model" for name in sorted(set(tensors) - set(slots))]
+    problems += [f"{name}: unknown to the model" for name in sorted(set(tensors) - set(slots))]
     for name in sorted(set(tensors) & set(slots)):
         if tensors[name].shape != slots[name].shape:
             expected = tuple(slots[name].shape)
@@ -175,18 +193,21 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
         elif not torch.isfinite(tensors[name]).all():
             problems.append(f"{name}: holds NaN or infinite values")
     if problems:
-        # The first and the last few: with a wrong prefix all slots are missing, and only the extra names show it.
+        # The first and the last few: with a wrong prefix all are missing, and only the unknown names show it.
         shown = (
             problems if len(problems) <= 10 else [*problems[:5], f"... {len(problems) - 10} more ...", *problems[-5:]]
         )
         lines = "\n  ".join(shown)
         raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {lines}")
     with torch.no_grad():
-        for name, (w, _) in places.items():
+        for name, (w, _) in owners.items():
             _put(w, name, tensors[name])
 
 
-def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+def read_adapter_tensors(
+    folder: Path, allow_bin: bool = False, is_verified: bool = False
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The adapter's file and its tensors by key; see `load_adapter`."""
     path, binary = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not path.is_file():
         if not binary.is_file():
@@ -197,7 +218,7 @@ def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str
                 "read it with --allow-bin if you trust whoever made it"
             )
         path = binary
-    if (folder / MANIFEST).is_file():
+    if not is_verified and (folder / MANIFEST).is_file():
         problem = damage_of_adapter(folder)
         if problem is not None:
             raise UserError(f"{folder}: is damaged ({problem}); take another copy of it")

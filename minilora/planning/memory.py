@@ -32,7 +32,7 @@ from minilora.qlora.batch import MAX_GROUP_SCORES
 from minilora.qlora.loss import CHUNK_POSITIONS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
-from minilora.weights.load import LARGEST_IN_HEAP
+from minilora.system.process import LARGEST_IN_HEAP
 from minilora.weights.safetensors_io import dtype_name
 
 KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes

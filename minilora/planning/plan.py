@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.peft_config import attach_adapter
-from minilora.build import adapter_config, build_prompt, choose_device, choose_dtype, read_split
+from minilora.adapters.attach import attach
+from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_into_micro_batches
@@ -19,7 +19,7 @@ from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.bnb_checkpoint import unquantized_projections
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
 
 ANSWER_TOKENS = 2  # a label word and <|im_end|>
@@ -118,7 +118,7 @@ def count_config(config: Config, architecture: Qwen2Config, folder: Path | None 
     """
     with torch.device("meta"):
         model = Qwen2ForCausalLM(architecture)
-        attach_adapter(model, adapter_config(config))
+        attach(model, config.lora)
     return count_parameters(model, () if folder is None else unquantized_projections(folder))
 
 

@@ -24,95 +24,39 @@ Left out, with an error that says so: sliding-window attention, scaled rotary em
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.errors import UserError
 from minilora.qlora import ops
 from minilora.qlora.batch import HeadGroup, MicroBatch, SegmentGroup, pack_segments, split_heads
 from minilora.qlora.checkpointing import checkpoint_layer
 from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.lora import Recompute, linear_layers
-from minilora.system.schema import limits, read_fields
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """The fields of config.json that the model reads, under their own names."""
+    """The fields of config.json that the model reads, under their own names; `weights/hf_config.py` checks them."""
 
-    # The upper limits are a hundred times the largest Qwen2.5: a mistyped size is named, and takes no memory first.
-    vocab_size: int = field(metadata=limits(minimum=1, maximum=10_000_000))
-    hidden_size: int = field(metadata=limits(minimum=1, maximum=1_000_000))
-    intermediate_size: int = field(metadata=limits(minimum=1, maximum=3_000_000))
-    num_hidden_layers: int = field(metadata=limits(minimum=1, maximum=8_000))
-    num_attention_heads: int = field(metadata=limits(minimum=1))
-    num_key_value_heads: int = field(metadata=limits(minimum=1))
-    rms_norm_eps: float = field(metadata=limits(above=0))
-    rope_theta: float = field(metadata=limits(above=0))
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
     tie_word_embeddings: bool = False
-    max_position_embeddings: int | None = field(default=None, metadata=limits(minimum=1))
+    max_position_embeddings: int | None = None
 
     @property
     def head_dim(self) -> int:
         """D: Qwen2.5 always splits hidden_size evenly."""
         return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_dict(cls, content: Any, where: str = "config.json") -> "Qwen2Config":
-        """Reads either dialect: `rope_theta` at the top, or in `rope_parameters` as transformers 5 writes it.
-
-        Nothing has a default but what Hugging Face's own files may leave out (tied: false).
-
-        Raises:
-            UserError: another architecture, a missing or impossible field, or something that the model does not do.
-        """
-        if not isinstance(content, dict):
-            raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
-        if content.get("model_type") != "qwen2":
-            raise UserError(
-                f"{where}: model_type is {content.get('model_type')!r}, expected 'qwen2'; "
-                "minilora trains the dense Qwen2.5 models"
-            )
-        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{where}: rope scaling is {rope!r}, expected an object; download it again")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        unsupported = {
-            "use_sliding_window": (content.get("use_sliding_window", False), False),
-            "hidden_act": (content.get("hidden_act", "silu"), "silu"),
-            "rope scaling": (rope_type, "default"),
-        }
-        for name, (found, expected) in unsupported.items():
-            if found != expected:
-                raise UserError(f"{where}: {name} is {found!r}, only {expected!r} is supported; use a model without it")
-        layer_types = content.get("layer_types") or []
-        if not isinstance(layer_types, list) or any(name != "full_attention" for name in layer_types):
-            raise UserError(
-                f"{where}: layer_types is {layer_types!r}, only a list of 'full_attention' is supported; "
-                "use another model"
-            )
-        config = read_fields(
-            cls,
-            {"rope_theta": rope.get("rope_theta"), **content},
-            where,
-            "download config.json of the model again",
-        )
-        if config.hidden_size % config.num_attention_heads or config.head_dim % 2:
-            raise UserError(
-                f"{where}: hidden_size {config.hidden_size} does not divide into "
-                f"{config.num_attention_heads} heads of even size; the file is not a Qwen2.5 configuration"
-            )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise UserError(
-                f"{where}: {config.num_attention_heads} query heads cannot share "
-                f"{config.num_key_value_heads} key/value heads evenly; the file is not a Qwen2.5 configuration"
-            )
-        return config
 
 
 class RMSNorm(nn.Module):

@@ -1,6 +1,6 @@
 """Checkpoints whose projections are in 4 bits already, in the layout of transformers and bitsandbytes.
 
-    {layer}.weight                                (out * in / 2, 1) uint8, two codes a byte; these bytes as any STORAGE
+    {layer}.weight                                (out * in / 2, 1) uint8, two codes a byte; or these bytes as a float
     {layer}.weight.absmax                         (blocks,) float32; with double quantisation their uint8 codes
     {layer}.weight.quant_map                      (16,) float32, the levels
     {layer}.weight.nested_absmax                  (blocks / 256 rounded up,) float32     with double quantisation
@@ -9,9 +9,9 @@
 
 The `-bnb-4bit` repositories of the hub are of this kind. They load in a second, because nothing is left to quantise; a
 4-bit copy written here (`model.quantized_cache`, `scripts/quantize.py`) is one too, and transformers opens it. A
-projection that such a checkpoint holds in full, as its `llm_int8_skip_modules` say, stays in full. A head in 4 bits,
-which transformers makes where those name other modules and not the head, is held in full here: all of it is read for
-every supervised row, and it is dequantised once.
+projection that such a checkpoint holds unquantised, as its `llm_int8_skip_modules` say, stays so. A head in 4 bits,
+which transformers makes where those name other modules and not the head, is dequantised once: the loss reads all of it
+for every supervised position.
 
 Source: bitsandbytes 0.50.2, QuantState.as_dict; transformers 5.23, quantizer_bnb_4bit.
 """
@@ -55,14 +55,14 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 @dataclass(frozen=True)
 class QuantizedEntry:
-    """Where a 4-bit weight stands, and what its JSON says of it.
+    """Where a 4-bit weight is stored, and what its JSON says of it.
 
     Attributes:
         name: of the weight.
         quant_type: "nf4" or "fp4".
         shape: (out, in) of the dense weight.
         offset: mean of the scales; None without double quantisation.
-        parts: packed, and those of PARTS that it has.
+        parts: "packed", and those of PARTS that it has.
     """
 
     name: str
@@ -102,7 +102,7 @@ def is_quantized(folder: Path) -> bool:
 
 
 def unquantized_projections(folder: Path) -> list[str]:
-    """Names of the projections' weights that a checkpoint in 4 bits holds in full; none where it holds no 4 bits."""
+    """Names of the projections' weights that a checkpoint in 4 bits holds unquantised; none of another checkpoint."""
     if not read_json(folder / "config.json").get("quantization_config"):
         return []
     dense, quantized = split_entries(read_checkpoint_entries(folder))
@@ -110,7 +110,7 @@ def unquantized_projections(folder: Path) -> list[str]:
 
 
 def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], dict[str, QuantizedEntry]]:
-    """A checkpoint's tensors that are held in full, and its 4-bit weights, by name.
+    """A checkpoint's unquantised tensors and its 4-bit weights, by name.
 
     Raises:
         UserError: a 4-bit weight is incomplete, or of a kind that `nf4.py` does not compute with.
@@ -125,7 +125,8 @@ def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorE
         parts = {part: dense.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in dense}
         if name in dense:
             parts["packed"] = dense.pop(name)
-        quantized[name] = _check(name, quant_type, _read_state(state_name, state_entry), parts, state_entry.path)
+        state = _read_state(state_name, state_entry)
+        quantized[name] = _check(name, quant_type, state, parts=parts, path=state_entry.path)
     return dense, quantized
 
 
@@ -140,9 +141,9 @@ def _read_state(name: str, entry: TensorEntry) -> dict[str, Any]:
 
 
 def _check(
-    name: str, quant_type: str, state: dict[str, Any], parts: dict[str, TensorEntry], path: Path
+    name: str, quant_type: str, state: dict[str, Any], *, parts: dict[str, TensorEntry], path: Path
 ) -> QuantizedEntry:
-    """The entry, if `parts` are all that its state asks for, in the sizes that `nf4.py` computes with."""
+    """The entry, if `parts` are all that `state` asks for, in the sizes that `nf4.py` computes with."""
     shape, offset = state.get("shape"), state.get("nested_offset")
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise UserError(f"{path}: {name} has the shape {shape!r}, expected [out, in]; download the file again")
@@ -164,7 +165,7 @@ def _check(
         f"{key} is {state.get(key)!r}, expected {value!r}" for key, value in sizes.items() if state.get(key) != value
     ]
     if offset is not None and not (type(offset) in (int, float) and math.isfinite(offset)):
-        problems.append(f"nested_offset is {offset!r}, expected a number")
+        problems.append(f"nested_offset is {offset!r}, expected a finite number")
     for part in sorted(expected.keys() | parts.keys()):
         found = (tuple(parts[part].shape), parts[part].dtype) if part in parts else None
         if found != expected.get(part):
@@ -173,20 +174,26 @@ def _check(
         raise UserError(
             f"{path}: {name} is a 4-bit weight that cannot be used: {'; '.join(problems)}; use the original checkpoint"
         )
-    return QuantizedEntry(name, quant_type, torch.Size(shape), offset if offset is None else float(offset), parts)
+    return QuantizedEntry(
+        name=name,
+        quant_type=quant_type,
+        shape=torch.Size(shape),
+        offset=None if offset is None else float(offset),
+        parts=parts,
+    )
 
 
 def write_quantized(model: Qwen2ForCausalLM, source: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """`save_quantized` as a folder that is there as a whole, with a manifest, or not at all.
+    """`save_quantized` as an atomic write with a manifest: afterwards the folder is complete or as it was before.
 
     Args:
         model: as for `save_quantized`, like `source`.
         source: the checkpoint that it was loaded from.
-        target: the folder; what stood there is replaced.
-        facts: what else the manifest says.
+        target: the folder, which is replaced.
+        facts: entries of the manifest beside the checksums.
 
     Raises:
-        StorageError: it could not be written; what stood at `target` stays.
+        StorageError: it could not be written.
     """
     temporary = target.with_name(WRITING + target.name)
     try:
@@ -234,10 +241,10 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
         "bnb_4bit_use_double_quant": weight.offset is not None,
         "bnb_4bit_compute_dtype": dtype_name(compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", *dense] if dense else None,  # null: the head alone
+        "llm_int8_skip_modules": ["lm_head", *dense] if dense else None,  # null: only the head
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8", newline="\n")
-    # safetensors lets nobody but the owner read it
+    # safetensors makes it readable by the owner only
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
@@ -252,10 +259,13 @@ def _named_parts(weight: QuantizedTensor, compute_dtype: torch.dtype) -> Iterato
     yield "weight.absmax", weight.absmax
     yield "weight.quant_map", torch.tensor(LEVELS[weight.quant_type])
     if weight.offset is not None:
-        assert weight.nested_absmax is not None  # the three come together
+        assert weight.nested_absmax is not None  # the three belong together
         assert weight.nested_code is not None
         yield "weight.nested_absmax", weight.nested_absmax
-        yield "weight.nested_quant_map", weight.nested_code.clone()  # one tensor for all weights, which a file cannot
+        yield (
+            "weight.nested_quant_map",
+            weight.nested_code.clone(),
+        )  # shared by all weights, which a file cannot express
         state |= {
             "nested_blocksize": ABSMAX_BLOCK_SIZE,
             "nested_dtype": "float32",

@@ -1,13 +1,13 @@
 """A dense Qwen2.5 checkpoint in, one GGUF file for llama.cpp and what is built on it out.
 
-A GGUF file is a table of metadata, then the tensors: all that llama.cpp knows of a model, its tokenizer and its chat
-template too. The `gguf` package, llama.cpp's own, writes the format, names the tensors and rounds to 8 bits; here is
-what is Qwen2's: which metadata the architecture asks for, and how its vocabulary is laid out.
+A GGUF file is a table of metadata, then the tensors: all that llama.cpp knows of a model, with its tokenizer and chat
+template. The `gguf` package, llama.cpp's own, writes the format, names the tensors and rounds to 8 bits; here is what
+is specific to Qwen2: which metadata the architecture needs, and how its vocabulary is laid out.
 
-    f32, f16, bf16    the numbers, in that type
-    q8_0              8 bits and a float16 scale for every 32 numbers of a row
+    f32, f16, bf16    the values in that type
+    q8_0              8 bits a value and a float16 scale for every 32 values of a row
 
-Norms and biases stay in float32, as llama.cpp wants them. A tied head is left out: llama.cpp takes the embedding.
+Norms and biases stay in float32, as llama.cpp expects them. A tied head is left out: llama.cpp takes the embedding.
 
 Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2.
 """
@@ -23,11 +23,11 @@ from tokenizers import Tokenizer
 
 from minilora.errors import UserError
 from minilora.system.files import storage_errors
-from minilora.weights.load import read_config
+from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
-CHUNK = 1 << 24  # numbers that are converted at a time
+CHUNK = 1 << 24  # values that are converted at a time
 
 
 def import_gguf() -> Any:
@@ -44,13 +44,13 @@ def import_gguf() -> Any:
 
 
 def check_gguf(checkpoint: Path) -> None:
-    """Raises UserError for what `write_gguf` would lack, before anything else is computed."""
+    """Raises UserError for what `write_gguf` would lack, before anything is computed."""
     import_gguf()
     _context_length(checkpoint)
 
 
 def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
-    """Size of the tensors in a GGUF file of `kind`; some megabytes of vocabulary come to it."""
+    """Size of the tensors in a GGUF file of `kind`; the vocabulary adds some megabytes."""
     return sum(math.prod(_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
 
 
@@ -75,10 +75,16 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
         try:
             for key, entry in entries.items():
-                kept_as = _type_of(entry.shape, kind)
-                shape = _byte_shape(entry.shape, kept_as)
+                tensor_type = _type_of(entry.shape, kind)
+                shape = _byte_shape(entry.shape, tensor_type)
                 short = names.get_name(key, try_suffixes=(".weight", ".bias"))
-                writer.add_tensor_info(short, shape, np.dtype(np.uint8), math.prod(shape), kept_as)
+                writer.add_tensor_info(
+                    name=short,
+                    tensor_shape=shape,
+                    tensor_dtype=np.dtype(np.uint8),
+                    tensor_nbytes=math.prod(shape),
+                    raw_dtype=tensor_type,
+                )
             _add_metadata(writer, checkpoint, kind, name)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -90,7 +96,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
 
 
 def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
-    """All that llama.cpp reads of a qwen2 model beside its tensors."""
+    """What llama.cpp reads of a qwen2 model beside its tensors."""
     gguf = import_gguf()
     config, context_length = read_config(checkpoint), _context_length(checkpoint)
     writer.add_type("model")
@@ -107,8 +113,8 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     tokens, types = zip(*_iter_tokens(checkpoint, config.vocab_size), strict=True)
-    writer.add_tokenizer_model("gpt2")  # byte-level merges
-    writer.add_tokenizer_pre("qwen2")  # the pattern that text is split by before them
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre("qwen2")  # its pre-tokenizer's pattern
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=config.vocab_size)
@@ -127,7 +133,7 @@ def _context_length(checkpoint: Path) -> int:
 
 
 def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:
-    """Text and type of every id, in order; rows of the embedding that no token has are unused ones."""
+    """Text and type of every id, in order; an id of the embedding without a token is an unused one."""
     kinds = import_gguf().TokenType
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     by_id = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -138,13 +144,13 @@ def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]
             yield f"[PAD{token_id}]", kinds.UNUSED
         elif token_id not in added:
             yield text, kinds.NORMAL
-        else:  # Qwen's file marks <|fim_prefix|> and others as ordinary; no text may become them
+        else:  # Qwen's file marks <|fim_prefix|> and others as not special; no text may be encoded as them
             is_control = added[token_id].special or (text.startswith("<|") and text.endswith("|>"))
             yield text, kinds.CONTROL if is_control else kinds.USER_DEFINED
 
 
 def _type_of(shape: torch.Size, kind: str) -> Any:
-    """The type that a tensor is written in: float32 with one axis, float16 where a row has no whole blocks."""
+    """The type that a tensor is written in: float32 with one axis, float16 where blocks do not divide a row."""
     gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
@@ -152,20 +158,20 @@ def _type_of(shape: torch.Size, kind: str) -> Any:
     return chosen if shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _byte_shape(shape: torch.Size, kept_as: Any) -> tuple[int, ...]:
-    """`shape` with the bytes of a row in place of its numbers."""
-    return tuple(import_gguf().quant_shape_to_byte_shape(shape, kept_as))
+def _byte_shape(shape: torch.Size, tensor_type: Any) -> tuple[int, ...]:
+    """`shape`, its last axis counted in bytes."""
+    return tuple(import_gguf().quant_shape_to_byte_shape(shape, tensor_type))
 
 
-def _convert(key: str, tensor: torch.Tensor, kept_as: Any) -> np.ndarray:
-    """The tensor in the type `kept_as`: (rows, bytes of a row) uint8."""
+def _convert(key: str, tensor: torch.Tensor, tensor_type: Any) -> np.ndarray:
+    """The tensor in `tensor_type`: (rows, bytes of a row) uint8."""
     gguf = import_gguf()
     matrix = tensor.view(-1, tensor.shape[-1])
-    data = np.empty(_byte_shape(matrix.shape, kept_as), np.uint8)
+    data = np.empty(_byte_shape(matrix.shape, tensor_type), np.uint8)
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, len(matrix), step):
         piece = matrix[start : start + step].float()
-        if kept_as == gguf.GGMLQuantizationType.F16 and piece.abs().max() > torch.finfo(torch.float16).max:
+        if tensor_type == gguf.GGMLQuantizationType.F16 and piece.abs().max() > torch.finfo(torch.float16).max:
             raise UserError(f"{key}: has values that float16 cannot hold; write --gguf bf16 or f32")
-        data[start : start + step] = gguf.quantize(piece.numpy(), kept_as).view(np.uint8)
+        data[start : start + step] = gguf.quantize(piece.numpy(), tensor_type).view(np.uint8)
     return data

@@ -1,41 +1,52 @@
 """config.json and safetensors in, a model out: tensor by tensor, quantised on arrival, strict both ways.
 
-The model is built on PyTorch's meta device, where a tensor is a shape without memory. Then one tensor at a
-time is read into a buffer of its own, checked, converted, put in its place, and the buffer is forgotten: the
-peak is the finished model plus its largest tensor. (The C library keeps what it was given back, unless it is told
-to take large buffers from the system one by one: without that the peak was seen to double.)
+The model is built on PyTorch's meta device, where a tensor is a shape without memory. Then one tensor at a time is read
+into a buffer of its own, checked, converted and put in its place. The buffer is freed and the heap trimmed, so the peak
+is the finished model plus a few copies of its largest projection: 0.74 GB for Qwen2.5-0.5B in NF4, of which Python and
+PyTorch are 0.24.
 
-Every tensor of the file must have a place in the model and every place must be filled. The exceptions are
-stated by the format: a tied model may carry `lm_head.weight`, which must then equal the embedding's shape and
-is not used; `rotary_emb.inv_freq` of old files is a constant. What is in 4 bits already (`bnb_checkpoint.py`) is taken
-as it is.
+Every tensor of the file must have a place in the model and every place must be filled, with two exceptions that the
+format states. A tied model may carry `lm_head.weight`, which must have the embedding's shape and is not used;
+`rotary_emb.inv_freq` of old files is a constant. Weights that are in 4 bits already (`bnb_checkpoint.py`) are taken as
+they are.
 """
 
-import ctypes
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from minilora.errors import UserError
-from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.system.files import read_json
+from minilora.system.memory import trim_heap
 from minilora.weights.bnb_checkpoint import QuantizedEntry, split_entries
+from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import TensorEntry, read_checkpoint_entries, read_tensor
 
 PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
-LARGEST_IN_HEAP = 32 << 20  # bytes; in training, glibc gives a larger buffer back as soon as it is freed
+LARGE_BYTES = 1 << 20  # of a tensor after whose conversion the heap is worth trimming
 
 
-def read_config(folder: Path) -> Qwen2Config:
-    """Architecture of the checkpoint in `folder`."""
-    return Qwen2Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a checkpoint becomes a model.
+
+    Attributes:
+        compute_dtype: of activations and of all weights that are not in 4 bits.
+        quantization: of projections: "nf4", "fp4" or "none".
+        double_quantization: scales of the 4-bit blocks in 8 bits.
+        device: where the model lives and where it is quantised: the 4-bit values may differ between devices.
+    """
+
+    compute_dtype: torch.dtype
+    quantization: str = "nf4"
+    double_quantization: bool = True
+    device: torch.device | str = "cpu"
 
 
 def load_model(
@@ -53,53 +64,47 @@ def load_model(
 
     Args:
         folder: config.json and safetensors.
-        compute_dtype: dtype of activations and of all weights that are not quantised.
-        quantization: "nf4", "fp4" or "none".
-        double_quantization: store the 4-bit blocks' scales in 8 bits.
-        device: where the model lives.
+        compute_dtype: see `LoadSettings`, like the next three.
+        quantization: of projections.
+        double_quantization: of their scales.
+        device: of the model.
         on_progress: called with (tensors done, tensors in all).
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, all of them in one message.
     """
-    _bound_compiled_products()
     with torch.device("meta"):
         model = Qwen2ForCausalLM(read_config(folder))
-    weights = open_weights(model, folder, compute_dtype, quantization, double_quantization, device)
-    with freed_memory_returned():
-        _fill(model, weights, on_progress)
+    settings = LoadSettings(compute_dtype, quantization, double_quantization, device)
+    _fill(model, open_weights(model, folder, settings), on_progress)
     return model.eval()
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """A checkpoint's tensors, each with its place in the model, and the form in which they get there.
+    """A checkpoint's tensors, checked against a model.
 
     Attributes:
-        entries: what the files hold in full, by name.
-        quantized: what they hold in 4 bits, by name.
-        compute_dtype: of all that is not in 4 bits.
-        quantization: of projections in full: "nf4", "fp4" or "none".
-        double_quantization: scales of the 4-bit blocks in 8 bits.
-        device: where the model lives, and where it is quantised: devices may differ in the bits.
+        entries: the unquantised ones, by name.
+        quantized: those in 4 bits, by name.
+        settings: how they become the model's; `quantization` is "none" where the checkpoint is in 4 bits already.
     """
 
     entries: Mapping[str, TensorEntry]
     quantized: Mapping[str, QuantizedEntry]
-    compute_dtype: torch.dtype
-    quantization: str
-    double_quantization: bool
-    device: torch.device | str
+    settings: LoadSettings
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as its file has it; of one in 4 bits, what the model computes with.
+        """A tensor as its file has it, one in 4 bits dequantised as in the model.
 
         Raises:
             UserError: it holds NaN or infinite values.
         """
+        entry = self.quantized[name].parts["packed"] if name in self.quantized else self.entries[name]
+        if entry.num_bytes >= LARGE_BYTES:
+            trim_heap()  # copies of the tensor before
         if name in self.quantized:
-            return self.quantized[name].read().to(self.device).dequantize(self.compute_dtype)
-        entry = self.entries[name]
+            return self.quantized[name].read().to(self.settings.device).dequantize(self.settings.compute_dtype)
         tensor = read_tensor(entry)
         if not is_finite(tensor):
             raise UserError(
@@ -108,51 +113,44 @@ class BaseWeights:
         return tensor
 
     def dense(self, name: str) -> torch.Tensor:
-        """`read`, as the model has it."""
-        return self.read(name).to(self.device, self.compute_dtype)
+        """`read`, on the model's device in the compute dtype."""
+        return self.read(name).to(self.settings.device, self.settings.compute_dtype)
 
     def in_4bit(self, name: str) -> QuantizedTensor | None:
-        """A weight as the model has it in 4 bits, None for what it has in full, as it has the head."""
+        """A weight as the model has it in 4 bits, None for one that is unquantised there, as the head is."""
         if not name.endswith(PROJECTION):
             return None
         if name in self.quantized:
-            return self.quantized[name].read().to(self.device)
-        if self.quantization == "none":
+            trim_heap()
+            return self.quantized[name].read().to(self.settings.device)
+        if self.settings.quantization == "none":
             return None
         # From the compute dtype, as transformers does, so that the 4-bit weights are the same.
-        return quantize(self.dense(name), self.quantization, self.double_quantization)
+        return quantize(self.dense(name), self.settings.quantization, self.settings.double_quantization)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are numbers: one pass, where `isfinite` and a sum in float32 would make a copy."""
+    """Whether no value is NaN or infinite: one pass, where `isfinite` and a sum in float32 would make a copy."""
     smallest, largest = tensor.aminmax()  # NaN if any value is
     return math.isfinite(smallest) and math.isfinite(largest)
 
 
-def open_weights(
-    model: Qwen2ForCausalLM,
-    folder: Path,
-    compute_dtype: torch.dtype,
-    quantization: str,
-    double_quantization: bool,
-    device: torch.device | str,
-) -> BaseWeights:
-    """The tensors in `folder`, checked against `model` before any of them is read; arguments as for `load_model`.
+def open_weights(model: Qwen2ForCausalLM, folder: Path, settings: LoadSettings) -> BaseWeights:
+    """The tensors in `folder`, checked against `model` before any of them is read.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, all of them in one message.
     """
     _refuse_other_formats(folder)
     entries, quantized = split_entries(read_checkpoint_entries(folder))
-    _check_quantization(quantized, quantization, double_quantization, folder)
+    _check_quantization(quantized, settings, folder)
     _check_entries(model, entries, quantized, folder)
-    if quantized:  # what such a checkpoint holds in full stays in full
-        quantization = "none"
-    return BaseWeights(entries, quantized, compute_dtype, quantization, double_quantization, device)
+    if quantized:  # projections that such a checkpoint holds unquantised stay so
+        settings = replace(settings, quantization="none")
+    return BaseWeights(entries, quantized, settings)
 
 
 def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[int, int], None] | None) -> None:
-    """Puts every tensor in its place."""
     names = [name for name, _ in model.named_parameters()]
     for done, name in enumerate(names, start=1):
         module_path, _, attribute = name.rpartition(".")
@@ -164,46 +162,11 @@ def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[
             setattr(module, attribute, nn.Parameter(weights.dense(name), requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
-
-
-def _bound_compiled_products() -> None:
-    """Lets PyTorch and oneDNN remember 64 compiled matrix products each, not 1,024, unless the user says otherwise.
-
-    Every shape of a product is compiled once and kept, 0.4 MB each; a micro-batch needs some fifty, the next one, with
-    another number of rows, fifty others. Left alone they take 20 MB more with each new size, and scattered through the
-    heap they keep freed activations from being used again: 0.5 GB after a dozen sizes. Compiling them again costs 1 %.
-    Both read these variables when they first multiply, so this has to come before.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")
-
-
-@contextmanager
-def freed_memory_returned() -> Iterator[None]:
-    """Makes glibc give large freed buffers back to the system at once; does nothing on other systems.
-
-    By itself it keeps freed buffers of up to 32 MB, and small tensors that settle between them keep them from being
-    returned. Afterwards that is what it does again, because training needs the same buffers in every layer, and a page
-    that comes from the system costs as much as the numbers on it. One arena for all threads, so that any of them
-    fills the places that another has freed.
-    """
-    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # malloc.h
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # macOS, Windows, musl
-        yield
-        return
-    set_option(arena_max, 1)
-    set_option(mmap_threshold, 1 << 20)
-    try:
-        yield
-    finally:
-        set_option(mmap_threshold, LARGEST_IN_HEAP)
-        set_option(trim_threshold, 64 << 20)
+    trim_heap()
 
 
 def _replace(model: Qwen2ForCausalLM, path: str, quantized: QuantizedTensor, weights: BaseWeights) -> None:
-    """Puts a `Linear4bit` where the meta `nn.Linear` at `path` stood, with its bias."""
+    """Replaces the meta `nn.Linear` at `path` by a `Linear4bit` with its bias."""
     bias = weights.dense(f"{path}.bias") if f"{path}.bias" in weights.entries else None
     parent_path, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent_path), name, Linear4bit(quantized, bias))
@@ -223,12 +186,10 @@ def _refuse_other_formats(folder: Path) -> None:
         )
 
 
-def _check_quantization(
-    quantized: dict[str, QuantizedEntry], quantization: str, double_quantization: bool, folder: Path
-) -> None:
-    """Raises UserError where a checkpoint that is in 4 bits already is asked for in another form."""
+def _check_quantization(quantized: dict[str, QuantizedEntry], settings: LoadSettings, folder: Path) -> None:
+    """Raises UserError where a checkpoint that is in 4 bits already is to be loaded in another form."""
     kinds = {(entry.quant_type, entry.offset is not None) for entry in quantized.values()}
-    if not kinds - {(quantization, double_quantization)}:
+    if not kinds - {(settings.quantization, settings.double_quantization)}:
         return
     held, *others = sorted(kinds)
     if others:
@@ -243,7 +204,7 @@ def _check_quantization(
 def _check_entries(
     model: Qwen2ForCausalLM, entries: dict[str, TensorEntry], quantized: dict[str, QuantizedEntry], folder: Path
 ) -> None:
-    """Every tensor has a place, every place a tensor of its shape; drops those that the format lets be spare."""
+    """Raises UserError unless every tensor has a place and every place a tensor of its shape."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings and "lm_head.weight" in entries:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]

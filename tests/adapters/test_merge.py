@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.adapters import merge as merge_module
-from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.adapters.merge import (
     DEQUANTIZED,
     ORIGINAL,
@@ -29,8 +29,9 @@ from minilora.adapters.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -39,42 +40,42 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.files import StorageError
 from minilora.system.manifest import write_folder
 from minilora.weights.bnb_checkpoint import save_quantized
-from minilora.weights.load import load_model
+from minilora.weights.load import LoadSettings, load_model
 from tests.conftest import make_reviews
 
 Checkpoint = Callable[..., Path]
 # Float32: a sum of 64 to 128 products in another order, through two layers. Without the adapter logits move by more
 # than 1, without its trained biases by more than 0.1.
 HIDDEN_ATOL = 1e-4
-PLAIN = AdapterConfig(4, 8, 0.05, "all-linear", False, "tiny")
+PLAIN = LoraConfig(r=4, alpha=8, dropout=0.05)
 ADAPTERS = {
     "plain": PLAIN,
-    "two projections": replace(PLAIN, target_modules=("q_proj", "v_proj")),
+    "two projections": replace(PLAIN, target_modules=["q_proj", "v_proj"]),
     "rslora and patterns": replace(
         PLAIN, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 3.0}
     ),
     "dora": replace(PLAIN, use_dora=True),
-    "all biases": replace(PLAIN, target_modules=("k_proj", "up_proj"), bias="all"),
-    "pissa": replace(PLAIN, lora_dropout=0.0, init_lora_weights="pissa"),
+    "all biases": replace(PLAIN, target_modules=["k_proj", "up_proj"], bias="all"),
+    "pissa": replace(PLAIN, dropout=0, init_lora_weights="pissa"),
 }
 
 
-def write_adapter(base: Path, folder: Path, config: AdapterConfig = PLAIN, size: float = 0.1) -> Path:
+def write_adapter(base: Path, folder: Path, config: LoraConfig = PLAIN, size: float = 0.1) -> Path:
     """An adapter that changes every hidden state (none with `size` 0), in `folder`."""
     model = load_model(base, torch.float32, "none")
-    attach_adapter(model, config)
+    attach(model, config)
     generator = torch.Generator().manual_seed(0)
     for _, w in iter_lora_weights(model):
         for parameter in (w.lora_B, w.lora_magnitude_vector, w.bias):
             if parameter is not None:
                 parameter.data += size * torch.randn(parameter.shape, generator=generator)
-    save_adapter(model, folder, config)
+    save_adapter(model, folder, config, BaseModel("tiny"))
     return folder
 
 
 @torch.no_grad()
 def hidden_states(model: Qwen2ForCausalLM, tokenizer: ChatTokenizer) -> torch.Tensor:
-    """Of the rows that predict a supervised token, in some reviews."""
+    """(n, C) of the supervised positions of some reviews."""
     prompt = ClassificationPrompt(tokenizer, "s", "评论：", ("负面", "正面"), 256)
     texts, labels = zip(*make_reviews(6, seed=5), strict=True)
     return model(pack(prompt.examples(texts, labels)))
@@ -83,7 +84,8 @@ def hidden_states(model: Qwen2ForCausalLM, tokenizer: ChatTokenizer) -> torch.Te
 def merged(merge: Merge, folder: Path, into: str = ORIGINAL, **settings: Any) -> Path:
     """The folder that `write_merged` fills."""
     folder.mkdir()
-    write_merged(merge, into, settings.pop("dtype", torch.float32), folder, settings.pop("max_shard_bytes", 10**9))
+    settings = {"dtype": torch.float32, "max_shard_bytes": 10**9, **settings}
+    write_merged(merge, into, folder=folder, **settings)
     return folder
 
 
@@ -94,7 +96,7 @@ def test_the_merged_model_does_what_base_and_adapter_do(
 ) -> None:
     base = tiny_checkpoint(tie=tie)
     adapter = write_adapter(base, tmp_path / "adapter", ADAPTERS[kind])
-    folder = merged(open_merge(base, adapter, torch.float32, "none", True), tmp_path / "merged")
+    folder = merged(open_merge(base, adapter, LoadSettings(torch.float32, "none")), tmp_path / "merged")
     adapted = load_model(base, torch.float32, "none")
     plain = hidden_states(adapted, chat_tokenizer)
     load_adapter(adapted, adapter)
@@ -112,7 +114,7 @@ def test_the_dequantized_base_is_to_the_bit_what_training_computes_with(
 ) -> None:
     base = tiny_checkpoint(tie=False)
     adapter = write_adapter(base, tmp_path, size=0.0)
-    merge = open_merge(base, adapter, compute_dtype, quantization, double)
+    merge = open_merge(base, adapter, LoadSettings(compute_dtype, quantization, double))
     model = load_model(base, compute_dtype, quantization, double)
     layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert len(layers) == 14
@@ -126,7 +128,7 @@ def test_the_dequantized_base_is_to_the_bit_what_training_computes_with(
 def test_projections_without_an_adapter_are_dequantized_too(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
     adapter = write_adapter(base, tmp_path, ADAPTERS["two projections"])
-    merge = open_merge(base, adapter, torch.float32, "nf4", True)
+    merge = open_merge(base, adapter, LoadSettings(torch.float32))
     name = "model.layers.0.mlp.down_proj.weight"
     layer = load_model(base, torch.float32).get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, Linear4bit)
@@ -139,7 +141,7 @@ def test_merged_into_the_dequantized_base_it_does_what_was_trained(
 ) -> None:
     base = tiny_checkpoint()
     adapter = write_adapter(base, tmp_path, ADAPTERS[kind])
-    merge = open_merge(base, adapter, torch.float32, "nf4", True)
+    merge = open_merge(base, adapter, LoadSettings(torch.float32))
     trained = load_model(base, torch.float32)
     load_adapter(trained, adapter)
     expected = hidden_states(trained, chat_tokenizer)
@@ -148,7 +150,7 @@ def test_merged_into_the_dequantized_base_it_does_what_was_trained(
         for into in merge.variants
     }
     torch.testing.assert_close(found[DEQUANTIZED], expected, rtol=0, atol=HIDDEN_ATOL)
-    assert (found[ORIGINAL] - expected).abs().max() > 0.1  # what 4 bits lost
+    assert (found[ORIGINAL] - expected).abs().max() > 0.1  # the 4-bit error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -157,7 +159,7 @@ def test_a_model_built_in_memory_is_the_one_that_the_files_make(
     tiny_checkpoint: Checkpoint, tmp_path: Path, into: str, dtype: torch.dtype
 ) -> None:
     base = tiny_checkpoint(tie=False)
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.bfloat16, "nf4", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.bfloat16))
     folder = merged(merge, tmp_path / "merged", into, dtype=dtype)
     built = merge.build(into, dtype, torch.bfloat16, "cpu")
     loaded = load_model(folder, torch.bfloat16, "none")
@@ -181,7 +183,7 @@ def test_a_base_in_4_bits_already_merges_as_the_one_that_it_was_made_from(
 ) -> None:
     source = tiny_checkpoint()
     adapter = write_adapter(source, tmp_path / "adapter")
-    plain, quantized = (open_merge(base, adapter, torch.float32, "nf4", True) for base in (source, base_in_4bit))
+    plain, quantized = (open_merge(base, adapter, LoadSettings(torch.float32)) for base in (source, base_in_4bit))
     assert (plain.variants, quantized.variants) == ((DEQUANTIZED, ORIGINAL), (DEQUANTIZED,))
     for name in plain.shapes:
         expected = plain.tensor(name, DEQUANTIZED, torch.float32)
@@ -193,29 +195,26 @@ def test_a_base_in_4_bits_already_merges_as_the_one_that_it_was_made_from(
 
 def test_a_base_in_4_bits_has_no_original_weights(base_in_4bit: Path, tiny_checkpoint: Checkpoint) -> None:
     adapter = write_adapter(tiny_checkpoint(), base_in_4bit.parent / "adapter")
-    merge = open_merge(base_in_4bit, adapter, torch.float32, "nf4", True)
+    merge = open_merge(base_in_4bit, adapter, LoadSettings(torch.float32))
     with pytest.raises(UserError) as caught:
         refuse_variant(merge, ORIGINAL)
-    assert str(caught.value) == (
-        f"{base_in_4bit}: is in 4 bits, its original weights are not there; merge --into dequantized, or name the "
-        "model that it was made from with --base"
-    )
+    assert str(caught.value).startswith(f"{base_in_4bit}: ")
+    assert all(remedy in str(caught.value) for remedy in ("--into dequantized", "--base"))
     refuse_variant(merge, DEQUANTIZED)
 
 
-def test_what_was_trained_in_full_has_nothing_to_dequantize(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_what_was_trained_unquantised_has_nothing_to_dequantize(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
-    merge = open_merge(base, write_adapter(base, tmp_path), torch.float32, "none", True)
-    message = r"--into dequantized: the adapter was trained beside weights in full .+; merge --into original"
-    with pytest.raises(UserError, match=message):
+    merge = open_merge(base, write_adapter(base, tmp_path), LoadSettings(torch.float32, "none"))
+    with pytest.raises(UserError, match=r"--into dequantized: .*model\.quantization=none.*--into original"):
         refuse_variant(merge, DEQUANTIZED)
     refuse_variant(merge, ORIGINAL)
 
 
 def test_another_quantisation_than_the_bases_own_is_refused(base_in_4bit: Path, tiny_checkpoint: Checkpoint) -> None:
     adapter = write_adapter(tiny_checkpoint(), base_in_4bit.parent / "adapter")
-    with pytest.raises(UserError, match="is quantised already, as nf4 with double quantisation"):
-        open_merge(base_in_4bit, adapter, torch.float32, "fp4", True)
+    with pytest.raises(UserError, match="is quantised already, as nf4"):
+        open_merge(base_in_4bit, adapter, LoadSettings(torch.float32, "fp4"))
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
@@ -225,7 +224,7 @@ def test_a_tied_head_stays_tied(tiny_checkpoint: Checkpoint, tmp_path: Path, tie
     spare = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()} if tie else {}  # which the format allows
     save_file({**tensors, **spare}, base / "model.safetensors")
     adapter = write_adapter(base, tmp_path / "adapter")
-    folder = merged(open_merge(base, adapter, torch.float32, "none", True), tmp_path / "merged")
+    folder = merged(open_merge(base, adapter, LoadSettings(torch.float32, "none")), tmp_path / "merged")
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) == (not tie)
     assert json.loads((folder / "config.json").read_text("utf-8"))["tie_word_embeddings"] is tie
 
@@ -234,7 +233,7 @@ def test_shards_are_no_larger_than_asked_and_the_index_names_all_of_them(
     tiny_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     base = tiny_checkpoint(tie=False, sharded=True)
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.float32, "none", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.float32, "none"))
     whole = load_file(merged(merge, tmp_path / "whole") / "model.safetensors")
     folder = merged(merge, tmp_path / "shards", max_shard_bytes=160_000)
     shards = sorted(folder.glob("*.safetensors"))
@@ -244,9 +243,9 @@ def test_shards_are_no_larger_than_asked_and_the_index_names_all_of_them(
     index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
     assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in whole.values())}
     assert index["weight_map"] == {name: path.name for path, part in zip(shards, found, strict=True) for name in part}
-    together = {name: tensor for part in found for name, tensor in part.items()}
-    assert together.keys() == whole.keys()
-    assert all(torch.equal(together[name], whole[name]) for name in whole)
+    united = {name: tensor for part in found for name, tensor in part.items()}
+    assert united.keys() == whole.keys()
+    assert all(torch.equal(united[name], whole[name]) for name in whole)
     assert load_model(folder, torch.float32, "none").config == merge.config
 
 
@@ -261,7 +260,7 @@ def test_no_shard_is_held_when_the_next_one_is_written(
     tiny_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_checkpoint()
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.float32, "nf4", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.float32))
     earlier: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
@@ -286,7 +285,7 @@ def test_config_says_the_dtype_of_the_files_in_its_own_dialect(
     if key == "dtype":
         del before["torch_dtype"]
     (base / "config.json").write_text(json.dumps(before), "utf-8")
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.float32, "none", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.float32, "none"))
     assert merge.base_dtype == torch.bfloat16
     folder = merged(merge, tmp_path / "merged", dtype=dtype)
     after = json.loads((folder / "config.json").read_text("utf-8"))
@@ -298,7 +297,7 @@ def test_what_belongs_to_the_model_comes_along(tiny_checkpoint: Checkpoint, tmp_
     base = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "base"))
     for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt"):
         (base / name).write_text(f"{{}} of {name}", "utf-8")
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.float32, "none", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.float32, "none"))
     folder = merged(merge, tmp_path / "merged")
     companions = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in folder.iterdir()) == sorted([*companions, "config.json", "model.safetensors"])
@@ -310,11 +309,8 @@ def test_what_belongs_to_the_model_comes_along(tiny_checkpoint: Checkpoint, tmp_
 
 def test_values_that_the_dtype_cannot_hold_are_named(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
     base = tiny_checkpoint()
-    merge = open_merge(base, write_adapter(base, tmp_path, size=1e6), torch.float32, "none", True)
-    message = (
-        r"layers\.0\.self_attn\.q_proj\.weight: merged, it has values that float16 cannot hold; choose another --d"
-    )
-    with pytest.raises(UserError, match=message):
+    merge = open_merge(base, write_adapter(base, tmp_path, size=1e6), LoadSettings(torch.float32, "none"))
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj\.weight: .*float16.*--dtype"):
         merge.build(ORIGINAL, torch.float16, torch.float32, "cpu")
     merge.build(ORIGINAL, torch.bfloat16, torch.float32, "cpu")
 
@@ -325,13 +321,12 @@ def test_a_damaged_base_is_not_merged(tiny_checkpoint: Checkpoint, tmp_path: Pat
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(UserError, match=r"up_proj\.weight holds NaN or infinite values; download it again"):
-        merged(open_merge(base, adapter, torch.float32, "none", True), tmp_path / "merged")
+    with pytest.raises(UserError, match=r"up_proj\.weight .*NaN"):
+        merged(open_merge(base, adapter, LoadSettings(torch.float32, "none")), tmp_path / "merged")
 
 
 def test_weights_that_cannot_be_written_are_a_storage_error(tmp_path: Path) -> None:
-    message = r"absent/model\.safetensors: cannot be written \(.+\); make room or mend the disk, and run the same"
-    with pytest.raises(StorageError, match=message):
+    with pytest.raises(StorageError, match=r"absent/model\.safetensors: cannot be written"):
         merge_module._save({"a": torch.ones(2)}, tmp_path / "absent" / "model.safetensors")
 
 
@@ -372,7 +367,8 @@ def test_whatever_else_is_there_stays(tmp_path: Path, content: str, problem: str
             (output / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(UserError) as caught:
         refuse_output(output)
-    assert str(caught.value) == f"{output}: {problem}; choose another --output, or move that away"
+    assert str(caught.value).startswith(f"{output}: {problem}")
+    assert "--output" in str(caught.value)
 
 
 def test_a_disk_without_room_is_named_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,10 +377,8 @@ def test_a_disk_without_room_is_named_with_what_is_needed(tmp_path: Path, monkey
     refuse_full_disk(tmp_path / "not" / "yet" / "there", 5_000)
     with pytest.raises(StorageError) as caught:
         refuse_full_disk(tmp_path / "there", 5_001)
-    assert str(caught.value) == (
-        f"{tmp_path / 'there'}: 5,001 bytes are to be written, 5,000 are free in {tmp_path}; make room, or choose "
-        "another --output or --dtype"
-    )
+    assert str(caught.value).startswith(f"{tmp_path / 'there'}: 5,001 bytes")
+    assert all(part in str(caught.value) for part in (f"5,000 are free in {tmp_path}", "--output", "--dtype"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -392,7 +386,7 @@ def test_the_size_that_is_asked_for_is_the_size_of_the_tensors(
     tiny_checkpoint: Checkpoint, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = tiny_checkpoint(tie=False)
-    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), torch.float32, "none", True)
+    merge = open_merge(base, write_adapter(base, tmp_path / "adapter"), LoadSettings(torch.float32, "none"))
     folder = merged(merge, tmp_path / "merged", dtype=dtype)
     tensors = load_file(folder / "model.safetensors")
     assert merge.num_bytes(dtype) == sum(tensor.nbytes for tensor in tensors.values())

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.adapters.attach import lora_parameters, set_adapter
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter, read_adapter_config
+from minilora.adapters.attach import attach, lora_parameters, set_adapter
+from minilora.adapters.peft_config import BaseModel, read_adapter_config
 from minilora.adapters.peft_files import (
     adapter_files,
     damage_of_adapter,
@@ -21,11 +21,12 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     save_adapter,
 )
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import write_folder
 
-ADAPTER = AdapterConfig(4, 8, 0.1, "all-linear", False, "tiny")
+ADAPTER = LoraConfig(r=4, alpha=8, dropout=0.1)
 LoadModel = Callable[..., Qwen2ForCausalLM]
 
 
@@ -33,8 +34,8 @@ LoadModel = Callable[..., Qwen2ForCausalLM]
 def folder(tiny_model: LoadModel, tmp_path: Path) -> Path:
     """An adapter as training writes it."""
     model = tiny_model()
-    attach_adapter(model, ADAPTER)
-    save_adapter(model, tmp_path, ADAPTER)
+    attach(model, ADAPTER)
+    save_adapter(model, tmp_path, ADAPTER, BaseModel("tiny"))
     return tmp_path
 
 
@@ -44,8 +45,9 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def test_a_written_configuration_reads_back_with_names_for_all_linear(folder: Path) -> None:
-    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-    assert read_adapter_config(folder) == AdapterConfig(4, 8, 0.1, names, False, "tiny")
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    expected = LoraConfig(r=4, alpha=8, dropout=0.1, target_modules=names)
+    assert read_adapter_config(folder) == (expected, BaseModel("tiny"))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +128,10 @@ def test_more_than_plain_lora_is_refused_by_name(name: str, value: object, folde
     ],
 )
 def test_a_key_that_leaves_the_forward_pass_alone_is_accepted(name: str, value: object, folder: Path) -> None:
-    before = read_adapter_config(folder)
+    before, _ = read_adapter_config(folder)
     change_config(folder, **{name: value})
-    after = read_adapter_config(folder)
-    assert (after.r, after.lora_alpha, after.use_rslora) == (before.r, before.lora_alpha, before.use_rslora)
+    after, _ = read_adapter_config(folder)
+    assert (after.r, after.alpha, after.use_rslora) == (before.r, before.alpha, before.use_rslora)
 
 
 def test_whole_number_tensors_are_refused(folder: Path, tiny_model: LoadModel) -> None:
@@ -165,7 +167,7 @@ def test_a_bin_file_of_anything_but_dense_named_tensors_is_refused(
 
 def adapted(tiny_model: LoadModel) -> Qwen2ForCausalLM:
     model = tiny_model()
-    attach_adapter(model, ADAPTER)
+    attach(model, ADAPTER)
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter)
     return model
@@ -179,9 +181,9 @@ def is_equal(model: Qwen2ForCausalLM, other: Qwen2ForCausalLM) -> bool:
 @pytest.mark.parametrize("load", [load_adapter, load_adapter_weights])
 def test_a_bin_file_is_not_read_unasked(tiny_model: LoadModel, tmp_path: Path, load: Callable[..., object]) -> None:
     trained, model = adapted(tiny_model), tiny_model()
-    write_folder(tmp_path / "bin", adapter_files(trained, ADAPTER, "bin"), {})
+    write_folder(tmp_path / "bin", adapter_files(trained, ADAPTER, BaseModel("tiny"), "bin"), {})
     if load is load_adapter_weights:
-        attach_adapter(model, ADAPTER)
+        attach(model, ADAPTER)
     with pytest.raises(
         UserError, match=r"adapter_model\.bin: is a pickle, which can run code, and is not read unasked; convert it to"
     ):
@@ -211,7 +213,7 @@ def test_where_there_is_a_manifest_the_files_are_verified_first(
 ) -> None:
     trained, folder = adapted(tiny_model), tmp_path / "final"
     notes = ("README.md", b"notes")
-    write_folder(folder, [*adapter_files(trained, ADAPTER, save_format), notes], {})
+    write_folder(folder, [*adapter_files(trained, ADAPTER, BaseModel("tiny"), save_format), notes], {})
     (folder / "README.md").write_text("changed by hand", "utf-8")
     model = tiny_model()
     load_adapter(model, folder, allow_bin=True)
@@ -240,7 +242,9 @@ def test_the_damage_of_a_folder_is_told_by_its_manifest_but_for_the_model_card(
 ) -> None:
     folder = tmp_path / "final"
     others = {"README.md": b"notes", "metrics.json": b"{}"}
-    write_folder(folder, [*adapter_files(adapted(tiny_model), ADAPTER, "safetensors"), *others.items()], {})
+    write_folder(
+        folder, [*adapter_files(adapted(tiny_model), ADAPTER, BaseModel("tiny"), "safetensors"), *others.items()], {}
+    )
     (folder / "README.md").unlink()
     assert damage_of_adapter(folder) is None
     (folder / "metrics.json").write_bytes(b"[]")
@@ -256,7 +260,7 @@ def test_tensors_are_written_in_the_type_that_is_asked_for(
     tiny_model: LoadModel, tmp_path: Path, save_dtype: torch.dtype
 ) -> None:
     trained, model = adapted(tiny_model), tiny_model()
-    write_folder(tmp_path / "final", adapter_files(trained, ADAPTER, "safetensors", save_dtype), {})
+    write_folder(tmp_path / "final", adapter_files(trained, ADAPTER, BaseModel("tiny"), "safetensors", save_dtype), {})
     tensors = load_file(tmp_path / "final" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {save_dtype}
     load_adapter(model, tmp_path / "final")

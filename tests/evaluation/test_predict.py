@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.data.records import Record, iter_line_records
 from minilora.errors import UserError
 from minilora.evaluation import predict
 from minilora.evaluation.predict import FIRST_WINDOW, LAST_WINDOW, Prediction, Predictor, iter_windows, with_pauses
-from minilora.evaluation.score import MAX_TOKENS, score
+from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, score
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from tests.conftest import make_reviews
@@ -40,7 +41,7 @@ def make_prompt(
 
 
 def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
-    attach(model, 4, 8, dropout)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=dropout))
     torch.manual_seed(0)
     for _, layer in iter_lora_weights(model):
         torch.nn.init.normal_(layer.lora_B, std=0.05)
@@ -60,7 +61,7 @@ def test_probabilities_are_those_of_scoring_whatever_the_windows(
     tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, labels: tuple[str, ...]
 ) -> None:
     model, prompt = adapted(tiny_model()), make_prompt(chat_tokenizer, labels)
-    scores = score(model, prompt.examples(REVIEWS, [1] * len(REVIEWS)), prompt, 4).probabilities
+    scores = score(model, prompt.examples(REVIEWS, [1] * len(REVIEWS)), prompt, ScoringOptions(4)).probabilities
     assert scores is not None
     assert scores.std() > 0.01  # a model that says the same of every review would test nothing
     for size in (1, 4, len(REVIEWS)):
@@ -118,7 +119,7 @@ def test_empty_reviews_are_skipped_counted_and_keep_their_index(
     found += predictor.predict([])
     found += predictor.predict(as_records(["一般"]))
     assert [(prediction.index, prediction.text) for prediction in found] == [(0, "好"), (3, "差"), (5, "一般")]
-    assert (predictor.num_rows, predictor.num_empty) == (6, 3)
+    assert (predictor.num_records, predictor.num_empty) == (6, 3)
     assert predictor.first_empty == "f:2"
 
 
@@ -127,7 +128,7 @@ def test_long_reviews_are_cut_as_for_scoring_and_counted(tiny_model: LoadModel, 
     texts = ["好", "差" * 500]
     predictor = Predictor(model, prompt, MAX_TOKENS)
     found = predictor.predict(as_records(texts))
-    scores = score(model, prompt.examples(texts, [0, 0]), prompt, 2).probabilities
+    scores = score(model, prompt.examples(texts, [0, 0]), prompt, ScoringOptions(2)).probabilities
     np.testing.assert_allclose(values(found), scores, **ROUNDING)
     assert found[1].text == texts[1]
     assert predictor.num_cut == 1
@@ -157,7 +158,7 @@ def test_dropout_plays_no_part(tiny_model: LoadModel, chat_tokenizer: ChatTokeni
 def test_probabilities_that_are_no_numbers_are_said(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     model = tiny_model()
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(UserError, match=r"f:1: a probability in the window .* is no number; use model\.compute_dtype="):
+    with pytest.raises(UserError, match=r"f:1: .* non-finite.*; use model\.compute_dtype="):
         Predictor(model, make_prompt(chat_tokenizer), MAX_TOKENS).predict(as_records(["好"]))
 
 
@@ -166,12 +167,12 @@ def test_memory_that_runs_out_names_what_would_take_less(
 ) -> None:
     predictor = Predictor(tiny_model(), make_prompt(chat_tokenizer), 77)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise errors.pop()
 
     errors = [RuntimeError("a bug"), MemoryError()]
     monkeypatch.setattr(predict, "label_probabilities", fail)
-    with pytest.raises(UserError, match=r"f:1: memory ran out .*; lower --max-batch-tokens \(it is 77\) or data"):
+    with pytest.raises(UserError, match=r"f:1: out of memory .*; lower --max-batch-tokens \(it is 77\) or data"):
         predictor.predict(as_records(["好"]))
     with pytest.raises(RuntimeError, match="a bug"):
         predictor.predict(as_records(["好"]))

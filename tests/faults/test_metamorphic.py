@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from minilora.adapters.attach import lora_parameters
+from minilora.adapters.attach import attach, lora_parameters
 from minilora.adapters.merge import open_merge
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import save_adapter
-from minilora.evaluation.score import score
+from minilora.config import LoraConfig
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.weights.load import LoadSettings
 from tests.conftest import make_reviews
 
-ADAPTER = AdapterConfig(4, 8, 0.0, "all-linear", False, "tiny")
+ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def examples(prompt: ClassificationPrompt) -> list[Example]:
 def model(tiny_model: Callable[..., Qwen2ForCausalLM]) -> Qwen2ForCausalLM:
     """In float64, with a trained-looking adapter."""
     made = tiny_model(dtype=torch.float64)
-    attach_adapter(made, ADAPTER, seed=1)
+    attach(made, ADAPTER, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(made):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -81,8 +83,8 @@ def test_an_adapter_of_zeros_changes_nothing(
     tiny_model: Callable[..., Qwen2ForCausalLM], examples: list[Example], prompt: ClassificationPrompt
 ) -> None:
     base, adapted = tiny_model(), tiny_model()
-    attach_adapter(adapted, ADAPTER)  # B = 0
-    plain, zero = (score(model, examples, prompt, 4) for model in (base, adapted))
+    attach(adapted, ADAPTER)  # B = 0
+    plain, zero = (score(model, examples, prompt, ScoringOptions(4)) for model in (base, adapted))
     assert plain.loss == zero.loss
     np.testing.assert_array_equal(plain.probabilities, zero.probabilities)
 
@@ -97,20 +99,23 @@ def test_merged_equals_adapted(
     quantization: str,
 ) -> None:
     adapted = tiny_model(quantization)
-    base = score(adapted, examples, prompt, 4)
-    attach_adapter(adapted, ADAPTER, seed=1)
+    base = score(adapted, examples, prompt, ScoringOptions(4))
+    attach(adapted, ADAPTER, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(adapted):
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(adapted, tmp_path, ADAPTER)
-    merge = open_merge(tiny_checkpoint(), tmp_path, torch.float32, quantization, True)
+    save_adapter(adapted, tmp_path, ADAPTER, BaseModel("tiny"))
+    merge = open_merge(tiny_checkpoint(), tmp_path, LoadSettings(torch.float32, quantization))
     merged = merge.build(merge.variants[0], torch.float32, torch.float32, "cpu")  # of nf4, what training saw
     batch = pack(examples)
     with torch.no_grad():
         found, expected = (head_logits(model(batch), model.head_weight) for model in (merged, adapted))
     # Float32, W + s B A multiplied at once or apart: sums of 64 to 128 products in another order, logits up to 6.
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
-    trained, whole = score(adapted, examples, prompt, 4), score(merged, examples, prompt, 4)
+    trained, whole = (
+        score(adapted, examples, prompt, ScoringOptions(4)),
+        score(merged, examples, prompt, ScoringOptions(4)),
+    )
     np.testing.assert_allclose(whole.probabilities, trained.probabilities, rtol=0, atol=1e-5)
     assert abs(trained.loss - base.loss) > 0.01  # the adapter does something
 
@@ -119,7 +124,7 @@ def test_swapped_labels_mirror_the_probabilities(
     model: Qwen2ForCausalLM, examples: list[Example], prompt: ClassificationPrompt
 ) -> None:
     mirrored = replace(prompt, labels=prompt.labels[::-1])
-    plain, swapped = (score(model, examples, one, 4).probabilities for one in (prompt, mirrored))
+    plain, swapped = (score(model, examples, one, ScoringOptions(4)).probabilities for one in (prompt, mirrored))
     assert plain is not None
     assert swapped is not None
     np.testing.assert_array_equal(plain, swapped[:, ::-1])

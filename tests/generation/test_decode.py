@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import adapter_disabled, attach, iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.generation.decode import MAX_ROWS, Context, candidates, generate, penalize, speed_up
 from minilora.generation.gemv import make_product
 from minilora.qlora.batch import pack_segments
@@ -77,7 +78,7 @@ def test_what_is_cut_or_changed_is_run_again(tiny_model: TinyModel) -> None:
     list(generate(context, 8))
     context.cut(len(PROMPT))
     assert list(generate(context, 4)) == greedy_anew(model, PROMPT, 4)
-    attach(model, 4, 8)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=0))
     for _, weights in iter_lora_weights(model):
         torch.nn.init.normal_(weights.lora_B, std=0.2)
     context.recompute()
@@ -140,7 +141,7 @@ def test_logits_that_are_no_numbers_are_not_taken_for_a_token(tiny_model: TinyMo
 def test_a_model_sped_up_answers_as_before(tiny_model: TinyModel, kind: str) -> None:
     model = tiny_model("nf4", torch.bfloat16)
     if kind != "base":
-        attach(model, 4, 8, use_dora=kind == "dora")
+        attach(model, LoraConfig(r=4, alpha=8, dropout=0, use_dora=kind == "dora"))
         generator = torch.Generator().manual_seed(0)
         for _, weights in iter_lora_weights(model):
             torch.nn.init.normal_(weights.lora_B, std=0.2, generator=generator)

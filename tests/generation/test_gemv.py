@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
+from minilora.config import LoraConfig
 from minilora.generation import gemv
 from minilora.generation.gemv import make_product
 from minilora.qlora import bnb
@@ -143,7 +144,7 @@ def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_an_adapted_layer_adds_its_thin_product_to_it(bias: str) -> None:
     model = torch.nn.Sequential(Linear4bit(weight(), torch.randn(96)))
-    attach(model, 4, 8, target_modules=["0"], bias=bias)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=0, target_modules=["0"], bias=bias))
     (w,) = (w for _, w in iter_lora_weights(model))
     for parameter in w.parameters():
         parameter.data.normal_()
@@ -163,7 +164,7 @@ def test_an_adapted_layer_adds_its_thin_product_to_it(bias: str) -> None:
 
 def test_with_dora_the_dense_weight_is_asked_for() -> None:
     model = torch.nn.Sequential(Linear4bit(weight(), torch.zeros(96)))
-    attach(model, 4, 8, target_modules=["0"], use_dora=True)
+    attach(model, LoraConfig(r=4, alpha=8, dropout=0, target_modules=["0"], use_dora=True))
     model[0].base.straight = lambda x, bias: pytest.fail("DoRA needs the lengths of the rows")
     with torch.inference_mode():
         model(torch.randn(3, 128))

@@ -11,10 +11,11 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
-from minilora.adapters.attach import iter_lora_weights, parameter_groups
+from minilora.adapters.attach import attach, iter_lora_weights, parameter_groups
 from minilora.adapters.init import initialize
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import adapter_files, load_adapter, save_adapter
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
@@ -61,10 +62,10 @@ def save_ours(
 ) -> None:
     """An adapter of ours that changes every logit, in `folder`."""
     model = load_model(base, torch.float32, "none")
-    config = AdapterConfig(4, 12, 0.05, targets, use_rslora, str(base))
-    attach_adapter(model, config)
+    config = LoraConfig(r=4, alpha=12, dropout=0.05, target_modules=targets, use_rslora=use_rslora)
+    attach(model, config)
     randomize_adapter(model)
-    for name, content in adapter_files(model, config, save_format, save_dtype):
+    for name, content in adapter_files(model, config, BaseModel(str(base)), save_format, save_dtype):
         (folder / name).write_bytes(content)
 
 
@@ -140,10 +141,10 @@ def test_every_tensor_of_our_adapter_finds_its_place_in_peft(
 ) -> None:
     base = reference_checkpoint()
     model = load_model(base, torch.float32, "none")
-    config = AdapterConfig(4, 12, 0.0, "all-linear", False, str(base))
-    attach_adapter(model, config)
+    config = LoraConfig(r=4, alpha=12, dropout=0)
+    attach(model, config)
     randomize_adapter(model)
-    save_adapter(model, tmp_path, config)
+    save_adapter(model, tmp_path, config, BaseModel(str(base)))
     in_peft = peft.PeftModel.from_pretrained(load_reference(base), tmp_path, is_trainable=True)
     ours, theirs = our_tensors(model), peft_tensors(in_peft)
     assert ours.keys() == theirs.keys()
@@ -245,7 +246,7 @@ def test_what_peft_adds_to_lora_is_refused_by_name(
         load_adapter(load_model(base, torch.float32, "none"), tmp_path)
 
 
-# What peft calls it, the same for `AdapterConfig`; all of it at once at the end.
+# What peft calls it, the same for `LoraConfig`; all of it at once at the end.
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "bias of targets": {"bias": "lora_only"},
@@ -283,22 +284,20 @@ def test_any_kind_of_ours_gives_the_same_logits_in_peft(
     base = reference_checkpoint()
     model = load_model(base, torch.float32, "none")
     arguments = {"init_lora_weights": "pissa", "rank_pattern": {"o_proj": 2}} if kind == "pissa" else KINDS[kind]
-    config = AdapterConfig(
+    config = LoraConfig(
         **{
             "r": 4,
-            "lora_alpha": 12,
-            "lora_dropout": 0.0,
-            "target_modules": tuple(SOME_TARGETS),
-            "use_rslora": False,
-            "base_model_name_or_path": str(base),
+            "alpha": 12,
+            "dropout": 0,
+            "target_modules": SOME_TARGETS,
             **arguments,
         }
     )
-    attach_adapter(model, config)
+    attach(model, config)
     if kind == "pissa":
         initialize(model, base, "pissa")
     randomize_adapter(model)
-    for name, content in adapter_files(model, config, portable=portable):
+    for name, content in adapter_files(model, config, BaseModel(str(base)), portable=portable):
         (tmp_path / name).write_bytes(content)
     in_peft = load_in_peft(base, tmp_path)
     theirs = reference_logits(in_peft, examples)
@@ -359,7 +358,7 @@ def test_pissa_trains_as_pefts(reference_checkpoint: Callable[..., Path], exampl
     """peft takes the principal part out of the base, we take it off by a frozen product: the same function."""
     base = reference_checkpoint()
     ours = load_model(base, torch.float32, "none")
-    attach_adapter(ours, AdapterConfig(4, 12, 0.0, "all-linear", False, str(base), init_lora_weights="pissa"))
+    attach(ours, LoraConfig(r=4, alpha=12, dropout=0, init_lora_weights="pissa"))
     initialize(ours, base, "pissa")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights="pissa"
@@ -394,7 +393,7 @@ def test_loraplus_moves_all_parameters_as_pefts(
 ) -> None:
     base = reference_checkpoint()
     ours = load_model(base, torch.float32, "none")
-    attach_adapter(ours, AdapterConfig(4, 12, 0.0, "all-linear", False, str(base)))
+    attach(ours, LoraConfig(r=4, alpha=12, dropout=0))
     randomize_adapter(ours)
     adapter = {name: parameter.detach().clone() for name, parameter in our_tensors(ours).items()}
     theirs = wrap_with_peft(load_reference(base), adapter, r=4, lora_alpha=12, target_modules="all-linear")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.config import LoraConfig
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
@@ -70,7 +71,7 @@ def build_pair(
 ) -> tuple[Qwen2ForCausalLM, peft.PeftModel]:
     """The same base with the same adapter, here and in peft."""
     ours = load_model(folder, torch.float32, quantization)
-    attach(ours, r=4, alpha=12, target_modules=targets, use_rslora=use_rslora, seed=seed)
+    attach(ours, LoraConfig(r=4, alpha=12, dropout=0, target_modules=targets, use_rslora=use_rslora), seed=seed)
     randomize_adapter(ours, seed)
     reference = wrap_with_peft(
         load_reference(folder, nf4=quantization == "nf4"),

@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers
 
+from minilora.adapters.attach import attach
 from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
-from minilora.adapters.peft_config import AdapterConfig, attach_adapter
+from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.config import LoraConfig
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.weights.load import load_model
+from minilora.weights.load import LoadSettings, load_model
 from tests.parity.reference import (
     build_examples,
     load_reference,
@@ -26,27 +28,28 @@ pytestmark = pytest.mark.parity
 
 # As in test_model.py; without the adapter logits move by more than 1.
 LOGITS_ATOL = 3e-5
-CONFIG = AdapterConfig(4, 12, 0.0, "all-linear", False, "tiny")
+CONFIG = LoraConfig(r=4, alpha=12, dropout=0)
 CONFIGS = {
     "plain": CONFIG,
-    "rslora": AdapterConfig(4, 12, 0.0, ("q_proj", "v_proj", "down_proj"), True, "tiny"),
-    "dora": AdapterConfig(4, 12, 0.0, "all-linear", False, "tiny", use_dora=True),
-    "all biases": AdapterConfig(4, 12, 0.0, ("k_proj", "up_proj"), False, "tiny", bias="all"),
+    "rslora": LoraConfig(r=4, alpha=12, dropout=0, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True),
+    "dora": LoraConfig(r=4, alpha=12, dropout=0, use_dora=True),
+    "all biases": LoraConfig(r=4, alpha=12, dropout=0, target_modules=["k_proj", "up_proj"], bias="all"),
 }
 
 
-def write_adapter(base: Path, folder: Path, config: AdapterConfig = CONFIG) -> Path:
+def write_adapter(base: Path, folder: Path, config: LoraConfig = CONFIG) -> Path:
     model = load_model(base, torch.float32, "none")
-    attach_adapter(model, config)
+    attach(model, config)
     randomize_adapter(model)
-    save_adapter(model, folder, config)
+    save_adapter(model, folder, config, BaseModel("tiny"))
     return folder
 
 
 def merge(base: Path, adapter: Path, folder: Path, into: str, dtype: torch.dtype, max_shard_bytes: int = 10**9) -> Path:
     folder.mkdir()
     quantization = "nf4" if into == DEQUANTIZED else "none"
-    write_merged(open_merge(base, adapter, torch.float32, quantization, True), into, dtype, folder, max_shard_bytes)
+    merge = open_merge(base, adapter, LoadSettings(torch.float32, quantization))
+    write_merged(merge, into, dtype, folder, max_shard_bytes=max_shard_bytes)
     return folder
 
 
@@ -117,9 +120,9 @@ def test_a_real_model_merged_gives_the_same_logits_in_transformers(tmp_path: Pat
     base = Path(os.environ["MINILORA_REAL_MODEL"])
     examples = build_examples(ChatTokenizer(base))
     model = load_model(base, torch.float32, "none")
-    attach_adapter(model, CONFIG)
+    attach(model, CONFIG)
     randomize_adapter(model, size=0.01)
-    save_adapter(model, tmp_path, CONFIG)
+    save_adapter(model, tmp_path, CONFIG, BaseModel("tiny"))
     folder = merge(base, tmp_path, tmp_path / "merged", ORIGINAL, torch.bfloat16, 300_000_000)
     ours = our_logits(load_model(folder, torch.float32, "none"), examples)
     assert (ours[0] - our_logits(load_model(base, torch.float32, "none"), examples)[0]).abs().max() > 0.1

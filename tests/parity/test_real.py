@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach
+from minilora.config import LoraConfig
 from minilora.data.records import read_records
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
@@ -86,7 +87,7 @@ def test_gradients_over_nf4_equal_pefts() -> None:
     """Four reviews, rank 8 on all seven projections, float32 compute, random B."""
     examples = real_examples(4)
     ours = load_model(Path(MODEL or ""), torch.float32, "nf4")
-    attach(ours, r=8, alpha=16)
+    attach(ours, LoraConfig(r=8, alpha=16, dropout=0))
     randomize_adapter(ours, size=0.01)  # about what training leaves; at 0.1 the model talks nonsense
     batch = pack(examples)
     nll, count = next_token_nll(ours.train()(batch), batch.targets, ours.head_weight)

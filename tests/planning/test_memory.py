@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.config import LoraConfig
 from minilora.planning.memory import (
     CONTEXT_BYTES,
     MemoryEstimate,
@@ -31,12 +32,11 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
-from minilora.system import memory as measured
-from minilora.system.memory import is_out_of_memory, peak_memory_bytes
-from minilora.weights.load import load_model, read_config
+from minilora.weights.hf_config import read_config
+from minilora.weights.load import load_model
 from tests.conftest import write_checkpoint
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "ledger.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_estimate.py"
 
 # Qwen2.5-0.5B.
 SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
@@ -46,7 +46,7 @@ SIZES = (151936, 896, 4864, 24, 14, 2, 1e-6, 1e6)
 def numbers(tied: bool = True, rank: int = 8, in_full: tuple[str, ...] = ()) -> ParameterCounts:
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(*SIZES, tied))
-        attach(model, rank, 16)
+        attach(model, LoraConfig(r=rank, alpha=16, dropout=0))
     return count_parameters(model, in_full)
 
 
@@ -187,7 +187,7 @@ def test_checkpointing_keeps_nothing_of_an_mlp() -> None:
     """A source of `lora.Again` that an attribute held would stay, and all of the memory with it."""
     model = Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, True))
     model.model.gradient_checkpointing = True
-    attach(model, 2, 4)
+    attach(model, LoraConfig(r=2, alpha=4, dropout=0))
     batch = pack([Example([*range(38)], [False] * 37 + [True])])
     hidden = model.train()(batch)
     rows = len(batch.input_ids)
@@ -236,10 +236,10 @@ class Step:
         return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
 
     def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         kind: dict[str, Any] = {"use_dora": self.use_dora, "init_lora_weights": self.init_lora_weights}
         kind["layers_to_transform"] = list(range(self.first_layer, model.config.num_hidden_layers))
-        return attach(model, self.rank, 16, self.dropout, names, **kind)
+        return attach(model, LoraConfig(r=self.rank, alpha=16, dropout=self.dropout, target_modules=names, **kind))
 
     def predict(self, folder: Path) -> int:
         with torch.device("meta"):
@@ -330,54 +330,3 @@ def test_the_ledger_is_within_ten_percent_of_what_training_takes(keys: list[str]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print(f"\n{found['predicted'] / 1e9:.3f} GB predicted, {found['measured'] / 1e9:.3f} GB measured")
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (
-            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-            True,
-        ),
-        (RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("not enough memory"), False),
-    ],
-)
-def test_a_lack_of_memory_is_known_from_other_errors(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) == expected
-
-
-def test_what_pytorch_raises_for_too_large_a_tensor_is_a_lack_of_memory() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60, dtype=torch.uint8)
-    assert is_out_of_memory(caught.value)
-
-
-def test_the_peak_is_in_bytes() -> None:
-    block = torch.ones(300_000_000, dtype=torch.uint8)
-    peak = peak_memory_bytes(torch.device("cpu"))
-    assert (peak is None) == (sys.platform not in ("linux", "darwin")), "these systems tell"
-    assert peak is None or block.nbytes <= peak < 2**40  # kibibytes would be a thousand times less or more
-
-
-def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
-    block = torch.ones(700_000_000, dtype=torch.uint8)
-    code = (
-        "import torch; from minilora.system.memory import peak_memory_bytes; "
-        "print(peak_memory_bytes(torch.device('cpu')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "None" or int(done.stdout) < block.nbytes
-
-
-def test_where_the_system_does_not_tell_the_peak_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "STATUS", tmp_path / "absent")
-    monkeypatch.setattr(sys, "platform", "win32")
-    process_bytes = peak_memory_bytes(torch.device("cpu"))
-    assert process_bytes is None
-    assert not any(name.startswith("Python") for name in ledger(process_bytes=process_bytes).parts)

@@ -442,5 +442,5 @@ def test_pytorch_equals_bitsandbytes_on_every_real_projection() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layer_on_a_gpu_equals_the_one_on_a_cpu() -> None:
     quantized = quantize(torch.randn(96, 128))
-    on_gpu: QuantizedTensor = quantized.to("cuda")
+    on_gpu = quantized.to("cuda")
     assert torch.equal(on_gpu.dequantize(torch.float32).cpu(), quantized.dequantize(torch.float32))

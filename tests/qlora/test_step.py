@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, lora_parameters, parameter_groups
+from minilora.config import LoraConfig
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
@@ -22,7 +23,7 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 def build(dropout: float = 0.0) -> tuple[Qwen2ForCausalLM, DropoutSeed]:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(50, 16, 24, 2, 4, 2, 1e-6, 1e4, True))
-    dropout_seed = attach(model, 2, 4, dropout)
+    dropout_seed = attach(model, LoraConfig(r=2, alpha=4, dropout=dropout))
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.1)
     return model.train(), dropout_seed

@@ -22,9 +22,8 @@ from compare_peft import run_child
 from meter import environment
 from workload import add_workload_arguments, model_folder
 
-from minilora.adapters.attach import parameter_groups
-from minilora.adapters.peft_config import attach_adapter
-from minilora.build import adapter_config, build_model, choose_device, choose_dtype
+from minilora.adapters.attach import attach, parameter_groups
+from minilora.build import build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
 from minilora.planning.memory import CONTEXT_BYTES
 from minilora.planning.plan import BatchShape, count_config, estimate_config_memory
@@ -33,8 +32,9 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
-from minilora.system.memory import peak_memory_bytes
-from minilora.weights.load import freed_memory_returned, read_config
+from minilora.system.memory import peak_memory_bytes, trim_heap
+from minilora.system.process import tuned_process
+from minilora.weights.hf_config import read_config
 
 CHECKPOINTING = "train.gradient_checkpointing=true"
 CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -74,6 +74,7 @@ class Case:
         return load_config(None, [*fixed, "lora.dropout=0", *self.keys])
 
 
+@tuned_process()
 def measure(case: Case) -> dict[str, Any]:
     """Bytes predicted and measured, in this process."""
     config = case.config()
@@ -83,8 +84,8 @@ def measure(case: Case) -> dict[str, Any]:
     model = build_model(config, Path(case.model), device, dtype)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
-    with freed_memory_returned():  # as `run.open_run`
-        dropout_seed = attach_adapter(model, adapter_config(config))
+    dropout_seed = attach(model, config.lora)
+    trim_heap()  # as `open_run`
     optimizer = build_optimizer(parameter_groups(model.train()), optim=config.train.optim)
     generator = random.Random(0)
     shape = BatchShape(0, 0, 0)
@@ -127,7 +128,7 @@ def main() -> None:
     print("| rows | configuration | predicted | measured | off by |\n|---|---|---|---|---|")
     for rows, keys in CASES:
         case = Case(str(folder), arguments.device, rows, keys, arguments.steps)
-        found = run_child("ledger.py", json.dumps(asdict(case)))
+        found = run_child("memory_estimate.py", json.dumps(asdict(case)))
         off = found["predicted"] / found["measured"] - 1
         results.append({"rows": rows, "keys": keys, "off": off, **found})
         predicted, measured = (f"{found[name] / 1e9:.2f} GB" for name in ("predicted", "measured"))

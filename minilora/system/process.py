@@ -1,0 +1,54 @@
+"""What a script sets for its whole process, and why. No library function does: an importing program keeps its settings.
+
+    oneDNN, PyTorch   64 compiled matrix products in place of 1,024. Each shape of a product is compiled once and
+                      cached, 0.4 MB each. A micro-batch needs some fifty, the next one, of another length, fifty
+                      others. By default they take 20 MB more with each new length, and scattered through the heap they
+                      keep freed activations from being reused: 0.5 GB after a dozen lengths. Recompiling costs 1 %.
+    glibc's malloc    buffers of up to 32 MB come from the heap and 64 MB of it stay: a training step needs the same
+                      buffers in every layer, and a page that comes from the system costs as much as the values on it.
+                      One arena, so that any thread reuses what another one has freed.
+
+Without these settings everything computes the same and takes more memory.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+COMPILED_PRODUCTS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # read at the first product
+LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed
+KEPT_IN_HEAP = 64 << 20  # bytes
+GLIBC_DEFAULT = 128 << 10  # bytes, of both
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+@contextmanager
+def tuned_process() -> Iterator[None]:
+    """The settings above, while the block runs: `with tuned_process(): run_script(main)`.
+
+    A variable that the user has set stays. Afterwards the variables are as they were and malloc's thresholds at glibc's
+    defaults. Two things stay, because glibc has no way back: the one arena, where several threads have allocated by
+    then, and that the threshold for large buffers no longer adapts. Without glibc (macOS, Windows, musl) malloc stays
+    as it is.
+    """
+    added = [name for name in COMPILED_PRODUCTS if name not in os.environ]
+    os.environ.update(dict.fromkeys(added, "64"))
+    arenas = 8 * (os.cpu_count() or 1)  # glibc's default
+    _set_malloc(LARGEST_IN_HEAP, KEPT_IN_HEAP, 1)
+    try:
+        yield
+    finally:
+        _set_malloc(GLIBC_DEFAULT, GLIBC_DEFAULT, arenas)
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _set_malloc(mmap_threshold: int, trim_threshold: int, arena_max: int) -> None:
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return
+    set_option(ARENA_MAX, arena_max)
+    set_option(MMAP_THRESHOLD, mmap_threshold)
+    set_option(TRIM_THRESHOLD, trim_threshold)

@@ -1,0 +1,96 @@
+"""config.json of a Hugging Face checkpoint -> `Qwen2Config`, or a message that says why the model cannot be used.
+
+Both dialects are read: `rope_theta` at the top, and in `rope_parameters` as transformers 5 writes it. Only
+`tie_word_embeddings` (false) and `max_position_embeddings` (unknown) have a default, because Hugging Face's own files
+may omit them. What `qlora/model.py` does not compute is refused here.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import UserError
+from minilora.qlora.model import Qwen2Config
+from minilora.system.files import read_json
+from minilora.system.schema import read_fields
+
+# A hundred times the largest Qwen2.5: a mistyped size is named before anything of that size is allocated.
+MAXIMUM = {
+    "vocab_size": 10_000_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 3_000_000,
+    "num_hidden_layers": 8_000,
+}
+ADVICE = "download config.json of the model again"
+
+
+def read_config(folder: Path) -> Qwen2Config:
+    """Architecture of the checkpoint in `folder`; errors as in `parse_config`."""
+    return parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
+    """The architecture that a parsed config.json describes.
+
+    Args:
+        content: of the file.
+        where: its path, for messages.
+
+    Raises:
+        UserError: another architecture, a missing or impossible field, or a feature that the model does not have.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
+    if content.get("model_type") != "qwen2":
+        raise UserError(
+            f"{where}: model_type is {content.get('model_type')!r}, expected 'qwen2'; "
+            "minilora trains the dense Qwen2.5 models"
+        )
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope scaling is {rope!r}, expected an object; download it again")
+    _refuse_features(content, rope, where)
+    config = read_fields(Qwen2Config, {"rope_theta": rope.get("rope_theta"), **content}, where, ADVICE)
+    _check_sizes(config, where)
+    return config
+
+
+def _refuse_features(content: dict[str, Any], rope: dict[str, Any], where: str) -> None:
+    """Raises UserError for sliding windows, another activation or scaled rotary embeddings."""
+    found = {
+        "use_sliding_window": (content.get("use_sliding_window", False), False),
+        "hidden_act": (content.get("hidden_act", "silu"), "silu"),
+        "rope scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for name, (value, expected) in found.items():
+        if value != expected:
+            raise UserError(f"{where}: {name} is {value!r}, only {expected!r} is supported; use a model without it")
+    layer_types = content.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(name != "full_attention" for name in layer_types):
+        raise UserError(
+            f"{where}: layer_types is {layer_types!r}, only a list of 'full_attention' is supported; use another model"
+        )
+
+
+def _check_sizes(config: Qwen2Config, where: str) -> None:
+    """Raises UserError for sizes that are out of range or do not divide into heads."""
+    problems = []
+    for name, value in asdict(config).items():
+        if isinstance(value, bool) or value is None:
+            continue
+        if value <= 0:
+            problems.append(f"{name} is {value!r}, expected more than 0")
+        elif value > MAXIMUM.get(name, value):
+            problems.append(f"{name} is {value!r}, expected {MAXIMUM[name]} or less")
+    if problems:
+        raise UserError(f"{where}: {', '.join(problems)}; {ADVICE}")
+    if config.hidden_size % config.num_attention_heads or config.head_dim % 2:
+        raise UserError(
+            f"{where}: hidden_size {config.hidden_size} does not divide into "
+            f"{config.num_attention_heads} heads of even size; the file is not a Qwen2.5 configuration"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{where}: {config.num_attention_heads} query heads cannot share "
+            f"{config.num_key_value_heads} key/value heads evenly; the file is not a Qwen2.5 configuration"
+        )

@@ -1,0 +1,60 @@
+"""The peak is this process' own, in bytes; a lack of memory is told from other errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.system import memory
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            True,
+        ),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("not enough memory"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_from_other_errors(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_what_pytorch_raises_for_too_large_a_tensor_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_the_peak_is_in_bytes() -> None:
+    block = torch.ones(300_000_000, dtype=torch.uint8)
+    peak = peak_memory_bytes(torch.device("cpu"))
+    assert (peak is None) == (sys.platform not in ("linux", "darwin")), "these systems tell"
+    assert peak is None or block.nbytes <= peak < 2**40  # kibibytes would be a thousand times less or more
+
+
+def test_the_peak_is_this_process_own_and_not_that_of_the_one_that_started_it() -> None:
+    block = torch.ones(700_000_000, dtype=torch.uint8)
+    code = (
+        "import torch; from minilora.system.memory import peak_memory_bytes; "
+        "print(peak_memory_bytes(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None" or int(done.stdout) < block.nbytes
+
+
+def test_where_the_system_does_not_tell_the_peak_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert peak_memory_bytes(torch.device("cpu")) is None
