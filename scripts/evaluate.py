@@ -194,7 +194,7 @@ def write_results(
             with contextlib.suppress(OSError):
                 (directory / f"{WRITING}{name}").unlink()
         raise UserError(
-            f"{directory}: the results cannot be written ({error}); the figures stand above, for the files choose "
+            f"{directory}: the results cannot be written ({error}); the figures are above, for the files choose "
             "another --output_dir"
         ) from None
 
