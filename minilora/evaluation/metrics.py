@@ -128,7 +128,7 @@ def bootstrap_intervals(
     M[i, j] / N, independently of the other draws, so the resampled table is Multinomial(N, M / N): the
     reviews themselves are not needed, and all tables are one call.
 
-    The interval covers the choice of test reviews alone, not another training seed.
+    The interval covers only the choice of test reviews, not another training seed.
 
     Args:
         confusion: (K, K) counts, rows true, columns predicted.

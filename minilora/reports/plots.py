@@ -1,7 +1,7 @@
 """Curves by matplotlib: loss.png, and pictures for report.html.
 
 A picture for the page is the SVG that matplotlib writes, as a data: address, without a date and with fixed ids, so that
-equal values give equal bytes. Its words are English alone: matplotlib measures them with its own font, which has no
+equal values give equal bytes. Its words are only English: matplotlib measures them with its own font, which has no
 Chinese.
 """
 

@@ -44,7 +44,7 @@ def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
 
 
 def log_probabilities(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
-    """log p(next id) at each of `ids`, alone in its batch, from full logits: (n, V) float64."""
+    """log p(next id) at each of `ids`, the only example of its batch, from full logits: (n, V) float64."""
     positions = torch.arange(len(ids))
     with torch.no_grad():
         hidden = model.model(torch.tensor(ids), positions, pack_segments([len(ids)]))
@@ -52,7 +52,7 @@ def log_probabilities(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
 
 
 def brute_force(model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: list[Example]) -> np.ndarray:
-    """Every review run alone with every label word, the word's tokens summed."""
+    """Every review in a batch of its own with every label word, the word's tokens summed."""
     scores = torch.zeros(len(examples), len(prompt.labels), dtype=torch.float64)
     for row, example in enumerate(examples):
         question = example.input_ids[: example.answer_start]

@@ -379,7 +379,7 @@ def test_text_contrasts_with_its_background(chromium: Any, page: Path, scheme: s
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_words_of_a_picture_contrast_with_its_background(chromium: Any, page: Path, scheme: str) -> None:
+def test_a_picture_is_inverted_on_a_dark_page(chromium: Any, page: Path, scheme: str) -> None:
     chromium.open(page, 1000, scheme)
     is_inverted = chromium.value("getComputedStyle(document.querySelector('figure img')).filter") != "none"
     assert is_inverted == (scheme == "dark")
