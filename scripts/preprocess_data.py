@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.hub import downloaded_files
-from minilora.data.prepare import SPLIT_SEED, prepare
+from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 
@@ -46,12 +46,10 @@ def main() -> None:
     report = prepare(
         files,
         arguments.output,
-        arguments.seed,
-        arguments.keep_splits,
-        arguments.drop_leaks,
-        arguments.text_column,
-        arguments.label_column,
-        arguments.encoding,
+        SplitOptions(seed=arguments.seed, keep_splits=arguments.keep_splits, drop_leaks=arguments.drop_leaks),
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        encoding=arguments.encoding,
     )
     print_report(report, arguments.output)
 

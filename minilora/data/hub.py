@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.prepare import SPLITS, split_of
+from minilora.data.records import capped
 from minilora.errors import UserError
 from minilora.system.cli import DISK_ERRORS
 from minilora.system.console import is_quiet, warn
@@ -49,7 +50,6 @@ PAUSES_S = (1, 3, 6)  # before the attempts that follow on a failed one
 HTTP_CLIENTS = ("httpx", "requests", "urllib3")  # httpx2 as well; which one depends on huggingface-hub's version
 MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
 SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
-MAX_REASON = 200  # characters of a library's message that are quoted
 
 
 def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -128,9 +128,9 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
 
 
 def downloaded_files(directory: Path) -> list[Path]:
-    """What `fetch_dataset` left there: train first, then validation, then test.
+    """The files of `fetch_dataset`: train first, then validation, then test.
 
-    One order for everybody: of duplicates the first row stays, and the split is a function of the rows' order.
+    One order for all callers: of duplicates the first record is kept, and the split depends on the records' order.
     """
     named = [(split_of(path), path) for path in directory.glob("*") if path.suffix in _ENDINGS and path.name[0] != "."]
     return [path for split in SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
@@ -335,5 +335,6 @@ def _status_of(error: Exception) -> int | None:
 
 def _reason(error: BaseException) -> str:
     """The first line of an error's text, after the name of a Python error that does not explain itself."""
-    text = str(error).strip().partition("\n")[0][:MAX_REASON]
+    text = str(error).strip().partition("\n")[0]
+    text = capped(text, 200)
     return f"{type(error).__name__}: {text}" if type(error).__module__ == "builtins" or not text else text
