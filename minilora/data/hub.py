@@ -5,7 +5,9 @@
     owner/name             a snapshot in the hub's cache: downloaded where files are missing, and verified
 
 huggingface-hub downloads: its cache (HF_HOME), a mirror (HF_ENDPOINT), HF_TOKEN and HF_HUB_OFFLINE work as everywhere,
-and files that have arrived stay when a download breaks. Two things are added.
+and a download that breaks is resumed: complete files stay, and a file whose connection is closed continues where it
+was. (With huggingface-hub 2.4, a file whose connection is reset or whose process is killed is downloaded from its
+beginning.) Two things are added.
 
 Every file that is read is hashed. huggingface-hub compares the size of what it downloads, and nothing of what is in
 the cache already. The cache stores a file under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of
@@ -53,7 +55,7 @@ SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
 def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Folder with the model's files, downloaded if it has to be.
+    """Folder with the model's files, downloaded if needed.
 
     Args:
         name_or_path: a folder, a name below `minilora/assets/` (found from any working directory), or a hub name.
@@ -61,7 +63,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
         weights: whether its weights are downloaded too.
 
     Raises:
-        UserError: there is no such folder, or the hub did not give it.
+        UserError: there is no such folder, or the download failed.
     """
     folder = local_folder(name_or_path)
     if folder is None:
@@ -74,11 +76,10 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
             allow_patterns=MODEL_FILES if weights else SMALL_FILES,
             ignore_patterns=SUBFOLDERS,
         )
-        if weights and not any(folder.glob("*.safetensors")):  # a cache may hold what another program needed, no more
+        if weights and not any(folder.glob("*.safetensors")):  # a cache may hold only what another program needed
             raise UserError(
-                f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset "
-                "HF_HUB_OFFLINE, check the network, or choose a model that has them (.bin files are not read: they can "
-                "run code)"
+                f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset HF_HUB_OFFLINE, check "
+                "the network, or choose a model that has them (.bin files are not read: they can run code)"
             )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
@@ -86,7 +87,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
 
 
 def local_folder(name_or_path: str) -> Path | None:
-    """The folder of a model that is here already, None for a name on the hub."""
+    """The folder of a model that is on this machine, None for a name on the hub."""
     folder = Path(name_or_path)
     if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
         folder = Path(__file__).parents[1] / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
@@ -99,12 +100,12 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
     A split that the hub keeps in several parts becomes `train-00000.parquet`, `train-00001.parquet` ...
 
     Args:
-        directory: where the files go; without repo and revision, a complete set that is there already is taken.
-        repo: name of the data set; by default the sources of ChnSentiCorp, one after the other.
+        directory: where the files go; without repo and revision, a complete set in it is used as it is.
+        repo: name of the data set; by default CHNSENTICORP_SOURCES, the first that works.
         revision: branch, tag or commit.
 
     Raises:
-        UserError: no source gave a training file, or the folder holds another data set.
+        UserError: no source has a training file, or the folder holds another data set.
     """
     if repo is None and revision is None:
         present = downloaded_files(directory)
@@ -120,7 +121,8 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
         foreign = [path.name for path in downloaded_files(directory) if path.name not in found]
         if foreign:  # two data sets in one folder would be taken for one
             raise UserError(
-                f"{directory}: holds {', '.join(foreign)} of another download; remove them or choose another --output"
+                f"{directory}: holds {capped(', '.join(foreign))} of another download; remove them or choose another "
+                "--output"
             )
         _copy(found, directory)
         return downloaded_files(directory)
@@ -140,7 +142,7 @@ _ENDINGS = (".parquet", ".arrow")
 
 
 def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
-    """Files of a data set by the names that they get here, parquet before arrow."""
+    """Files of a data set by the names that they get in our folder; parquet before arrow."""
     parts: dict[str, list[Path]] = {}
     for ending in _ENDINGS:
         for path in sorted(snapshot.rglob(f"*{ending}")):
@@ -155,7 +157,9 @@ def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
     folders = {path.parent if split_of(path) else path.parent.parent for paths in parts.values() for path in paths}
     if len(folders) > 1:
         names = ", ".join(sorted(folder.relative_to(snapshot).as_posix() for folder in folders))
-        raise UserError(f"{source}: has several data sets ({names}); give one's files to preprocess_data.py --input")
+        raise UserError(
+            f"{source}: has several data sets ({capped(names)}); give one's files to preprocess_data.py --input"
+        )
     return {
         f"{split}{f'-{number:05d}' if len(paths) > 1 else ''}{path.suffix}": path
         for split, paths in parts.items()
@@ -176,7 +180,7 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
 def download_snapshot(
     kind: str, name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
 ) -> Path:
-    """Folder with the files of `name` that match, each with the hub's hash.
+    """Folder with the files of `name` that match, each verified against the hub's hash.
 
     Args:
         kind: "model" or "dataset".
@@ -218,17 +222,18 @@ def _download(name: str, **wanted: Any) -> Path:
     """`snapshot_download` of what is missing, retried after PAUSES_S where an error may pass."""
     from huggingface_hub import snapshot_download
 
-    for pause_s in (*PAUSES_S, None):
+    pauses = iter(PAUSES_S)
+    while True:
         try:
             with _progress_bars():
                 return Path(snapshot_download(name, **wanted))
         except Exception as error:
             is_broken = type(error).__module__.startswith(HTTP_CLIENTS)  # in the middle of a file
+            pause_s = next(pauses, None)
             if pause_s is None or not (is_broken or _status_of(error) in RETRY_STATUSES):
                 raise
             warn(f"{name}: {_reason(_cause_of(error))}; retries in {pause_s} s")
         time.sleep(pause_s)
-    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager
@@ -248,7 +253,7 @@ def _progress_bars() -> Iterator[None]:
 
 
 def _damaged_files(snapshot: Path, allow_patterns: list[str], ignore_patterns: list[str]) -> dict[Path, str]:
-    """The snapshot's files that match and have not the hub's hash, each with what is wrong."""
+    """The snapshot's files that match and differ from the hub's hash, each with what is wrong."""
     from huggingface_hub import constants
 
     damaged: dict[Path, str] = {}
@@ -308,8 +313,8 @@ def _explain(error: Exception, kind: str, name: str, local: str) -> str:
         error.errno in DISK_ERRORS or isinstance(error, NotADirectoryError | FileExistsError)
     ):
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
-    is_no_hub = isinstance(cause, (errors.FileMetadataError, ValueError, AssertionError, LookupError, TypeError))
-    if is_no_hub or isinstance(cause, AttributeError) or not endpoint.startswith("http"):
+    bad_json = (ValueError, AssertionError, AttributeError, LookupError, TypeError)  # what the client makes of it
+    if isinstance(cause, (errors.FileMetadataError, *bad_json)) or not endpoint.startswith("http"):
         return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"

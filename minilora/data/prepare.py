@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import Record, read_demo_records, read_records, shown
+from minilora.data.records import Record, capped, read_demo_records, read_records, shown
 from minilora.errors import UserError
 from minilora.system.files import WRITING, lock_folder, make_folder, read_json, sha256, storage_errors, sync, write_file
 
@@ -210,7 +210,9 @@ def _prepare_records(
         clean, dropped = clean_records(records)
         merged = [record for part in clean.values() for record in part]
         if not merged:
-            raise UserError(f"{', '.join(records)}: no record is left after cleaning ({dropped}); check the columns")
+            raise UserError(
+                f"{capped(', '.join(records), 200)}: no record is left after cleaning ({dropped}); check the columns"
+            )
         splits = split_records(merged, options.seed)
     for name, part in splits.items():
         if not part:
@@ -322,7 +324,7 @@ def write_splits(splits: Mapping[str, Sequence[Record]], directory: Path, report
 
 
 def recover_splits(directory: Path) -> None:
-    """Completes a killed `write_splits` if all its temporary files are whole; otherwise removes them.
+    """Completes a killed `write_splits` if all its temporary files are complete; otherwise removes them.
 
     Raises:
         UserError: another process is writing there, or the folder cannot be written.

@@ -63,7 +63,7 @@ def test_a_folder_in_the_working_directory_comes_before_the_hub(
     assert fetch_model("some/model") == Path("some/model")
 
 
-def test_only_a_folder_is_here_already(tmp_path: Path) -> None:
+def test_only_a_folder_is_local(tmp_path: Path) -> None:
     assert local_folder(str(tmp_path)) == tmp_path
     assert local_folder("Qwen/Qwen2.5-7B-Instruct") is None
     assert local_folder("minilora/assets/huge") is None
@@ -81,14 +81,14 @@ def test_neither_folder_nor_hub_name(name: str) -> None:
         fetch_model(name)
 
 
-def test_without_any_source_each_ones_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_source_each_failure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(kind: str, name: str, *_: Any, **__: Any) -> None:
         raise UserError(f"{name}: is no {kind}")
 
     monkeypatch.setattr(hub_module, "download_snapshot", fail)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         fetch_dataset(tmp_path / "out")
-    assert str(told.value) == "lansinuote/ChnSentiCorp: is no dataset\nseamew/ChnSentiCorp: is no dataset"
+    assert str(refused.value) == "lansinuote/ChnSentiCorp: is no dataset\nseamew/ChnSentiCorp: is no dataset"
     assert not (tmp_path / "out").exists()
 
 
@@ -442,7 +442,7 @@ def test_a_token_that_is_wrong_or_does_not_suffice_is_named(make_hub: MakeHub, t
     assert nothing.startswith("error: some/nothing: no such model")
 
 
-def test_without_a_hub_it_is_named_what_is_missing(make_hub: MakeHub, tmp_path: Path) -> None:
+def test_without_a_hub_the_message_names_what_is_missing(make_hub: MakeHub, tmp_path: Path) -> None:
     offline = fetch(NOBODY, tmp_path, HF_HUB_OFFLINE="1").stdout
     assert offline.startswith(f"error: some/thing: not in the cache {tmp_path / 'home' / 'hub'}")
     assert "; unset HF_HUB_OFFLINE" in offline
@@ -455,10 +455,9 @@ def test_without_a_hub_it_is_named_what_is_missing(make_hub: MakeHub, tmp_path: 
     assert "; correct HF_ENDPOINT" in found
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1", ""])
-def test_an_endpoint_that_is_none_is_named(tmp_path: Path, endpoint: str) -> None:
-    found = fetch(endpoint, tmp_path).stdout
-    assert found.startswith(f"error: some/thing: {endpoint!r} does not answer as a hub does (")
+def test_an_endpoint_that_is_none_is_named(tmp_path: Path) -> None:
+    found = fetch("127.0.0.1", tmp_path).stdout
+    assert found.startswith("error: some/thing: '127.0.0.1' does not answer as a hub does (")
     assert "; correct HF_ENDPOINT" in found
 
 
@@ -629,7 +628,7 @@ def refused(error: type[errors.HfHubHTTPError], text: str = "x", status: int = 4
         (RuntimeError("CAS Client Error"), "by Xet failed .*CAS Client Error.*HF_HUB_DISABLE_XET=1"),
         (errors.HFValidationError("x"), "is no hub name, expected owner/name"),
         (refused(errors.HfHubHTTPError, "418 teapot\nfor url", 418), r"download failed \(418 teapot\); run it"),
-        (refused(errors.HfHubHTTPError, "5" * 10_000, 418), r"download failed \(5{200}\)"),
+        (refused(errors.HfHubHTTPError, "5" * 10_000, 418), r"download failed \(5+\.\.\.\)"),
     ],
 )
 def test_a_failed_download_says_what_to_do(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
     assert report["length_quantiles_characters"]["train"]["max"] == 4
 
 
-def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
+def test_the_report_holds_all_its_counts(tmp_path: Path) -> None:
     pairs = [("好" * length, 1) for length in range(1, 21)]
     pairs += [("差" * length, 0) for length in range(1, 21)] + [("！", 0), ("好", 1), ("矛盾", 0), ("矛盾", 1)]
     source = write_tsv(tmp_path / "a.tsv", pairs)
@@ -220,7 +220,7 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
     }
     quantiles = report["length_quantiles_characters"]
     assert set(quantiles) == {"train", "validation", "test"}
-    # of 32 sorted lengths, places 32 * (0.5, 0.9, 0.95, 0.99) rounded down, and the last
+    # of 32 sorted lengths, indices 32 * (0.5, 0.9, 0.95, 0.99) rounded down, and the last
     expected = {"p50": train[16], "p90": train[28], "p95": train[30], "p99": train[31], "max": train[31]}
     assert quantiles["train"] == expected
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -303,7 +303,7 @@ def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowher
 ) -> None:
     train = [(f"评论{n}", int(n % 4 == 0)) for n in range(80)]
     files = [
-        write_tsv(tmp_path / "train.tsv", train * 2),  # a duplicate in the carved part would stand in train too
+        write_tsv(tmp_path / "train.tsv", train * 2),  # a duplicate in the carved part would be in train too
         write_tsv(tmp_path / "dev.tsv", [("新的", 1), *train[::2]]),
     ][:given]
     report = prepare(files, tmp_path / "out", KEEP_SPLITS)
@@ -315,10 +315,10 @@ def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowher
         assert not find_leaks(
             parts[name], [record for other, part in parts.items() if other != name for record in part]
         )
-    order = {text: place for place, (text, _) in enumerate(train)}
-    places = [order[record.text or ""] for record in parts["train"]]
-    assert places == sorted(places)  # what stays is in the file's order
-    assert len(places) == 80 - (ones + zeros) * len(carved)
+    order = {text: index for index, (text, _) in enumerate(train)}
+    indices = [order[record.text or ""] for record in parts["train"]]
+    assert indices == sorted(indices)  # what is kept is in the file's order
+    assert len(indices) == 80 - (ones + zeros) * len(carved)
     leaks = report["leaks"]
     assert leaks["test"]["also_in_train"] == 0
     assert leaks["as_given"] == ({} if given == 1 else {"validation": {"rows": 41, "also_in_train": 40}})
@@ -330,7 +330,7 @@ def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowher
     assert dropped["leaks"]["dropped_from_train"] == (0 if given == 1 else 40)
 
 
-def test_a_data_set_that_cleans_to_nothing_says_so(tmp_path: Path) -> None:
+def test_a_data_set_that_cleans_to_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no record is left after cleaning \(.*'empty': 1"):
         prepare([write_tsv(tmp_path / "a.tsv", [("！", 1)])], tmp_path / "out")
 
@@ -351,7 +351,7 @@ def test_splits_share_no_text_and_lose_no_record(pairs: list[tuple[str, int]]) -
 @given(st.permutations(["a", "b", "c"]))
 def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
     files = {
-        name: records_of(*((f"{'，' * place}评论{n}", n % 2) for n in range(30))) for place, name in enumerate("abc")
+        name: records_of(*((f"{'，' * index}评论{n}", n % 2) for n in range(30))) for index, name in enumerate("abc")
     }
     clean, dropped = clean_records({name: files[name] for name in order})
     assert [len(clean[name]) for name in order] == [30, 0, 0]
@@ -406,7 +406,7 @@ def test_the_leaks_of_the_files_as_given_are_counted_before_cleaning(tmp_path: P
         ("train_test.tsv", None),
     ],
 )
-def test_a_files_name_says_its_split_in_whole_words(name: str, split: str | None) -> None:
+def test_a_file_name_holds_its_split_as_a_whole_word(name: str, split: str | None) -> None:
     assert split_of(Path(name)) == split
 
 
@@ -471,7 +471,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("has_earlier", [True, False])
-def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files_or_all_of_the_new(
+def test_a_replacing_killed_anywhere_is_completed_with_all_old_files_or_all_new_ones(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_earlier: bool
 ) -> None:
     prepare(official, tmp_path / "old", SplitOptions(seed=1))
@@ -511,7 +511,7 @@ def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, number: int) ->
     patch.setattr(owner, name, stop)
 
 
-def test_an_ending_that_was_killed_itself_is_ended(
+def test_a_recovery_that_was_killed_is_completed(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(official, tmp_path / "new", SplitOptions(seed=2))
@@ -548,7 +548,7 @@ def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
     assert contents(folder) in wholes
 
 
-def test_where_nothing_was_left_nothing_is_ended(official: list[Path], tmp_path: Path) -> None:
+def test_without_leftovers_nothing_is_recovered(official: list[Path], tmp_path: Path) -> None:
     recover_splits(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     prepare(official, tmp_path / "out", SplitOptions(seed=1))
@@ -591,6 +591,6 @@ def test_the_standard_training_file_has_the_duplicates_that_were_counted() -> No
     assert len({record.content for record in records}) == 8249
     assert len({normalized(record.content) for record in records}) == 8234
     held_out = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "dev.tsv")
-    # The published audit: 339 texts of the development file stand in the training file too.
-    places = find_leaks(held_out, records)
-    assert (len(held_out), len({normalized(held_out[place].content) for place in places})) == (1200, 339)
+    # The published audit: 339 texts of the development file are in the training file too.
+    leaks = find_leaks(held_out, records)
+    assert (len(held_out), len({normalized(held_out[index].content) for index in leaks})) == (1200, 339)

@@ -389,11 +389,11 @@ def test_texts_are_read_from_every_kind_of_file_and_need_no_label(kind: str, tmp
         }[kind]
         write(path, content)
     first = 2 if kind in ("tsv", "csv") else 1
-    expected = [Record(f"{path}:{first + place}", text) for place, text in enumerate(texts)]
+    expected = [Record(f"{path}:{first + index}", text) for index, text in enumerate(texts)]
     assert list(iter_texts(path)) == expected
 
 
-def test_texts_are_there_before_a_bad_line_behind_them(tmp_path: Path) -> None:
+def test_texts_are_yielded_before_a_later_bad_line(tmp_path: Path) -> None:
     records = iter_texts(write(tmp_path / "a.jsonl", '{"text": "好"}\n{"text": "差"}\n{"text"\n'))
     assert [next(records).text, next(records).text] == ["好", "差"]
     with pytest.raises(UserError, match=r"a\.jsonl:3: is not JSON"):
@@ -435,7 +435,7 @@ def test_lines_are_records_that_are_named_after_their_source() -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_lines_are_those_of_the_whole_text(tmp_path: Path, encoding: str) -> None:
+def test_lines_equal_the_split_text(tmp_path: Path, encoding: str) -> None:
     generator = random.Random(0)
     for _ in range(50):
         text = "x" + "".join(generator.choice(LETTERS + "\n\n") for _ in range(generator.randrange(200)))
@@ -447,7 +447,7 @@ def test_lines_are_those_of_the_whole_text(tmp_path: Path, encoding: str) -> Non
         assert list(iter_file_lines(path, name)) == expected
 
 
-def test_a_line_is_there_before_the_next_one_is_read() -> None:
+def test_a_line_is_yielded_before_the_next_one_is_read() -> None:
     taken = []
 
     def stream() -> Iterator[bytes]:
@@ -481,12 +481,12 @@ def test_a_line_is_there_before_the_next_one_is_read() -> None:
         (codecs.BOM_UTF16_LE, "utf-16", r"^a pipe: is empty"),
     ],
 )
-def test_bytes_that_are_no_text_are_named_with_line_and_place(content: bytes, encoding: str, message: str) -> None:
+def test_undecodable_bytes_are_named_with_line_and_byte(content: bytes, encoding: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(iter_lines(content.splitlines(keepends=True), "a pipe", encoding))
 
 
-def test_what_stands_before_a_bad_line_is_read() -> None:
+def test_lines_before_a_bad_line_are_read() -> None:
     for content, encoding in ((b"one\ntwo\n\xff\n", "utf-8"), ("one\ntwo\n".encode("utf-16") + b"\0\xd8a\0", "utf-16")):
         lines = iter_lines(content.splitlines(keepends=True), "a pipe", encoding)
         assert [next(lines), next(lines)] == ["one", "two"]
@@ -494,7 +494,7 @@ def test_what_stands_before_a_bad_line_is_read() -> None:
             next(lines)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_refused_as_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); check the path"):
         list(iter_file_lines(tmp_path))
 
