@@ -21,7 +21,7 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled
 from minilora.config import MAX_SEED
-from minilora.data.lines import iter_lines
+from minilora.data.records import iter_lines
 from minilora.errors import UserError
 from minilora.generation.chat import Conversation, GenerationConfig, read_generation_config
 from minilora.generation.decode import speed_up

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from minilora.data.lines import count_lines, iter_lines
-from minilora.data.records import ENCODINGS, Record, iter_line_records, iter_texts
+from minilora.data.records import ENCODINGS, Record, count_lines, iter_line_records, iter_lines, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS

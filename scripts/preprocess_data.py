@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.hub import downloaded_files
-from minilora.data.prepare import SPLIT_SEED, prepare
+from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 
@@ -46,9 +46,7 @@ def main() -> None:
     report = prepare(
         files,
         arguments.output_dir,
-        seed=arguments.seed,
-        keep_splits=arguments.keep_splits,
-        drop_leaks=arguments.drop_leaks,
+        SplitOptions(seed=arguments.seed, keep_splits=arguments.keep_splits, drop_leaks=arguments.drop_leaks),
         text_column=arguments.text_column,
         label_column=arguments.label_column,
         encoding=arguments.encoding,

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minilora.data.prepare import prepare
+from minilora.data.prepare import SplitOptions, prepare
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -63,7 +63,7 @@ def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path],
     assert "dropped        2  duplicate" in done.stdout
     assert "wrote         18  out" in done.stdout
     assert "leaks" not in done.stdout
-    prepare(official, tmp_path / "by_function", seed=7)
+    prepare(official, tmp_path / "by_function", SplitOptions(seed=7))
     for split in ("train", "validation", "test"):
         by_script = (tmp_path / "out" / f"{split}.jsonl").read_bytes()
         assert by_script == (tmp_path / "by_function" / f"{split}.jsonl").read_bytes()
@@ -101,7 +101,7 @@ def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_p
         (["--input", "train.tsv", "train.tsv"], "train.tsv: given twice"),
         (["--input", "train.txt"], "train.txt: is not one of .tsv"),
         (["--input", "train.tsv", "--label-column", "stars"], "scripts/preprocess_data.py --label-column NAME"),
-        (["--input", "dev.tsv"], "at least 3 are needed"),
+        (["--input", "dev.tsv"], "label 1: 1 distinct records to split"),
         (["--input", "train.tsv", "--seed", "x"], "argument --seed: invalid int value"),
         (["--input", "train.tsv", "--drop-leaks"], "--drop_leaks needs --keep_splits"),
         (["--input", "dev.tsv", "--keep_splits"], "no file for train"),

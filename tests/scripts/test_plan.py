@@ -38,7 +38,7 @@ def plan(
 ) -> Plan:
     """A function: arguments of the command line -> what the script printed; in an empty folder, without a hub."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "_download", refuse)
+    monkeypatch.setattr(hub, "download_snapshot", refuse)
     monkeypatch.setattr(budget, "count_config", count_once)
 
     def call(*arguments: str | Path) -> str:
@@ -60,7 +60,7 @@ def count_once(config: Config, *of: object) -> ParameterCounts:
     return COUNTED[key]
 
 
-def refuse(*_: object) -> Path:
+def refuse(*_: object, **__: object) -> Path:
     raise UserError("the hub cannot be reached")
 
 
