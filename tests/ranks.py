@@ -1,5 +1,7 @@
 """What the ranks of test_distributed.py do, started by torchrun: each writes its results to {folder}/{rank}.json."""
 
+import contextlib
+import io
 import json
 import math
 import signal
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +30,9 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
 from minilora.system.signals import Interrupted
+from tests.conftest import make_reviews
 from tests.qlora.test_step import build, examples
+from tests.scripts.conftest import load_script
 
 Found = dict[str, Any]
 
@@ -183,10 +188,33 @@ def check_waiting(ranks: Ranks) -> list[str]:
     return []
 
 
+def check_scripts(ranks: Ranks, folder: Path, adapter: str) -> dict[str, str]:
+    """What evaluate.py and predict.py print with all ranks, and on rank 0 as a single process."""
+    reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
+    (folder / f"{ranks.rank}.txt").write_text(reviews, "utf-8")
+    evaluate, predict = load_script("evaluate"), load_script("predict")
+    predict.standard_input = lambda: io.BytesIO(reviews.encode())  # type: ignore[attr-defined]
+
+    def printed(script: ModuleType, ranks: Ranks, *arguments: object) -> str:
+        sys.argv = [str(script.__file__), "--model_path", adapter, *map(str, arguments)]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            script.main(ranks)
+        return output.getvalue()
+
+    found = {}
+    limit = ("--max_batch_tokens", 300)
+    for name, which in (("ranks", ranks), ("single", SINGLE_RANK)):
+        if which is ranks or ranks.is_rank_0:
+            found[f"evaluate, {name}"] = printed(evaluate, which, "--compare_base", "--output_dir", folder / name)
+            found[f"file, {name}"] = printed(predict, which, "--input", folder / "0.txt", *limit)
+    found["pipe, ranks"] = printed(predict, ranks, "-", *limit)
+    return found
+
+
 def main(ranks: Ranks) -> None:
     """All checks."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, adapter = Path(sys.argv[1]), sys.argv[2]
     found = {
         "exchange": check_exchange(ranks, folder),
         "failures": check_failures(ranks),
@@ -194,6 +222,7 @@ def main(ranks: Ranks) -> None:
         "dropout": check_dropout(ranks),
         "scores": check_scores(ranks),
         "compiler": "torch._dynamo" in sys.modules,
+        "scripts": check_scripts(ranks, folder, adapter),
         "waiting": check_waiting(ranks),
     }
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found), "utf-8")

@@ -34,7 +34,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -72,12 +72,14 @@ class Ranks:
         size: number of ranks.
         local_rank: its index on its own machine, and that of its GPU.
         long_timeout_group: the group that waits for LONG_TIMEOUT; None for a single process.
+        agreed_signals: those that a barrier has raised on all ranks; rank 0 prints them.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     long_timeout_group: dist.ProcessGroup | None = None
+    agreed_signals: set[int] = field(default_factory=set, compare=False)
 
     @property
     def is_rank_0(self) -> bool:
@@ -238,6 +240,7 @@ class Ranks:
         if int(code) == FAILED:
             raise FailedElsewhereError("another rank failed")
         if int(code):
+            self.agreed_signals.add(int(code))
             raise Interrupted(int(code)) from failure
 
 
@@ -247,7 +250,7 @@ SINGLE_RANK = Ranks()
 def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
     """A script's `main` for `run_script`: with the ranks that torchrun has started, or a single process.
 
-    Rank 0 prints how it ends. Another rank prints the error that is its own; all exit with the same status.
+    Rank 0 prints how it ends; another rank prints only what ended this rank itself.
     """
 
     def joined() -> None:
@@ -259,14 +262,15 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
             main(ranks)
         except FailedElsewhereError:
             raise SystemExit(2) from None
-        except UserError as error:
+        except (UserError, Interrupted) as error:
             if ranks.is_rank_0:
                 raise
-            raise UserError(f"rank {ranks.rank} on {platform.node()}: {error}") from error
-        except Interrupted as error:
-            if ranks.is_rank_0:
-                raise
-            raise SystemExit(128 + error.signum) from None
+            text = f"rank {ranks.rank} on {platform.node()}: {error}"
+            if isinstance(error, UserError):
+                raise UserError(text) from error
+            if error.signum in ranks.agreed_signals:
+                raise SystemExit(128 + error.signum) from None
+            raise Interrupted(error.signum, text) from None
         dist.destroy_process_group()
 
     return joined

@@ -25,7 +25,6 @@ from minilora.errors import UserError
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.system import distributed
 from minilora.system.distributed import SINGLE_RANK, VARIABLES, Ranks, with_ranks, without_ranks
-from tests.conftest import make_reviews
 from tests.faults.runner import Runs
 
 TESTS = Path(__file__).parents[1]
@@ -49,14 +48,17 @@ def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.Compl
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(finished: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The results of each rank of tests/ranks.py; the lines of "turns" are in those of rank 0."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = run_ranks(RANKS, TESTS / "ranks.py", folder)
+    done = run_ranks(RANKS, TESTS / "ranks.py", folder, finished[1] / "checkpoints" / "final")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     results = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
     results[0]["turns"] = (folder / "turns").read_text("utf-8").split()
+    results[0]["predictions"] = {
+        name: (folder / name / "predictions.jsonl").read_text("utf-8") for name in ("ranks", "single")
+    }
     return results
 
 
@@ -330,40 +332,31 @@ def test_a_rank_with_another_base_model_ends_all(
     assert second == ""
 
 
-def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
-    command = ("--model_path", finished[1] / "checkpoints" / "final", "--compare-base", "--output_dir")
-    one = run_ranks(1, SCRIPTS / "evaluate.py", *command, tmp_path / "alone")
-    assert one.returncode == 0, one.stderr
-    together = run_ranks(2, SCRIPTS / "evaluate.py", *command, tmp_path / "together")
-    assert together.returncode == 0, together.stderr
-    results, expected = (json.loads(done.stdout.splitlines()[-1]) for done in (together, one))
-    for figures in (results, expected, results["base"], expected["base"]):
-        del figures["reviews_per_s"]
+def test_evaluation_by_several_ranks_gives_the_results_of_one(found: Found) -> None:
+    several, one = (found[0]["scripts"][f"evaluate, {name}"].splitlines() for name in ("ranks", "single"))
+    results, expected = (json.loads(lines[-1]) for lines in (several, one))
+    for metrics in (results, expected, results["base"], expected["base"]):
+        del metrics["reviews_per_s"]
     assert results == expected
-    assert len(together.stdout.splitlines()) == len(one.stdout.splitlines())
-    name = "predictions.jsonl"
-    assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert len(several) == len(one)
+    assert found[0]["predictions"]["ranks"] == found[0]["predictions"]["single"] != ""
 
 
-def test_prediction_by_several_ranks_gives_the_bytes_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
-    """A file and a pipe, which the first rank alone reads; 40 reviews are three windows, the last one short."""
-    reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
-    (tmp_path / "reviews.txt").write_text(reviews, "utf-8")
-    command = ("--model_path", str(finished[1] / "checkpoints" / "final"), "--max-batch-tokens", "300")
-    printed = {}
-    for name, source in (("file", ("--input", str(tmp_path / "reviews.txt"))), ("pipe", ("-",))):
-        together = run_ranks(2, SCRIPTS / "predict.py", *command, *source, stdin=reviews)
-        assert together.returncode == 0, together.stderr
-        printed[name] = together.stdout
-    one = run_ranks(1, SCRIPTS / "predict.py", *command, "--input", tmp_path / "reviews.txt")
-    assert one.returncode == 0, one.stderr
-    assert len(one.stdout.splitlines()) == 40
-    assert printed["file"] == one.stdout
-    # Where a busy machine makes the pipe pause, its windows are others: other batches, rounded otherwise.
-    for line, expected in zip(printed["pipe"].splitlines(), one.stdout.splitlines(), strict=True):
-        found, row = json.loads(line), json.loads(expected)
-        assert found.pop("probabilities") == pytest.approx(row.pop("probabilities"), rel=1e-5)
-        assert found == {**row, "probability": pytest.approx(row["probability"], rel=1e-5)}
+def test_prediction_by_several_ranks_gives_the_lines_of_one(found: Found) -> None:
+    printed = found[0]["scripts"]
+    assert len(printed["file, single"].splitlines()) == 40
+    assert printed["file, ranks"] == printed["file, single"]
+    # If a busy machine makes the pipe pause, its windows and so its batches are others, and rounded otherwise.
+    for line, expected_line in zip(
+        printed["pipe, ranks"].splitlines(), printed["file, single"].splitlines(), strict=True
+    ):
+        result, expected = json.loads(line), json.loads(expected_line)
+        assert result.pop("probabilities") == pytest.approx(expected.pop("probabilities"), rel=1e-5)
+        assert result == {**expected, "probability": pytest.approx(expected["probability"], rel=1e-5)}
+
+
+def test_only_rank_0_prints_results(found: Found) -> None:
+    assert all(text == "" for one in found[1:] for text in one["scripts"].values())
 
 
 # One process.
