@@ -172,7 +172,7 @@ def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatToken
     prompt = build_prompt(chat_tokenizer, max_length=needed)
     assert prompt.examples([], []) == []  # conversations have no instruction
     with pytest.raises(
-        UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer alone take \d+; raise"
+        UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer take \d+; raise"
     ):
         prompt.examples(["好"], [0])
 
@@ -248,7 +248,7 @@ def test_a_chat_may_be_cut_in_several_turns(chat_tokenizer: ChatTokenizer) -> No
         ([], r"chat\.jsonl:7: no assistant turn"),
         (
             [("user", "a"), ("assistant", "x1" * 90)],
-            r"chat\.jsonl:7: the assistant turns alone exceed data\.max_length = 64",
+            r"chat\.jsonl:7: the assistant turns exceed data\.max_length = 64",
         ),
     ],
 )
