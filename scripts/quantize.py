@@ -1,4 +1,4 @@
-"""Writes a base model in 4 bits, once, as a checkpoint that loads in a second here and opens in transformers."""
+"""Writes a base model in 4 bits as a checkpoint that loads in a second here and opens in transformers."""
 
 from minilora.system.cli import answer_signals, build_parser, run_script
 
@@ -40,14 +40,14 @@ def main() -> None:
         "--compute_dtype",
         choices=sorted(DTYPES),
         default="bfloat16",
-        help="of all that is not in 4 bits, and what the weights are rounded to first (default: bfloat16)",
+        help="of all weights that stay unquantised; the others are rounded to it first (default: bfloat16)",
     )
     parser.add_argument("--device", default="auto", help="where it is computed: auto, cpu, cuda (default: auto)")
     arguments = parser.parse_args()
 
     output = arguments.output.expanduser().resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose a new folder for --output, or remove it")
+        raise UserError(f"{output}: exists already; choose a new folder for --output, or remove it")
     make_folder(output.parent, "--output")
     keys = {
         "model.name_or_path": arguments.model,
@@ -60,8 +60,8 @@ def main() -> None:
     source = fetch_model(arguments.model, arguments.revision)
     if is_quantized(source):
         raise UserError(
-            f"{source}: is in 4 bits already, and to quantise it again would only lose more; train from it as it is, "
-            "or give the original checkpoint"
+            f"{source}: is in 4 bits already, quantising it twice would only lose accuracy; train from it as it is, or "
+            "give the original checkpoint"
         )
     model = build_model(config, source, device, DTYPES[arguments.compute_dtype])
     facts = {

@@ -38,7 +38,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, prepares what is missing, trains."""
     parser = build_parser(__doc__, EXAMPLES + describe_keys())
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
-    parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print memory estimate, tokens and a prompt, and stop")
     parser.add_argument(
         "--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew"
     )

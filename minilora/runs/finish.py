@@ -180,7 +180,9 @@ def _report_of(
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        ledger=estimate_run_memory(config, folder, splits["train"].examples, dtype, process_bytes).parts,
+        ledger=estimate_run_memory(
+            config, folder, splits["train"].examples, dtype=dtype, process_bytes=process_bytes
+        ).parts,
         peak_bytes=max((row["peak_memory_bytes"] for row in log if "peak_memory_bytes" in row), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),

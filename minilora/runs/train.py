@@ -240,7 +240,8 @@ def _out_of_memory(config: Config, run: Run | None, process_bytes: int | None, e
         if not is_set
     ]
     folder, examples = run.prompt.tokenizer.folder, run.splits["train"].examples
-    ledger = estimate_run_memory(config, folder, examples, choose_dtype(config, run.device), process_bytes)
+    dtype = choose_dtype(config, run.device)
+    ledger = estimate_run_memory(config, folder, examples, dtype=dtype, process_bytes=process_bytes)
     now = (
         f"set {', '.join(harmless)} and run it again (newest checkpoint: {run.newest_checkpoint}); or "
         if harmless

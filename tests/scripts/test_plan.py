@@ -19,8 +19,7 @@ from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.planning import budget
 from minilora.planning.memory import ParameterCounts
-from minilora.planning.plan import count_config
-from minilora.planning.sizes import SIZES
+from minilora.planning.plan import SIZES, count_config
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
 RECIPE = Path(__file__).parents[2] / "scripts" / "configs" / "chnsenticorp.yaml"
@@ -104,7 +103,7 @@ def test_the_command_names_the_configuration_that_was_given(plan: Plan, tmp_path
 
 def test_where_nothing_fits_the_floor_and_what_fits_are_said(plan: Plan) -> None:
     printed = plan("--size", "72B", "--budget", "24GB")
-    assert re.search(r"nothing makes it fit: all of that together takes 4[0-9.]+ GB, its weights alone 41\.", printed)
+    assert re.search(r"nothing makes it fit: all of that together takes 4[0-9.]+ GB, only its weights 41\.", printed)
     assert printed.endswith("sizes that fit: 0.5B, 1.5B, 3B, 7B, 14B, 32B\n")
     assert re.search(r"per_device_train_batch_size +none\n", printed)
     assert "sizes that fit: none" in plan("--size", "0.5B", "--budget", "100MB")
@@ -135,7 +134,7 @@ def test_a_table_of_all_sizes(plan: Plan) -> None:
         (["--size", "0.5B", "model.device=cpu"], "on cpu"),
         (["--size", "0.5B", "--device", "cuda", "model.compute_dtype=float32"], "on cuda, float32"),
         (["model.name_or_path=Qwen/Qwen2.5-Coder-3B"], "Qwen/Qwen2.5-Coder-3B on cuda"),
-        (["--size", "0.5B", "--length", "100"], "examples of up to 100 tokens, micro-batches of up to 800 rows"),
+        (["--size", "0.5B", "--length", "100"], "examples of up to 100 tokens, micro-batches of up to 800 tokens"),
         (["--size", "0.5B", "data.max_length=100"], "examples of up to 100 tokens"),
     ],
 )
@@ -192,7 +191,7 @@ def test_prepared_data_without_a_tokenizer_is_said_and_data_that_was_asked_for_i
 ) -> None:
     shutil.copytree(processed_data, tmp_path / "data" / "processed")
     printed = plan("--size", "7B", "--budget", "12GB")
-    assert "train.jsonl is not looked at, for want of a tokenizer (model.name_or_path: Qwen/Qwen2.5-0.5B" in printed
+    assert "train.jsonl is ignored, because there is no tokenizer (model.name_or_path: Qwen/Qwen2.5-0.5B" in printed
     assert "examples of up to 512 tokens" in printed
     assert "(the hub cannot be reached)" in plan("--budget", "12GB")
     with pytest.raises(UserError, match="the hub cannot be reached"):

@@ -79,7 +79,7 @@ def test_what_stands_at_the_output_is_not_replaced(
     precious = output if is_file else output / "thesis.txt"
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine", "utf-8")
-    with pytest.raises(UserError, match="mine: is there already; choose a new folder for --output"):
+    with pytest.raises(UserError, match=r"mine: .*choose a new folder for --output"):
         quantize("--model", tiny_checkpoint(), "--output", output)
     assert precious.read_text("utf-8") == "mine"
 
