@@ -29,6 +29,7 @@ from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import run_script
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
+from minilora.system.process import tuned_process
 from minilora.system.signals import Interrupted
 from tests.conftest import make_reviews
 from tests.qlora.test_step import build, examples
@@ -229,4 +230,5 @@ def main(ranks: Ranks) -> None:
 
 
 if __name__ == "__main__":
-    run_script(with_ranks(main))
+    with tuned_process():
+        run_script(with_ranks(main))

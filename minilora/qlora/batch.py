@@ -69,27 +69,16 @@ class SegmentGroup:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """A `SegmentGroup` as indices into q, k and v with tokens and heads flattened together: what a gather takes.
+    """A `SegmentGroup` as indices into q, k and v with tokens and heads flattened together: what a gather takes."""
 
-    Attributes:
-        prefix: P.
-        shape: n, K, G, Q, P + L.
-        queries: (n * K * G * Q,) int64, indices into (T * H, D).
-        outputs: the same, except that padding points behind the end.
-        padding: int64, which of `queries` are padding.
-        keys: (n * K * (P + L),) int64, indices into (T * K, D), prefix first.
-        own: (n * K * L,) int64, those of the segment itself.
-        mask: (1 or n, 1, 1, Q, P + L) bool, True = masked.
-    """
-
-    prefix: int
-    shape: tuple[int, int, int, int, int]
-    queries: torch.Tensor
-    outputs: torch.Tensor
-    padding: torch.Tensor
-    keys: torch.Tensor
-    own: torch.Tensor
-    mask: torch.Tensor
+    prefix: int  # P
+    shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
+    queries: torch.Tensor  # (n * K * G * Q,) int64, indices into (T * H, D)
+    outputs: torch.Tensor  # the same, except that padding points behind the end
+    padding: torch.Tensor  # int64, which of `queries` are padding
+    keys: torch.Tensor  # (n * K * (P + L),) int64, indices into (T * K, D), prefix first
+    own: torch.Tensor  # (n * K * L,) int64, those of the segment itself
+    mask: torch.Tensor  # (1 or n, 1, 1, Q, P + L) bool, True = masked
 
 
 @dataclass(frozen=True)

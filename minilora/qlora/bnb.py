@@ -15,19 +15,7 @@ from typing import Any
 import torch
 
 from minilora.errors import UserError
-
-_without_compiler = False
-
-
-def import_without_compiler() -> None:
-    """For a script, before it loads a model: `torch.compile` does nothing while bitsandbytes is imported, later.
-
-    bitsandbytes decorates functions that nothing here calls with `torch.compile`, and PyTorch marks its kernels as not
-    to be compiled; either imports the whole compiler, 185 MB and five seconds, for a program that never compiles. Both
-    are as they were when the import ends, but what bitsandbytes decorated stays uncompiled in this process.
-    """
-    global _without_compiler
-    _without_compiler = True
+from minilora.system.process import is_tuned
 
 
 @functools.cache
@@ -36,7 +24,7 @@ def functional() -> ModuleType | None:
     source = logging.getLogger("bitsandbytes.backends.cpu.ops")
     source.addFilter(_is_worth_showing)
     try:
-        with _compiler_left_out() if _without_compiler else nullcontext(), _kernels_left_out():
+        with _compiler_left_out() if is_tuned() else nullcontext(), _kernels_left_out():
             import bitsandbytes.functional
     except Exception as error:  # a broken installation fails with whatever its loader meets
         logging.getLogger("minilora").warning(
@@ -52,7 +40,7 @@ def functional() -> ModuleType | None:
 
 @contextmanager
 def _compiler_left_out() -> Iterator[None]:
-    """`import_without_compiler`, while it lasts."""
+    """`torch.compile` does nothing, which only a script may choose (`system/process.py`)."""
 
     def unchanged(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
         return (lambda decorated: decorated) if function is None else function

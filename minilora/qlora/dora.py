@@ -61,8 +61,12 @@ def apply_magnitude(z: torch.Tensor, w: "LoRAWeights", dense: torch.Tensor) -> t
     m = w.lora_magnitude_vector
     assert m is not None
     with torch.no_grad():
-        a, b = w.factors()
-        c = m / weight_norms(base_squares(w, dense), dense, a.to(dense.dtype), b, scaling=w.scaling)
+        (a, b), s = w.factors(), w.scaling
+        thin = a.to(dense.dtype)
+        mixed = (b * (dense @ thin.T).to(b.dtype)).sum(1)
+        thin = thin.to(b.dtype)
+        own = ((b @ (thin @ thin.T)) * b).sum(1)
+        c = m / (base_squares(w, dense) + 2 * s * mixed + s**2 * own).sqrt_()
     y: torch.Tensor = _Magnitude.apply(z, m, c)
     return y
 
@@ -73,16 +77,6 @@ def base_squares(w: "LoRAWeights", dense: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(dense.dtype, w.lora_A.dtype)
         w.base_squares = torch.linalg.vector_norm(dense, dim=1, dtype=wide).square_()
     return w.base_squares
-
-
-def weight_norms(
-    base_squares: torch.Tensor, dense: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, scaling: float
-) -> torch.Tensor:
-    """n, (out,) in the dtype of B, from |W|^2 (out,), W (out, in), A (R, in) in the dtype of W, B (out, R) and s."""
-    mixed = (b * (dense @ a.T).to(b.dtype)).sum(1)
-    a = a.to(b.dtype)
-    own = ((b @ (a @ a.T)) * b).sum(1)
-    return (base_squares + 2 * scaling * mixed + scaling**2 * own).sqrt_()
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

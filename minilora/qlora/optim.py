@@ -30,12 +30,7 @@ def lr_at(step: int, total_steps: int, *, peak: float, schedule: str = "cosine",
     Rises linearly to `peak` over the first ceil(warmup_ratio * total_steps) steps, then falls towards 0 along
     half a cosine, a line, or not at all. No step is taken at rate 0: neither the first nor the last.
 
-    Args:
-        step: 1 to total_steps.
-        total_steps: steps of the whole run.
-        peak: the highest rate.
-        schedule: "cosine", "linear" or "constant".
-        warmup_ratio: share of the run spent rising.
+    `step` is 1 to total_steps, `schedule` "cosine", "linear" or "constant".
     """
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step <= warmup_steps:

@@ -7,6 +7,9 @@
     glibc's malloc    buffers of up to 32 MB come from the heap and 64 MB of it stay: a training step needs the same
                       buffers in every layer, and a page that comes from the system costs as much as the values on it.
                       One arena, so that any thread reuses what another one has freed.
+    bitsandbytes      imported without PyTorch's compiler (`qlora/bnb.py`). It decorates functions that nothing here
+                      calls with `torch.compile`, and PyTorch marks its kernels as not to be compiled; either imports
+                      the whole compiler, 185 MB and five seconds. During that import `torch.compile` does nothing.
 
 Without these settings everything computes the same and takes more memory.
 """
@@ -22,6 +25,13 @@ KEPT_IN_HEAP = 64 << 20  # bytes
 GLIBC_DEFAULT = 128 << 10  # bytes, of both
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # malloc.h
 
+_is_tuned = False
+
+
+def is_tuned() -> bool:
+    """Whether a script has chosen these settings."""
+    return _is_tuned
+
 
 @contextmanager
 def tuned_process() -> Iterator[None]:
@@ -32,13 +42,16 @@ def tuned_process() -> Iterator[None]:
     then, and that the threshold for large buffers no longer adapts. Without glibc (macOS, Windows, musl) malloc stays
     as it is.
     """
+    global _is_tuned
     added = [name for name in COMPILED_PRODUCTS if name not in os.environ]
     os.environ.update(dict.fromkeys(added, "64"))
     arenas = 8 * (os.cpu_count() or 1)  # glibc's default
     _set_malloc(LARGEST_IN_HEAP, KEPT_IN_HEAP, 1)
+    _is_tuned = True
     try:
         yield
     finally:
+        _is_tuned = False
         _set_malloc(GLIBC_DEFAULT, GLIBC_DEFAULT, arenas)
         for name in added:
             os.environ.pop(name, None)
