@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 
 from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
-from minilora.generation.decode import Context, generate, speed_up
+from minilora.generation.decode import DecodeState, GenerationConfig, generate, use_gemv
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.cli import run_script
@@ -49,20 +50,21 @@ LOSS_TOLERANCE = 0.3
 def answer_with_minilora(
     work: Workload, ids: list[list[int]], meter: Meter, quantization: str, adapted: bool
 ) -> list[list[int]]:
-    """Tokens of each answer, by `generate.generate`, and their times in `meter`."""
+    """Tokens of each answer, by `decode.generate`, and their times in `meter`."""
     model = load_model(Path(work.model), work.dtype, quantization, device=work.device)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.cache_dequantized = True
     if adapted:
         load_adapter(model, Path(work.adapter))
-    speed_up(model.eval())
-    list(generate(Context(model, ids[0]), 2))
+    use_gemv(model.eval())
+    config = GenerationConfig(do_sample=False, repetition_penalty=1, max_new_tokens=work.steps)
+    list(generate(DecodeState(model, ids[0]), replace(config, max_new_tokens=2)))
     meter.loaded()
     answers = []
     for prompt in ids:
         clock = Clock(meter)
-        answers.append([clock.tick(token) for token in generate(Context(model, prompt), work.steps)])
+        answers.append([clock.tick(token) for token in generate(DecodeState(model, prompt), config)])
         clock.stop()
     return answers
 

@@ -1,12 +1,11 @@
-"""Whether the memory ledger tells the truth: bytes predicted beside the peak of some training steps, configuration by
-configuration.
+"""Compares the memory estimate with the measured peak of some training steps, configuration by configuration.
 
-    python benchmarks/ledger.py --model path/to/checkpoint
-    python benchmarks/ledger.py --tiny
+    python benchmarks/memory_estimate.py --model path/to/checkpoint
+    python benchmarks/memory_estimate.py --tiny
 
-Each row is a process of its own that takes `--steps` steps on random ids, in micro-batches of eight examples whose
-lengths differ, the first one the largest. On a CPU the peak is what the system counts for the process; on a GPU what
-PyTorch has allocated, and the context is left out of the prediction. The last line is JSON.
+Each case is a process of its own that takes `--steps` steps on random ids, in micro-batches of eight examples whose
+lengths differ, the first one the largest. On a CPU the peak is the resident memory of the process; on a GPU it is what
+PyTorch has allocated, compared with the estimate without CUDA's context. The last line is JSON.
 """
 
 import argparse
@@ -25,8 +24,8 @@ from workload import add_workload_arguments, model_folder
 from minilora.adapters.attach import attach, parameter_groups
 from minilora.build import build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.planning.memory import CONTEXT_BYTES
-from minilora.planning.plan import BatchShape, count_config, estimate_config_memory
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape
+from minilora.planning.plan import count_config, estimate_config_memory
 from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
@@ -60,11 +59,11 @@ CASES: tuple[tuple[int, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: micro-batches of up to `rows` rows under a configuration."""
+    """One measurement: micro-batches of up to `tokens` tokens under a configuration."""
 
     model: str
     device: str
-    rows: int
+    tokens: int
     keys: tuple[str, ...]
     steps: int
 
@@ -90,24 +89,27 @@ def measure(case: Case) -> dict[str, Any]:
     generator = random.Random(0)
     shape = BatchShape(0, 0, 0)
     for step in range(1, case.steps + 1):
-        rows = case.rows if step == 1 else generator.randint(case.rows * 6 // 10, case.rows)
-        examples = random_examples(rows, generator)
+        tokens = case.tokens if step == 1 else generator.randint(case.tokens * 6 // 10, case.tokens)
+        examples = random_examples(tokens, generator)
         batch = pack(examples).to(device)
-        lengths = (len(batch.input_ids), batch.num_supervised, max(len(e.input_ids) - 1 for e in examples))
         shape = BatchShape(
-            *map(max, zip(lengths, (shape.rows, shape.supervised_positions, shape.longest), strict=True))
+            tokens=max(shape.tokens, len(batch.input_ids)),
+            supervised_positions=max(shape.supervised_positions, batch.num_supervised),
+            longest=max(shape.longest, *(len(example.input_ids) - 1 for example in examples)),
         )
         train_step(TrainState(model, optimizer, dropout_seed), [batch], StepSettings(step, 0.0001, 1.0))
-    numbers = count_config(config, read_config(Path(case.model)))
-    ledger = estimate_config_memory(config, numbers, shape, dtype, device.type, process_bytes)
-    predicted = ledger.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
-    return {"predicted": predicted, "measured": peak_memory_bytes(device), "parts": ledger.parts}
+    counts = count_config(config, read_config(Path(case.model)))
+    estimate = estimate_config_memory(
+        config, counts, shape, dtype=dtype, device_type=device.type, process_bytes=process_bytes
+    )
+    predicted = estimate.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
+    return {"predicted": predicted, "measured": peak_memory_bytes(device), "parts": estimate.parts}
 
 
-def random_examples(rows: int, generator: random.Random, count: int = 8) -> list[Example]:
-    """Examples of random ids that take `rows` rows in all, each with two supervised tokens."""
+def random_examples(tokens: int, generator: random.Random, count: int = 8) -> list[Example]:
+    """Examples of random ids, `tokens` tokens in total, each with two supervised ones."""
     weights = [generator.uniform(0.3, 1) for _ in range(count)]
-    lengths = [max(3, int(rows * weight / sum(weights))) for weight in weights]
+    lengths = [max(3, int(tokens * weight / sum(weights))) for weight in weights]
     return [
         Example([generator.randrange(500) for _ in range(length + 1)], [False] * (length - 1) + [True, True])
         for length in lengths
@@ -121,20 +123,20 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    parser.add_argument("--steps", type=int, default=10, help="training steps of a row")
+    parser.add_argument("--steps", type=int, default=10, help="training steps of a case")
     arguments = parser.parse_args()
     folder = model_folder(arguments)
     results = []
-    print("| rows | configuration | predicted | measured | off by |\n|---|---|---|---|---|")
-    for rows, keys in CASES:
-        case = Case(str(folder), arguments.device, rows, keys, arguments.steps)
+    print("| tokens | configuration | predicted | measured | off by |\n|---|---|---|---|---|")
+    for tokens, keys in CASES:
+        case = Case(model=str(folder), device=arguments.device, tokens=tokens, keys=keys, steps=arguments.steps)
         found = run_child("memory_estimate.py", json.dumps(asdict(case)))
         off = found["predicted"] / found["measured"] - 1
-        results.append({"rows": rows, "keys": keys, "off": off, **found})
+        results.append({"tokens": tokens, "keys": keys, "off": off, **found})
         predicted, measured = (f"{found[name] / 1e9:.2f} GB" for name in ("predicted", "measured"))
-        print(f"| {rows} | {' '.join(keys) or 'as it is'} | {predicted} | {measured} | {off:+.1%} |", flush=True)
-    worst = max(abs(row["off"]) for row in results)
-    print(f"\nfarthest off: {worst:.1%}")
+        print(f"| {tokens} | {' '.join(keys) or 'default'} | {predicted} | {measured} | {off:+.1%} |", flush=True)
+    worst = max(abs(result["off"]) for result in results)
+    print(f"\nlargest error: {worst:.1%}")
     print(json.dumps({"worst": worst, "cases": results, **environment()}))
 
 

@@ -23,8 +23,8 @@ from minilora.adapters.attach import adapter_disabled
 from minilora.config import MAX_SEED
 from minilora.data.records import iter_lines
 from minilora.errors import UserError
-from minilora.generation.chat import Conversation, GenerationConfig, read_generation_config
-from minilora.generation.decode import speed_up
+from minilora.generation.chat import Conversation, read_generation_config
+from minilora.generation.decode import GenerationConfig, use_gemv
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
 from minilora.system.console import info, uses_colour, warn
@@ -67,7 +67,7 @@ def main() -> None:
     trained = open_model(arguments)
     settings = choose_settings(arguments, read_generation_config(trained.model_folder))
     model = trained.load(arguments.allow_bin)
-    speed_up(model)
+    use_gemv(model)
     generator = torch.Generator(model.head_weight.device)
     generator.manual_seed(generator.seed() if arguments.seed is None else arguments.seed)
     system = trained.config.prompt.system if arguments.system is None else arguments.system

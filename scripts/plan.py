@@ -1,4 +1,4 @@
-"""Plans a run for a memory budget: what fits, and what helps if it does not, before anything is downloaded or loaded.
+"""Says what fits into a memory budget, and what would help where it does not: before anything is downloaded or loaded.
 
 A model is named by its size, a folder or a name on the hub, of which only config.json is read. Examples are as long as
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
@@ -25,14 +25,14 @@ from minilora.planning.budget import (
     Advice,
     Setup,
     advise,
-    largest_rows,
+    largest_micro_batch,
     least_memory_estimate,
     read_bytes,
-    shapes_of_rows,
+    shapes_of_records,
     train_command,
     uniform_shapes,
 )
-from minilora.planning.sizes import SIZES, hub_name, size_of
+from minilora.planning.plan import SIZES, hub_name, size_of
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.console import info
@@ -75,7 +75,7 @@ def main() -> None:
     setup = Setup(
         config=config,
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
-        shape_of=uniform_shapes if tokenizer is None else shapes_of_rows(records, tokenizer),
+        shape_of=uniform_shapes if tokenizer is None else shapes_of_records(records, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
@@ -84,7 +84,7 @@ def main() -> None:
     examples = f"{len(records):,} examples" if records else "examples"
     print(
         f"{config.model.name_or_path} on {setup.device_type}, {dtype_name(setup.dtype)}: {examples} of up to "
-        f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.rows:,} tokens\n"
+        f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.tokens:,} tokens\n"
     )
     if arguments.all:
         results: Any = compare_sizes(setup, budget_bytes)
@@ -101,9 +101,9 @@ def main() -> None:
 
 
 def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Record], ChatTokenizer | None]:
-    """The records to plan for and their tokenizer: those of --data, else the prepared ones.
+    """The records to plan for, of --data or else the prepared ones, and their tokenizer.
 
-    No records if neither exists, or if the prepared ones have no local tokenizer.
+    No records where there is neither, or no tokenizer for the prepared ones.
     """
     path = arguments.data or Path(config.data.dir) / "train.jsonl"
     if arguments.data is None and not path.is_file():
@@ -117,7 +117,7 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
     except UserError as error:
         if arguments.data is not None:
             raise
-        info(f"{path} is not read: no tokenizer ({error})\n")
+        info(f"{path} is ignored, because there is no tokenizer ({error})\n")
         return [], None
     records = read_records(path, encoding=arguments.encoding)[: config.data.max_train_examples]
     if not records:
@@ -144,7 +144,7 @@ def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
                 "size": size,
                 "total_bytes": sized.total_bytes,
                 "fits": sized.total_bytes <= budget_bytes,
-                "max_tokens_per_micro_batch": largest_rows(sized, budget_bytes),
+                "max_tokens_per_micro_batch": largest_micro_batch(sized, budget_bytes),
                 "least_bytes": least_memory_estimate(sized).total_bytes,
             }
         )
@@ -152,8 +152,8 @@ def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
 
 
 def print_sizes(rows: list[dict[str, Any]], budget_bytes: int) -> None:
-    """The table of --all."""
-    print(f"{'size':>6}{'takes':>12}  {'fits ' + in_gb(budget_bytes):<14}{'max tokens':>13}{'at least':>14}")
+    """The table of --all: the estimate, the largest micro-batch that fits, and the estimate with all options."""
+    print(f"{'size':>6}{'takes':>12}  {'fits ' + in_gb(budget_bytes):<14}{'tokens':>13}{'minimum':>14}")
     for row in rows:
         fits = "yes" if row["fits"] else "no"
         most = f"{row['max_tokens_per_micro_batch']:,}" if row["max_tokens_per_micro_batch"] else "-"
@@ -161,28 +161,28 @@ def print_sizes(rows: list[dict[str, Any]], budget_bytes: int) -> None:
 
 
 def print_advice(advice: Advice) -> None:
-    """Everything but the command."""
+    """Everything except the command."""
     setup, budget = advice.setup, advice.budget_bytes
-    print(f"{setup.ledger()}\n")
+    print(f"{setup.estimate()}\n")
     difference = in_gb(abs(budget - setup.total_bytes))
     print(f"fits {in_gb(budget)}, {difference} to spare" if advice.fits else f"is {difference} over {in_gb(budget)}")
     print("\nthe most that fits:")
     answers = {
         "train.per_device_train_batch_size": advice.batch_size,
-        "train.max_tokens_per_micro_batch": advice.rows,
+        "train.max_tokens_per_micro_batch": advice.micro_batch_tokens,
         "a single example, in tokens": advice.example_tokens,
     }
     for name, answer in answers.items():
         print(f"  {name:<44}{f'{answer:,}' if answer else 'none':>10}")
-    if advice.knobs:
-        print(f"\nwhat would help, one at a time:{'takes':>30}{'saves':>10}")
-    for knob in advice.knobs:
-        takes, saves = in_gb(knob.total_bytes), in_gb(setup.total_bytes - knob.total_bytes)
-        print(f"  {knob.keys[-1]:<50}{takes:>9}{saves:>10}  {knob.cost}")
+    if advice.options:
+        print(f"\nwhat would help, each by itself:{'takes':>29}{'saves':>10}")
+    for option in advice.options:
+        takes, saves = in_gb(option.total_bytes), in_gb(setup.total_bytes - option.total_bytes)
+        print(f"  {option.keys[-1]:<50}{takes:>9}{saves:>10}  {option.cost}")
     if advice.combination is None:
         sizes = ", ".join(advice.fitting_sizes) or "none"
         print(
-            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, its weights "
+            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, only its weights "
             f"{in_gb(advice.least.weight_bytes)}; sizes that fit: {sizes}"
         )
 

@@ -1,4 +1,4 @@
-"""Writes a base model in 4 bits, once, as a checkpoint that loads in a second here and opens in transformers."""
+"""Writes a base model in 4 bits as a checkpoint that loads in a second here and opens in transformers."""
 
 from minilora.system.cli import answer_signals, build_parser, run_script
 

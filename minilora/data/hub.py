@@ -37,6 +37,7 @@ from minilora.errors import UserError
 from minilora.system.cli import DISK_ERRORS
 from minilora.system.console import is_quiet, warn
 from minilora.system.files import WRITING, sha256_once
+from minilora.system.signals import nothing_at_stake
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
@@ -225,7 +226,7 @@ def _download(name: str, **wanted: Any) -> Path:
     pauses = iter(PAUSES_S)
     while True:
         try:
-            with _progress_bars():
+            with _progress_bars(), nothing_at_stake():  # files in transfer are temporary
                 return Path(snapshot_download(name, **wanted))
         except Exception as error:
             is_broken = type(error).__module__.startswith(HTTP_CLIENTS)  # in the middle of a file

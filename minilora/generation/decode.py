@@ -1,25 +1,26 @@
-"""A model and ids in, the ids that go on out, one after another: greedy or drawn, with a key/value cache.
+"""A model and token ids in, the ids that follow out, one by one: greedy or sampled, with a KV cache.
 
-    ids run so far   keys and values are held by layer     (`kv_cache.py`)
-    ids not yet run  a prompt, or the token before         -> hidden state of the last one -> logits, (V,)
-    next token       argmax, or a draw from softmax(logits as `candidates` leaves them)
+    prefill     a prompt's ids in pieces  -> keys and values of each layer (`kv_cache.py`), the last hidden state
+    decode      the token before          -> one more key and value per layer, the last hidden state
+    logits      head @ hidden state, (V,) -> next token: argmax, or a sample from softmax(logits)
 
-The logits pass what transformers' `generate` lets them pass, in its order:
+The logits are processed as in transformers' `generate`, in its order:
 
-    repetition penalty r    of every token that stands in the ids: z / r if z > 0, else z * r; greedy decoding too
+    repetition penalty r    of every token among the ids: z / r if z > 0, else z * r; in greedy decoding too
     temperature t           z / t
-    top-k                   the k largest stay, and what equals the last of them
-    top-p                   of the most probable ones as few as together reach p
+    top-k                   the k largest are kept, and those equal to the smallest of them
+    top-p                   the fewest most probable ones that together reach p are kept
 
-The draw is argmax of p_i / e_i with e_i exponentially distributed, whose winner is i with probability p_i: no sum, and
-nothing that waits for a GPU.
+A sample is argmax of p_i / e_i with exponentially distributed e_i, which is i with probability p_i: no cumulative sum,
+and one synchronisation with a GPU per token.
 
-A conversation is one `Context`: whatever was run stays in its cache, so that a turn costs its own rows alone.
+A conversation is one `DecodeState`: its cache stays, so a turn costs its own tokens only.
 
 Left out: several answers at once, beam search, speculative decoding.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,139 +30,147 @@ from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
+from minilora.system.schema import limits
 
-# Ids of a forward pass: a longer prompt goes in pieces, which bounds its activations.
-MAX_ROWS = 2048
+PREFILL_TOKENS = 2048  # of a forward pass: a longer prompt is prefilled in pieces, which bounds its activations
 
 
-class Context:
-    """Ids that a model goes on with, and what it has computed of them.
+@dataclass(frozen=True)
+class GenerationConfig:
+    """The fields of generation_config.json that are read, under their own names.
 
     Attributes:
-        ids: all of them, prompts and answers. To append is free; what was changed before is told by `cut`.
+        do_sample: False takes the most probable token, as temperature 0 does.
+        temperature: see above.
+        top_p: 1 keeps all.
+        top_k: 0 keeps all.
+        repetition_penalty: 1 is none.
+        max_new_tokens: of an answer.
+        eos_token_id: ends an answer.
+    """
+
+    do_sample: bool = True
+    temperature: float = field(default=0.7, metadata=limits(minimum=0, maximum=100))
+    top_p: float = field(default=0.8, metadata=limits(above=0, maximum=1))
+    top_k: int = field(default=20, metadata=limits(minimum=0))
+    repetition_penalty: float = field(default=1.05, metadata=limits(above=0, maximum=100))
+    max_new_tokens: int = field(default=1024, metadata=limits(minimum=1))
+    eos_token_id: list[int] | int | None = None
+
+
+class DecodeState:
+    """Token ids and the KV cache of those that the model has processed.
+
+    Attributes:
+        ids: all of them, prompts and answers. They may be appended to; `truncate` removes.
     """
 
     def __init__(self, model: Qwen2ForCausalLM, ids: Sequence[int] = ()):
-        """Ids behind which nothing has been computed yet."""
         self.ids = list(ids)
         self._model = model
-        self._past = [KVCache() for _ in model.model.layers]
-        self._rows = 0  # that all layers hold; one that was interrupted may hold more
+        self._caches = [KVCache() for _ in model.model.layers]
+        self._num_cached = 0  # tokens in every layer's cache; after an interruption some layers have more
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._model.head_weight.device
 
-    def cut(self, length: int) -> None:
-        """Forgets all but the first so many ids."""
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` ids."""
         del self.ids[length:]
-        self._rows = min(self._rows, length)
+        self._num_cached = min(self._num_cached, length)
 
     def recompute(self) -> None:
-        """Has all ids run again with the next token: the model has changed, as with its adapter off."""
-        self._rows = 0
+        """Drops the KV cache, because the model has changed: its adapter was switched off or on."""
+        self._num_cached = 0
 
     @torch.inference_mode()
     def next_logits(self) -> torch.Tensor:
-        """(V,) float32 logits of what comes next; runs the ids that were not run yet."""
-        self._rows = min(self._rows, len(self.ids) - 1)  # the last one's hidden state is not kept
-        for layer in self._past:
-            layer.truncate(self._rows)
-        for start in range(self._rows, len(self.ids), MAX_ROWS):
-            piece = torch.tensor(self.ids[start : start + MAX_ROWS], device=self.device)
-            hidden = self._model.prefill(piece, self._past)
-        self._rows = len(self.ids)
+        """(V,) float32 logits of the next token; prefills the ids that are not in the cache."""
+        self._num_cached = min(self._num_cached, len(self.ids) - 1)  # the last hidden state is not cached
+        for layer in self._caches:
+            layer.truncate(self._num_cached)
+        for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
+            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=self.device)
+            hidden = self._model.prefill(piece, self._caches)
+        self._num_cached = len(self.ids)
         return head_logits(hidden, self._model.head_weight)[0]
 
 
 @torch.inference_mode()
 def generate(
-    context: Context,
-    max_new_tokens: int,
+    state: DecodeState,
+    config: GenerationConfig,
     *,
     stop_ids: Collection[int] = (),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Goes on with `context`, token by token; each is in `context.ids` before it is yielded.
+    """The tokens after `state.ids`, each appended to them before it is yielded.
 
     Args:
-        context: one id at least.
-        max_new_tokens: how many at most.
-        stop_ids: ends before the first of these, which is neither yielded nor kept.
-        temperature: 0 takes the most probable token.
-        top_k: 0 for all.
-        top_p: 1 for all.
-        repetition_penalty: 1 for none.
-        generator: on the context's device; the same state gives the same tokens.
+        state: with one id at least.
+        config: how a token is chosen; `eos_token_id` is not read.
+        stop_ids: generation ends before the first of these, which is neither yielded nor appended.
+        generator: on the state's device; the same seed gives the same tokens.
 
     Raises:
         FloatingPointError: a logit is NaN.
     """
+    temperature = config.temperature if config.do_sample else 0.0
     seen = None
-    for _ in range(max_new_tokens):
-        logits = context.next_logits()
-        if repetition_penalty != 1:
+    for _ in range(config.max_new_tokens):
+        logits = state.next_logits()
+        if config.repetition_penalty != 1:
             if seen is None:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
-                seen[torch.tensor(context.ids, device=seen.device)] = True
-            logits = penalize(logits, seen, repetition_penalty)
+                seen[torch.tensor(state.ids, device=seen.device)] = True
+            logits = penalize(logits, seen, config.repetition_penalty)
         if temperature == 0:
             best, token = logits.max(dim=-1)
         else:
-            tokens, left = candidates(logits, temperature, top_k, top_p)
-            noise = torch.empty_like(left).exponential_(generator=generator)
-            best, place = (left.softmax(dim=-1) / noise).max(dim=-1)
-            token = tokens[place]
-        chosen = int(torch.where(best.isnan(), -1, token))  # the one time that a GPU is waited for
+            tokens, kept = candidates(logits, temperature, config.top_k, config.top_p)
+            noise = torch.empty_like(kept).exponential_(generator=generator)
+            best, index = (kept.softmax(dim=-1) / noise).max(dim=-1)
+            token = tokens[index]
+        chosen = int(torch.where(best.isnan(), -1, token))  # the only synchronisation with a GPU
         if chosen < 0:
             raise FloatingPointError("a logit is NaN")
         if chosen in stop_ids:
             return
-        context.ids.append(chosen)
+        state.ids.append(chosen)
         if seen is not None:
             seen[chosen] = True
         yield chosen
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:
-    """Logits (V,) with those of the tokens that were `seen` (V,) made less probable."""
+    """Logits (V,) with those of the tokens in the mask `seen` (V,) lowered."""
     lower = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
     return torch.where(seen, lower, logits)
 
 
 def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn and their logits, (n,) each; one whose logit is -inf may not.
-
-    Args:
-        logits: (V,) float32.
-        temperature: above 0.
-        top_k: 0 for all.
-        top_p: 1 for all.
-    """
+    """The tokens to sample from and their logits, (n,) each, -inf where top-p excludes; `logits` (V,) float32."""
     logits = logits / temperature
     if 0 < top_k < len(logits):
-        tokens = (logits >= logits.topk(top_k).values[-1]).nonzero().squeeze(1)
+        tokens = (~(logits < logits.topk(top_k).values[-1])).nonzero().squeeze(1)  # NaN is kept: `generate` refuses it
         logits = logits[tokens]
     else:
         tokens = torch.arange(len(logits), device=logits.device)
-    if top_p < 1:  # behind top-k a few are sorted, and not the 152k of the vocabulary, which takes 16 ms
+    if top_p < 1:  # after top-k a few are sorted, instead of the vocabulary's 152k, which takes 16 ms
         logits, order = logits.sort()
         tokens = tokens[order]
         outside = logits.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        outside[-1] = False  # one always stays
+        outside[-1] = False  # one is always kept
         logits = logits.masked_fill(outside, -torch.inf)
     return tokens, logits
 
 
-def speed_up(model: Qwen2ForCausalLM) -> None:
-    """Has projections in 4 bits multiplied straight from them where `gemv.py` can; those keep no dense weight then.
+def use_gemv(model: Qwen2ForCausalLM) -> None:
+    """Multiplies projections in 4 bits by GEMV on 4-bit weights where `gemv.py` can; those cache no dense weight then.
 
-    DoRA's layers stay as they are: the lengths of their rows are computed from the dense weight.
+    Layers with DoRA do not change: they need the dense weight for the norms of its rows.
     """
     with_dora = {
         id(layer.base)

@@ -1,12 +1,12 @@
-"""A budget of memory in, what fits it out: the largest micro-batches, and the knobs that would help most.
+"""A memory budget in, what fits it out: the largest micro-batches, and the options that would save most.
 
-Every answer asks the memory estimate (`plan.estimate_config_memory`). It only grows with the tokens of a micro-batch,
-so the most that fits is found by halving an interval, exactly. Where real examples are cut into micro-batches, a larger
-batch size may by luck make a smaller largest micro-batch: what is found fits then, and one more does not.
+Every answer evaluates the memory estimate (`plan.estimate_config_memory`). It only grows with the tokens of a
+micro-batch, so the largest that fits is found by bisection, exactly. Where real examples are split into micro-batches,
+a larger batch size may happen to have a smaller largest micro-batch: then the result fits and one more does not.
 
-The knobs stand in the order of what they cost: first those that leave the result as it is, by the time they take, then
-those that change it. A combination is found from the other end. All knobs are turned, and then turned back, the dearest
-first, wherever the budget allows it: so nothing is paid for that a cheaper knob would do.
+Options are ordered by cost: first those that leave the result as it is, by the time they take, then those that change
+it. A combination is found backwards: all options are taken, then dropped again, the most expensive first, wherever the
+budget allows it. So none is taken where a cheaper one is enough.
 """
 
 import re
@@ -23,30 +23,32 @@ from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.planning.memory import MemoryEstimate, ParameterCounts
+from minilora.planning.memory import BatchShape, MemoryEstimate, ParameterCounts
 from minilora.planning.plan import (
     ANSWER_TOKENS,
-    BatchShape,
+    LONGEST_TOKENS,
+    SIZES,
     count_config,
     estimate_config_memory,
+    hub_name,
     largest_batch,
+    next_smaller,
     uniform_batch,
 )
-from minilora.planning.sizes import LONGEST, SIZES, hub_name, next_smaller
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-ROWS = "train.max_tokens_per_micro_batch"
-MOST = 1 << 24  # rows or examples: beyond any budget
+TOKENS_KEY = "train.max_tokens_per_micro_batch"
+MOST = 1 << 24  # tokens or examples: beyond any budget
 
 
 def read_bytes(text: str, where: str) -> int:
     """The bytes in "12GB", "24564 MiB" or "8e9": GB are 10^9, GiB 2^30.
 
     Raises:
-        UserError: it is no amount of memory.
+        UserError: it is not an amount of memory.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in UNITS or not 0 < float(match[1]) < 1e15:
@@ -56,16 +58,16 @@ def read_bytes(text: str, where: str) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """A configuration on a model, and the examples that it trains on: what the ledger asks for.
+    """What a memory estimate is computed from: a configuration, a model, and the examples that it trains on.
 
     Attributes:
         config: of the run.
         architecture: of the model.
-        shape_of: the micro-batches that the examples make under a configuration.
+        shape_of: the micro-batches of the examples under a configuration.
         device_type: "cpu" or "cuda".
-        process_bytes: see `estimate_memory`.
-        folder: with the model's weights, where they are at hand.
-        counted: numbers of a model by itself and its adapter, once they are known; it takes a while.
+        process_bytes: see `MemorySettings`.
+        folder: with the model's weights, where they are local.
+        counted: a cache of `count_config`, which takes a while.
     """
 
     config: Config
@@ -77,11 +79,11 @@ class Setup:
     counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)
 
     def with_keys(self, keys: Sequence[str]) -> "Setup":
-        """The same with other `section.key=value`."""
+        """A copy with other `section.key=value`."""
         return replace(self, config=config_from_dict(self.config.to_dict(), keys, "the configuration"))
 
     def with_size(self, size: str) -> "Setup":
-        """The same with another model."""
+        """A copy with another model."""
         return replace(self, architecture=SIZES[size], folder=None)
 
     @cached_property
@@ -91,40 +93,45 @@ class Setup:
 
     @cached_property
     def total_bytes(self) -> int:
-        """What it takes in all."""
-        return self.ledger().total_bytes
+        """Of the whole estimate."""
+        return self.estimate().total_bytes
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; a GPU that is not here is taken to multiply bfloat16, as all since 2020 do."""
+        """Compute dtype; a GPU of another machine is assumed to compute in bfloat16, as all since 2020 do."""
         if self.device_type == "cuda" and not torch.cuda.is_available():
             return DTYPES.get(self.config.model.compute_dtype, torch.bfloat16)
         return choose_dtype(self.config, torch.device(self.device_type))
 
-    def ledger(self, shape: BatchShape | None = None) -> MemoryEstimate:
-        """What it takes, with its own micro-batches or with others."""
+    def estimate(self, shape: BatchShape | None = None) -> MemoryEstimate:
+        """With its own micro-batches or with others."""
         key = (self.architecture, self.folder, repr(self.config.lora))
         if key not in self.counted:
             self.counted[key] = count_config(self.config, self.architecture, self.folder)
         return estimate_config_memory(
-            self.config, self.counted[key], shape or self.shape, self.dtype, self.device_type, self.process_bytes
+            self.config,
+            self.counted[key],
+            shape or self.shape,
+            dtype=self.dtype,
+            device_type=self.device_type,
+            process_bytes=self.process_bytes,
         )
 
 
 def uniform_shapes(config: Config) -> BatchShape:
-    """`Setup.shape_of` where no data is at hand: every example is as long as data.max_length allows."""
+    """`Setup.shape_of` without data: every example is as long as data.max_length allows."""
     return uniform_batch(config, config.data.max_length)
 
 
-def shapes_of_rows(rows: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
-    """`Setup.shape_of` for the records of a data file, rendered and cut as training does it."""
+def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
+    """`Setup.shape_of` for the records of a data file, rendered and truncated as in training."""
     examples: dict[int, list[Example]] = {}
     shapes: dict[str, BatchShape] = {}
 
     def shape_of(config: Config) -> BatchShape:
         length = config.data.max_length
         if length not in examples:
-            examples[length] = build_examples(rows, build_prompt(config, tokenizer)).examples
+            examples[length] = build_examples(records, build_prompt(config, tokenizer)).examples
         key = repr((config.data, config.train))
         if key not in shapes:
             shapes[key] = largest_batch(config, examples[length])
@@ -134,8 +141,7 @@ def shapes_of_rows(rows: Sequence[Record], tokenizer: ChatTokenizer) -> Callable
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int = MOST) -> int:
-    """The largest number up to `most` that fits, 0 if not even 1 does; whatever is larger than one that does not fit
-    does not fit either."""
+    """The largest number up to `most` that fits, 0 if 1 does not; `fits` must be monotonic."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -147,52 +153,52 @@ def largest_that_fits(fits: Callable[[int], bool], most: int = MOST) -> int:
 
 
 def largest_batch_size(setup: Setup, budget_bytes: int, most: int = MOST) -> int:
-    """The largest train.per_device_train_batch_size whose micro-batches, not cut by rows, fit."""
+    """The largest train.per_device_train_batch_size that fits without train.max_tokens_per_micro_batch."""
 
     def fits(size: int) -> bool:
-        tried = setup.with_keys([f"train.per_device_train_batch_size={size}", f"{ROWS}=null"])
+        tried = setup.with_keys([f"train.per_device_train_batch_size={size}", f"{TOKENS_KEY}=null"])
         return tried.total_bytes <= budget_bytes
 
     return largest_that_fits(fits, most)
 
 
-def largest_rows(setup: Setup, budget_bytes: int) -> int:
-    """The largest train.max_tokens_per_micro_batch that fits, as a number of rows that micro-batches have; 0 for none.
+def largest_micro_batch(setup: Setup, budget_bytes: int) -> int:
+    """The largest train.max_tokens_per_micro_batch that fits, rounded as micro-batches are; 0 for none.
 
-    The supervised rows are taken to grow with it; an example that is longer has a micro-batch to itself.
+    The supervised positions are assumed to grow with it; a longer example is a micro-batch of its own.
     """
     own = setup.shape
 
-    def fits(rows: int) -> bool:
-        rows = max(rows, own.longest)
-        supervised = -(-own.supervised_positions * rows // own.rows)
-        return setup.ledger(BatchShape(round_up_tokens(rows), supervised, own.longest)).total_bytes <= budget_bytes
+    def fits(tokens: int) -> bool:
+        tokens = max(tokens, own.longest)
+        supervised = -(-own.supervised_positions * tokens // own.tokens)
+        return setup.estimate(BatchShape(round_up_tokens(tokens), supervised, own.longest)).total_bytes <= budget_bytes
 
-    rows = largest_that_fits(fits)
-    if rows <= own.longest:
-        return round_up_tokens(own.longest) if rows else 0
-    step = 1 << max(rows.bit_length() - 5, 0)
-    return rows // step * step  # rounded down as `round_up_tokens` rounds up
+    tokens = largest_that_fits(fits)
+    if tokens <= own.longest:
+        return round_up_tokens(own.longest) if tokens else 0
+    step = 1 << max(tokens.bit_length() - 5, 0)
+    return tokens // step * step  # rounded down as `round_up_tokens` rounds up
 
 
 def longest_example(setup: Setup, budget_bytes: int) -> int:
-    """Tokens of the longest example that fits with a micro-batch to itself; no more than the model was trained on."""
+    """Tokens of the longest example that fits as a micro-batch of its own; at most LONGEST_TOKENS."""
 
     def fits(tokens: int) -> bool:
-        rows = max(tokens - 1, 1)
-        return setup.ledger(BatchShape(round_up_tokens(rows), ANSWER_TOKENS, rows)).total_bytes <= budget_bytes
+        inputs = max(tokens - 1, 1)
+        return setup.estimate(BatchShape(round_up_tokens(inputs), ANSWER_TOKENS, inputs)).total_bytes <= budget_bytes
 
-    return largest_that_fits(fits, LONGEST)
+    return largest_that_fits(fits, LONGEST_TOKENS)
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A change that takes less memory.
+class Option:
+    """A change of the configuration that takes less memory.
 
     Attributes:
-        keys: what to set, as `section.key=value`; the last is the one that names it.
-        cost: what it costs, in words.
-        total_bytes: what the run takes with it alone.
+        keys: to set, as `section.key=value`; the last is the one that names the option.
+        cost: as text.
+        total_bytes: of the run with only this option.
     """
 
     keys: tuple[str, ...]
@@ -200,16 +206,16 @@ class Knob:
     total_bytes: int
 
 
-def list_knobs(setup: Setup) -> list[Knob]:
-    """What takes less, the cheapest first."""
+def list_options(setup: Setup) -> list[Option]:
+    """The options that save memory, the cheapest first."""
     checkpointing, offload = "train.gradient_checkpointing=true", "train.offload_checkpoints=true"
     paged = "train.optim=paged_adamw_8bit"
-    alone = max(round_up_tokens(setup.shape.longest), 16)
+    one_example = max(round_up_tokens(setup.shape.longest), 16)
     known = [
-        ((f"{ROWS}={alone}",), "the same steps; from some 500 rows downwards each row takes longer"),
-        (("model.cache_dequantized=false",), "weights are made from 4 bits at every use"),
-        ((checkpointing,), "half as much work again"),
-        ((checkpointing, offload), "with gradient_checkpointing: half as much work again, and copies over the bus"),
+        ((f"{TOKENS_KEY}={one_example}",), "the same steps; below some 500 tokens each token takes longer"),
+        (("model.cache_dequantized=false",), "weights are dequantised at every use"),
+        ((checkpointing,), "1.5 times the computation"),
+        ((checkpointing, offload), "with gradient_checkpointing: 1.5 times the computation, and copies over the bus"),
         (("model.double_quantization=true",), "scales of the 4 bits are rounded to 8"),
         (("train.optim=adamw_bnb_8bit",), "moments are rounded to 8 bits"),
         ((paged,), "moments are rounded to 8 bits; slower steps where the GPU is full"),
@@ -217,9 +223,9 @@ def list_knobs(setup: Setup) -> list[Knob]:
         (("model.double_quantization=true", "model.quantization=nf4"), "weights are rounded to 4 bits"),
         ((f"lora.r={max(setup.config.lora.r // 2, 1)}",), "a smaller adapter"),
         (("lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",), "no adapter in the MLPs"),
-        ((f"data.max_length={max((setup.shape.longest + 1) // 2, 16)}",), "longer examples are cut"),
+        ((f"data.max_length={max((setup.shape.longest + 1) // 2, 16)}",), "longer examples are truncated"),
     ]
-    knobs = []
+    options = []
     for keys, cost in known:
         if setup.device_type == "cpu" and keys[-1] in (offload, paged):
             continue
@@ -227,67 +233,61 @@ def list_knobs(setup: Setup) -> list[Knob]:
             continue
         try:
             total_bytes = setup.with_keys(keys).total_bytes
-        except UserError:  # no room for a review in half the length
+        except UserError:  # the prompt leaves no room for a text in half the length
             continue
         if total_bytes < setup.total_bytes:
-            knobs.append(Knob(keys, cost, total_bytes))
-    return knobs
+            options.append(Option(keys, cost, total_bytes))
+    return options
 
 
-def merge_keys(knobs: Sequence[Knob]) -> list[str]:
-    """The keys of several knobs; of two values the dearer knob's stays."""
-    return [f"{key}={value}" for key, value in dict(k.split("=", 1) for knob in knobs for k in knob.keys).items()]
+def merge_keys(options: Sequence[Option]) -> list[str]:
+    """The keys of several options; where two set the same key, the later one counts."""
+    return [f"{key}={value}" for key, value in dict(k.split("=", 1) for o in options for k in o.keys).items()]
 
 
-def cheapest_that_fits(setup: Setup, knobs: Sequence[Knob], budget_bytes: int) -> list[str] | None:
-    """The keys of the combination that costs least and fits, None where all knobs together do not fit.
+def cheapest_that_fits(setup: Setup, options: Sequence[Option], budget_bytes: int) -> list[str] | None:
+    """The keys of the cheapest combination of `options` (cheapest first) that fits, None where all of them do not."""
 
-    Args:
-        setup: as it is.
-        knobs: the cheapest first.
-        budget_bytes: what there is.
-    """
-
-    def fits(chosen: Sequence[Knob]) -> bool:
+    def fits(chosen: Sequence[Option]) -> bool:
         return setup.with_keys(merge_keys(chosen)).total_bytes <= budget_bytes
 
-    chosen = list(knobs)
+    chosen = list(options)
     if not fits(chosen):
         return None
-    for knob in reversed(knobs):
-        spared = [other for other in chosen if other is not knob]
-        if fits(spared):
-            chosen = spared
+    for option in reversed(options):
+        fewer = [other for other in chosen if other is not option]
+        if fits(fewer):
+            chosen = fewer
     keys = merge_keys(chosen)
-    if any(key.startswith(f"{ROWS}=") for key in keys):  # no smaller than it has to be
-        others = [key for key in keys if not key.startswith(f"{ROWS}=")]
-        rows = largest_rows(setup.with_keys([*others, f"{ROWS}=null"]), budget_bytes)
-        keys = [f"{ROWS}={max(rows, 16)}", *others]
+    if any(key.startswith(f"{TOKENS_KEY}=") for key in keys):  # no smaller than necessary
+        others = [key for key in keys if not key.startswith(f"{TOKENS_KEY}=")]
+        tokens = largest_micro_batch(setup.with_keys([*others, f"{TOKENS_KEY}=null"]), budget_bytes)
+        keys = [f"{TOKENS_KEY}={max(tokens, 16)}", *others]
     return keys
 
 
 @dataclass(frozen=True)
 class Advice:
-    """All answers about a budget.
+    """What fits a budget.
 
     Attributes:
-        setup: what they are about.
-        budget_bytes: what there is.
+        setup: as given.
+        budget_bytes: as given.
         batch_size: largest train.per_device_train_batch_size that fits; 0 for none.
-        rows: largest train.max_tokens_per_micro_batch that fits; 0 for none.
+        micro_batch_tokens: largest train.max_tokens_per_micro_batch that fits; 0 for none.
         example_tokens: longest single example that fits; 0 for none.
-        knobs: what would take less, that which saves most first.
-        combination: keys that make it fit, none where it does already; None where nothing does.
-        least: the ledger with all knobs at once.
-        fitting_sizes: where this one does not fit in any way, those that do with all knobs at once.
+        options: that save memory, the one that saves most first.
+        combination: keys that make it fit, empty where it fits already; None where nothing does.
+        least: the estimate with all options.
+        fitting_sizes: where this model does not fit in any way, those that do with all options.
     """
 
     setup: Setup
     budget_bytes: int
     batch_size: int
-    rows: int
+    micro_batch_tokens: int
     example_tokens: int
-    knobs: list[Knob]
+    options: list[Option]
     combination: list[str] | None
     least: MemoryEstimate
     fitting_sizes: list[str]
@@ -298,21 +298,21 @@ class Advice:
         return self.setup.total_bytes <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """As JSON; the keys are those of earlier versions."""
         total = self.setup.total_bytes
         return {
             "model": self.setup.config.model.name_or_path,
             "device": self.setup.device_type,
             "budget_bytes": self.budget_bytes,
-            "ledger": self.setup.ledger().parts,
+            "ledger": self.setup.estimate().parts,
             "total_bytes": total,
             "fits": self.fits,
             "per_device_train_batch_size": self.batch_size,
-            "max_tokens_per_micro_batch": self.rows,
+            "max_tokens_per_micro_batch": self.micro_batch_tokens,
             "longest_example_tokens": self.example_tokens,
             "knobs": [
-                {"keys": k.keys, "total_bytes": k.total_bytes, "saves_bytes": total - k.total_bytes, "costs": k.cost}
-                for k in self.knobs
+                {"keys": o.keys, "total_bytes": o.total_bytes, "saves_bytes": total - o.total_bytes, "costs": o.cost}
+                for o in self.options
             ],
             "combination": self.combination,
             "least_bytes": self.least.total_bytes,
@@ -322,31 +322,25 @@ class Advice:
 
 
 def least_memory_estimate(setup: Setup) -> MemoryEstimate:
-    """The ledger with all knobs at once."""
-    return setup.with_keys(merge_keys(list_knobs(setup))).ledger()
+    """With all options."""
+    return setup.with_keys(merge_keys(list_options(setup))).estimate()
 
 
 def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
-    """All answers.
-
-    Args:
-        setup: what they are about.
-        budget_bytes: what there is.
-        num_examples: of the data, more than which no batch can have.
-    """
-    knobs = list_knobs(setup)
-    combination = [] if setup.total_bytes <= budget_bytes else cheapest_that_fits(setup, knobs, budget_bytes)
-    shown = list(knobs)
+    """What fits `budget_bytes`; `num_examples`, of the data, bounds the batch size."""
+    options = list_options(setup)
+    combination = [] if setup.total_bytes <= budget_bytes else cheapest_that_fits(setup, options, budget_bytes)
+    shown = list(options)
     if (smaller := next_smaller(setup.architecture)) is not None:
         total = setup.with_size(smaller).total_bytes
-        shown.append(Knob((f"model.name_or_path={hub_name(smaller)}",), "a less able model", total))
+        shown.append(Option((f"model.name_or_path={hub_name(smaller)}",), "a less able model", total))
     return Advice(
         setup=setup,
         budget_bytes=budget_bytes,
         batch_size=largest_batch_size(setup, budget_bytes, num_examples),
-        rows=largest_rows(setup, budget_bytes),
+        micro_batch_tokens=largest_micro_batch(setup, budget_bytes),
         example_tokens=longest_example(setup, budget_bytes),
-        knobs=sorted(shown, key=lambda knob: knob.total_bytes),
+        options=sorted(shown, key=lambda option: option.total_bytes),
         combination=combination,
         least=least_memory_estimate(setup),
         fitting_sizes=[]
@@ -356,7 +350,7 @@ def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
 
 
 def train_command(config_path: str, overrides: Sequence[str], keys: Sequence[str]) -> str:
-    """A command line for a shell: the configuration, what was asked for beside it, and what makes it fit."""
+    """A command line for a shell: configuration file, overrides, and `keys` that replace them."""
     merged = dict(key.split("=", 1) for key in [*overrides, *keys])
     words = [f"{key}={value}" for key, value in merged.items()]
     return shlex.join(["python", "scripts/train.py", "--config", config_path, *words])

@@ -1,8 +1,12 @@
-"""What a configuration takes, before a weight is loaded: its largest micro-batch, its memory ledger, its plan."""
+"""What a configuration takes, before a weight is loaded: its largest micro-batch, its memory estimate, its plan.
+
+Also the sizes of Qwen2.5 by name, for plans before anything is downloaded. Base, Instruct, Coder and Math models of one
+size are alike in all that memory depends on. Source: config.json of Qwen/Qwen2.5-{size}-Instruct.
+"""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +16,15 @@ from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_into_micro_batches
-from minilora.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory, moments_bytes
+from minilora.planning.memory import (
+    BatchShape,
+    MemoryEstimate,
+    MemorySettings,
+    ParameterCounts,
+    count_parameters,
+    estimate_memory,
+    moments_bytes,
+)
 from minilora.qlora.batch import count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
@@ -25,23 +37,56 @@ from minilora.weights.safetensors_io import dtype_name
 ANSWER_TOKENS = 2  # a label word and <|im_end|>
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """What memory depends on in the micro-batches of a run.
+LONGEST_TOKENS = 32_768  # that all sizes were trained on
+SIZES = {
+    size: Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=tied,
+    )
+    for size, hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size, tied in (
+        ("0.5B", 896, 4864, 24, 14, 2, 151_936, True),
+        ("1.5B", 1536, 8960, 28, 12, 2, 151_936, True),
+        ("3B", 2048, 11008, 36, 16, 2, 151_936, True),
+        ("7B", 3584, 18944, 28, 28, 4, 152_064, False),
+        ("14B", 5120, 13824, 48, 40, 8, 152_064, False),
+        ("32B", 5120, 27648, 64, 40, 8, 152_064, False),
+        ("72B", 8192, 29568, 80, 64, 8, 152_064, False),
+    )
+}
 
-    Attributes:
-        rows: T of the largest.
-        supervised_positions: S of the one that has most of them.
-        longest: rows of the longest example, with the prefix.
-    """
 
-    rows: int
-    supervised_positions: int
-    longest: int
+def hub_name(size: str) -> str:
+    """The repository of a size's instruction-tuned model."""
+    return f"Qwen/Qwen2.5-{size}-Instruct"
+
+
+def size_of(name: str) -> str | None:
+    """The size in the name of a repository, None where there is none: "Qwen/Qwen2.5-Coder-7B" is a 7B."""
+    found = re.search(r"qwen2\.5-(?:coder-|math-)?([0-9.]+b)(?![a-z0-9])", name.lower())
+    size = found[1].upper() if found else None
+    return size if size in SIZES else None
+
+
+def next_smaller(architecture: Qwen2Config) -> str | None:
+    """The largest size whose layers have fewer parameters than those of `architecture`, None for the smallest."""
+    smaller = [size for size, other in SIZES.items() if _layer_parameters(other) < _layer_parameters(architecture)]
+    return smaller[-1] if smaller else None
+
+
+def _layer_parameters(config: Qwen2Config) -> int:
+    """Approximate; enough to tell sizes apart."""
+    return config.num_hidden_layers * config.hidden_size * (2 * config.hidden_size + 3 * config.intermediate_size)
 
 
 def print_plan(config: Config, model_folder: Path) -> None:
-    """Prints what `--dry-run` shows. Reads config.json, tokenizer.json and the data, and nothing else."""
+    """Prints what `--dry-run` shows; reads only config.json, tokenizer.json and the data."""
     process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as `fit` does
     check_optimizer(config.train.optim)
     tokenizer = ChatTokenizer(model_folder)
@@ -54,14 +99,14 @@ def print_plan(config: Config, model_folder: Path) -> None:
     real = sum(len(example.input_ids) for example in examples)
     supervised = sum(sum(example.supervised) for example in examples)
 
-    ledger = estimate_run_memory(config, model_folder, examples, dtype, process_bytes)
-    print(f"memory ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{ledger}\n")
+    estimate = estimate_run_memory(config, model_folder, examples, dtype=dtype, process_bytes=process_bytes)
+    print(f"memory estimate ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{estimate}\n")
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
     print(
         f"an epoch: {real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
-        f"{sum(map(count_packed_tokens, batches)):,} rows computed (common prefixes once)\n"
+        f"{sum(map(count_packed_tokens, batches)):,} computed (shared prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
@@ -73,14 +118,14 @@ def epoch_batches(config: Config, examples: Sequence[Example], epoch: int) -> It
     train = config.train
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     for start in range(0, len(order), per_step):
-        step_examples = [examples[place] for place in order[start : start + per_step]]
+        step_examples = [examples[index] for index in order[start : start + per_step]]
         yield from split_into_micro_batches(
             step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch
         )
 
 
 def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
-    """The shape of a run's micro-batches: the order of every epoch is known beforehand."""
+    """The shape of a run's micro-batches; the order of every epoch is known beforehand."""
     train = config.train
     epochs = train.num_train_epochs
     if train.max_steps is not None:
@@ -109,13 +154,7 @@ def uniform_batch(config: Config, length: int) -> BatchShape:
 
 
 def count_config(config: Config, architecture: Qwen2Config, folder: Path | None = None) -> ParameterCounts:
-    """The numbers of a model with the adapter of `lora.*`.
-
-    Args:
-        config: of the run.
-        architecture: of the model.
-        folder: with its weights, which may hold some projections in full.
-    """
+    """Parameters of a model with the adapter of `lora.*`; a 4-bit checkpoint in `folder` may hold some unquantised."""
     with torch.device("meta"):
         model = Qwen2ForCausalLM(architecture)
         attach(model, config.lora)
@@ -124,8 +163,9 @@ def count_config(config: Config, architecture: Qwen2Config, folder: Path | None 
 
 def estimate_config_memory(
     config: Config,
-    numbers: ParameterCounts,
+    counts: ParameterCounts,
     shape: BatchShape,
+    *,
     dtype: torch.dtype,
     device_type: str,
     process_bytes: int | None,
@@ -134,42 +174,45 @@ def estimate_config_memory(
 
     Args:
         config: of the run.
-        numbers: by `count_config`.
+        counts: by `count_config`.
         shape: of its micro-batches.
-        dtype: of activations and dense weights.
+        dtype: of activations and unquantised weights.
         device_type: "cpu" or "cuda".
-        process_bytes: see `estimate_memory`.
+        process_bytes: see `MemorySettings`.
     """
-    return estimate_memory(
-        numbers,
-        shape.rows,
-        shape.supervised_positions,
-        shape.longest,
-        dtype,
-        config.model.quantization,
-        config.model.double_quantization,
-        config.train.gradient_checkpointing,
-        moments_bytes(config.train.optim, numbers.trained, device_type),
-        config.model.cache_dequantized,
-        config.train.offload_checkpoints,
-        config.train.optim in BITSANDBYTES_OPTIMIZERS,
-        device_type,
-        process_bytes,
+    settings = MemorySettings(
+        compute_dtype=dtype,
+        moments_bytes=moments_bytes(config.train.optim, counts.trainable, device_type),
+        quantization=config.model.quantization,
+        double_quantization=config.model.double_quantization,
+        cache_dequantized=config.model.cache_dequantized,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        offload_checkpoints=config.train.offload_checkpoints,
+        bitsandbytes_optimizer=config.train.optim in BITSANDBYTES_OPTIMIZERS,
+        device_type=device_type,
+        process_bytes=process_bytes,
     )
+    return estimate_memory(counts, shape, settings)
 
 
 def estimate_run_memory(
     config: Config, model_folder: Path, examples: Sequence[Example], dtype: torch.dtype, process_bytes: int | None
 ) -> MemoryEstimate:
-    """What a run takes by its largest micro-batch.
+    """What a run takes with its largest micro-batch.
 
     Args:
         config: of the run.
         model_folder: with config.json.
         examples: of training.
-        dtype: of activations and dense weights.
-        process_bytes: see `estimate_memory`.
+        dtype: of activations and unquantised weights.
+        process_bytes: see `MemorySettings`.
     """
-    numbers = count_config(config, read_config(model_folder), model_folder)
-    shape = largest_batch(config, examples)
-    return estimate_config_memory(config, numbers, shape, dtype, choose_device(config).type, process_bytes)
+    counts = count_config(config, read_config(model_folder), model_folder)
+    return estimate_config_memory(
+        config,
+        counts,
+        largest_batch(config, examples),
+        dtype=dtype,
+        device_type=choose_device(config).type,
+        process_bytes=process_bytes,
+    )

@@ -38,7 +38,9 @@ def out_of_memory(config: Config, run: Run | None, error: BaseException) -> str:
         else ""
     )
     folder, examples = run.prompt.tokenizer.folder, run.splits["train"].examples
-    estimate = estimate_run_memory(config, folder, examples, choose_dtype(config, run.device), run.process_bytes)
+    estimate = estimate_run_memory(
+        config, folder, examples, dtype=choose_dtype(config, run.device), process_bytes=run.process_bytes
+    )
     return (
         f"after step {run.state.step}: memory ran out ({reason}); {resuming}begin anew with --restart and, what helps "
         f"most first, {', '.join(keys)}\n  what this configuration takes, by the largest micro-batch of an epoch:\n"

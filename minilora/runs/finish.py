@@ -173,7 +173,9 @@ def _report_of(
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        memory_estimate=estimate_run_memory(config, folder, splits["train"].examples, dtype, run.process_bytes).parts,
+        memory_estimate=estimate_run_memory(
+            config, folder, splits["train"].examples, dtype=dtype, process_bytes=run.process_bytes
+        ).parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),

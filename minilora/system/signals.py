@@ -166,6 +166,19 @@ def handling(handler: Handler, signals: Sequence[signal.Signals] = SIGNALS) -> I
             signal.signal(number, before[number])
 
 
+@contextlib.contextmanager
+def nothing_at_stake() -> Iterator[None]:
+    """Within it a signal ends a script's process at once, for libraries whose threads would finish their work first.
+
+    Where no script handles signals with `SafePoints`, they stay as they are.
+    """
+    if not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), SafePoints):
+        yield
+        return
+    with handling(lambda signum, _: exit_now(signum, f"\nstopped by {signal.Signals(signum).name}\n")):
+        yield
+
+
 def exit_now(signum: int, text: str) -> NoReturn:
     """Ends the process with the signal's status: no cleanup, no waiting for threads."""
     _write(text)

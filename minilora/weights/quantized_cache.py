@@ -8,7 +8,7 @@ quantises, because the values may differ between devices. A file of the base mod
 GB of a 7B take ten seconds and more to hash, its 4-bit copy a third of that. In the hub's cache a file is a link to a
 blob whose name is the hash that the download was verified against. Any other file is identified by path, size and time
 of its last change. So this trusts that whoever changes a file changes its size or its time too, and that nobody edits
-blobs of the hub's cache. A moved folder is quantised again.
+blobs of the hub's cache. A moved folder is quantised anew.
 
 The copy itself is hashed before it is used: a damaged one is made anew. A cache that cannot be used costs the time that
 it would have saved, and a line that says so, never the run.

@@ -1,4 +1,4 @@
-"""Products straight from 4 bits are nearly as exact as dense products are, and used where they should be."""
+"""GEMV on 4-bit weights is nearly as exact as a dense product, and used where it should be."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from minilora.qlora import bnb
 from minilora.qlora.nf4 import MAX_GEMV_TOKENS, Linear4bit, QuantizedTensor, quantize
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="the kernels are bitsandbytes'")
-needs_kernel = pytest.mark.skipif(not gemv._order_is_right(), reason="this processor has no AVX512-BF16")
+needs_kernel = pytest.mark.skipif(not gemv._is_order_right(), reason="this processor has no AVX512-BF16")
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -26,26 +26,28 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @needs_kernel
-@pytest.mark.parametrize("rows", [1, 2, 7, MAX_GEMV_TOKENS])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, MAX_GEMV_TOKENS])
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("out", "size"), [(32, 64), (96, 128), (160, 448)])
 def test_the_product_is_nearly_as_exact_as_that_of_the_dense_weight(
-    out: int, size: int, quant_type: str, double: bool, rows: int
+    out: int, size: int, quant_type: str, double: bool, num_tokens: int
 ) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(128, size, generator=generator).bfloat16()  # so many that errors are at their mean
+    generator = torch.Generator().manual_seed(num_tokens)
+    x = torch.randn(128, size, generator=generator).bfloat16()  # enough for the mean error
     w, bias = weight(out, size, quant_type, double), torch.randn(out, generator=generator).bfloat16()
     product = make_product(w, torch.bfloat16)
     assert product is not None
     exact = x.double() @ w.dequantize(torch.float32).double().T + bias.double()
     dense = torch.nn.functional.linear(x, w.dequantize(torch.bfloat16), bias)
-    found = torch.cat([product(part, bias) for part in x.split(rows)])
+    found = torch.cat([product(part, bias) for part in x.split(num_tokens)])
     assert found.dtype == torch.bfloat16
     # bfloat16 rounds by 1 / 512 at most, 1 / 900 on average: each weight in one; its scale, its level and the sum
     # before the bias in the other. Seen 1.3 to 1.45 times as far, over 300 seeds.
     assert relative_error(found, exact) < 1.6 * relative_error(dense, exact)
-    assert relative_error(torch.cat([product(part, None) for part in x.split(rows)]), exact - bias.double()) < 4e-3
+    assert (
+        relative_error(torch.cat([product(part, None) for part in x.split(num_tokens)]), exact - bias.double()) < 4e-3
+    )
 
 
 @needs_kernel
@@ -61,7 +63,7 @@ def test_codes_are_reordered_as_bitsandbytes_does(quant_type: str) -> None:
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_for_gpus_gets_the_weights_parts_in_their_places(
+def test_the_operator_for_gpus_gets_the_right_parts_of_the_weight(
     dtype: torch.dtype, quant_type: str, double: bool
 ) -> None:
     """On a CPU the same operator dequantises and multiplies."""
@@ -78,7 +80,7 @@ def test_the_operator_for_gpus_gets_the_weights_parts_in_their_places(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_gpu_multiplies_straight_from_4_bits(dtype: torch.dtype) -> None:
+def test_a_gpu_has_gemv_on_4_bit_weights(dtype: torch.dtype) -> None:
     w, x = weight(896, 896).to("cuda"), torch.randn(1, 896, dtype=dtype, device="cuda")
     product = make_product(w, dtype)
     assert product is not None
@@ -107,31 +109,31 @@ def refuse(weight: QuantizedTensor) -> Product:
     [("_reorder", lambda packed, shape: packed.view(shape[0], -1)), ("_reordered_product", refuse)],
     ids=["another order", "no kernel"],
 )
-def test_a_bitsandbytes_that_reads_another_order_is_not_relied_on(
+def test_a_bitsandbytes_that_reads_another_order_is_not_used(
     name: str, replacement: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gemv, name, replacement)
-    monkeypatch.setattr(gemv, "_order_is_right", gemv._order_is_right.__wrapped__)  # without what it remembers
+    monkeypatch.setattr(gemv, "_is_order_right", gemv._is_order_right.__wrapped__)  # without its cache
     assert make_product(weight(), torch.bfloat16) is None
 
 
-def straight_layer() -> tuple[Linear4bit, list[int]]:
-    """A layer whose straight product notes how many rows it got."""
+def layer_with_gemv() -> tuple[Linear4bit, list[int]]:
+    """A layer whose GEMV records how many tokens it got."""
     layer, calls = Linear4bit(weight(), torch.zeros(96)), []
 
-    def note(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def record(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         calls.append(len(x))
         return x.new_zeros(len(x), 96)
 
-    layer.straight = note
+    layer.straight = record
     return layer, calls
 
 
-def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
-    layer, calls = straight_layer()
+def test_a_layer_uses_it_for_a_few_tokens_in_inference_only() -> None:
+    layer, calls = layer_with_gemv()
     few, many = torch.randn(MAX_GEMV_TOKENS, 128), torch.randn(MAX_GEMV_TOKENS + 1, 128)
     layer(few.requires_grad_()).sum().backward()
-    with torch.no_grad():  # a backward pass that computes a layer again, as gradient checkpointing does
+    with torch.no_grad():  # as gradient checkpointing recomputes a layer
         layer(few)
     assert calls == []
     with torch.inference_mode():
@@ -142,7 +144,7 @@ def test_a_layer_uses_it_for_a_few_rows_in_inference_alone() -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_an_adapted_layer_adds_its_thin_product_to_it(bias: str) -> None:
+def test_an_adapted_layer_adds_its_low_rank_product(bias: str) -> None:
     model = torch.nn.Sequential(Linear4bit(weight(), torch.randn(96)))
     attach(model, LoraConfig(r=4, alpha=8, dropout=0, target_modules=["0"], bias=bias))
     (w,) = (w for _, w in iter_lora_weights(model))
@@ -162,15 +164,15 @@ def test_an_adapted_layer_adds_its_thin_product_to_it(bias: str) -> None:
     torch.testing.assert_close(found, expected)  # the same sums in another order
 
 
-def test_with_dora_the_dense_weight_is_asked_for() -> None:
+def test_with_dora_the_dense_weight_is_used() -> None:
     model = torch.nn.Sequential(Linear4bit(weight(), torch.zeros(96)))
     attach(model, LoraConfig(r=4, alpha=8, dropout=0, target_modules=["0"], use_dora=True))
-    model[0].base.straight = lambda x, bias: pytest.fail("DoRA needs the lengths of the rows")
+    model[0].base.straight = lambda x, bias: pytest.fail("DoRA needs the norms of the rows")
     with torch.inference_mode():
         model(torch.randn(3, 128))
 
 
 def test_a_layer_that_is_moved_drops_it() -> None:
-    layer, _ = straight_layer()
+    layer, _ = layer_with_gemv()
     layer.to(torch.bfloat16)
     assert layer.straight is None

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.generation import logits_process
 
-from minilora.generation.decode import Context, candidates, generate, penalize
+from minilora.generation.decode import DecodeState, GenerationConfig, candidates, generate, penalize
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
 from tests.parity.reference import VOCAB_SIZE, load_reference
@@ -22,6 +22,10 @@ QUESTIONS = (
     "Write a Python function that reverses a list in place.",
     "17 乘以 23 等于多少？",
 )
+
+
+def greedy(penalty: float) -> GenerationConfig:
+    return GenerationConfig(do_sample=False, repetition_penalty=penalty, max_new_tokens=64)
 
 
 def reference_tokens(
@@ -41,7 +45,7 @@ def test_greedy_tokens_equal(reference_checkpoint: Callable[..., Path], tie: boo
     ours, theirs = load_model(folder, torch.float32, "none"), load_reference(folder)
     for seed in range(4):
         ids = torch.randint(0, VOCAB_SIZE, (9 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
-        found = list(generate(Context(ours, ids), 64, repetition_penalty=penalty))
+        found = list(generate(DecodeState(ours, ids), greedy(penalty)))
         assert found == reference_tokens(theirs, ids, 64, penalty)
 
 
@@ -78,7 +82,7 @@ def test_greedy_answers_of_a_real_checkpoint_equal_token_by_token(penalty: float
     for question in QUESTIONS:
         ids = [*tokenizer.open_turn("system", "You are a helpful assistant."), *tokenizer.close_turn()]
         ids += [*tokenizer.open_turn("user", question), *tokenizer.close_turn(), *tokenizer.open_turn("assistant")]
-        found = list(generate(Context(ours, ids), 64, stop_ids=stop_ids, repetition_penalty=penalty))
+        found = list(generate(DecodeState(ours, ids), greedy(penalty), stop_ids=stop_ids))
         expected = reference_tokens(theirs, ids, 64, penalty, stop_ids)
         assert found == expected[: -1 if expected[-1] in stop_ids else None]
         assert tokenizer.decode(found).strip()

@@ -1,4 +1,4 @@
-"""What is said to fit fits, one more does not, and nothing is paid for that a cheaper knob would do."""
+"""What is said to fit fits, one more does not, and no option is taken where a cheaper one is enough."""
 
 import itertools
 import json
@@ -16,26 +16,25 @@ from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.planning import budget
 from minilora.planning.budget import (
-    ROWS,
-    Knob,
+    TOKENS_KEY,
+    Option,
     Setup,
     advise,
     cheapest_that_fits,
     largest_batch_size,
-    largest_rows,
+    largest_micro_batch,
     largest_that_fits,
     least_memory_estimate,
-    list_knobs,
+    list_options,
     longest_example,
     merge_keys,
     read_bytes,
-    shapes_of_rows,
+    shapes_of_records,
     train_command,
     uniform_shapes,
 )
-from minilora.planning.memory import ParameterCounts
-from minilora.planning.plan import BatchShape
-from minilora.planning.sizes import LONGEST, SIZES
+from minilora.planning.memory import BatchShape, ParameterCounts
+from minilora.planning.plan import LONGEST_TOKENS, SIZES
 from minilora.qlora.prompt import ChatTokenizer
 
 GB = 10**9
@@ -43,7 +42,14 @@ COUNTED: dict[tuple[Any, ...], ParameterCounts] = {}  # so that each model is co
 
 
 def setup_of(size: str, *keys: str, device_type: str = "cuda", process_bytes: int | None = None) -> Setup:
-    return Setup(load_config(None, keys), SIZES[size], uniform_shapes, device_type, process_bytes, None, COUNTED)
+    return Setup(
+        config=load_config(None, keys),
+        architecture=SIZES[size],
+        shape_of=uniform_shapes,
+        device_type=device_type,
+        process_bytes=process_bytes,
+        counted=COUNTED,
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_an_amount_of_memory_is_read(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "12 apples", "-3GB", "0GB", "12iB", "1e30GB", "nan", "12GBit", "1,5GB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"--budget: got .*, expected an amount of memory, such as 12GB"):
+    with pytest.raises(UserError, match=r"--budget: got .*12GB"):
         read_bytes(text, "--budget")
 
 
@@ -89,13 +95,18 @@ def test_the_largest_that_fits_is_found_exactly(limit: int, most: int) -> None:
 @pytest.mark.parametrize("size", ["0.5B", "7B"])
 @pytest.mark.parametrize(
     "keys",
-    [(), ("train.gradient_checkpointing=true",), ("data.max_length=100", "model.quantization=none"), (f"{ROWS}=512",)],
+    [
+        (),
+        ("train.gradient_checkpointing=true",),
+        ("data.max_length=100", "model.quantization=none"),
+        (f"{TOKENS_KEY}=512",),
+    ],
 )
-def test_a_batch_of_so_many_fits_and_one_more_does_not(size: str, keys: tuple[str, ...]) -> None:
+def test_the_largest_batch_fits_and_one_more_does_not(size: str, keys: tuple[str, ...]) -> None:
     setup = setup_of(size, *keys)
     found = largest_batch_size(setup, 24 * GB)
     totals = [
-        setup.with_keys([f"train.per_device_train_batch_size={n}", f"{ROWS}=null"]).total_bytes
+        setup.with_keys([f"train.per_device_train_batch_size={n}", f"{TOKENS_KEY}=null"]).total_bytes
         for n in (found, found + 1)
     ]
     assert found > 1
@@ -105,24 +116,24 @@ def test_a_batch_of_so_many_fits_and_one_more_does_not(size: str, keys: tuple[st
 
 
 @pytest.mark.parametrize("keys", [(), ("train.gradient_checkpointing=true",), ("data.max_length=77",)])
-def test_so_many_rows_fit_and_the_next_number_of_rows_does_not(keys: tuple[str, ...]) -> None:
+def test_the_largest_micro_batch_fits_and_the_next_one_does_not(keys: tuple[str, ...]) -> None:
     setup = setup_of("7B", *keys)
-    found = largest_rows(setup, 16 * GB)
+    found = largest_micro_batch(setup, 16 * GB)
     step = 1 << (found.bit_length() - 5)
-    assert found % step == 0, "a number of rows that micro-batches have"
+    assert found % step == 0, "rounded as micro-batches are"
     # As many examples as there may be: what the cap lets through is what fits.
     many = ("train.per_device_train_batch_size=64", "train.gradient_accumulation_steps=16")
-    assert setup.with_keys([*many, f"{ROWS}={found}"]).total_bytes <= 16 * GB
+    assert setup.with_keys([*many, f"{TOKENS_KEY}={found}"]).total_bytes <= 16 * GB
     longest = setup.shape.longest
-    supervised = -(-setup.shape.supervised_positions * (found + step) // setup.shape.rows)
-    assert setup.ledger(BatchShape(found + step, supervised, longest)).total_bytes > 16 * GB
+    supervised = -(-setup.shape.supervised_positions * (found + step) // setup.shape.tokens)
+    assert setup.estimate(BatchShape(found + step, supervised, longest)).total_bytes > 16 * GB
 
 
-def test_where_only_one_example_at_a_time_fits_the_rows_are_its_own() -> None:
+def test_where_only_one_example_at_a_time_fits_the_tokens_are_its_own() -> None:
     setup = setup_of("7B")
-    alone = setup.ledger(BatchShape(512, 2, 511)).total_bytes
-    assert largest_rows(setup, alone) == 512
-    assert largest_rows(setup, alone - 1) == 0
+    one_example = setup.estimate(BatchShape(512, 2, 511)).total_bytes
+    assert largest_micro_batch(setup, one_example) == 512
+    assert largest_micro_batch(setup, one_example - 1) == 0
 
 
 def test_the_longest_example_fits_and_a_longer_one_does_not() -> None:
@@ -131,18 +142,18 @@ def test_the_longest_example_fits_and_a_longer_one_does_not() -> None:
     one = ("train.per_device_train_batch_size=1",)
     totals = [setup.with_keys([*one, f"data.max_length={length}"]).total_bytes for length in (found, found + 1)]
     assert totals[0] <= 16 * GB < totals[1]
-    assert longest_example(setup_of("0.5B"), 1000 * GB) == LONGEST
+    assert longest_example(setup_of("0.5B"), 1000 * GB) == LONGEST_TOKENS
     assert longest_example(setup, GB) == 0
 
 
-def test_every_knob_takes_less_by_what_it_says_and_costs_something() -> None:
+def test_every_option_saves_what_it_says_and_costs_something() -> None:
     setup = setup_of("7B", "model.quantization=none", "model.compute_dtype=float32", "lora.r=64")
-    knobs = list_knobs(setup)
-    for knob in knobs:
-        assert setup.with_keys(knob.keys).total_bytes == knob.total_bytes < setup.total_bytes
-        assert knob.cost
-    assert [knob.keys[-1] for knob in knobs] == [
-        f"{ROWS}=512",
+    options = list_options(setup)
+    for option in options:
+        assert setup.with_keys(option.keys).total_bytes == option.total_bytes < setup.total_bytes
+        assert option.cost
+    assert [option.keys[-1] for option in options] == [
+        f"{TOKENS_KEY}=512",
         "train.gradient_checkpointing=true",
         "train.offload_checkpoints=true",
         "train.optim=adamw_bnb_8bit",
@@ -155,52 +166,54 @@ def test_every_knob_takes_less_by_what_it_says_and_costs_something() -> None:
     ]
 
 
-def test_what_is_turned_already_is_no_knob() -> None:
+def test_what_is_set_already_is_no_option() -> None:
     keys = ("train.gradient_checkpointing=true", "train.offload_checkpoints=true", "train.optim=paged_adamw_8bit")
     small = ("lora.r=1", "lora.target_modules=[q_proj]", "data.max_length=16", "train.per_device_train_batch_size=1")
-    assert list_knobs(setup_of("7B", *keys, *small)) == []
+    assert list_options(setup_of("7B", *keys, *small)) == []
 
 
 def test_on_a_cpu_nothing_is_offloaded_or_paged() -> None:
-    knobs = list_knobs(setup_of("0.5B", "lora.r=256", device_type="cpu", process_bytes=1))
-    keys = {key for knob in knobs for key in knob.keys}
+    options = list_options(setup_of("0.5B", "lora.r=256", device_type="cpu", process_bytes=1))
+    keys = {key for option in options for key in option.keys}
     assert "train.gradient_checkpointing=true" in keys
     assert "train.optim=adamw_bnb_8bit" in keys
     assert not keys & {"train.offload_checkpoints=true", "train.optim=paged_adamw_8bit"}
 
 
-def test_an_optimizer_whose_imports_take_more_than_it_saves_is_no_knob() -> None:
-    knobs = list_knobs(setup_of("0.5B", "lora.r=8", device_type="cpu", process_bytes=1))
-    assert not any("optim" in key for knob in knobs for key in knob.keys)
+def test_an_optimizer_whose_imports_take_more_than_it_saves_is_no_option() -> None:
+    options = list_options(setup_of("0.5B", "lora.r=8", device_type="cpu", process_bytes=1))
+    assert not any("optim" in key for option in options for key in option.keys)
 
 
 def test_weights_in_4_bits_are_not_advised_to_go_there() -> None:
-    knobs = list_knobs(setup_of("0.5B", "model.quantization=fp4", "model.double_quantization=false"))
-    assert [knob.keys for knob in knobs if knob.keys[-1].startswith("model.")] == [("model.double_quantization=true",)]
+    options = list_options(setup_of("0.5B", "model.quantization=fp4", "model.double_quantization=false"))
+    assert [option.keys for option in options if option.keys[-1].startswith("model.")] == [
+        ("model.double_quantization=true",)
+    ]
 
 
-def test_keys_of_several_knobs_are_one_each() -> None:
-    knobs = [Knob(("a.x=1", "a.y=2"), "", 0), Knob(("a.x=3",), "", 0)]
-    assert merge_keys(knobs) == ["a.x=3", "a.y=2"]
+def test_keys_of_several_options_are_one_each() -> None:
+    options = [Option(("a.x=1", "a.y=2"), "", 0), Option(("a.x=3",), "", 0)]
+    assert merge_keys(options) == ["a.x=3", "a.y=2"]
 
 
 @pytest.mark.parametrize("size", ["1.5B", "7B", "14B"])
 def test_the_combination_is_the_cheapest_of_all_that_fit(size: str) -> None:
     setup = setup_of(size, "lora.r=64", "data.max_length=2048")
-    knobs = list_knobs(setup)
+    options = list_options(setup)
     least, most = least_memory_estimate(setup).total_bytes, setup.total_bytes
     for share in (0.0, 0.02, 0.05, 0.1, 0.3, 0.7, 0.999):
         limit = int(least + share * (most - least))
-        # Counting in binary over the knobs' order: a dearer one counts more than all cheaper ones together.
+        # Counting in binary over the options' order: an expensive one counts more than all cheaper ones together.
         expected = next(
             chosen
-            for number in range(1, 1 << len(knobs))
+            for number in range(1, 1 << len(options))
             if setup.with_keys(
-                merge_keys(chosen := [knob for place, knob in enumerate(knobs) if number >> place & 1])
+                merge_keys(chosen := [option for index, option in enumerate(options) if number >> index & 1])
             ).total_bytes
             <= limit
         )
-        found = cheapest_that_fits(setup, knobs, limit)
+        found = cheapest_that_fits(setup, options, limit)
         assert found is not None
         assert {key.split("=")[0] for key in found} == {key.split("=")[0] for key in merge_keys(expected)}
         assert setup.with_keys(found).total_bytes <= limit
@@ -208,15 +221,15 @@ def test_the_combination_is_the_cheapest_of_all_that_fit(size: str) -> None:
 
 def test_micro_batches_are_made_no_smaller_than_they_have_to_be() -> None:
     setup = setup_of("7B")
-    found = cheapest_that_fits(setup, list_knobs(setup), 12 * GB)
-    assert found == [f"{ROWS}={largest_rows(setup, 12 * GB)}"]
+    found = cheapest_that_fits(setup, list_options(setup), 12 * GB)
+    assert found == [f"{TOKENS_KEY}={largest_micro_batch(setup, 12 * GB)}"]
 
 
 def test_where_nothing_fits_there_is_no_combination_but_a_floor_and_sizes_that_do() -> None:
     advice = advise(setup_of("72B"), 24 * GB)
     assert not advice.fits
     assert advice.combination is None
-    assert (advice.batch_size, advice.rows, advice.example_tokens) == (0, 0, 0)
+    assert (advice.batch_size, advice.micro_batch_tokens, advice.example_tokens) == (0, 0, 0)
     assert 41 * GB < advice.least.weight_bytes < advice.least.total_bytes < 44 * GB
     assert advice.fitting_sizes == ["0.5B", "1.5B", "3B", "7B", "14B", "32B"]
 
@@ -226,26 +239,26 @@ def test_where_it_fits_nothing_has_to_change() -> None:
     assert advice.fits
     assert advice.combination == []
     assert advice.batch_size >= advice.setup.config.train.per_device_train_batch_size
-    assert advice.rows >= advice.setup.shape.rows
+    assert advice.micro_batch_tokens >= advice.setup.shape.tokens
 
 
-def test_knobs_are_shown_by_what_they_save_and_the_next_smaller_model_is_one() -> None:
+def test_options_are_shown_by_what_they_save_and_the_next_smaller_model_is_one() -> None:
     advice = advise(setup_of("14B"), 24 * GB)
-    totals = [knob.total_bytes for knob in advice.knobs]
+    totals = [option.total_bytes for option in advice.options]
     assert totals == sorted(totals)
-    assert ("model.name_or_path=Qwen/Qwen2.5-7B-Instruct",) in [knob.keys for knob in advice.knobs]
-    assert not any("name_or_path" in key for knob in advise(setup_of("0.5B"), GB).knobs for key in knob.keys)
+    assert ("model.name_or_path=Qwen/Qwen2.5-7B-Instruct",) in [option.keys for option in advice.options]
+    assert not any("name_or_path" in key for option in advise(setup_of("0.5B"), GB).options for key in option.keys)
 
 
 def test_advice_for_machines_is_json() -> None:
     content = json.loads(json.dumps(advise(setup_of("7B"), 12 * GB).to_dict()))
     assert content["total_bytes"] == sum(content["ledger"].values()) > content["budget_bytes"] == 12 * GB
     assert content["fits"] is False
-    assert all(knob["saves_bytes"] == content["total_bytes"] - knob["total_bytes"] for knob in content["knobs"])
+    assert all(option["saves_bytes"] == content["total_bytes"] - option["total_bytes"] for option in content["knobs"])
 
 
 def test_a_command_says_every_key_once_and_the_last_value_counts() -> None:
-    command = train_command("my file.yaml", ["lora.r=64", "data.max_length=512"], ["lora.r=32", f"{ROWS}=512"])
+    command = train_command("my file.yaml", ["lora.r=64", "data.max_length=512"], ["lora.r=32", f"{TOKENS_KEY}=512"])
     assert shlex.split(command) == [
         "python",
         "scripts/train.py",
@@ -253,16 +266,23 @@ def test_a_command_says_every_key_once_and_the_last_value_counts() -> None:
         "my file.yaml",
         "lora.r=32",
         "data.max_length=512",
-        f"{ROWS}=512",
+        f"{TOKENS_KEY}=512",
     ]
 
 
 @pytest.fixture
 def real_setup(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> Setup:
     """The reviews of `processed_data`, on a 0.5B."""
-    rows = read_records(processed_data / "train.jsonl")
-    shape_of = shapes_of_rows(rows, ChatTokenizer(tiny_checkpoint()))
-    return Setup(load_config(), SIZES["0.5B"], shape_of, "cuda", None, None, COUNTED)
+    records = read_records(processed_data / "train.jsonl")
+    shape_of = shapes_of_records(records, ChatTokenizer(tiny_checkpoint()))
+    return Setup(
+        config=load_config(),
+        architecture=SIZES["0.5B"],
+        shape_of=shape_of,
+        device_type="cuda",
+        process_bytes=None,
+        counted=COUNTED,
+    )
 
 
 def test_real_examples_are_cut_as_training_cuts_them(real_setup: Setup) -> None:
@@ -270,16 +290,16 @@ def test_real_examples_are_cut_as_training_cuts_them(real_setup: Setup) -> None:
     assert shape.longest < 511
     shorter = real_setup.with_keys([f"data.max_length={shape.longest - 2}"]).shape
     assert shorter.longest == shape.longest - 3
-    assert real_setup.with_keys(["train.per_device_train_batch_size=1"]).shape.rows < shape.rows
+    assert real_setup.with_keys(["train.per_device_train_batch_size=1"]).shape.tokens < shape.tokens
 
 
 def test_all_real_examples_at_once_are_the_most_that_a_batch_can_hold(real_setup: Setup) -> None:
     assert advise(real_setup, 24 * GB, num_examples=48).batch_size == 48
 
 
-def test_a_length_that_leaves_no_room_for_a_review_is_no_knob(real_setup: Setup) -> None:
-    knobs = list_knobs(real_setup)  # behind the prompt's own 60 tokens no review fits into half the length
-    assert not any("max_length" in key for knob in knobs for key in knob.keys)
+def test_a_length_that_leaves_no_room_for_a_text_is_no_option(real_setup: Setup) -> None:
+    options = list_options(real_setup)  # behind the prompt's own 60 tokens no review fits into half the length
+    assert not any("max_length" in key for option in options for key in option.keys)
 
 
 @pytest.mark.parametrize(

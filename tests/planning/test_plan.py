@@ -15,19 +15,22 @@ from minilora.config import load_config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_into_micro_batches
 from minilora.planning import plan
-from minilora.planning.memory import CONTEXT_BYTES
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape
 from minilora.planning.plan import (
     ANSWER_TOKENS,
-    BatchShape,
+    SIZES,
     count_config,
     epoch_batches,
     estimate_config_memory,
     estimate_run_memory,
+    hub_name,
     largest_batch,
+    next_smaller,
+    size_of,
     uniform_batch,
 )
-from minilora.planning.sizes import SIZES
 from minilora.qlora.batch import pack
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model
@@ -59,19 +62,19 @@ def examples(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> list
     return read_split(config, build_prompt(config, ChatTokenizer(tiny_checkpoint())), "train").examples
 
 
-@pytest.mark.parametrize("rows", ["null", "100"])
+@pytest.mark.parametrize("tokens", ["null", "100"])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(
-    examples: list[Example], rows: str, epochs: int
+    examples: list[Example], tokens: str, epochs: int
 ) -> None:
-    keys = [f"train.max_tokens_per_micro_batch={rows}", f"train.num_train_epochs={epochs}"]
+    keys = [f"train.max_tokens_per_micro_batch={tokens}", f"train.num_train_epochs={epochs}"]
     config = load_config(None, [*keys, "train.per_device_train_batch_size=3", "train.gradient_accumulation_steps=2"])
     batches = []
     for epoch in range(epochs):
         order = epoch_order(len(examples), config.train.seed, epoch)
         for start in range(0, len(order), 6):
-            step = [examples[place] for place in order[start : start + 6]]
-            batches += [pack(part) for part in split_into_micro_batches(step, 3, None if rows == "null" else 100)]
+            step = [examples[index] for index in order[start : start + 6]]
+            batches += [pack(part) for part in split_into_micro_batches(step, 3, None if tokens == "null" else 100)]
     assert largest_batch(config, examples) == BatchShape(
         max(len(batch.input_ids) for batch in batches),
         max(batch.num_supervised for batch in batches),
@@ -97,31 +100,33 @@ def test_every_example_of_an_epoch_is_in_one_micro_batch(examples: list[Example]
 @pytest.mark.parametrize("length", [16, 100, 333])
 @pytest.mark.parametrize("count", [1, 5, 8])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("rows", [None, 16, 300, 1000, 5000])
-def test_examples_of_one_length_are_cut_as_real_ones_are(
-    length: int, count: int, accumulation: int, rows: int | None
+@pytest.mark.parametrize("tokens", [None, 16, 300, 1000, 5000])
+def test_examples_of_one_length_are_split_as_real_ones_are(
+    length: int, count: int, accumulation: int, tokens: int | None
 ) -> None:
     keys = [f"train.per_device_train_batch_size={count}", f"train.gradient_accumulation_steps={accumulation}"]
-    config = load_config(None, [*keys, f"train.max_tokens_per_micro_batch={'null' if rows is None else rows}"])
+    config = load_config(None, [*keys, f"train.max_tokens_per_micro_batch={'null' if tokens is None else tokens}"])
     flags = [False] * (length - ANSWER_TOKENS) + [True] * ANSWER_TOKENS
     # Ids that differ from the first on, so that nothing is shared.
     step = [Example([number] * length, flags) for number in range(count * accumulation)]
-    batches = [pack(part) for part in split_into_micro_batches(step, count, rows)]
+    batches = [pack(part) for part in split_into_micro_batches(step, count, tokens)]
     assert uniform_batch(config, length) == BatchShape(
         max(len(batch.input_ids) for batch in batches), max(batch.num_supervised for batch in batches), length - 1
     )
 
 
 def test_a_configuration_is_counted_without_memory_for_its_weights() -> None:
-    numbers = count_config(load_config(None, ["lora.r=64"]), SIZES["72B"])
-    assert numbers.projections + numbers.dense == 72_706_203_648
-    assert sum(numbers.trained) == 8 * sum(count_config(load_config(None, ["lora.r=8"]), SIZES["72B"]).trained)
+    counts = count_config(load_config(None, ["lora.r=64"]), SIZES["72B"])
+    assert counts.projections + counts.dense == 72_706_203_648
+    assert sum(counts.trainable) == 8 * sum(count_config(load_config(None, ["lora.r=8"]), SIZES["72B"]).trainable)
 
 
-def total_bytes(*keys: str, rows: int = 1024) -> int:
+def total_bytes(*keys: str, tokens: int = 1024) -> int:
     config = load_config(None, [*keys])
-    numbers = count_config(config, SIZES["7B"])
-    return estimate_config_memory(config, numbers, BatchShape(rows, 4, 512), torch.bfloat16, "cuda", None).total_bytes
+    counts, shape = count_config(config, SIZES["7B"]), BatchShape(tokens, 4, 512)
+    return estimate_config_memory(
+        config, counts, shape, dtype=torch.bfloat16, device_type="cuda", process_bytes=None
+    ).total_bytes
 
 
 @pytest.mark.parametrize(
@@ -137,44 +142,85 @@ def total_bytes(*keys: str, rows: int = 1024) -> int:
         ("lora.target_modules=[q_proj]", True),
     ],
 )
-def test_every_key_that_memory_depends_on_reaches_the_ledger(key: str, is_smaller: bool) -> None:
+def test_every_key_that_memory_depends_on_reaches_the_estimate(key: str, is_smaller: bool) -> None:
     changed, plain = total_bytes(key), total_bytes()
     assert changed != plain
     assert (changed < plain) == is_smaller
 
 
-def test_offloading_reaches_the_ledger() -> None:
+def test_offloading_reaches_the_estimate() -> None:
     checkpointing = "train.gradient_checkpointing=true"
-    kept = total_bytes(checkpointing, rows=8192)
-    offloaded = total_bytes(checkpointing, "train.offload_checkpoints=true", rows=8192)
+    kept = total_bytes(checkpointing, tokens=8192)
+    offloaded = total_bytes(checkpointing, "train.offload_checkpoints=true", tokens=8192)
     # The inputs of all layers but one; what is left is so little that a step is fullest with the gradients, in float32.
-    gradients = 4 * sum(count_config(load_config(), SIZES["7B"]).trained)
+    gradients = 4 * sum(count_config(load_config(), SIZES["7B"]).trainable)
     assert kept - offloaded == 27 * 8192 * 3584 * 2 - gradients
 
 
-def test_a_runs_ledger_is_for_its_device_and_its_own_examples(
+def test_a_runs_estimate_is_for_its_device_and_its_own_examples(
     examples: list[Example], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config = load_config(None, ["model.device=cpu"])
-    found = estimate_run_memory(config, tiny_checkpoint(), examples, torch.float32, 1_000_000)
-    rows = largest_batch(config, examples).rows
-    assert f"activations of {rows} rows" in found.parts
+    found = estimate_run_memory(config, tiny_checkpoint(), examples, dtype=torch.float32, process_bytes=1_000_000)
+    tokens = largest_batch(config, examples).tokens
+    assert f"activations of {tokens} tokens" in found.parts
     assert found.parts["Python and PyTorch themselves (measured)"] == 1_000_000
     assert not any(value == CONTEXT_BYTES for value in found.parts.values())
 
 
-def test_projections_that_a_4_bit_checkpoint_holds_in_full_are_counted_in_full(
+def test_projections_that_a_4_bit_checkpoint_holds_unquantised_are_counted_so(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, folder = tiny_checkpoint(), tmp_path / "quantized"
     save_quantized(load_model(source, torch.bfloat16), source, folder)
     config = load_config()
-    assert count_config(config, SIZES["0.5B"], folder).in_full == 0
+    assert count_config(config, SIZES["0.5B"], folder).unquantized == 0
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
     save_file({**kept, name: load_file(source / "model.safetensors")[name]}, folder / "model.safetensors")
-    assert count_config(config, SIZES["0.5B"], folder).in_full == 4864 * 896
+    assert count_config(config, SIZES["0.5B"], folder).unquantized == 4864 * 896
     dense = Path(shutil.copytree(source, tmp_path / "dense"))
     assert "quantization_config" not in json.loads((dense / "config.json").read_text("utf-8"))
-    assert count_config(config, SIZES["0.5B"], dense).in_full == 0
+    assert count_config(config, SIZES["0.5B"], dense).unquantized == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    # metadata.total_size of model.safetensors.index.json, in bfloat16; of the 0.5B, which has none, the tensors' bytes.
+    [("0.5B", 988_065_536), ("3B", 6_171_877_376), ("7B", 15_231_233_024)],
+)
+def test_a_size_has_as_many_parameters_as_its_checkpoint(size: str, num_bytes: int) -> None:
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(SIZES[size])
+    assert 2 * sum(parameter.numel() for parameter in model.parameters()) == num_bytes
+
+
+@pytest.mark.parametrize(("size", "billions"), [("1.5B", 1.54), ("14B", 14.8), ("32B", 32.8), ("72B", 72.7)])
+def test_the_others_have_as_many_as_their_pages_say(size: str, billions: float) -> None:
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(SIZES[size])
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((hub_name(size), size) for size in SIZES),
+        ("Qwen/Qwen2.5-Coder-7B", "7B"),
+        ("Qwen/Qwen2.5-Math-1.5B-Instruct", "1.5B"),
+        ("unsloth/qwen2.5-7b-instruct-bnb-4bit", "7B"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", None),
+        ("Qwen/Qwen2-7B", None),
+        ("Qwen/Qwen2.5-1M", None),
+        ("Qwen/Qwen2.5-9B", None),
+        ("someone/Qwen2.5-7Bigger", None),
+    ],
+)
+def test_the_size_is_read_from_a_repositorys_name(name: str, size: str | None) -> None:
+    assert size_of(name) == size
+
+
+def test_each_size_but_the_first_has_a_smaller_one() -> None:
+    names = list(SIZES)
+    assert [next_smaller(SIZES[size]) for size in names] == [None, *names[:-1]]

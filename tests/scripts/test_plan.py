@@ -18,8 +18,7 @@ from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.planning import budget
 from minilora.planning.memory import ParameterCounts
-from minilora.planning.plan import count_config
-from minilora.planning.sizes import SIZES
+from minilora.planning.plan import SIZES, count_config
 from minilora.system.cli import QUICKSTART
 from tests.scripts.conftest import SCRIPTS, load_script
 

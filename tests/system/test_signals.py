@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import pytest
 
 from minilora.errors import UserError
-from minilora.system.signals import Interrupted, Interruptible, SafePoints, Stopped, handling
+from minilora.system.signals import Interrupted, Interruptible, SafePoints, Stopped, handling, nothing_at_stake
 
 STATUSES = [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)]
 HEAD = "import os, signal, time\nfrom minilora.system.signals import Interruptible, SafePoints\n"
@@ -250,3 +250,21 @@ def test_a_closed_terminal_does_not_hide_the_status() -> None:
     body = "os.close(2)\nwith SafePoints():\n    os.kill(os.getpid(), signal.SIGHUP)\n"
     done = run(f"{body}    os.kill(os.getpid(), signal.SIGHUP)\n    time.sleep(60)")
     assert done.returncode == 129
+
+
+def test_a_library_whose_threads_work_on_does_not_delay_the_end() -> None:
+    """As huggingface-hub's download does: its thread pool waits for the files in transfer."""
+    done = run(
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from minilora.system.signals import nothing_at_stake\n"
+        "with SafePoints(everywhere=True), nothing_at_stake(), ThreadPoolExecutor(1) as pool:\n"
+        "    pool.submit(time.sleep, 50)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    assert (done.returncode, done.stderr) == (143, "\nstopped by SIGTERM\n")
+
+
+def test_without_a_script_signals_stay_as_they_are() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with nothing_at_stake():
+        assert signal.getsignal(signal.SIGINT) == before

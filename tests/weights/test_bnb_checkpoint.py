@@ -122,7 +122,7 @@ def test_a_written_folder_is_whole_and_has_a_manifest(tiny_checkpoint: Callable[
     assert verify_folder(target) is None
     assert read_manifest(target)["facts"] == {"quant_type": "nf4"}
     assert [path.name for path in target.parent.iterdir()] == ["q"]
-    # safetensors writes for its owner alone; the folder is to be shared like any other.
+    # safetensors writes for its owner only; the folder is to be shared like any other.
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1
 
 

@@ -109,7 +109,7 @@ def test_the_architecture_is_described_as_config_json_has_it(checkpoint: Path, t
         "general.architecture": "qwen2",
         "general.type": "model",
         "general.name": "my model",
-        "general.size_label": "148K",  # 111,168 numbers and a head of 576 x 64
+        "general.size_label": "148K",  # 111,168 parameters and a head of 576 x 64
         "general.file_type": 7,  # llama.cpp's MOSTLY_Q8_0
         "general.quantization_version": 2,
         "qwen2.block_count": 2,
