@@ -431,7 +431,7 @@ def test_a_manifest_that_is_missing_or_cannot_be_read_is_said(folder: Path) -> N
     path.unlink()
     assert str(verify_folder(folder)).startswith(f"{path}: is missing")
     path.mkdir()
-    assert verify_folder(folder) == f"{path}: cannot be read (Is a directory); check the rights"
+    assert str(verify_folder(folder)).startswith(f"{path}: cannot be read (Is a directory)")
     assert verify_folder(folder.parent / "absent") is not None
 
 
