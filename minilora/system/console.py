@@ -1,10 +1,10 @@
-"""What a program says while it works. `--quiet` leaves results, warnings and errors.
+"""What a program prints while it works. `--quiet` leaves results, warnings and errors.
 
-print     results, on standard output             always
-emit      results that come one by one            always
-say       what is going on, on standard output    not with --quiet
-warn      what should be looked at, on standard error    always
-progress  a bar on standard error                 not with --quiet; where that is no terminal, a line now and then
+print          results, on standard output                  always
+write_results  results that come one by one                 always
+info           what the program does, on standard output    not with --quiet
+warn           warnings, on standard error                  always
+progress       a bar on standard error                      not with --quiet; lines if it is not a terminal
 """
 
 import os
@@ -22,27 +22,24 @@ _is_silent = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Chooses for the whole process whether `info` and `progress` are silent."""
+    """Whether `info` and `progress` print nothing, for the whole process."""
     global _is_quiet
     _is_quiet = quiet
 
 
 def set_silent(silent: bool) -> None:
-    """Chooses whether this process leaves all speaking to another one, warnings included: a rank that is not the first.
-
-    Results are not its to print either, and its errors are still shown.
-    """
+    """Whether this process prints errors only, because rank 0 prints the rest."""
     global _is_silent
     _is_silent = silent
 
 
 def is_silent() -> bool:
-    """Whether another process speaks for this one."""
+    """Whether rank 0 prints for this process."""
     return _is_silent
 
 
 def is_quiet() -> bool:
-    """Whether `info` and `progress` are silent."""
+    """Whether `info` and `progress` print nothing."""
     return _is_quiet or _is_silent
 
 
@@ -52,16 +49,16 @@ def uses_colour() -> bool:
 
 
 def info(text: str) -> None:
-    """A line about what is going on."""
+    """Prints a line about what the program does."""
     if not is_quiet():
         print(text)
 
 
 def write_results(text: str) -> None:
-    """Results that come one by one: at once, and above a progress bar that is on the same terminal.
+    """Prints results at once, above a progress bar on the same terminal.
 
     Args:
-        text: whole lines with their ends.
+        text: whole lines with their newlines.
     """
     from tqdm import tqdm
 
@@ -71,7 +68,7 @@ def write_results(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """A line about what should be looked at; the program goes on."""
+    """Prints a warning."""
     if not _is_silent:
         print(text, file=sys.stderr)
 
@@ -82,14 +79,14 @@ def progress(
     """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
 
     Args:
-        desc: what is going on, in a word or two.
-        total: units in all, None where unknown.
-        unit: what is counted, in the singular; "B" is shown as kB, MB, GB.
+        desc: a word or two.
+        total: units in all, None if unknown.
+        unit: in the singular; "B" is shown as kB, MB, GB.
         initial: units that are done already.
-        leave: whether the bar stays on the screen when it is done.
+        leave: keeps the bar on the screen when it is done.
         is_hidden: shows nothing, as with --quiet.
     """
-    from tqdm import tqdm  # here: a script can answer signals before it waits for this
+    from tqdm import tqdm  # here: a script answers signals before this slow import
 
     settings: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "unit_scale": unit == "B"}
     settings |= {"initial": initial, "disable": is_quiet() or is_hidden}
@@ -105,7 +102,7 @@ def progress(
 
 
 class _Lines:
-    """A stream for tqdm that gets whole lines, and none of the characters that move a terminal's cursor."""
+    """A stream for tqdm that writes whole lines, without the characters that move a terminal's cursor."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -330,7 +330,7 @@ def _lost_rank_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            f"another rank is gone or does not answer ({_reason(error)}); its own message, if it could print one, says "
+            f"another rank is gone or does not answer ({_reason(error)}); its own message, if it could leave one, says "
             "why; run the same command again"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Single files: written so that they stay, read strictly, hashed; folders made, and locked for one process.
+"""Single files: durable and atomic writes, strict reads, checksums; folders are created and locked.
 
 `os` functions are called one by one, so that a test can fail or kill each of them (tests/faults/).
 """
@@ -26,12 +26,12 @@ except ImportError:  # Windows
     import msvcrt
 
 LOCK = ".lock"
-LOCKED_BYTE = 1 << 30  # on Windows, which lets nobody read what is locked: far behind the holder's name
-WRITING = ".writing-"  # begins the name of what is not finished
+LOCKED_BYTE = 1 << 30  # on Windows, where a locked byte cannot be read: far after the holder's name
+WRITING = ".writing-"  # begins the name of an unfinished file or folder
 
 
 class StorageError(UserError):
-    """A disk that is full or fails, or a folder that may not be written: nothing is wrong with the run."""
+    """A full or failing disk, or a folder without write access: the run itself is sound."""
 
 
 def sha256(path: Path) -> str:
@@ -47,12 +47,12 @@ def sha256(path: Path) -> str:
 
 
 def sha256_once(path: Path) -> str:
-    """`sha256`, taken once a process: for a base model's files, whose hashes several parts of a program ask for.
+    """`sha256`, computed once per process: for a base model's files, whose checksums several modules need.
 
-    A file is known again by device, inode, size and time of its last change; one that changed within the last second
-    is not remembered, because the clock may not tell its next change from that. What changes a file and none of these,
-    a disk that loses bits, a second reading would not see either: it comes from memory, where the system keeps what was
-    read. What this program writes itself is read back by `hash_file`.
+    Files are identified by device, inode, size and modification time. One that changed within the last second is not
+    cached, because its next change could have the same time. A disk that loses bits changes none of these, but a second
+    read would not notice either: it comes from the page cache. Files that this process writes are read back by
+    `hash_file`.
 
     Raises:
         UserError: it cannot be read.
@@ -72,7 +72,7 @@ _known_digests: dict[tuple[int, int, int, int], str] = {}
 
 
 def hash_file(path: Path) -> str:
-    """`sha256` for whoever wants to know why a file cannot be read: OSError as it comes."""
+    """`sha256` that raises OSError as it is."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -81,7 +81,7 @@ def hash_file(path: Path) -> str:
 
 
 def json_bytes(content: Any) -> bytes:
-    """Pretty JSON with sorted keys: equal content, equal bytes. ValueError for NaN, which JSON has not."""
+    """Pretty JSON with sorted keys: equal content, equal bytes. ValueError for NaN or inf."""
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -100,10 +100,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """JSON without Python's liberties: no NaN, no key twice; ValueError otherwise."""
+    """Strict JSON: ValueError for NaN, inf and duplicate keys."""
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -122,11 +122,11 @@ def parse_json(text: str) -> Any:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Makes `folder` and writes into it: where that fails it should fail before hours are computed, not after.
+    """Creates `folder` and tests that it can be written: an error comes before hours of computing, not after.
 
     Args:
-        folder: made if needed, with all above it.
-        key: configuration key or option that named it, for the message.
+        folder: created if needed, with its parents.
+        key: configuration key or option that names it, for the message.
 
     Raises:
         UserError: it is not a folder, or nothing can be written there.
@@ -134,7 +134,7 @@ def make_folder(folder: Path, key: str) -> None:
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        for path in missing:  # a loss of power must not take the folder with all that was saved in it
+        for path in missing:  # a loss of power must not take the folder with everything in it
             sync(path.parent)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -151,10 +151,10 @@ def remove(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, whatever stood there, and waits until it is on the disk.
+    """Writes or overwrites a file, and syncs it.
 
     Raises:
-        StorageError: with the bytes that were needed and are free.
+        StorageError: with the bytes needed and free.
     """
     with storage_errors(path, len(content)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
@@ -168,22 +168,19 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 class GrowingFile:
-    """A file that is there from its first bytes on and grows piece by piece: no piece is ever half there.
-
-    (But for `kill -9` and a loss of power, after which the last one may be.)
-    """
+    """A file that grows piece by piece and holds whole pieces only; SIGKILL or a loss of power may cut the last one."""
 
     def __init__(self, path: Path):
-        """Nothing is opened before there is something to write: what stands there stays until then."""
+        """The first `append` opens the file; an existing one stays until then."""
         self.path = path
         self._descriptor: int | None = None
         self._end = 0
 
     def append(self, content: bytes) -> None:
-        """Writes at the end; the first call replaces what stood there.
+        """Writes at the end; the first call replaces an existing file.
 
         Raises:
-            StorageError: it cannot be written; what was, ends where it did before.
+            StorageError: it cannot be written; the file ends where it did before.
         """
         with storage_errors(self.path, len(content)):
             if self._descriptor is None:
@@ -200,7 +197,7 @@ class GrowingFile:
             self._end += len(content)
 
     def close(self) -> None:
-        """Waits until all of it is on the disk.
+        """Syncs the file and closes it.
 
         Raises:
             StorageError: that failed.
@@ -212,14 +209,14 @@ class GrowingFile:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # which a pipe or a device says, because it has no disk
+                if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
                     raise
             finally:
                 os.close(descriptor)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file as a whole or not at all: until the new one is on the disk, what stood there stays.
+    """Atomic write: an existing file stays until the new one is on the disk.
 
     Raises:
         StorageError: see `write_file`.
@@ -238,14 +235,14 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str) -> Iterator[None]:
-    """Keeps `folder` for this process; the system lets go of it when the process ends, however that happens.
+    """Locks `folder` for this process; the system unlocks it when the process ends, however it ends.
 
     Args:
-        folder: where `.lock` is written.
-        key: configuration key that named it, for the message.
+        folder: gets a file `.lock`.
+        key: configuration key that names it, for the message.
 
     Raises:
-        UserError: another process has it; says which, and since when.
+        UserError: another process has it; with its id, host and start.
     """
     path = folder / LOCK
     try:
@@ -255,7 +252,7 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     try:
         _lock(descriptor, folder, key)
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk: the lock holds nevertheless
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, holder.encode())
@@ -280,12 +277,12 @@ def _lock(descriptor: int, folder: Path, key: str) -> None:
             f"{folder}: another run is writing there ({holder}); wait for it, stop it, or choose another {key}"
         ) from None
     except OSError as error:  # some network file systems have no locks
-        warn(f"{folder}: cannot be locked ({error.strerror}); start no second run there")
+        warn(f"{folder}: cannot be locked ({error.strerror}); do not start a second run in it")
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turns an OSError about `path` into a StorageError that says how much room was needed and is there."""
+    """Turns an OSError about `path` into a StorageError with the bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -300,7 +297,7 @@ def storage_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """fsync of a file, or of a folder's list of names."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder; its rename is durable with the journal
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -308,6 +305,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES)):
-            raise  # those are how some network file systems say that they sync no folders
+            raise  # these: some network file systems do not sync folders
     finally:
         os.close(descriptor)

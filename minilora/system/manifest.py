@@ -1,4 +1,4 @@
-"""Folders that are there as a whole or not at all, and that know when they were damaged.
+"""Atomic writes of whole folders, with checksums of their files.
 
     write_folder(step-000120)
         .writing-step-000120/          on the same disk; every file written and fsynced
@@ -6,12 +6,12 @@
         step-000120/                   renamed, the parent fsynced, read back and verified
 
 A process that is killed, or a machine that loses power, at any instant leaves the finished folder or none. A folder
-cannot be renamed onto a filled one, so what is replaced first steps aside as `.replaced-step-000120`; whoever opens
-the parent next calls `recover_folders`, which puts it back if the new one is not there in full.
+cannot be renamed onto one with files, so a replaced one is first renamed to `.replaced-step-000120`; the next process
+that opens the parent calls `recover_folders`, which renames it back if the new one is not complete.
 
-Neither safetensors nor JSON notices a flipped bit: of 1,000 in a small safetensors file 968 load as other tensors.
-SHA-256 does, so whatever is trusted later is verified against the manifest first. It protects from accidents; who can
-write the folder can write a manifest too.
+Neither safetensors nor JSON detects a flipped bit: of 1,000 in a small safetensors file 968 load as other tensors.
+SHA-256 does, so files are verified against the manifest before they are used. It protects from accidents only: whoever
+can write the folder can also write a manifest.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ def write_folder(
     facts: Mapping[str, Any],
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    """Makes `target` a folder with these files and a manifest, whatever stood there, durable and verified.
+    """Writes `target` as a folder with these files and a manifest, atomically; reads it back. Replaces an existing one.
 
     Args:
         target: its parent is made if needed.
-        files: (name, content) pairs; a generator is asked for one at a time, so that one is in memory.
-        facts: what else the manifest says.
-        check: called with the temporary folder before it takes its place; what it raises ends the writing.
+        files: (name, content) pairs; a generator keeps one at a time in memory.
+        facts: further content of the manifest.
+        check: called with the temporary folder before it is renamed; an exception cancels the write.
 
     Raises:
-        StorageError: something could not be written, or is not what was written. What stood at `target` stays.
+        StorageError: a write failed, or the files read back differ. An existing `target` stays.
     """
     temporary = target.with_name(WRITING + target.name)
     try:
@@ -70,22 +70,23 @@ def write_folder(
             check(temporary)
         _put_in_place(temporary, target)
     finally:
-        with contextlib.suppress(OSError):  # after a failure; on success nothing is there any more
+        with contextlib.suppress(OSError):  # after a failure; on success it no longer exists
             remove(temporary)
 
 
 def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """`write_folder` for files that a library has written into `temporary` already."""
+    """`write_folder` for files that a library has written into `temporary`: read back once, for their checksums."""
     entries = {}
     with storage_errors(temporary):
         for path in sorted(temporary.iterdir()):
             sync(path)
             entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_file(temporary / MANIFEST, _render_manifest(facts, entries))
-    _put_in_place(temporary, target)
+    _put_in_place(temporary, target, is_verified=True)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def _put_in_place(temporary: Path, target: Path, is_verified: bool = False) -> None:
+    """Renames `temporary` to `target`; what it replaces goes last, after the new files were read back."""
     replaced = target.with_name(REPLACED + target.name)
     with storage_errors(target):
         sync(temporary)
@@ -99,21 +100,21 @@ def _put_in_place(temporary: Path, target: Path) -> None:
                 replaced.rename(target)
             raise
         sync(target.parent)
-    problem = verify_folder(target)
+    problem = None if is_verified else verify_folder(target)
     if problem is not None:
         with storage_errors(target):
             set_aside(target)
             if replaced.exists():
                 replaced.rename(target)
         raise StorageError(f"{target}: what was just written is damaged ({problem}); check the disk")
-    with contextlib.suppress(OSError):  # the new one is in place; `recover_folders` tries again
+    with contextlib.suppress(OSError):  # the new one is in place; `recover_folders` retries
         remove(replaced)
 
 
 def recover_folders(directory: Path) -> None:
-    """Ends what an interrupted `write_folder` left in `directory`: what was replaced too early comes back.
+    """Cleans up after an interrupted `write_folder` in `directory`, and restores a folder that was not replaced yet.
 
-    Only the process that holds the folder's lock may call it: it takes another one's unfinished folder for a leftover.
+    Only the holder of the folder's lock may call it: it removes unfinished folders.
 
     Raises:
         StorageError: something cannot be renamed or removed.
@@ -132,7 +133,7 @@ def recover_folders(directory: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a damaged folder, so that nobody takes it for a sound one, and returns its new path."""
+    """Renames a damaged folder to `damaged-...`, and returns its new path."""
     number = 1
     while (aside := path.with_name(f"{DAMAGED}{path.name}-{number}")).exists():
         number += 1
@@ -142,14 +143,14 @@ def set_aside(path: Path) -> Path:
 
 
 def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | None:
-    """What is wrong with a folder that `write_folder` wrote, None if every byte is as it was.
+    """The first difference between a folder and its manifest; None if there is none.
 
     Args:
-        folder: what is not in the manifest is ignored.
+        folder: files that the manifest does not list are ignored.
         names: files to verify; all by default.
 
     Raises:
-        StorageError: a file is there and may not be read, which says nothing about what it holds.
+        StorageError: a file exists but cannot be read, so it may be sound.
     """
     try:
         entries = read_manifest(folder)["files"]
@@ -170,7 +171,7 @@ def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | Non
             if error.errno == errno.EIO:  # the disk has lost it
                 return f"{name} cannot be read ({error.strerror})"
             raise StorageError(
-                f"{path}: cannot be read ({error.strerror}); check the rights and run it again"
+                f"{path}: cannot be read ({error.strerror}); check the rights and run the same command again"
             ) from None
         if size != expected["size"]:
             return f"{name} has {size} bytes, expected {expected['size']}"
@@ -180,7 +181,7 @@ def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | Non
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, if it is to the byte what was written.
+    """A folder's manifest, byte for byte as it was written.
 
     Raises:
         UserError: it is missing or damaged.
@@ -189,12 +190,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: is missing, so the folder was not written to its end, or not by this version"
-        ) from None
+        raise UserError(f"{path}: is missing: the folder is incomplete, or of another program") from None
     except OSError as error:
         kind = UserError if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR) else StorageError
-        raise kind(f"{path}: cannot be read ({error.strerror}); check the rights and run it again") from None
+        raise kind(
+            f"{path}: cannot be read ({error.strerror}); check the rights and run the same command again"
+        ) from None
     try:
         content = json.loads(text)
         if text == _render_manifest(content["facts"], content["files"]) and all(
@@ -207,7 +208,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:
-    """Whether a manifest's entry names a file of its own folder, with size and hash."""
+    """Whether a manifest's entry names a file of its own folder, with size and checksum."""
     name, entry = item
     is_plain = Path(name).name == name and name not in ("", "..")
     return is_plain and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}

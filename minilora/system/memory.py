@@ -1,4 +1,4 @@
-"""Memory as it is measured: the peak of this process or GPU, whether an error says that it ran out, and a heap trim.
+"""Measured memory: the peak of this process or GPU, whether an error says that it ran out, and a heap trim.
 
 What a configuration will take is predicted in `planning/memory.py`.
 """

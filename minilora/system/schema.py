@@ -1,8 +1,7 @@
-"""A value as a file holds it -> the value that a dataclass field takes, or what was expected instead.
+"""Values of YAML or JSON files -> fields of a dataclass, checked.
 
-The one check of types and ranges, for the keys of a configuration, config.json and adapter_config.json: a field's
-annotation is its type, its metadata the range of a number. A bool is never taken for a number, a text neither for a
-number nor for a bool: `"no"` would count as true.
+The only check of types and ranges, for configurations, config.json and adapter_config.json: a field's annotation is its
+type, its metadata (`limits`) the range. A bool is not a number, and text is neither: `"no"` would count as true.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 def limits(*, minimum: float | None = None, maximum: float | None = None, above: float | None = None) -> dict[str, Any]:
-    """Metadata of a field that takes a number: both ends are allowed, `above` is not."""
+    """Metadata of a numeric field: `minimum` and `maximum` are allowed, `above` is not."""
     return {"minimum": minimum, "maximum": maximum, "above": above}
 
 
@@ -30,14 +29,14 @@ def coerce(value: Any, item: "dataclasses.Field[Any]") -> Any:
     coerced = _as_type(value, item.type)
     for value in _leaves(coerced):
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError("text without a zero character or half a character")
+            raise ValueError("text without null characters and lone surrogates")
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_range(value, item.metadata)
     return coerced
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """The texts and numbers in a value: itself, or those of a list, or keys and values of a table."""
+    """The scalars of a value: itself, a list's elements, or a mapping's keys and values."""
     if isinstance(value, dict):
         yield from value
         yield from value.values()
@@ -58,21 +57,21 @@ def _check_range(number: float, metadata: Mapping[str, Any]) -> None:
 
 
 def default_of(item: "dataclasses.Field[Any]") -> Any:
-    """What a field holds that is not given; `dataclasses.MISSING` where it has to be."""
+    """A field's default; `dataclasses.MISSING` if it is required."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: str) -> T:
-    """The dataclass `kind` from a JSON object that holds its fields and may hold others; null counts as absent.
+    """The dataclass `kind` from a JSON object with its fields and possibly others; null counts as absent.
 
     Args:
         kind: the dataclass.
         content: the object.
         where: file, for messages.
-        advice: what to do about a missing or wrong value.
+        advice: the remedy, for messages.
 
     Raises:
-        UserError: all missing fields, or all values of a wrong type or out of range.
+        UserError: with all missing fields, or all values of a wrong type or range.
     """
     given = {item: content.get(item.name) for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     given = {item: default_of(item) if value is None else value for item, value in given.items()}
@@ -92,12 +91,12 @@ def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: s
 
 
 def takes_text(kind: Any) -> bool:
-    """Whether a field of the type `kind` takes text, and not only a choice of words."""
+    """Whether a field of the type `kind` takes any text, not only a Literal."""
     return kind is str or (_is_union(kind) and str in get_args(kind))
 
 
 def type_name(kind: Any) -> str:
-    """The type in words, for --help."""
+    """The type's name in --help."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return ", ".join(arguments)

@@ -15,6 +15,7 @@ is never set.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -51,7 +52,7 @@ class SafePoints:
         self._signum: int | None = None
         self._everywhere = everywhere
         self._is_anywhere = everywhere
-        self._handling = handling(self._note)
+        self._handling = self._listening()
 
     def __enter__(self) -> "SafePoints":
         self._handling.__enter__()
@@ -80,7 +81,7 @@ class SafePoints:
             raise
         finally:
             self._is_anywhere = False
-        self.check()  # Python drops what is raised in a finaliser
+        self.check()  # the exception may have been dropped
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
@@ -90,6 +91,25 @@ class SafePoints:
             _write(f"\n{signal.Signals(signum).name}: saves and stops; a second one stops at once\n")
         if self._is_anywhere:
             self.check()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Sets the handlers. Python drops what is raised in a finaliser or a weak reference's callback, and prints a
+        traceback: an Interrupted that is dropped waits for the next check, or without one ends the process."""
+        plain = sys.unraisablehook
+
+        def hook(dropped: "sys.UnraisableHookArgs") -> None:
+            if not isinstance(dropped.exc_value, Interrupted):
+                plain(dropped)
+            elif self._everywhere and self._signum is not None:
+                exit_now(self._signum, f"{dropped.exc_value}\n")
+
+        sys.unraisablehook = hook
+        try:
+            with handling(self._note):
+                yield
+        finally:
+            sys.unraisablehook = plain
 
 
 class Stopped(Interrupted):

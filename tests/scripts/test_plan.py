@@ -98,7 +98,7 @@ def test_the_command_names_the_configuration_that_was_given(plan: Plan, tmp_path
 
 def test_where_nothing_fits_the_floor_and_what_fits_are_said(plan: Plan) -> None:
     printed = plan("--size", "72B", "--budget", "24GB")
-    assert re.search(r"nothing makes it fit: .* 4[0-9.]+ GB, its weights 4", printed)
+    assert re.search(r"nothing makes it fit: .* 4[0-9.]+ GB, .*weights 4[0-9.]+ GB", printed)
     assert printed.endswith("sizes that fit: 0.5B, 1.5B, 3B, 7B, 14B, 32B\n")
     assert re.search(r"per_device_train_batch_size +none\n", printed)
     assert "sizes that fit: none" in plan("--size", "0.5B", "--budget", "100MB")
@@ -187,7 +187,7 @@ def test_prepared_data_without_a_tokenizer_is_said_and_data_that_was_asked_for_i
     shutil.copytree(processed_data, tmp_path / "data" / "processed")
     arguments = ("--config", RECIPE, "--budget", "12GB")
     printed = plan(*arguments, "--size", "7B")
-    assert "train.jsonl is not read: no tokenizer (model.name_or_path: Qwen/Qwen2.5-0.5B" in printed
+    assert re.search(r"train\.jsonl .*tokenizer \(model\.name_or_path: Qwen/Qwen2\.5-0\.5B", printed)
     assert "examples of up to 512 tokens" in printed
     assert "(the hub cannot be reached)" in plan(*arguments)
     with pytest.raises(UserError, match="the hub cannot be reached"):

@@ -285,7 +285,7 @@ def test_where_the_file_system_has_no_locks_it_is_said_and_the_work_is_done(
     monkeypatch.setattr(files.fcntl, "flock", raising(OSError(errno.ENOLCK, "No locks available")))
     with lock_folder(tmp_path, "a"):
         pass
-    said = f"{tmp_path}: cannot be locked (No locks available); start no second run there\n"
+    said = f"{tmp_path}: cannot be locked (No locks available); do not start a second run in it\n"
     assert capsys.readouterr().err == said
 
 

@@ -123,6 +123,37 @@ def test_an_interruption_that_was_dropped_is_one_at_the_next_check(everywhere: b
         drop()
 
 
+class Finaliser:
+    def __del__(self) -> None:
+        send()
+
+
+def test_an_interruption_that_python_drops_waits_for_the_next_check(capfd: pytest.CaptureFixture[str]) -> None:
+    reached = []
+
+    def finalise() -> None:
+        Finaliser()
+        reached.append("after the signal")
+
+    with interrupted(), SafePoints() as safe_points, safe_points.anywhere():
+        finalise()
+    assert reached
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_interruption_that_python_drops_ends_a_script_without_checks() -> None:
+    body = "class Finaliser:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+    done = run(f"{body}with SafePoints(everywhere=True):\n    Finaliser()\n    print('not stopped', flush=True)")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "stopped by SIGTERM\n")
+
+
+def test_another_error_that_python_drops_is_shown() -> None:
+    body = "class Finaliser:\n    def __del__(self):\n        raise ValueError('a mistake')\n"
+    done = run(f"{body}with SafePoints(everywhere=True):\n    Finaliser()\nprint('done')")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert "ValueError: a mistake" in done.stderr
+
+
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_without_a_signal_an_error_is_itself(everywhere: bool) -> None:
     def fail() -> None:

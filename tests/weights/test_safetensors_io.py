@@ -97,7 +97,7 @@ def test_a_header_may_have_spaces_around_it_metadata_and_empty_tensors(tmp_path:
         (b'{"__metadata__": {"a": "\\ud83d"}}', r".*surrogates not allowed"),
         (b'{"\\ud83d": null}', r".*surrogates not allowed"),
         (b'{"a": 1, "a": 2}', r"'a' occurs twice"),
-        (b'{"a": NaN}', r"NaN is no JSON"),
+        (b'{"a": NaN}', r"NaN is not JSON"),
         (b'{"a": null}', r"tensor a needs exactly dtype, shape and data_offsets"),
         (b'{"a": {"dtype": "F32"}}', r"tensor a needs exactly dtype, shape and data_offsets"),
         ({"a": entry(device="cpu")}, r"tensor a needs exactly dtype, shape and data_offsets"),
