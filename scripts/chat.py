@@ -25,7 +25,6 @@ from minilora.data.records import iter_lines
 from minilora.errors import UserError
 from minilora.generation.chat import Conversation, read_generation_config
 from minilora.generation.decode import GenerationConfig, use_gemv
-from minilora.qlora.bnb import import_without_compiler
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
 from minilora.system.console import info, uses_colour, warn
@@ -283,6 +282,5 @@ def harmless(text: str) -> str:
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(without_ranks(main))

@@ -23,7 +23,6 @@ from minilora.config import Config
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
-from minilora.qlora.bnb import import_without_compiler
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run
@@ -195,6 +194,5 @@ def write_results(directory: Path, results: dict[str, Any], lines: str, report: 
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(with_ranks(main))

@@ -38,7 +38,6 @@ from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
-from minilora.qlora.bnb import import_without_compiler
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
@@ -233,6 +232,5 @@ def render_drift(models: Mapping[str, Mapping[str, Any]], num_reviews: int) -> s
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(without_ranks(main))

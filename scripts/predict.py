@@ -26,7 +26,6 @@ from minilora.data.records import ENCODINGS, Record, count_lines, iter_line_reco
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
-from minilora.qlora.bnb import import_without_compiler
 from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
 from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
@@ -291,6 +290,5 @@ def fitted(text: str, width: int | None) -> str:
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(with_ranks(main))

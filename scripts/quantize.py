@@ -11,7 +11,6 @@ from minilora.build import DTYPES, build_model, choose_device
 from minilora.config import load_config
 from minilora.data.hub import fetch_model
 from minilora.errors import UserError
-from minilora.qlora.bnb import import_without_compiler
 from minilora.qlora.nf4 import LEVELS
 from minilora.system.distributed import without_ranks
 from minilora.system.files import make_folder
@@ -78,6 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(without_ranks(main))

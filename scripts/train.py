@@ -15,7 +15,6 @@ from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.prepare import SPLITS, prepare, prepare_demo, recover_splits
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
-from minilora.qlora.bnb import import_without_compiler
 from minilora.runs.train import fit
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
@@ -90,6 +89,5 @@ def prepare_data(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    import_without_compiler()
     with tuned_process():
         run_script(with_ranks(main))
