@@ -42,8 +42,9 @@ def run_minilora(
     """minilora's own step, as `train.fit` calls it."""
     from minilora.adapters.attach import parameter_groups
     from minilora.adapters.peft_files import load_adapter
-    from minilora.qlora.batch import pack, split_into_micro_batches
-    from minilora.qlora.dropout import DropoutSeed
+    from minilora.data.sampler import split_into_micro_batches
+    from minilora.qlora.batch import pack
+    from minilora.qlora.lora import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
     from minilora.qlora.optim import build_optimizer
     from minilora.qlora.step import StepSettings, TrainState, train_step

@@ -22,7 +22,7 @@ from meter import Meter, environment
 from workload import Workload, add_workload_arguments, model_folder, pad
 
 from minilora.errors import UserError
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.prompt import Example
 from minilora.system.cli import run_script
 from minilora.system.process import tuned_process
@@ -36,12 +36,12 @@ PROBABILITY_TOLERANCE = 0.02
 
 @tuned_process()
 def score_with_minilora(work: Workload, examples: list[Example], meter: Meter) -> list[float]:
-    """p(second label) of each review, by `evaluate.score`."""
+    """p(second label) of each review, by `evaluation/score.py`."""
     model = load_model(Path(work.model), work.dtype, device=work.device)
     prompt = work.prompt()
     meter.loaded()
     with meter.step(sum(len(example.input_ids) for example in examples), 0):
-        scores = score(model, examples, prompt, work.batch_size)
+        scores = score(model, examples, prompt, ScoringOptions(work.batch_size))
     assert scores.probabilities is not None  # a prompt was given
     return [float(row[1]) for row in scores.probabilities]
 

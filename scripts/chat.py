@@ -1,9 +1,9 @@
-"""Talks with a trained adapter or a base model: in a terminal, or with --prompt for one answer.
+"""Chats with a trained adapter or a base model: in a terminal, or with --prompt for one answer.
 
-Where standard input is no terminal, each of its lines is a turn of the conversation.
+If standard input is not a terminal, each of its lines is a turn of the conversation.
 """
 
-from minilora.system.cli import Interrupted, Interruptible, answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_overrides, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -16,13 +16,12 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
 
 from minilora.adapters.attach import adapter_disabled
 from minilora.config import MAX_SEED
-from minilora.data.lines import iter_lines
+from minilora.data.records import iter_lines
 from minilora.errors import UserError
 from minilora.generation.chat import Conversation, read_generation_config
 from minilora.generation.decode import GenerationConfig, use_gemv
@@ -32,6 +31,7 @@ from minilora.system.console import info, uses_colour, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.process import tuned_process
 from minilora.system.schema import coerce
+from minilora.system.signals import Interrupted, Interruptible
 
 EXAMPLES = """\
 examples:
@@ -40,19 +40,19 @@ examples:
   git diff | python scripts/chat.py --model_path Qwen/Qwen2.5-Coder-0.5B-Instruct --system "Review this." --prompt -
   python scripts/chat.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct model.quantization=none
 
-How a token is drawn: as is said here, else as the model's generation_config.json says, else temperature 0.7, top-p 0.8,
-top-k 20, repetition penalty 1.05, 1024 tokens at most. Projections in 4 bits that cannot be multiplied straight from
-them are kept in full beside: model.cache_dequantized=false saves these 2 bytes a number, and is slower.
+Sampling: these options, else the model's generation_config.json, else temperature 0.7, top-p 0.8, top-k 20, repetition
+penalty 1.05, 1024 tokens at most. 4-bit projections without a GEMV on 4-bit weights keep a dequantised copy:
+model.cache_dequantized=false saves its 2 bytes per parameter and is slower.
 """
 COMMANDS = """\
-/reset         forgets the conversation
-/system TEXT   sets another system turn, and forgets the conversation
-/base          switches the adapter off, and on again; the conversation goes on
+/reset         clears the conversation
+/system TEXT   sets the system turn and clears the conversation
+/base          switches the adapter off or on; the conversation continues
 /help          shows these lines
-/exit          ends, as Ctrl-D does; Ctrl-C ends an answer, twice in a row the program
-What begins with a blank is said as it stands."""
+/exit          exits, as Ctrl-D does; Ctrl-C ends an answer, twice in a row the program
+A line that begins with a space is sent as it is."""
 KEYS_READ = ("model.", "prompt.system")
-CACHED = "model.cache_dequantized=true"  # the default here: the command line's own stands behind it and wins
+CACHED = "model.cache_dequantized=true"  # the default here; the command line's own comes later and wins
 BOLD, DIM, RESET = "\033[1m", "\033[2m", "\033[0m"
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     if prompt == "-":
         prompt = "\n".join(iter_lines(sys.stdin.buffer, "standard input"))
     if prompt is not None and not prompt.strip():
-        raise UserError("--prompt: is empty; say something, or leave it away to talk in turns")
+        raise UserError("--prompt: is empty; give a text, or leave out --prompt to talk in turns")
     trained = open_model(arguments)
     settings = choose_settings(arguments, read_generation_config(trained.model_folder))
     model = trained.load(arguments.allow_bin)
@@ -71,7 +71,7 @@ def main() -> None:
     generator = torch.Generator(model.head_weight.device)
     generator.manual_seed(generator.seed() if arguments.seed is None else arguments.seed)
     system = trained.config.prompt.system if arguments.system is None else arguments.system
-    conversation = Conversation(model, trained.prompt.tokenizer, system, settings, generator)
+    conversation = Conversation(model, trained.prompt.tokenizer, system, settings, generator=generator)
     if prompt is not None:
         show_answer(conversation, prompt)
         return
@@ -79,28 +79,26 @@ def main() -> None:
     if is_typed:
         info(f"{describe(trained, settings)}; /help lists the commands")
     lines = iter_typed() if is_typed else iter_lines(sys.stdin.buffer, "standard input")
-    Talk(conversation, model, trained.path is not None, is_typed).go_on(lines)
+    Talk(conversation, model, trained.path is not None, is_typed).take_all(lines)
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter, or a base model alone")
-    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
-    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
+    add_adapter_options(parser, "folder of the adapter, or a base model")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end; - for all of standard input")
     parser.add_argument("--system", metavar="TEXT", help="system turn (default: prompt.system of the adapter's run)")
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")
     parser.add_argument("--temperature", type=float, metavar="T", help="above 1 more varied, below less; 0 is --greedy")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most probable that together reach P")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable; 0 for all")
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="of what was said before; 1 for none")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer")
+    parser.add_argument("--top_p", type=float, metavar="P", help="draw from the most probable that together reach P")
+    parser.add_argument("--top_k", type=int, metavar="K", help="draw from the K most probable; 0 for all")
+    parser.add_argument("--repetition_penalty", type=float, metavar="R", help="penalty of earlier tokens; 1 for none")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="tokens of an answer at most")
     parser.add_argument("--seed", type=int, help="the same seed, questions and machine give the same answers")
-    parser.add_argument("overrides", nargs="*", metavar="model.key=value", help="keys as in train.py")
+    add_overrides(parser, "model.key=value")
     arguments = parser.parse_intermixed_args()
     if arguments.greedy and not {arguments.temperature, arguments.top_p, arguments.top_k} <= {None}:
-        parser.error("--greedy draws nothing: leave it away, or --temperature, --top-p and --top-k")
+        parser.error("--greedy does not sample: leave out --greedy, or --temperature, --top_p and --top_k")
     if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
         parser.error(f"--seed: expected 0 to {MAX_SEED}")
     return arguments
@@ -112,16 +110,12 @@ def open_model(arguments: argparse.Namespace) -> LoadedRun:
     if not is_base(arguments.model_path):
         return load_run(arguments.model_path, arguments.base, overrides, keys_read=KEYS_READ)
     if arguments.base is not None:
-        raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
+        raise UserError(f"{arguments.model_path}: is a base model itself; leave out --base, or give an adapter")
     return load_base_run(arguments.model_path.as_posix(), overrides, KEYS_READ)
 
 
 def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -> GenerationConfig:
-    """The model's own settings with what the command line says in their place.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """The model's own settings, overridden by the command line; UserError if a value is out of range."""
     given = {}
     for item in fields(GenerationConfig):
         value = getattr(arguments, item.name, None)
@@ -129,8 +123,7 @@ def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -
             try:
                 given[item.name] = coerce(value, item)
             except ValueError as error:
-                option = f"--{item.name.replace('_', '-')}"
-                raise UserError(f"{option}: is {value}, expected {error}; choose another") from None
+                raise UserError(f"--{item.name}: is {value}, expected {error}; choose another") from None
     draws = not arguments.greedy and (
         settings.do_sample or not given.keys().isdisjoint(("temperature", "top_p", "top_k"))
     )
@@ -138,7 +131,7 @@ def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -
 
 
 def describe(trained: LoadedRun, settings: GenerationConfig) -> str:
-    """Who answers, and how, in a line."""
+    """Model, adapter and sampling in a line."""
     base = trained.config.model.name_or_path
     name = base if trained.path is None else f"{trained.path} on {base}"
     if not settings.do_sample or settings.temperature == 0:
@@ -151,15 +144,15 @@ def describe(trained: LoadedRun, settings: GenerationConfig) -> str:
 def iter_typed() -> Iterator[str]:
     """Turns as they are typed or pasted, until Ctrl-D or a second Ctrl-C in a row.
 
-    The first one only drops what stands in the line: it may have been meant for an answer that had just ended.
+    The first one only clears the line: it may have been meant for an answer that had just ended.
     """
     with contextlib.suppress(ImportError):  # Windows has none, and its own editing
         import readline
 
-        # What is pasted stays one turn, its lines too; Python has switched that off.
+        # Pasted text stays one turn, with its lines; Python switches that off.
         readline.parse_and_bind("set enable-bracketed-paste on")
     shows_prompt = sys.stdout.isatty()
-    # A terminal's editor counts columns, but for what stands between these two.
+    # A terminal's editor does not count the columns between \001 and \002.
     prompt = f"\001{BOLD}\002>\001{RESET}\002 " if uses_colour() else "> "
     is_warned = False
     while True:
@@ -172,11 +165,11 @@ def iter_typed() -> Iterator[str]:
                 break
             except UnicodeError:
                 line = None
-                warn("error: what was typed is no UTF-8; set the terminal to UTF-8, or type something else")
+                warn("error: the input is not UTF-8; set the terminal to UTF-8, or type something else")
         if interruption.came:
             if is_warned:
                 raise Interrupted(signal.SIGINT)
-            warn("\n(Ctrl-C again ends, as Ctrl-D does)")
+            warn("\n(another Ctrl-C exits, as Ctrl-D does)")
         is_warned = interruption.came
         if line is not None and not interruption.came:
             yield line
@@ -185,16 +178,16 @@ def iter_typed() -> Iterator[str]:
 
 
 class Talk:
-    """Takes lines as turns or commands, and shows what comes of them."""
+    """Takes lines as turns or commands, and prints the answers."""
 
     def __init__(self, conversation: Conversation, model: Qwen2ForCausalLM, has_adapter: bool, is_typed: bool):
-        """A talk about nothing yet.
+        """Nothing is answered yet.
 
         Args:
             conversation: takes the turns.
             model: the one that answers.
-            has_adapter: whether there is one to switch.
-            is_typed: somebody sits there: who can say something else, end an answer, and wants to know what happens.
+            has_adapter: whether /base has an adapter to switch.
+            is_typed: a user is at a terminal, who can correct an input, end an answer and reads notes.
         """
         self._conversation = conversation
         self._model = model
@@ -202,11 +195,11 @@ class Talk:
         self._is_typed = is_typed
         self._adapter_off: contextlib.ExitStack | None = None
 
-    def go_on(self, lines: Iterator[str]) -> None:
-        """Until the lines end, or one of them says so.
+    def take_all(self, lines: Iterator[str]) -> None:
+        """Takes all lines, or those before /exit.
 
         Raises:
-            UserError: a turn cannot be answered, and nobody sits there.
+            UserError: a turn cannot be answered, and no user is at a terminal.
         """
         for line in lines:
             if line.rstrip() == "/exit":
@@ -234,21 +227,23 @@ class Talk:
     def _obey(self, command: str, text: str) -> None:
         if command == "/reset" and not text:
             self._conversation.reset()
-            self._note("the conversation begins anew")
+            self._note("the conversation is cleared")
         elif command == "/system" and text.strip():
             self._conversation.system = text.strip()
             self._conversation.reset()
-            self._note("the system turn is set, the conversation begins anew")
+            self._note("the system turn is set, the conversation is cleared")
         elif command == "/base" and not text:
             self._switch()
         elif command == "/help" and not text:
             print(COMMANDS)
         else:
-            raise UserError(f"{command}: is no command, or not with that; /help lists them, a blank before it says it")
+            raise UserError(
+                f"{command}: is not a command, or not with this text; /help lists them; begin with a space to send it"
+            )
 
     def _switch(self) -> None:
         if not self._has_adapter:
-            raise UserError("/base: there is no adapter, the base model answers already; open one with --model_path")
+            raise UserError("/base: no adapter is loaded, the base model answers already; load one with --model_path")
         if self._adapter_off is None:
             self._adapter_off = contextlib.ExitStack()
             self._adapter_off.enter_context(adapter_disabled(self._model))
@@ -264,11 +259,7 @@ class Talk:
 
 
 def show_answer(conversation: Conversation, text: str, check: Callable[[], object] = bool) -> None:
-    """Prints the answer to `text` as it comes, and calls `check` for each piece.
-
-    Raises:
-        UserError: see `Conversation.answer`.
-    """
+    """Prints the answer to `text` as it is generated, and calls `check` for each piece."""
     has_begun = False
     try:
         for piece in conversation.answer(text):
@@ -286,7 +277,7 @@ def show_answer(conversation: Conversation, text: str, check: Callable[[], objec
 
 
 def harmless(text: str) -> str:
-    """The text without characters that would do something to a terminal; a line's end and a tab may."""
+    """The text without control characters, which could control the terminal; newlines and tabs stay."""
     return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 

@@ -1,9 +1,9 @@
 """Scores an adapter on labelled reviews: label probabilities from the logits, then the metrics.
 
-Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare-base the same under "base".
+Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare_base the same under "base".
 """
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_overrides, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,7 @@ from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.prompt import ClassificationPrompt
-from minilora.reports.answers import ScoredExamples
-from minilora.reports.report import Report, render_report
+from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run
 from minilora.runs.provenance import model_digests
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
@@ -36,7 +35,7 @@ from minilora.system.process import tuned_process
 EXAMPLES = """\
 examples:
   python scripts/evaluate.py --model_path outputs/checkpoints/final
-  python scripts/evaluate.py --model_path outputs/checkpoints/final --data reviews.tsv --compare-base
+  python scripts/evaluate.py --model_path outputs/checkpoints/final --data reviews.tsv --compare_base
   python scripts/evaluate.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --data reviews.tsv \\
       model.quantization=none model.compute_dtype=float32
   torchrun --nproc-per-node 4 scripts/evaluate.py --model_path outputs/checkpoints/final
@@ -46,14 +45,12 @@ examples:
 def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, scores, writes the results."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
+    add_adapter_options(parser, "folder of the adapter")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
-    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
-    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
-    parser.add_argument("--compare-base", action="store_true", help="score the model without the adapter as well")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    parser.add_argument("--compare_base", action="store_true", help="also score the model without the adapter")
+    add_overrides(parser)
     arguments = parser.parse_intermixed_args()
 
     if arguments.output_dir is not None:
@@ -64,10 +61,10 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     data, examples = trained.read_reviews(arguments.data, arguments.encoding)
     model = trained.load(arguments.allow_bin, ranks)
 
-    results, probabilities = evaluate(trained, model, examples, "evaluate", ranks)
+    results, probabilities = evaluate(trained, model, examples, title="evaluate", ranks=ranks)
     if arguments.compare_base:
         with adapter_disabled(model):
-            results["base"], base_probabilities = evaluate(trained, model, examples, "base model", ranks)
+            results["base"], base_probabilities = evaluate(trained, model, examples, title="base model", ranks=ranks)
         labels = np.array(examples.labels)
         correct = probabilities.argmax(1) == labels
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
@@ -78,13 +75,14 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
         report = render_report(report_of(trained, results, examples, probabilities))
-        write_results(arguments.output_dir, results, examples, probabilities, prompt, report)
+        lines = prediction_lines(examples, probabilities, prompt.labels)
+        write_results(arguments.output_dir, results, lines, report)
 
 
 def evaluate(
     trained: LoadedRun, model: Qwen2ForCausalLM, examples: Examples, title: str, ranks: Ranks
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Metrics and (N, labels) probabilities; the ranks share the work."""
+    """Metrics and (N, labels) probabilities; the ranks divide the examples."""
     started = time.perf_counter()
     loss, probabilities = trained.score(model, examples, title, ranks)
     seconds = time.perf_counter() - started
@@ -94,7 +92,7 @@ def evaluate(
 
 
 def print_table(results: dict[str, Any], truncated: str) -> None:
-    """The main figures with their intervals, and the base model's beside them where it was scored."""
+    """The main figures with their intervals, beside the base model's if it was scored."""
     base = results.get("base")
     intervals = results["confidence_intervals_95"]
     print(f"{results['num_examples']} reviews of {results['data']}, {truncated}")
@@ -126,7 +124,7 @@ def _figure(value: float | None) -> str:
 
 
 def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
-    """What the report of an evaluation shows: of the configuration only what scoring reads."""
+    """The report of an evaluation; of the configuration only the keys that scoring reads."""
     config, data = trained.config, Path(results["data"])
     scored = {"base model": results["base"], "adapter": results} if "base" in results else {"adapter": results}
     cut = f"{examples.num_truncated:,} cut to {config.data.max_length} tokens"
@@ -139,9 +137,9 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
         title="Evaluation report",
         remark=remark,
         results=scored,
-        answers=ScoredExamples(examples.records, np.array(examples.labels), probabilities, trained.prompt.labels),
+        examples=ScoredExamples(examples.records, np.array(examples.labels), probabilities, trained.prompt.labels),
         log=[],
-        ledger=None,
+        memory_estimate=None,
         peak_bytes=peak_memory_bytes(choose_device(config)),
         config={
             section: {name: value for name, value in keys.items() if f"{section}.{name}".startswith(KEYS_READ)}
@@ -158,31 +156,25 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
     )
 
 
-def write_results(
-    directory: Path,
-    results: dict[str, Any],
-    examples: Examples,
-    probabilities: np.ndarray,
-    prompt: ClassificationPrompt,
-    report: str,
-) -> None:
-    """predictions.jsonl, a line a review in the file's order, evaluation.json and report.html.
-
-    Raises:
-        UserError: they cannot be written.
-    """
+def prediction_lines(examples: Examples, probabilities: np.ndarray, labels: Sequence[str]) -> str:
+    """predictions.jsonl: one line per review, in the file's order."""
     lines = []
-    for index, (row, label, scores) in enumerate(zip(examples.records, examples.labels, probabilities, strict=True)):
+    for index, (record, label, scores) in enumerate(zip(examples.records, examples.labels, probabilities, strict=True)):
         line = {
             "index": index,
-            "text": row.text,
-            "label": prompt.labels[label],
-            "prediction": prompt.labels[int(scores.argmax())],
-            "probabilities": dict(zip(prompt.labels, map(float, scores), strict=True)),
+            "text": record.text,
+            "label": labels[label],
+            "prediction": labels[int(scores.argmax())],
+            "probabilities": dict(zip(labels, map(float, scores), strict=True)),
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def write_results(directory: Path, results: dict[str, Any], lines: str, report: str) -> None:
+    """Writes predictions.jsonl, evaluation.json and report.html; UserError if they cannot be written."""
     contents = {
-        "predictions.jsonl": "".join(lines),
+        "predictions.jsonl": lines,
         "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
         "report.html": report,
     }
@@ -196,7 +188,7 @@ def write_results(
             with contextlib.suppress(OSError):
                 (directory / f"{WRITING}{name}").unlink()
         raise UserError(
-            f"{directory}: the results cannot be written ({error}); the figures stand above, for the files choose "
+            f"{directory}: the results cannot be written ({error}); the figures are above; for the files choose "
             "another --output_dir"
         ) from None
 

@@ -1,6 +1,6 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -19,7 +19,6 @@ from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.console import uses_colour
 
-QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 GREEN, RESET = "\033[1;32m", "\033[0m"
 EXAMPLES = """\
 examples:
@@ -30,32 +29,31 @@ examples:
 
 
 def main() -> None:
-    """Reads the command line and prints the first micro-batch of training, or the first rows of --data."""
+    """Reads the command line and prints the first micro-batch of training, or the first records of --data."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
     parser.add_argument("--json", action="store_true", help="a JSON line for each example")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    add_config_options(parser)
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     path = arguments.data or Path(config.data.dir) / "train.jsonl"
     if arguments.data is None and not path.exists():
         raise UserError(
-            f"{path}: is not there yet; prepare it with scripts/preprocess_data.py or scripts/train.py, or give a file "
-            "with --data"
+            f"{path}: does not exist yet; prepare it with scripts/preprocess_data.py or scripts/train.py, or give a "
+            "file with --data"
         )
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
-    rows = read_records(path)
-    if not rows:
+    records = read_records(path)
+    if not records:
         raise UserError(f"{path}: holds no record; give another file with --data")
     size = config.train.per_device_train_batch_size
     if arguments.data is None:  # what the first step of training takes
-        rows = rows[: config.data.max_train_examples]
-        chosen = epoch_order(len(rows), config.train.seed, 0)[:size]
+        records = records[: config.data.max_train_examples]
+        chosen = epoch_order(len(records), config.train.seed, 0)[:size]
     else:
-        chosen = list(range(min(size, len(rows))))
-    built = build_examples([rows[i] for i in chosen], prompt)
+        chosen = list(range(min(size, len(records))))
+    built = build_examples([records[i] for i in chosen], prompt)
     truncated = f"{built.num_truncated} cut to {config.data.max_length} tokens"
 
     for example in built.examples:
@@ -78,8 +76,8 @@ def main() -> None:
     else:
         batch = pack(built.examples)
         print(
-            f"--- {batch.num_examples} examples, {truncated}; {batch.num_real_tokens} tokens in "
-            f"{len(batch.input_ids)} rows (the common prefix is computed once), {batch.num_supervised} supervised"
+            f"--- {batch.num_examples} examples, {truncated}; {batch.num_real_tokens} tokens, "
+            f"{len(batch.input_ids)} computed (the shared prefix once), {batch.num_supervised} supervised"
         )
 
 

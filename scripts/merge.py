@@ -2,10 +2,10 @@
 
 Ends with a drift table, so that you see what merging costs before you ship it: accuracy on given reviews, and how far
 the probabilities of their labels move, of the adapter on its base as it was trained, and of both ways to merge. The
-last line is JSON; the table is in OUTPUT/drift.json too. What is written is dense, never put in 4 bits again.
+last line is JSON; the table is in OUTPUT_DIR/drift.json too. The merged model is dense and not quantised again.
 """
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_overrides, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -14,6 +14,8 @@ import argparse
 import contextlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from minilora.adapters.merge import (
 from minilora.build import Examples, choose_device, choose_dtype
 from minilora.data.records import ENCODINGS
 from minilora.errors import UserError
-from minilora.evaluation.drift import drift, render_drift
+from minilora.evaluation.metrics import drift
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
@@ -48,33 +50,34 @@ from minilora.weights.safetensors_io import dtype_name
 
 EXAMPLES = """\
 examples:
-  python scripts/merge.py --model_path outputs/checkpoints/final --output merged
-  python scripts/merge.py --model_path outputs/checkpoints/final --output merged --into dequantized --data reviews.tsv
-  python scripts/merge.py --model_path outputs/checkpoints/final --output merged --no-drift --gguf q8_0
-  python scripts/merge.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --output merged \\
+  python scripts/merge.py --model_path outputs/checkpoints/final --output_dir merged
+  python scripts/merge.py --model_path outputs/checkpoints/final --output_dir merged --into dequantized \\
+      --data reviews.tsv
+  python scripts/merge.py --model_path outputs/checkpoints/final --output_dir merged --no_drift --gguf q8_0
+  python scripts/merge.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --output_dir merged \\
       --data reviews.tsv model.quantization=none
 """
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def main() -> None:
-    """Reads the command line, merges, measures, puts the finished folder in place."""
+    """Reads the command line, merges, measures, renames the finished folder into place."""
     arguments = parse_arguments()
-    output: Path = arguments.output.resolve()
+    output: Path = arguments.output_dir.resolve()
     refuse_output(output)
-    make_folder(output.parent, "--output")
+    make_folder(output.parent, "--output_dir")
     limit = [] if arguments.max_examples is None else [f"data.max_test_examples={arguments.max_examples}"]
     trained = load_run(arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None)
     if output == trained.model_folder.resolve():
-        raise UserError(f"{output}: is the base model's own folder; choose another --output")
+        raise UserError(f"{output}: is the base model's own folder; choose another --output_dir")
     if arguments.gguf is not None:
         check_gguf(trained.model_folder)
     merge, into = open_run(trained, arguments.allow_bin), arguments.into
     refuse_variant(merge, into)
     if into == ORIGINAL and trained.config.lora.init_lora_weights == "loftq":
         warn(
-            "warning: the run began with LoftQ, so the adapter also repairs what 4 bits lost; the original weights "
-            f"lost nothing, and --into {DEQUANTIZED} fits better"
+            "warning: the run began with LoftQ, so the adapter also corrects the quantisation error, which the "
+            f"original weights do not have; --into {DEQUANTIZED} fits better"
         )
     dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
@@ -82,38 +85,40 @@ def main() -> None:
     data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, arguments.encoding)
 
     temporary = output.with_name(WRITING + output.name)
-    results: dict[str, Any] = {"output": str(arguments.output), FACT: into, "dtype": dtype_name(dtype)}
+    results: dict[str, Any] = {"output": str(arguments.output_dir), FACT: into, "dtype": dtype_name(dtype)}
     try:
         with storage_errors(temporary):
             remove(temporary)  # of a merge that was killed
             temporary.mkdir()
         with progress(f"merge into {into}", len(merge.shapes), "tensor") as bar:
-            write_merged(merge, into, dtype, temporary, arguments.max_shard_size, bar.update)
+            write_merged(
+                merge, into, dtype, temporary, max_shard_bytes=arguments.max_shard_size, on_progress=bar.update
+            )
         if arguments.gguf is not None:
             info(f"write model-{arguments.gguf}.gguf")
             write_gguf(temporary, temporary / f"model-{arguments.gguf}.gguf", arguments.gguf, output.name)
         if reviews is not None:
-            rows = measure_drift(trained, merge, into, dtype, temporary, reviews, arguments.allow_bin)
+            written = Written(temporary, into, dtype)
+            rows = measure_drift(trained, merge, written, reviews, allow_bin=arguments.allow_bin)
             results["drift"] = {"data": str(data), "num_examples": len(reviews.examples), "models": rows}
             write_file(temporary / "drift.json", json_bytes(results["drift"]))
             print(f"{len(reviews.examples)} reviews of {data}; written: merged {into}")
             print(render_drift(rows, len(reviews.examples)))
         finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)})
     finally:
-        with contextlib.suppress(OSError):  # after a failure, which counts; on success nothing is there any more
+        with contextlib.suppress(OSError):  # after a failure, which counts; on success it no longer exists
             remove(temporary)
-    info(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output}")
+    info(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output_dir}")
     print(json.dumps(results, ensure_ascii=False))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter")
+    add_adapter_options(parser, "folder of the adapter")
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the merged model; replaces another merge"
+        "--output_dir", type=Path, required=True, help="folder for the merged model; replaces another merge"
     )
-    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
     parser.add_argument(
         "--into",
         choices=(ORIGINAL, DEQUANTIZED),
@@ -122,20 +127,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written tensors (default: the base's own)")
     parser.add_argument(
-        "--max-shard-size", type=read_size, default="2GB", help="of one file, as 500MB or 2GB (default: 2GB)"
+        "--max_shard_size", type=read_size, default="2GB", help="of one file, as 500MB or 2GB (default: 2GB)"
     )
     parser.add_argument(
         "--gguf", choices=KINDS, nargs="?", const="f16", help="also write a GGUF file for llama.cpp (default type: f16)"
     )
     parser.add_argument("--data", type=Path, help="reviews for the drift table (default: the test split of its run)")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
-    parser.add_argument("--max_examples", help="score the first so many reviews; data.max_test_examples does the same")
-    parser.add_argument("--no-drift", action="store_true", help="merge, and measure nothing")
-    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
+    parser.add_argument(
+        "--max_examples", help="score only the first MAX_EXAMPLES reviews; same as data.max_test_examples"
+    )
+    parser.add_argument("--no_drift", action="store_true", help="only merge, without the drift table")
+    add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     if arguments.no_drift and (arguments.data is not None or arguments.max_examples is not None):
-        parser.error("--no-drift measures nothing: leave it away, or --data and --max_examples")
+        parser.error("--no_drift scores no reviews: leave out --no_drift, or --data and --max_examples")
     return arguments
 
 
@@ -164,31 +170,31 @@ def open_run(trained: LoadedRun, allow_bin: bool) -> Merge:
 
 
 def read_reviews(trained: LoadedRun, data: Path | None, encoding: str) -> tuple[Path, Examples]:
-    """`LoadedRun.read_reviews`, with what to do where there is no test split."""
+    """`LoadedRun.read_reviews`; UserError with a remedy if there is no test split."""
     split = Path(trained.config.data.dir) / "test.jsonl"
     if data is None and not split.is_file():
         raise UserError(
-            f"{split}: is not there, so drift cannot be measured on the test split of the adapter's run; give other "
-            "reviews with --data, or merge with --no-drift"
+            f"{split}: does not exist, so drift cannot be measured on the test split of the adapter's run; give other "
+            "reviews with --data, or merge with --no_drift"
         )
     return trained.read_reviews(data, encoding)
 
 
+@dataclass(frozen=True)
+class Written:
+    """The merged model in its folder: the variant of its weights and the dtype of its tensors."""
+
+    folder: Path
+    into: str
+    dtype: torch.dtype
+
+
 def measure_drift(
-    trained: LoadedRun, merge: Merge, into: str, dtype: torch.dtype, folder: Path, reviews: Examples, allow_bin: bool
+    trained: LoadedRun, merge: Merge, written: Written, reviews: Examples, allow_bin: bool
 ) -> dict[str, dict[str, Any]]:
-    """`drift` from the adapter as it was trained, of the model in `folder` and of the other way to merge, by name.
+    """`drift` from the adapter as it was trained to both ways to merge, by name.
 
-    The written model is loaded from its files, as whoever uses it will load it, so its figures are the check of them.
-
-    Args:
-        trained: the adapter and its run.
-        merge: the same adapter and base.
-        into: what `folder` was merged into.
-        dtype: of its tensors.
-        folder: the written model.
-        reviews: labelled.
-        allow_bin: see `LoadedRun.load`.
+    The written model is loaded from its files, as its users load it, so its figures check them.
     """
     device = choose_device(trained.config)
     compute_dtype = choose_dtype(trained.config, device)
@@ -197,14 +203,32 @@ def measure_drift(
     quantization = trained.config.model.quantization
     rows = {f"adapter on {'the base' if quantization == 'none' else quantization}": drift(labels, before, before)}
     for variant in merge.variants:
-        if variant == into:
-            model = load_model(folder, compute_dtype, "none", device=device)
+        if variant == written.into:
+            model = load_model(written.folder, compute_dtype, "none", device=device)
         else:
-            model = merge.build(variant, dtype, compute_dtype, device)
+            model = merge.build(variant, written.dtype, compute_dtype, device)
         _, after = trained.score(model, reviews, f"score merged {variant}")
         rows[f"merged {variant}"] = drift(labels, before, after)
         del model  # before the next one is built
     return rows
+
+
+def render_drift(models: Mapping[str, Mapping[str, Any]], num_reviews: int) -> str:
+    """A table with a line for each model; the others are compared with the first one.
+
+    Args:
+        models: what `drift` returned, by a name of the model.
+        num_reviews: N.
+    """
+    width = max(map(len, models)) + 2
+    lines = [f"{'':{width}}{'accuracy':>18}{'mean change':>13}{'largest':>9}{'flipped':>16}"]
+    for index, (name, found) in enumerate(models.items()):
+        line = f"{name:{width}}{found['accuracy']:>9.4f} {'({num_correct}/{n})'.format(**found, n=num_reviews):>8}"
+        if index:
+            flipped = f"{found['flipped']:.2%} ({found['num_flipped']})"
+            line += f"{found['mean_change']:>13.4f}{found['largest_change']:>9.4f}{flipped:>16}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

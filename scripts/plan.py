@@ -1,10 +1,10 @@
-"""Says what fits into so much memory, and what would help where it does not: before anything is downloaded or loaded.
+"""Plans a run for a memory budget: what fits, and what helps if it does not, before anything is downloaded or loaded.
 
-A model is named by its size, a folder or a name on the hub, of which config.json alone is read. Examples are as long as
+A model is named by its size, a folder or a name on the hub, of which only config.json is read. Examples are as long as
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -40,10 +40,9 @@ from minilora.system.memory import peak_memory_bytes
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
 
-RECIPE = Path(__file__).parent / "configs" / "chnsenticorp.yaml"
 EXAMPLES = """\
 examples:
-  python scripts/plan.py --size 7B --budget 12GB
+  python scripts/plan.py --size 7B --budget 12GB --config scripts/configs/chnsenticorp.yaml
   python scripts/plan.py --budget 24564MiB --config my.yaml lora.r=64 --length 2048
   python scripts/plan.py --size 0.5B --budget 2GB --device cpu --data reviews.tsv model.name_or_path=path/to/0.5B
   python scripts/plan.py --all --budget 24GB train.gradient_checkpointing=true
@@ -53,16 +52,15 @@ examples:
 def main() -> None:
     """Reads the command line, prints the plan."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--budget", required=True, help="memory there is, as 12GB (10^9 bytes each) or 24564MiB")
+    parser.add_argument("--budget", required=True, help="available memory, as 12GB (10^9 bytes each) or 24564MiB")
     parser.add_argument("--size", choices=SIZES, help="Qwen2.5 by size (default: what model.name_or_path names)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda, unless model.device says cpu")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda, unless model.device is cpu")
     parser.add_argument("--length", type=int, help="tokens of every example (default: data.max_length)")
     parser.add_argument("--data", type=Path, help="plan for this TSV, CSV, JSONL or parquet file's examples")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
-    parser.add_argument("--config", type=Path, default=RECIPE, help="YAML file (default: the main recipe)")
     parser.add_argument("--all", action="store_true", help="a table of all sizes")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys as in train.py")
+    add_config_options(parser)
     arguments = parser.parse_intermixed_args()
     process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as training does
     budget_bytes = read_bytes(arguments.budget, "--budget")
@@ -70,29 +68,29 @@ def main() -> None:
     if arguments.length is not None:
         overrides.append(f"data.max_length={arguments.length}")
     config = load_config(arguments.config, overrides)
-    rows, tokenizer = ([], None) if arguments.length is not None else find_examples(config, arguments)
+    records, tokenizer = ([], None) if arguments.length is not None else find_examples(config, arguments)
     if arguments.size is not None:
         overrides.append(f"model.name_or_path={hub_name(arguments.size)}")
         config = load_config(arguments.config, overrides)
     setup = Setup(
         config=config,
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
-        shape_of=uniform_shapes if tokenizer is None else shapes_of_rows(rows, tokenizer),
+        shape_of=uniform_shapes if tokenizer is None else shapes_of_rows(records, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
     )
     shape = setup.shape
-    examples = f"{len(rows):,} examples" if rows else "examples"
+    examples = f"{len(records):,} examples" if records else "examples"
     print(
         f"{config.model.name_or_path} on {setup.device_type}, {dtype_name(setup.dtype)}: {examples} of up to "
-        f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.rows:,} rows\n"
+        f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.rows:,} tokens\n"
     )
     if arguments.all:
         results: Any = compare_sizes(setup, budget_bytes)
         print_sizes(results, budget_bytes)
     else:
-        advice = advise(setup, budget_bytes, len(rows) or MOST)
+        advice = advise(setup, budget_bytes, len(records) or MOST)
         print_advice(advice)
         results = advice.to_dict()
         if advice.combination:
@@ -103,9 +101,9 @@ def main() -> None:
 
 
 def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Record], ChatTokenizer | None]:
-    """The records to plan for and what cuts them into tokens: those of --data, else the prepared ones.
+    """The records to plan for and their tokenizer: those of --data, else the prepared ones.
 
-    No records where neither is there, or where no tokenizer is at hand for the prepared ones.
+    No records if neither exists, or if the prepared ones have no local tokenizer.
     """
     path = arguments.data or Path(config.data.dir) / "train.jsonl"
     if arguments.data is None and not path.is_file():
@@ -119,16 +117,16 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
     except UserError as error:
         if arguments.data is not None:
             raise
-        info(f"{path} is not looked at, for want of a tokenizer ({error})\n")
+        info(f"{path} is not read: no tokenizer ({error})\n")
         return [], None
-    rows = read_records(path, encoding=arguments.encoding)[: config.data.max_train_examples]
-    if not rows:
+    records = read_records(path, encoding=arguments.encoding)[: config.data.max_train_examples]
+    if not records:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
-    return rows, tokenizer
+    return records, tokenizer
 
 
 def read_architecture(config: Config) -> Qwen2Config:
-    """The model that model.name_or_path names; nothing is downloaded where its name says the size."""
+    """The model that model.name_or_path names; nothing is downloaded if its name contains the size."""
     name = config.model.name_or_path
     size = size_of(name)
     if local_folder(name) is None and size is not None:
@@ -137,7 +135,7 @@ def read_architecture(config: Config) -> Qwen2Config:
 
 
 def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
-    """A row for each size, under the same configuration."""
+    """A row for each size, with the same configuration."""
     rows = []
     for size in SIZES:
         sized = setup.with_size(size)
@@ -155,7 +153,7 @@ def compare_sizes(setup: Setup, budget_bytes: int) -> list[dict[str, Any]]:
 
 def print_sizes(rows: list[dict[str, Any]], budget_bytes: int) -> None:
     """The table of --all."""
-    print(f"{'size':>6}{'takes':>12}  {'fits ' + in_gb(budget_bytes):<14}{'largest rows':>13}{'at the least':>14}")
+    print(f"{'size':>6}{'takes':>12}  {'fits ' + in_gb(budget_bytes):<14}{'max tokens':>13}{'at least':>14}")
     for row in rows:
         fits = "yes" if row["fits"] else "no"
         most = f"{row['max_tokens_per_micro_batch']:,}" if row["max_tokens_per_micro_batch"] else "-"
@@ -171,20 +169,20 @@ def print_advice(advice: Advice) -> None:
     print("\nthe most that fits:")
     answers = {
         "train.per_device_train_batch_size": advice.batch_size,
-        "train.max_tokens_per_micro_batch, in rows": advice.rows,
+        "train.max_tokens_per_micro_batch": advice.rows,
         "a single example, in tokens": advice.example_tokens,
     }
     for name, answer in answers.items():
         print(f"  {name:<44}{f'{answer:,}' if answer else 'none':>10}")
     if advice.knobs:
-        print(f"\nwhat would help, each by itself:{'takes':>29}{'saves':>10}")
+        print(f"\nwhat would help, one at a time:{'takes':>30}{'saves':>10}")
     for knob in advice.knobs:
         takes, saves = in_gb(knob.total_bytes), in_gb(setup.total_bytes - knob.total_bytes)
         print(f"  {knob.keys[-1]:<50}{takes:>9}{saves:>10}  {knob.cost}")
     if advice.combination is None:
         sizes = ", ".join(advice.fitting_sizes) or "none"
         print(
-            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, its weights alone "
+            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, its weights "
             f"{in_gb(advice.least.weight_bytes)}; sizes that fit: {sizes}"
         )
 
@@ -195,7 +193,7 @@ def in_gb(count: int) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """Relative to the working directory where it lies below it."""
+    """Relative to the working directory if it is below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 

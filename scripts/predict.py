@@ -1,9 +1,9 @@
-"""Predicts the label of reviews, and says how probable it is: of one review, of a file, or of lines from a pipe.
+"""Predicts labels of reviews and their probabilities: of one review, a file, or lines from a pipe.
 
-The probabilities are the model's own softmax over the label words; nothing has calibrated them.
+The probabilities are the model's softmax over the label words, not calibrated.
 """
 
-from minilora.system.cli import Interrupted, SafePoints, answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from minilora.data.lines import count_lines, iter_lines
-from minilora.data.records import ENCODINGS, Record, iter_line_records, iter_texts
+from minilora.data.records import ENCODINGS, Record, count_lines, iter_line_records, iter_lines, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
@@ -32,6 +31,7 @@ from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
 from minilora.system.process import tuned_process
+from minilora.system.signals import Interrupted, SafePoints
 
 STANDARD_INPUT = Path("-")
 FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output
@@ -43,9 +43,9 @@ examples:
   python scripts/predict.py --model_path Qwen/Qwen2.5-0.5B-Instruct "房间很干净" model.quantization=none
   torchrun --nproc-per-node 4 scripts/predict.py --model_path outputs/checkpoints/final --input reviews.csv
 
-What stands behind -- is a review, whatever it looks like. Results are written in the order of the input, some while the
-rest is still computed; a line from a pipe waits a second at most for others to be computed with. An index counts the
-input's records from 0; empty ones are skipped, and their number is said at the end.
+Every word after -- is a review. Results are written in the order of the input, the first ones while the rest is still
+computed; a line from a pipe waits a second at most for others of its batch. The index counts the input's records from
+0; empty ones are skipped and counted at the end.
 """
 KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
@@ -58,11 +58,11 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     if arguments.output is not None:
         ranks.run_on_rank_0(lambda: check_output(arguments.output, path, arguments.overwrite))
     if path == STANDARD_INPUT:
-        rows = iter_line_records(iter_lines(standard_input(), "standard input", arguments.encoding), "standard input")
-        windows = iter_windows(with_pauses(rows), MAX_WAIT_S)
+        lines = iter_lines(standard_input(), "standard input", arguments.encoding)
+        windows = iter_windows(with_pauses(iter_line_records(lines, "standard input")), MAX_WAIT_S)
     elif path is not None:
-        rows = iter_texts(path, arguments.text_column, arguments.encoding)
-        windows = iter_windows(read_first(rows, path))
+        records = iter_texts(path, arguments.text_column, arguments.encoding)
+        windows = iter_windows(read_first(records, path))
     else:
         windows = iter_windows(iter_line_records(reviews, "command line"))
 
@@ -70,34 +70,38 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         trained = open_model(arguments)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
     predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
-    write_all(windows, predictor, arguments, total, ranks)
+    write_all(windows, predictor, arguments, total, ranks=ranks)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what is not said is decided here."""
+    """The command line, with its defaults."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model_path", type=Path, required=True, help="folder of the adapter, or a base model alone")
+    add_adapter_options(parser, "folder of the adapter, or a base model")
     parser.add_argument(
         "--input",
         type=Path,
         metavar="FILE",
         help="TSV, CSV, JSONL or parquet with a text column, .txt with a review a line, or - for such lines on "
-        "standard input, which is read too where there is nothing else",
+        "standard input (the default without reviews)",
     )
-    parser.add_argument("--text-column", help="of --input (default: text, text_a, review, sentence or content)")
+    parser.add_argument("--text_column", help="of --input (default: text, text_a, review, sentence or content)")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files and standard input")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="grows while it is written (default: the screen)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="written record by record (default: standard output)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument(
         "--format",
         choices=("table", "jsonl", "csv"),
         help="default: that of --output's ending, else a table on a terminal and JSONL elsewhere",
     )
     parser.add_argument(
-        "--max-batch-tokens", type=int, default=MAX_TOKENS, metavar="N", help="of a forward pass (default: %(default)s)"
+        "--max_batch_tokens",
+        type=int,
+        default=MAX_TOKENS,
+        metavar="N",
+        help="tokens of a forward pass (default: %(default)s)",
     )
-    parser.add_argument("--allow-bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
-    parser.add_argument("--base", help="base model, where it is not the one that the adapter names")
     parser.add_argument(
         "words", nargs="*", metavar="REVIEW or section.key=value", help="reviews, and keys as in train.py"
     )
@@ -116,42 +120,42 @@ def parse_arguments() -> argparse.Namespace:
             parser.error("give a review, a file with --input, or lines on standard input")
         arguments.input = STANDARD_INPUT
     if arguments.max_batch_tokens < 1:
-        parser.error("--max-batch-tokens: expected 1 or more")
+        parser.error("--max_batch_tokens: expected 1 or more")
     ending = "" if arguments.output is None else arguments.output.suffix.lower()
     if arguments.format is None and arguments.output is not None and ending not in FORMATS:
-        parser.error(f"--output {arguments.output}: is neither .csv nor .jsonl; rename it or choose a --format")
+        parser.error(f"--output {arguments.output}: ends in neither .csv nor .jsonl; rename it or choose a --format")
     if arguments.format is None:
         arguments.format = FORMATS.get(ending) or ("table" if sys.stdout.isatty() else "jsonl")
     return arguments
 
 
 def check_output(output: Path, path: Path | None, overwrite: bool) -> None:
-    """Refuses an output that cannot be written, or must not be, before anything is computed."""
+    """Refuses an output that cannot or must not be written, before anything is computed."""
     if path is not None and output.exists() and path.exists() and output.samefile(path):
-        raise UserError(f"{output}: is the input too; choose another --output")
+        raise UserError(f"{output}: is also the input; choose another --output")
     if output.is_dir():
         raise UserError(f"{output}: is a folder; give --output a file's name")
     if output.exists() and not overwrite:
-        raise UserError(f"{output}: is there already; choose another --output, or replace it with --overwrite")
+        raise UserError(f"{output}: exists already; choose another --output, or replace it with --overwrite")
     make_folder(output.parent, "--output")
 
 
 def standard_input() -> BinaryIO:
-    """A reader of its own: Python's would be locked by the thread that waits in it when the program ends."""
+    """A reader of its own: the thread that waits in Python's would hold its lock at exit."""
     return open(0, "rb", closefd=False)
 
 
 def is_text_file(path: Path) -> bool:
-    """Whether counting its lines says about how many reviews it holds, and takes none of them away."""
+    """Whether its number of lines is about its number of reviews, and counting consumes nothing."""
     return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
 
 
-def read_first(rows: Iterator[Record], path: Path) -> Iterator[Record]:
-    """The same rows, the first of them read at once: a wrong file should be known before the model is loaded."""
-    first = next(rows, None)
+def read_first(records: Iterator[Record], path: Path) -> Iterator[Record]:
+    """The same records, the first one read now: a wrong file is refused before the model is loaded."""
+    first = next(records, None)
     if first is None:
         raise UserError(f"{path}: holds no record; give another file with --input")
-    return itertools.chain([first], rows)
+    return itertools.chain([first], records)
 
 
 def open_model(arguments: argparse.Namespace) -> LoadedRun:
@@ -159,7 +163,7 @@ def open_model(arguments: argparse.Namespace) -> LoadedRun:
     if not is_base(arguments.model_path):
         return load_run(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
     if arguments.base is not None:
-        raise UserError(f"{arguments.model_path}: is a base model itself; leave --base away, or give an adapter")
+        raise UserError(f"{arguments.model_path}: is a base model itself; leave out --base, or give an adapter")
     return load_base_run(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
 
 
@@ -172,7 +176,7 @@ def write_all(
 ) -> None:
     """Predicts and writes window by window; a signal waits while one is written, so that lines are whole.
 
-    The first rank alone reads and writes; the others get each window from it.
+    Rank 0 reads and writes; the other ranks get each window from it.
     """
     output = None if arguments.output is None else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
@@ -190,14 +194,14 @@ def write_all(
             def read() -> list[tuple[str, str]] | None:
                 with safe_points.anywhere():
                     window = next(windows, None)
-                return None if window is None else [(row.where, row.content) for row in window]
+                return None if window is None else [(record.where, record.content) for record in window]
 
             window: list[tuple[str, str]] | None = []
             while window is not None:
                 window = ranks.run_on_rank_0(read)
-                rows = [Record(where, content) for where, content in window or []]
-                predictions = predictor.predict(rows, bar.update, safe_points.anywhere)
-                # Written behind the last window too: an output without results is there all the same.
+                records = [Record(where, content) for where, content in window or []]
+                predictions = predictor.predict(records, bar.update, safe_points.anywhere)
+                # Also after the last window: an output without results is still created.
                 text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
                 ranks.run_on_rank_0(functools.partial(write, text))
                 num_written, header = num_written + len(predictions), ""
@@ -205,19 +209,19 @@ def write_all(
         if output is not None:
             output.close()
     except Interrupted as stop:
-        raise Interrupted(stop.signum, f"{stop}: {account(predictor, num_written, arguments.output)}") from None
+        raise Interrupted(stop.signum, f"{stop}: {summarize(predictor, num_written, arguments.output)}") from None
     except UserError as error:
-        if not ranks.is_rank_0:  # it has written nothing
+        if not ranks.is_rank_0:  # only rank 0 writes
             raise
-        raise UserError(f"{error}\n  {account(predictor, num_written, arguments.output)}") from error
+        raise UserError(f"{error}\n  {summarize(predictor, num_written, arguments.output)}") from error
     if predictor.num_empty or predictor.num_cut:
-        warn(f"note: {account(predictor, num_written, arguments.output)}")
+        warn(f"note: {summarize(predictor, num_written, arguments.output)}")
     elif output is not None:
-        info(account(predictor, num_written, arguments.output))
+        info(summarize(predictor, num_written, arguments.output))
 
 
-def account(predictor: Predictor, num_written: int, output: Path | None) -> str:
-    """What became of the rows, in a line."""
+def summarize(predictor: Predictor, num_written: int, output: Path | None) -> str:
+    """Counts of written, empty and cut records, in a line."""
     parts = [f"predictions written{'' if output is None else f' to {output}'}: {num_written:,}"]
     if predictor.num_empty:
         parts.append(f"empty reviews skipped: {predictor.num_empty:,}, the first at {predictor.first_empty}")
@@ -227,7 +231,7 @@ def account(predictor: Predictor, num_written: int, output: Path | None) -> str:
 
 
 def render_header(kind: str, labels: Sequence[str]) -> str:
-    """What stands above the results."""
+    """The line above the results."""
     if kind == "table":
         return f"{'index':>7}  {padded('label', column_width(labels))}  probability  text\n"
     if kind == "csv":
@@ -236,13 +240,7 @@ def render_header(kind: str, labels: Sequence[str]) -> str:
 
 
 def render(kind: str, prediction: Prediction, width: int | None) -> str:
-    """A result as a line of its kind.
-
-    Args:
-        kind: table, jsonl or csv.
-        prediction: the result.
-        width: of the terminal, where a table's lines are to fit into it.
-    """
+    """A result as a line of a table, jsonl or csv; a table's line fits into `width` columns."""
     scores = prediction.probabilities
     if kind == "csv":
         return csv_line([prediction.index, prediction.text, prediction.label, prediction.probability, *scores.values()])
@@ -261,7 +259,7 @@ def render(kind: str, prediction: Prediction, width: int | None) -> str:
 
 
 def csv_line(values: Sequence[object]) -> str:
-    """A line of CSV; text stands in quotes, whatever it is, so that a lone carriage return in it does no harm."""
+    """A line of CSV; text is always quoted, so that a carriage return in it does no harm."""
     line = io.StringIO()
     csv.writer(line, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(values)
     return line.getvalue()
@@ -278,7 +276,7 @@ def columns(text: str) -> int:
 
 
 def padded(text: str, width: int) -> str:
-    """The text and as many blanks as fill `width` columns."""
+    """The text, padded with spaces to `width` columns."""
     return text + " " * (width - columns(text))
 
 

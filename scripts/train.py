@@ -1,6 +1,6 @@
-"""Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. Running it again goes on where it stopped."""
+"""Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. The same command resumes a run that was stopped."""
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
 
 if __name__ == "__main__":
     answer_signals()  # before the imports that take seconds
@@ -20,14 +20,13 @@ from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.process import tuned_process
 
-QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 DOWNLOADS = "chn_senti_corp"  # beside data.dir
 EXAMPLES = """\
 examples:
   python scripts/train.py                                    the quickstart: two minutes, no download
   python scripts/train.py --config scripts/configs/chnsenticorp.yaml
   python scripts/train.py --config my.yaml lora.r=16 train.learning_rate=1e-4
-  python scripts/train.py --config my.yaml --dry-run         memory, tokens and a prompt, then stop
+  python scripts/train.py --config my.yaml --dry_run         memory, tokens and a prompt, then stop
   torchrun --nproc-per-node 4 scripts/train.py --config my.yaml      four GPUs share each step
 
 keys, each `section.key=default  (type)`:
@@ -37,14 +36,12 @@ keys, each `section.key=default  (type)`:
 def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, prepares what is missing, trains."""
     parser = build_parser(__doc__, EXAMPLES + describe_keys())
-    parser.add_argument("--config", type=Path, default=QUICKSTART, help="YAML file (default: the quickstart)")
-    parser.add_argument("--dry-run", action="store_true", help="print memory ledger, tokens and a prompt, and stop")
-    parser.add_argument(
-        "--restart", action="store_true", help="set an earlier run in train.output_dir aside, begin anew"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that differ from the file")
+    parser.add_argument("--dry_run", action="store_true", help="print memory estimate, tokens and a prompt, then stop")
+    parser.add_argument("--restart", action="store_true", help="start over; set the earlier run in its folder aside")
+    add_config_options(parser)
     arguments = parser.parse_intermixed_args()
-    config = load_config(arguments.config, arguments.overrides)
+    with ranks.rank_0_first():
+        config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if ranks.is_rank_0:
             show_plan(config)
@@ -57,7 +54,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
 
 
 def show_plan(config: Config) -> None:
-    """Prints the plan and leaves nothing behind: data that is not there is prepared in a temporary folder."""
+    """Prints the plan and leaves no files: missing data is prepared in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if not has_data(config):
             downloads = Path(config.data.dir).parent / DOWNLOADS
@@ -69,11 +66,7 @@ def show_plan(config: Config) -> None:
 
 
 def has_data(config: Config) -> bool:
-    """Whether the splits are in `data.dir`, or False where they are to be prepared.
-
-    Raises:
-        UserError: only some are there.
-    """
+    """Whether the splits are in `data.dir`; UserError if only some are."""
     directory = Path(config.data.dir)
     recover_splits(directory)
     missing = [f"{split}.jsonl" for split in SPLITS if not (directory / f"{split}.jsonl").is_file()]
@@ -88,7 +81,7 @@ def has_data(config: Config) -> bool:
 def prepare_data(config: Config) -> None:
     """Makes `data.dir` from `data.source`."""
     directory = Path(config.data.dir)
-    info(f"preparing {directory} from {config.data.source}, because it holds no data yet")
+    info(f"{directory} holds no data yet: preparing it from {config.data.source}")
     if config.data.source == "demo":
         prepare_demo(directory)
     else:

@@ -49,9 +49,8 @@ LONG_LABEL_WORDS = ("差评", "好评")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--long", action="store_true", help="the fault tests (tests/faults) with a release's counts: hours"
-    )
+    parser.addoption("--faults", action="store_true", help="tests/faults with their normal counts: minutes")
+    parser.addoption("--long", action="store_true", help="tests/faults with a release's counts: an hour")
 
 
 def make_reviews(count: int, seed: int) -> list[tuple[str, int]]:

@@ -1,8 +1,8 @@
 """A hub on this machine for huggingface-hub's real client: the API, the files, and a CDN on a port of its own.
 
-As the real one does it: a revision is asked for first, then the list of its files; a small file (Git's) comes through
-a redirect on the hub itself, a large one (LFS) through one to the CDN, with its hash in X-Linked-Etag; ranges are
-answered. What goes wrong is said by `Fault`s; what was asked is in `LocalHub.requests`.
+Like the real one: a revision is asked for first, then the list of its files; a small file (Git's) comes through a
+redirect on the hub itself, a large one (LFS) through one to the CDN, with its hash in X-Linked-Etag; ranges are
+answered. `Fault`s say what goes wrong; `LocalHub.requests` has what was asked.
 """
 
 import hashlib
@@ -31,16 +31,14 @@ class Fault:
     """What goes wrong with requests such as "GET hub /api/models/some/model/revision/main" or "GET cdn /a1b2".
 
     Attributes:
-        where: regular expression that such a line holds.
-        times: how often, before all is well again.
+        where: regular expression that such a line matches.
+        times: how often, before the hub works again.
         status: answered in place of what was asked for.
         headers: that go with the status.
         content: that goes with the status.
         cut: bytes of the body after which the connection is closed.
         is_reset: it is reset, not closed.
-        stall: bytes of the body after which nothing comes until `LocalHub.go_on` is set.
         is_damaging: one bit of the body differs.
-        meets: a barrier that the request waits at before it is answered.
     """
 
     where: str
@@ -50,9 +48,7 @@ class Fault:
     content: bytes = b"{}"
     cut: int | None = None
     is_reset: bool = False
-    stall: int | None = None
     is_damaging: bool = False
-    meets: threading.Barrier | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,6 @@ class LocalHub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.token: str | None = None  # the only one that is accepted, where it is set
-        self.has_xet = False  # says that it serves large files by Xet, and does not
-        self.stalled, self.go_on = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._servers = [self._serve("hub"), self._serve("cdn")]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -100,7 +94,6 @@ class LocalHub:
 
     def close(self) -> None:
         """Ends the servers."""
-        self.go_on.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -156,8 +149,6 @@ class _Handler(BaseHTTPRequestHandler):
         with hub._lock:
             hub.requests.append(Request(line, token, self.headers["Range"]))
         fault = hub.take_fault(line)
-        if fault is not None and fault.meets is not None:
-            fault.meets.wait(30)
         if fault is not None and fault.status is not None:
             self.answer(fault.status, fault.content, fault.headers)
         elif self.role == "cdn":
@@ -195,14 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound")
         else:
             name = found["file"]
-            place = f"{hub.cdn}/{hub.digest(name)}?X-Amz-Signature=1"
+            location = f"{hub.cdn}/{hub.digest(name)}?X-Amz-Signature=1"
             if name not in hub.large:
-                place = f"{hub.prefix}/api/resolve-cache/{name}"
-            headers = {"Location": place, "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(hub.files[name]))}
+                location = f"{hub.prefix}/api/resolve-cache/{name}"
+            headers = {"Location": location, "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(hub.files[name]))}
             headers["X-Linked-Etag"] = f'"{hub.digest(name)}"'
-            if hub.has_xet and name in hub.large:
-                headers["X-Xet-Hash"] = hub.digest(name)
-                headers["X-Xet-Refresh-Route"] = f"{hub.endpoint}/api/models/some/thing/xet-read-token/{COMMIT}"
             self.answer(302, b"", headers)
 
     def refuse(self, status: int, code: str | None, message: str = "") -> None:
@@ -228,17 +216,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault is None or (fault.cut is None and fault.stall is None):
+        if fault is None or fault.cut is None:
             self.wfile.write(content)
-        elif fault.cut is not None:
-            self.wfile.write(content[: fault.cut])
-            self.close_connection = True
-            if fault.is_reset:
-                time.sleep(0.3)  # until the client has read what came
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-        else:
-            self.wfile.write(content[: fault.stall])
-            self.hub.stalled.set()
-            self.hub.go_on.wait(60)
-            self.close_connection = True
+            return
+        self.wfile.write(content[: fault.cut])
+        self.close_connection = True
+        if fault.is_reset:
+            time.sleep(0.3)  # until the client has read what came
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()

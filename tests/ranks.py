@@ -1,5 +1,7 @@
-"""What the ranks of test_distributed.py do, started by torchrun: each leaves what it found in {folder}/{rank}.json."""
+"""What the ranks of test_distributed.py do, started by torchrun: each writes its results to {folder}/{rank}.json."""
 
+import contextlib
+import io
 import json
 import math
 import signal
@@ -9,29 +11,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from minilora.adapters.attach import lora_parameters, parameter_groups
+from minilora.data.sampler import split_across_ranks
 from minilora.errors import UserError
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora import step as step_module
-from minilora.qlora.batch import pack, split_across_ranks
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.batch import pack
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
-from minilora.system.cli import Interrupted, run_script
+from minilora.system.cli import run_script
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
+from minilora.system.signals import Interrupted
+from tests.conftest import make_reviews
 from tests.qlora.test_step import build, examples
+from tests.scripts.conftest import load_script
 
 Found = dict[str, Any]
 
 
 def caught(work: Callable[[], object]) -> list[object]:
-    """Kind, text and signal of what `work` raises."""
+    """Type, text and signal of the exception that `work` raises."""
     try:
         work()
     except BaseException as error:
@@ -40,7 +47,7 @@ def caught(work: Callable[[], object]) -> list[object]:
 
 
 def check_exchange(ranks: Ranks, folder: Path) -> Found:
-    """What the ranks tell each other."""
+    """What the ranks exchange."""
     tensors = {"f": torch.tensor([0.1, math.pi]), "b": torch.tensor([[3]], dtype=torch.uint8), "s": torch.tensor(2.5)}
     own = tensors if ranks.is_rank_0 else {}
     received = ranks.broadcast_tensors(own)
@@ -48,18 +55,18 @@ def check_exchange(ranks: Ranks, folder: Path) -> Found:
         file.write(f"{ranks.rank}\n")
     return {
         "gather": ranks.all_gather({"rank": ranks.rank, "text": "评" * ranks.rank, "number": 0.1, "none": None}),
-        "once": ranks.run_on_rank_0(lambda: {"by": ranks.rank}),
-        "collect": [ranks.gather_in_order([i * i for i in range(n) if ranks.owns(i)]) for n in (8, 2, 0)],
+        "rank 0": ranks.run_on_rank_0(lambda: {"by": ranks.rank}),
+        "in order": [ranks.gather_in_order([i * i for i in range(n) if ranks.owns(i)]) for n in (8, 2, 0)],
         "tensors": all(torch.equal(tensors[name], received[name]) for name in {*tensors, *received}),
         "no tensors": ranks.broadcast_tensors({}) == {},
         "same": caught(lambda: ranks.require_same({"a": 1, "threads": [2]}, "do something")),
         "not same": caught(lambda: ranks.require_same({"a": 1, "b": ranks.rank // 2, "c": 3}, "do something")),
-        "parted": [ranks.detached().all_gather(ranks.rank), ranks.detached().run_on_rank_0(lambda: "alone")],
+        "detached": [ranks.detached().all_gather(ranks.rank), ranks.detached().run_on_rank_0(lambda: "alone")],
     }
 
 
 def check_failures(ranks: Ranks) -> Found:
-    """What all ranks raise when these fail in these ways."""
+    """What each rank raises when these ranks fail."""
     term, interrupt = Interrupted(signal.SIGTERM), Interrupted(signal.SIGINT)
     cases: dict[str, dict[int, BaseException]] = {
         "none": {},
@@ -75,7 +82,7 @@ def check_failures(ranks: Ranks) -> Found:
         if ranks.rank in failures:
             raise failures[ranks.rank]
 
-    def alone(failures: dict[int, BaseException]) -> None:
+    def barrier(failures: dict[int, BaseException]) -> None:
         with ranks.barrier():
             fail(failures)
 
@@ -83,19 +90,19 @@ def check_failures(ranks: Ranks) -> Found:
         with ranks.rank_0_first():
             fail(failures)
 
-    found = {name: caught(lambda: alone(failures)) for name, failures in cases.items()}  # noqa: B023
+    found = {name: caught(lambda: barrier(failures)) for name, failures in cases.items()}  # noqa: B023
     for name in ("a mistake", "a bug", "a signal"):
-        found[f"in turn: {name}"] = caught(lambda: rank_0_first(cases[name]))  # noqa: B023
-    found["once"] = caught(lambda: ranks.run_on_rank_0(lambda: fail(cases["a bug"])))
+        found[f"rank 0 first: {name}"] = caught(lambda: rank_0_first(cases[name]))  # noqa: B023
+    found["on rank 0"] = caught(lambda: ranks.run_on_rank_0(lambda: fail(cases["a bug"])))
     return found
 
 
 def take_step(
     ranks: Ranks, step_examples: list[Example], scaled: bool = False, spoiled: int | None = None
 ) -> tuple[Found, list[torch.Tensor]]:
-    """One step of a tiny model on a share of the examples: what came of it, and the gradient that moved it.
+    """One step of a tiny model on a share of the examples: its result, and the gradient of the update.
 
-    `spoiled` is the rank whose loss is no number.
+    `spoiled` is the rank whose loss is NaN.
     """
     model, dropout_seed = build()
     optimizer = build_optimizer(parameter_groups(model))
@@ -127,15 +134,15 @@ def take_step(
 
 
 def check_steps(ranks: Ranks) -> Found:
-    """Steps of all sizes, each beside the one that this process takes alone."""
+    """Steps of all sizes, each beside that of a single process."""
     found: Found = {}
     for count in (9, 8, 4, 2):
-        together, gradients = take_step(ranks, examples(count))
-        alone, expected = take_step(SINGLE_RANK, examples(count))
+        ours, gradients = take_step(ranks, examples(count))
+        single, expected = take_step(SINGLE_RANK, examples(count))
         pairs = list(zip(gradients, expected, strict=True))
-        largest = max(float(theirs.abs().max()) for _, theirs in pairs)
-        difference = max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
-        found[str(count)] = {"together": together, "alone": alone, "difference": difference / largest}
+        largest = max(float(right.abs().max()) for _, right in pairs)
+        difference = max(float((left - right).abs().max()) for left, right in pairs)
+        found[str(count)] = {"ranks": ours, "single": single, "difference": difference / largest}
     found["scaled"] = take_step(ranks, examples(2), scaled=True)[0]
     found["spoiled"] = take_step(ranks, examples(9), spoiled=1)[0]
     found["spoiled, scaled"] = take_step(ranks, examples(9), scaled=True, spoiled=2)[0]
@@ -143,13 +150,13 @@ def check_steps(ranks: Ranks) -> Found:
 
 
 def check_dropout(ranks: Ranks) -> list[int]:
-    """The numbers that this rank's micro-batches have for their masks."""
+    """The indices that this rank's micro-batches have for their dropout masks."""
     model, _ = build()
-    numbers: list[int] = []
+    indices: list[int] = []
 
     class Noting(DropoutSeed):
         def set(self, seed: int, step: int, micro_batch: int) -> None:
-            numbers.append(micro_batch)
+            indices.append(micro_batch)
 
     batches = [pack(examples(2)) for _ in range(2)]
     train_step(
@@ -157,32 +164,57 @@ def check_dropout(ranks: Ranks) -> list[int]:
         batches,
         StepSettings(1, 0.01, 1.0),
     )
-    return numbers
+    return indices
 
 
 def check_scores(ranks: Ranks) -> Found:
-    """Scores of 13 examples in batches of 2, together and alone."""
+    """Scores of 13 examples in batches of 2, by all ranks and by one."""
     model, _ = build()
     progress: list[int] = []
-    together = score(model, examples(13), None, 2, progress.append, ranks)
-    return {"together": together.loss, "alone": score(model, examples(13), None, 2).loss, "progress": sum(progress)}
+    options = ScoringOptions(2, on_progress=progress.append, ranks=ranks)
+    scored = score(model, examples(13), None, options)
+    single = score(model, examples(13), None, ScoringOptions(2))
+    return {"ranks": scored.loss, "single": single.loss, "progress": sum(progress)}
 
 
 def check_waiting(ranks: Ranks) -> list[str]:
-    """What the ranks say when one of them comes too late."""
+    """What the ranks raise when one of them is too late."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
     hurried = replace(ranks, long_timeout_group=group)
     try:
-        hurried.run_on_rank_0(lambda: time.sleep(4))
+        hurried.run_on_rank_0(lambda: time.sleep(2))
     except LostRankError as error:
         return [type(error).__name__, str(error)]
     return []
 
 
+def check_scripts(ranks: Ranks, folder: Path, adapter: str) -> dict[str, str]:
+    """What evaluate.py and predict.py print with all ranks, and on rank 0 as a single process."""
+    reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
+    (folder / f"{ranks.rank}.txt").write_text(reviews, "utf-8")
+    evaluate, predict = load_script("evaluate"), load_script("predict")
+    predict.standard_input = lambda: io.BytesIO(reviews.encode())  # type: ignore[attr-defined]
+
+    def printed(script: ModuleType, ranks: Ranks, *arguments: object) -> str:
+        sys.argv = [str(script.__file__), "--model_path", adapter, *map(str, arguments)]
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            script.main(ranks)
+        return output.getvalue()
+
+    found = {}
+    limit = ("--max_batch_tokens", 300)
+    for name, which in (("ranks", ranks), ("single", SINGLE_RANK)):
+        if which is ranks or ranks.is_rank_0:
+            found[f"evaluate, {name}"] = printed(evaluate, which, "--compare_base", "--output_dir", folder / name)
+            found[f"file, {name}"] = printed(predict, which, "--input", folder / "0.txt", *limit)
+    found["pipe, ranks"] = printed(predict, ranks, "-", *limit)
+    return found
+
+
 def main(ranks: Ranks) -> None:
     """All checks."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, adapter = Path(sys.argv[1]), sys.argv[2]
     found = {
         "exchange": check_exchange(ranks, folder),
         "failures": check_failures(ranks),
@@ -190,6 +222,7 @@ def main(ranks: Ranks) -> None:
         "dropout": check_dropout(ranks),
         "scores": check_scores(ranks),
         "compiler": "torch._dynamo" in sys.modules,
+        "scripts": check_scripts(ranks, folder, adapter),
         "waiting": check_waiting(ranks),
     }
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found), "utf-8")

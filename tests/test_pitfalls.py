@@ -22,7 +22,7 @@ from minilora.config import Config, LoraConfig, load_config
 from minilora.errors import UserError
 from minilora.qlora import loss
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.optim import build_optimizer
@@ -79,7 +79,9 @@ def test_2_1_gradient_accumulation_is_normalised_by_the_whole_step(
 ) -> None:
     """transformers#34191, #37766: where answers differ in length, 1 x 16 and 4 x 4 examples train differently."""
     turns = [[("user", f"问{i}"), ("assistant", "答案" * (1 + i**2 % 7))] for i in range(16)]
-    examples = [chat_example(chat_tokenizer, messages, 256, "f:1", "s") for messages in turns]
+    examples = [
+        chat_example(chat_tokenizer, messages, max_length=256, where="f:1", default_system="s") for messages in turns
+    ]
     assert len({sum(example.supervised) for example in examples}) > 3
     model = tiny_model(dtype=torch.float64)  # the adapter and its gradient are float32
     dropout_seed = adapted(model)
@@ -275,7 +277,7 @@ def test_2_6_every_record_teaches_its_answer_and_scoring_asks_the_same_question(
     with pytest.raises(UserError, match="instruction and answer alone take"):
         ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 10).examples(["好"], [1])
     with pytest.raises(UserError, match="no assistant turn, so nothing to learn"):
-        chat_example(chat_tokenizer, [("user", "问")], 128, "f:1", "s")
+        chat_example(chat_tokenizer, [("user", "问")], max_length=128, where="f:1", default_system="s")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -304,7 +306,7 @@ def test_2_7_nothing_is_widened_and_the_head_sees_supervised_rows_alone(
     assert hidden.shape == (80, model.config.hidden_size)
     assert hidden.dtype == torch.bfloat16
     assert count == sum(scored) == 80 < len(packed.input_ids)
-    assert max(scored) <= loss.CHUNK_TOKENS
+    assert max(scored) <= loss.CHUNK_POSITIONS
     vocabulary = model.config.vocab_size
     assert not any(vocabulary in t.shape for t in kept if t.data_ptr() != model.head_weight.data_ptr())
     adapter = {parameter.data_ptr() for parameter in lora_parameters(model)}

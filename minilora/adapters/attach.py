@@ -13,9 +13,9 @@ from torch import nn
 
 from minilora.adapters.target_modules import Target, choose_targets
 from minilora.config import LoraConfig
-from minilora.qlora.dropout import DropoutSeed
-from minilora.qlora.lora import LoRALinear, LoRAWeights, dense_weight, merged_weight
-from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.dora import base_squares
+from minilora.qlora.lora import Dropout, DropoutSeed, LoRALinear, LoRAWeights
+from minilora.qlora.nf4 import Linear4bit, dense_weight
 
 DEFAULT = "default"  # peft's name of an adapter without one
 
@@ -59,7 +59,8 @@ def attach(
         base = layer.base
         scaling = lora_scaling(target.r, target.alpha, lora_config.use_rslora) if target.r else 0.0
         size, where = (base.out_features, base.in_features), device or _device_of(base)
-        w = LoRAWeights(size, target.r, target.alpha, scaling, lora_config.dropout, index, dropout_seed, where)
+        dropout = Dropout(lora_config.dropout, index, dropout_seed)
+        w = LoRAWeights(size, target.r, target.alpha, scaling=scaling, dropout=dropout, device=where)
         _draw(w, lora_config.init_lora_weights, generator)
         if lora_config.bias != "none" and base.bias is not None:
             w.bias = nn.Parameter(_values(base.bias.detach(), where))
@@ -127,7 +128,7 @@ def _values(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def _magnitudes(w: LoRAWeights, base: nn.Linear | Linear4bit) -> torch.Tensor:
     """DoRA's initial m, (out,): the norm of each row of W, as the forward pass computes it: c is 1 while B is 0."""
     dense = dense_weight(base, torch.float32 if isinstance(base, Linear4bit) else base.weight.dtype)
-    return dense.new_empty(len(dense)) if dense.is_meta else w.base_squares(dense).sqrt()
+    return dense.new_empty(len(dense)) if dense.is_meta else base_squares(w, dense).sqrt()
 
 
 def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -235,13 +236,34 @@ def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
             w.scaling = scaling
 
 
+@torch.no_grad()
+def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
+    """The one weight that does what `layer` does with its active adapter, without dropout; its bias stays.
+
+    Args:
+        layer: its adapter on the device of `weight`; its own base is not looked at.
+        weight: (out, in) of any floating-point dtype.
+
+    Returns:
+        (out, in) float32: W + s B A, with DoRA its rows scaled to norm m.
+    """
+    w = layer.weights
+    if w is None:
+        return weight.float()
+    a, b = w.factors()
+    merged = torch.addmm(weight.float(), b, a, alpha=w.scaling)
+    if w.lora_magnitude_vector is not None:
+        merged *= (w.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1))[:, None]
+    return merged
+
+
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives each adapted layer one dense weight in `dtype` that replaces base and adapter: faster to generate with.
 
     It takes 2 bytes per parameter in bfloat16 beside the base, which does not change.
     """
     for _, layer in iter_lora_layers(model):
-        bias = layer.base.bias if layer.bias is None else layer.bias
+        bias = layer.effective_bias
         weight = merged_weight(layer, dense_weight(layer.base, dtype)).to(dtype)
         layer.merged = weight, None if bias is None else bias.detach().to(dtype)
 

@@ -26,8 +26,8 @@ import torch
 
 from minilora.adapters.attach import iter_lora_layers
 from minilora.errors import UserError
-from minilora.qlora.lora import dense_weight
 from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import dense_weight
 from minilora.weights.bnb_checkpoint import split_entries
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 

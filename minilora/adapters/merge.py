@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from minilora.adapters.attach import iter_lora_layers
+from minilora.adapters.attach import iter_lora_layers, merged_weight
 from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
-from minilora.qlora.lora import LoRALinear, merged_weight
+from minilora.qlora.lora import LoRALinear
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
@@ -96,8 +96,8 @@ class Merge:
         layer = self.layers.get(path)
         if layer is not None and kind == "weight":
             tensor = merged_weight(layer, tensor)
-        elif layer is not None and layer.bias is not None:
-            tensor = layer.bias.detach()
+        elif layer is not None and layer.weights is not None and layer.weights.bias is not None:
+            tensor = layer.weights.bias.detach()
         tensor = tensor.to(dtype)
         if not is_finite(tensor):
             raise UserError(

@@ -54,13 +54,7 @@ def adapter_files(
             alpha_pattern.
     """
     content = to_peft(lora_config, base, model, portable)
-    tensors = {}
-    for path, w in iter_lora_weights(model):
-        for key, value in _named_tensors(path, w).items():
-            if portable and key.endswith("lora_B.weight"):
-                value = value * (w.scaling * value.shape[1] / content["lora_alpha"])
-            tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
-    tensors = dict(sorted(tensors.items()))
+    tensors = adapter_tensors(model, save_dtype, content["lora_alpha"] if portable else None)
     yield "adapter_config.json", json_bytes(content)
     if save_format == "bin":
         buffer = io.BytesIO()
@@ -70,9 +64,28 @@ def adapter_files(
         yield "adapter_model.safetensors", save(tensors, metadata={"format": "pt"})
 
 
+def adapter_tensors(
+    model: Qwen2ForCausalLM, save_dtype: torch.dtype = torch.float32, portable_alpha: float | None = None
+) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as the file has them, by sorted key, on the CPU.
+
+    Args:
+        model: with LoRA layers.
+        save_dtype: of the tensors.
+        portable_alpha: `lora_alpha` of a portable adapter, whose B has the rest of the scale in it.
+    """
+    tensors = {}
+    for path, w in iter_lora_weights(model):
+        for key, value in _named_tensors(path, w).items():
+            if portable_alpha is not None and key.endswith("lora_B.weight"):
+                value = value * (w.scaling * value.shape[1] / portable_alpha)
+            tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
+    return dict(sorted(tensors.items()))
+
+
 def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
     """Tensors of one layer by their key in the file."""
-    a, b = w.matrices()
+    a, b = w.factors()
     named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
     if w.lora_magnitude_vector is not None:
         named[f"{path}.lora_magnitude_vector"] = w.lora_magnitude_vector
@@ -108,6 +121,7 @@ def load_adapter(
     allow_bin: bool = False,
     device: torch.device | str | None = None,
     name: str = DEFAULT,
+    is_verified: bool = False,
 ) -> LoraConfig:
     """Attaches the adapter in `folder` to `model` and makes it the active one.
 
@@ -118,12 +132,13 @@ def load_adapter(
             reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
         device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
         name: of the adapter in the model; one of the same name is replaced.
+        is_verified: the caller has compared the folder with its manifest, which hashes it.
 
     Raises:
         UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     lora_config, _ = read_adapter_config(folder)
-    path, tensors = _read_adapter_tensors(folder, allow_bin)
+    path, tensors = read_adapter_tensors(folder, allow_bin, is_verified)
     before = active_adapter(model)
     try:
         attach(model, lora_config, device=device, name=name)
@@ -147,17 +162,18 @@ def damage_of_adapter(folder: Path) -> str | None:
     return verify_folder(folder, names)
 
 
-def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path) -> None:
+def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: bool = False) -> None:
     """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
 
     Args:
         model: with LoRA layers.
         folder: with the adapter's two files; where it has a manifest, they are verified first.
+        is_verified: the caller has done that, and nothing is hashed.
 
     Raises:
         UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
     """
-    _fill(model, *_read_adapter_tensors(folder, allow_bin=False))
+    _fill(model, *read_adapter_tensors(folder, is_verified=is_verified))
 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -188,7 +204,10 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
             _put(w, name, tensors[name])
 
 
-def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+def read_adapter_tensors(
+    folder: Path, allow_bin: bool = False, is_verified: bool = False
+) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The adapter's file and its tensors by key; see `load_adapter`."""
     path, binary = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if not path.is_file():
         if not binary.is_file():
@@ -199,7 +218,7 @@ def _read_adapter_tensors(folder: Path, allow_bin: bool) -> tuple[Path, dict[str
                 "read it with --allow-bin if you trust whoever made it"
             )
         path = binary
-    if (folder / MANIFEST).is_file():
+    if not is_verified and (folder / MANIFEST).is_file():
         problem = damage_of_adapter(folder)
         if problem is not None:
             raise UserError(f"{folder}: is damaged ({problem}); take another copy of it")

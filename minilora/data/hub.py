@@ -1,26 +1,61 @@
 """A model's or a data set's name in, a local folder out.
 
-A local folder is taken as it is. Anything else is a name on the hub, which `download.py` knows how to ask.
+    folder                 as it is; comes before the hub
+    minilora/assets/...    the package's own model, from any working directory
+    owner/name             a snapshot in the hub's cache: downloaded where files are missing, and verified
+
+huggingface-hub downloads: its cache (HF_HOME), a mirror (HF_ENDPOINT), HF_TOKEN and HF_HUB_OFFLINE work as everywhere,
+and a download that breaks is resumed: complete files stay, and a file whose connection is closed continues where it
+was. (With huggingface-hub 2.4, a file whose connection is reset or whose process is killed is downloaded from its
+beginning.) Two things are added.
+
+Every file that is read is hashed. huggingface-hub compares the size of what it downloads, and nothing of what is in
+the cache already. The cache stores a file under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of
+a blob for the others; a file that differs is downloaded once more. Where the system has no symbolic links, as on some
+Windows, the cache does not keep the hash and nothing is compared.
+
+Every error becomes one message with its remedy, after a server's passing error was retried.
+
+Source: https://huggingface.co/docs/huggingface_hub/guides/manage-cache (the cache's layout).
 """
 
+import contextlib
+import hashlib
+import re
 import shutil
+import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
+from typing import Any
 
 from minilora.data.prepare import SPLITS, split_of
+from minilora.data.records import capped
 from minilora.errors import UserError
-from minilora.system.files import WRITING
+from minilora.system.cli import DISK_ERRORS
+from minilora.system.console import is_quiet, warn
+from minilora.system.files import WRITING, sha256_once
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+DATA_FILES = ["*.parquet", "*.arrow"]
 SUBFOLDERS = ["*/*"]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
 
+RETRY_STATUSES = {408, 429, 500, 502, 503, 504}  # of a server that may do better in a moment
+PAUSES_S = (1, 3, 6)  # before the attempts that follow on a failed one
+HTTP_CLIENTS = ("httpx", "requests", "urllib3")  # httpx2 as well; which one depends on huggingface-hub's version
+MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
+SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
+
 
 def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Folder with the model's files, downloaded if it has to be.
+    """Folder with the model's files, downloaded if needed.
 
     Args:
         name_or_path: a folder, a name below `minilora/assets/` (found from any working directory), or a hub name.
@@ -28,18 +63,23 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
         weights: whether its weights are downloaded too.
 
     Raises:
-        UserError: there is no such folder, or the hub did not give it.
+        UserError: there is no such folder, or the download failed.
     """
     folder = local_folder(name_or_path)
     if folder is None:
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-        folder = _download("model", name_or_path, revision, MODEL_FILES if weights else SMALL_FILES, SUBFOLDERS)
-        if weights and not any(folder.glob("*.safetensors")):  # a cache may hold what another program needed, no more
+        folder = download_snapshot(
+            "model",
+            name_or_path,
+            revision,
+            allow_patterns=MODEL_FILES if weights else SMALL_FILES,
+            ignore_patterns=SUBFOLDERS,
+        )
+        if weights and not any(folder.glob("*.safetensors")):  # a cache may hold only what another program needed
             raise UserError(
-                f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset "
-                "HF_HUB_OFFLINE, check the network, or choose a model that has them (.bin files are not read: they can "
-                "run code)"
+                f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset HF_HUB_OFFLINE, check "
+                "the network, or choose a model that has them (.bin files are not read: they can run code)"
             )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
@@ -47,7 +87,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
 
 
 def local_folder(name_or_path: str) -> Path | None:
-    """The folder of a model that is here already, None for a name on the hub."""
+    """The folder of a model that is on this machine, None for a name on the hub."""
     folder = Path(name_or_path)
     if not folder.is_dir() and name_or_path.startswith(PACKAGE_ASSETS):
         folder = Path(__file__).parents[1] / "assets" / name_or_path.removeprefix(PACKAGE_ASSETS)
@@ -60,12 +100,12 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
     A split that the hub keeps in several parts becomes `train-00000.parquet`, `train-00001.parquet` ...
 
     Args:
-        directory: where the files go; without repo and revision, a complete set that is there already is taken.
-        repo: name of the data set; by default the sources of ChnSentiCorp, one after the other.
+        directory: where the files go; without repo and revision, a complete set in it is used as it is.
+        repo: name of the data set; by default CHNSENTICORP_SOURCES, the first that works.
         revision: branch, tag or commit.
 
     Raises:
-        UserError: no source gave a training file, or the folder holds another data set.
+        UserError: no source has a training file, or the folder holds another data set.
     """
     if repo is None and revision is None:
         present = downloaded_files(directory)
@@ -74,14 +114,15 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
     problems = []
     for source in [repo] if repo else CHNSENTICORP_SOURCES:
         try:
-            found = _choose_files(source, _download("dataset", source, revision, ["*.parquet", "*.arrow"]))
+            found = _choose_files(source, download_snapshot("dataset", source, revision, allow_patterns=DATA_FILES))
         except UserError as error:
             problems.append(str(error))
             continue
         foreign = [path.name for path in downloaded_files(directory) if path.name not in found]
         if foreign:  # two data sets in one folder would be taken for one
             raise UserError(
-                f"{directory}: holds {', '.join(foreign)} of another download; remove them or choose another --output"
+                f"{directory}: holds {capped(', '.join(foreign))} of another download; remove them or choose another "
+                "--output"
             )
         _copy(found, directory)
         return downloaded_files(directory)
@@ -89,9 +130,9 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
 
 
 def downloaded_files(directory: Path) -> list[Path]:
-    """What `fetch_dataset` left there: train first, then validation, then test.
+    """The files of `fetch_dataset`: train first, then validation, then test.
 
-    One order for everybody: of duplicates the first row stays, and the split is a function of the rows' order.
+    One order for all callers: of duplicates the first record is kept, and the split depends on the records' order.
     """
     named = [(split_of(path), path) for path in directory.glob("*") if path.suffix in _ENDINGS and path.name[0] != "."]
     return [path for split in SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
@@ -101,7 +142,7 @@ _ENDINGS = (".parquet", ".arrow")
 
 
 def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
-    """Files of a data set by the names that they get here, parquet before arrow."""
+    """Files of a data set by the names that they get in our folder; parquet before arrow."""
     parts: dict[str, list[Path]] = {}
     for ending in _ENDINGS:
         for path in sorted(snapshot.rglob(f"*{ending}")):
@@ -116,7 +157,9 @@ def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
     folders = {path.parent if split_of(path) else path.parent.parent for paths in parts.values() for path in paths}
     if len(folders) > 1:
         names = ", ".join(sorted(folder.relative_to(snapshot).as_posix() for folder in folders))
-        raise UserError(f"{source}: has several data sets ({names}); give one's files to preprocess_data.py --input")
+        raise UserError(
+            f"{source}: has several data sets ({capped(names)}); give one's files to preprocess_data.py --input"
+        )
     return {
         f"{split}{f'-{number:05d}' if len(paths) > 1 else ''}{path.suffix}": path
         for split, paths in parts.items()
@@ -134,10 +177,169 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
 
 
-def _download(kind: str, name: str, revision: str | None, *patterns: list[str]) -> Path:
-    """`download_snapshot`, imported here: a run on local files does not wait for huggingface-hub."""
+def download_snapshot(
+    kind: str, name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+) -> Path:
+    """Folder with the files of `name` that match, each verified against the hub's hash.
+
+    Args:
+        kind: "model" or "dataset".
+        name: owner/name.
+        revision: branch, tag or commit; the main branch by default.
+        allow_patterns: shell patterns of the files that are wanted.
+        ignore_patterns: of those that are not wanted all the same.
+
+    Raises:
+        UserError: a file was not downloaded, or is damaged after a second download.
+    """
     try:
-        from minilora.data.download import download_snapshot
-    except ValueError as error:  # huggingface-hub reads the environment when it is imported
+        from huggingface_hub import constants  # here: a run on local files does not wait for huggingface-hub
+    except ValueError as error:  # it reads the environment when it is imported
         raise UserError(f"{name}: huggingface-hub cannot start ({error}); correct the variables HF_...") from None
-    return download_snapshot(kind, name, revision, *patterns)
+    local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
+    wanted: dict[str, Any] = {"repo_type": kind, "revision": revision}
+    try:
+        snapshot = _download(name, **wanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        damaged = _damaged_files(snapshot, allow_patterns, ignore_patterns or [])
+        if damaged and not constants.HF_HUB_OFFLINE:
+            names = [path.relative_to(snapshot).as_posix() for path in damaged]
+            warn(f"{snapshot}: {', '.join(names)}: damaged; downloading once more")
+            _download(name, **wanted, allow_patterns=[escape(file) for file in names], force_download=True)
+            damaged = _damaged_files(snapshot, allow_patterns, ignore_patterns or [])
+    except UserError:
+        raise
+    except Exception as error:  # any: which client's and which parser's errors come depends on the library's version
+        raise UserError(f"{name}: {_explain(error, kind, name, local)}") from error
+    for path, problem in damaged.items():
+        advice = f"another download did not replace it: check the network and the disk, {MIRROR}"
+        if constants.HF_HUB_OFFLINE:
+            advice = "unset HF_HUB_OFFLINE to download it again"
+        raise UserError(f"{path}: is damaged: {problem}; {advice}, or {local}")
+    return snapshot
+
+
+def _download(name: str, **wanted: Any) -> Path:
+    """`snapshot_download` of what is missing, retried after PAUSES_S where an error may pass."""
+    from huggingface_hub import snapshot_download
+
+    pauses = iter(PAUSES_S)
+    while True:
+        try:
+            with _progress_bars():
+                return Path(snapshot_download(name, **wanted))
+        except Exception as error:
+            is_broken = type(error).__module__.startswith(HTTP_CLIENTS)  # in the middle of a file
+            pause_s = next(pauses, None)
+            if pause_s is None or not (is_broken or _status_of(error) in RETRY_STATUSES):
+                raise
+            warn(f"{name}: {_reason(_cause_of(error))}; retries in {pause_s} s")
+        time.sleep(pause_s)
+
+
+@contextlib.contextmanager
+def _progress_bars() -> Iterator[None]:
+    """Hides huggingface-hub's bars with --quiet and in log files, unless HF_HUB_DISABLE_PROGRESS_BARS decides."""
+    from huggingface_hub import constants, utils
+
+    is_shown = sys.stderr.isatty() and not is_quiet()
+    if is_shown or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _damaged_files(snapshot: Path, allow_patterns: list[str], ignore_patterns: list[str]) -> dict[Path, str]:
+    """The snapshot's files that match and differ from the hub's hash, each with what is wrong."""
+    from huggingface_hub import constants
+
+    damaged: dict[Path, str] = {}
+    unverified = []
+    for path in sorted(path for path in snapshot.rglob("*") if path.is_symlink()):
+        name = path.relative_to(snapshot).as_posix()
+        if not any(fnmatch(name, p) for p in allow_patterns) or any(fnmatch(name, p) for p in ignore_patterns):
+            continue
+        # One hop, not all: a blob may in turn be a link into a store that all repositories share (hf-xet).
+        expected = path.readlink().name
+        if not path.exists():
+            damaged[path] = "it is missing"
+        elif not SHA256.fullmatch(expected) and not GIT_SHA1.fullmatch(expected):
+            unverified.append(name)
+        elif (found := sha256_once(path) if SHA256.fullmatch(expected) else _git_sha1(path)) != expected:
+            damaged[path] = f"its hash is {found}, expected {expected}"
+    if unverified:
+        warn(f"{snapshot}: {', '.join(unverified)}: not verified, because {constants.ENDPOINT} gave no hash for it")
+    return damaged
+
+
+def _git_sha1(path: Path) -> str:
+    """Git's hash of a file: SHA-1 of "blob", its length, a zero byte, and its content."""
+    content = path.read_bytes()  # small: the hub keeps files of more than 10 MB in LFS
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _explain(error: Exception, kind: str, name: str, local: str) -> str:
+    """What went wrong and what to do, as the rest of a message."""
+    from huggingface_hub import constants, errors
+
+    cause, status, endpoint = _cause_of(error), _status_of(error), constants.ENDPOINT
+    reason = _reason(cause)
+    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    by_type = {
+        errors.HFValidationError: f"is no hub name, expected owner/name; check the name, or {local}",
+        errors.GatedRepoError: f"is gated ({status}); accept its terms at {page} and set HF_TOKEN to a token of that "
+        "account",
+        errors.RevisionNotFoundError: "has no such revision; check model.revision or --revision",
+        errors.RepositoryNotFoundError: f"no such {kind} on the hub, or private; check the name, set HF_TOKEN, or "
+        f"{local}",
+        errors.OfflineModeIsEnabled: f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset "
+        f"HF_HUB_OFFLINE, or {local}",
+        UnicodeEncodeError: "HF_TOKEN holds characters that no token has; correct it",  # it goes into a header
+    }
+    by_status = {
+        401: "the hub refused your token (401); correct HF_TOKEN, or the token that `hf auth login` has kept",
+        403: f"the hub refused access ({reason}); give the token in HF_TOKEN the right to read it, or {local}",
+        429: f"the hub has had too many requests (429); wait some minutes, set HF_TOKEN, {MIRROR}, or {local}",
+    }
+    for type_, message in by_type.items():
+        if isinstance(cause, type_):
+            return message
+    if status is not None:
+        return by_status.get(status, f"download failed ({reason}); run it again, {MIRROR}, or {local}")
+    if isinstance(error, OSError) and (
+        error.errno in DISK_ERRORS or isinstance(error, NotADirectoryError | FileExistsError)
+    ):
+        return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
+    bad_json = (ValueError, AssertionError, AttributeError, LookupError, TypeError)  # what the client makes of it
+    if isinstance(cause, (errors.FileMetadataError, *bad_json)) or not endpoint.startswith("http"):
+        return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
+    if isinstance(error, RuntimeError):  # of hf-xet
+        return f"download by Xet failed ({reason}); run it again, set HF_HUB_DISABLE_XET=1, {MIRROR}, or {local}"
+    return f"download failed ({reason}); run it again, {MIRROR}, or {local}"
+
+
+def _cause_of(error: Exception) -> BaseException:
+    """What `snapshot_download` met before it looked into the cache in vain and raised `error`."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and error.__cause__ is not None:
+        return error.__cause__
+    return error
+
+
+def _status_of(error: Exception) -> int | None:
+    """The hub's HTTP status, None for an error of another kind."""
+    status = getattr(getattr(_cause_of(error), "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's text, after the name of a Python error that does not explain itself."""
+    text = str(error).strip().partition("\n")[0]
+    text = capped(text, 200)
+    return f"{type(error).__name__}: {text}" if type(error).__module__ == "builtins" or not text else text

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.evaluation.calibration import expected_calibration_error
+
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """How often each true class was given each class.
@@ -117,52 +119,6 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(-np.log(np.clip(of_truth, eps, 1 - eps)).mean())
 
 
-def calibration_bins(
-    labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reviews of similar confidence: how many they are, how many are right, how sure the model was of them.
-
-    Confidence is the largest probability of a row. The bins are ((m - 1) / num_bins, m / num_bins].
-
-    Args:
-        labels: (N,) int, N at least 1.
-        probabilities: (N, K) float64, rows sum to one.
-        num_bins: B, bins of equal width over 0..1.
-
-    Returns:
-        Three arrays (B,): int64 reviews, int64 of them right, float64 sum of their confidences.
-    """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
-    inner_edges = np.linspace(0, 1, num_bins + 1)[1:-1]
-    bins = np.searchsorted(inner_edges, confidence, side="left")
-    return (
-        np.bincount(bins, minlength=num_bins),
-        np.bincount(bins[correct], minlength=num_bins),
-        np.bincount(bins, weights=confidence, minlength=num_bins),
-    )
-
-
-def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15) -> float:
-    """How far confidence is from accuracy, averaged over reviews of similar confidence.
-
-        ECE = sum_m |bin m| / N * |accuracy of bin m - mean confidence of bin m|
-
-    Args:
-        labels: (N,) int, N at least 1.
-        probabilities: (N, K) float64, rows sum to one.
-        num_bins: see `calibration_bins`.
-
-    Returns:
-        The error in 0..1; 0 for perfect calibration.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
-    """
-    _, correct, confidence = calibration_bins(labels, probabilities, num_bins)
-    # |bin| * |accuracy - confidence| is the absolute value of two sums' difference, so no bin is divided by its size.
-    return float(np.abs(correct - confidence).sum() / len(labels))
-
-
 def bootstrap_intervals(
     confusion: np.ndarray, positive: int | None, resamples: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
@@ -172,7 +128,7 @@ def bootstrap_intervals(
     M[i, j] / N, independently of the other draws, so the resampled table is Multinomial(N, M / N): the
     reviews themselves are not needed, and all tables are one call.
 
-    The interval covers the choice of test reviews alone, not another training seed.
+    The interval covers only the choice of test reviews, not another training seed.
 
     Args:
         confusion: (K, K) counts, rows true, columns predicted.
@@ -237,6 +193,37 @@ def mcnemar_test(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, floa
         tail += ways
         ways = ways * (n - k) // (k + 1)  # C(n, k + 1) from C(n, k); the division leaves no remainder
     return {"b": only_a, "c": only_b, "p_value": min(2 * tail, 2**n) / 2**n}
+
+
+def drift(labels: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """How far `after` is from `before`.
+
+    Args:
+        labels: (N,) int, the true classes; N at least 1.
+        before: (N, K) float64, rows sum to one.
+        after: (N, K) float64, of the same reviews.
+
+    Returns:
+        `num_correct` and `accuracy` of `after`; `mean_change` and `largest_change`, absolute, of the probability of
+        the true class; `num_flipped` and `flipped`, reviews with another prediction and their share.
+
+    Raises:
+        ValueError: the arrays are not of the same reviews.
+    """
+    if before.shape != after.shape or len(labels) != len(before):
+        raise ValueError(f"drift: {labels.shape}, {before.shape} and {after.shape} are not of the same reviews")
+    rows = np.arange(len(labels))
+    change = np.abs(after[rows, labels] - before[rows, labels])
+    correct = after.argmax(1) == labels
+    flipped = after.argmax(1) != before.argmax(1)
+    return {
+        "num_correct": int(correct.sum()),
+        "accuracy": float(correct.mean()),
+        "mean_change": float(change.mean()),
+        "largest_change": float(change.max()),
+        "num_flipped": int(flipped.sum()),
+        "flipped": float(flipped.mean()),
+    }
 
 
 def classification_metrics(

@@ -4,18 +4,17 @@ The answer of a classification prompt is one of a few label words, so its probab
 
     p(label | review) = softmax over labels of  sum over the word's tokens of log p(token | review, tokens before)
 
-For label words of one token, which is what the default prompt has, all of them are scored by the same row of
-hidden states and the sum is that row's logit (the normalising constant is common and falls out). Otherwise
-every review is run once with each word. Logits are computed in float32: in bfloat16 two labels closer than
-0.8 % tie. Sampling settings in generation_config.json (temperature, repetition penalty) play no part.
+Where every label word is one token, as in the default prompt, the hidden state of one position scores all of them and
+the sum is a logit of that position (the normalising constant is common and cancels). Otherwise every review is computed
+with each word in turn. Logits are computed in float32: in bfloat16 two labels closer than 0.8 % tie. Sampling settings
+in generation_config.json (temperature, repetition penalty) play no part.
 
-All prompts begin alike, so the keys and values of what they share are computed once for a whole run of reviews, and no
-batch has rows for it.
+All prompts share a prefix: its KV cache is computed once for all examples, and no batch has tokens for it.
 
-Several ranks deal the same batches among themselves, so each result is the one that a single process gets, to the bit.
+Several ranks divide the same batches among themselves, so each result equals that of a single process to the bit.
 
-Validation uses the training examples' own layout, so `eval_loss` comes out of the same pass: a row sees only
-what stands before it, and the answer stands behind the row that predicts it.
+Validation uses the training examples' own layout, so `eval_loss` comes out of the same pass: attention is causal, and
+the answer follows the position that predicts it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +40,31 @@ MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class ScoringOptions:
+    """How the work is divided.
+
+    Attributes:
+        batch_size: examples in a forward pass, at most; None for no limit except `max_tokens`.
+        max_tokens: of a forward pass; a longer example has one of its own.
+        on_progress: called with the number of examples finished; the other ranks' are assumed to be as far.
+        ranks: that share the work; each of them gets the whole result.
+        interruptible: entered around the work of this rank.
+    """
+
+    batch_size: int | None = None
+    max_tokens: int = MAX_TOKENS
+    on_progress: Callable[[int], object] | None = None
+    ranks: Ranks = SINGLE_RANK
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
 class Scores:
     """What the model makes of N examples.
 
     Attributes:
         loss: mean negative log-likelihood of the supervised tokens, in nats.
-        probabilities: (N, labels) float64, rows summing to 1; None for free-form chat.
+        probabilities: (N, labels) float64, rows sum to 1; None for conversations.
     """
 
     loss: float
@@ -55,28 +73,28 @@ class Scores:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all examples of a run begin with, computed once.
+    """What all examples begin with, computed once.
 
     Attributes:
-        rows: how many ids that is; 0 with a single example.
-        past: its keys and values by layer.
+        num_tokens: its length; 0 with a single example.
+        cache: its KV cache by layer.
     """
 
-    rows: int
-    past: Sequence[KVCache] | None
+    num_tokens: int
+    cache: Sequence[KVCache] | None
 
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Qwen2ForCausalLM, input_ids: Sequence[int]) -> "Prefix":
-        """Runs the ids that all examples begin with; none is fine."""
+        """Prefills with the ids that all examples begin with, which may be none."""
         if not input_ids:
             return cls(0, None)
         return cls(len(input_ids), model.build_prefix_cache(torch.tensor(input_ids, device=model.head_weight.device)))
 
     def run(self, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> tuple[MicroBatch, torch.Tensor]:
-        """Some of the examples as a micro-batch behind the prefix, and its (S, C) hidden states."""
-        batch = pack(examples, cached_prefix=self.rows).to(model.head_weight.device)
-        return batch, model(batch, self.past)
+        """Some of the examples as a micro-batch after the prefix, and its (S, C) hidden states."""
+        batch = pack(examples, cached_prefix=self.num_tokens).to(model.head_weight.device)
+        return batch, model(batch, self.cache)
 
 
 @torch.inference_mode()
@@ -84,68 +102,39 @@ def score(
     model: Qwen2ForCausalLM,
     examples: Sequence[Example],
     prompt: ClassificationPrompt | None,
-    batch_size: int,
-    on_progress: Callable[[int], object] | None = None,
-    ranks: Ranks = SINGLE_RANK,
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    options: ScoringOptions,
 ) -> Scores:
     """Loss and label probabilities of all examples, in their order.
 
     Args:
         model: put into evaluation mode for the time of the call.
-        examples: at least one, each with its true answer.
-        prompt: whose labels are scored; None for free-form chat.
-        batch_size: examples in a forward pass, fewer where they are so long that they exceed MAX_TOKENS. Examples of
-            similar length go together, whatever their order.
-        on_progress: called with the number of examples finished; the other ranks' are taken to be as far.
-        ranks: that share the work; all of them get all of the result.
-        interruptible: entered around the work of this rank.
+        examples: at least one, each with its true answer. Examples of similar length share a pass, whatever their
+            order.
+        prompt: whose labels are scored; None for conversations.
+        options: how the work is divided.
     """
     was_training = model.training
     model.eval()
-    batches = list(_iter_batches(examples, batch_size, MAX_TOKENS))
     prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
+    batches = list(_iter_batches(examples, options))
 
     def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
         """Summed loss, supervised tokens, and the labels' scores."""
         batch, hidden = prefix.run(model, chosen)
         nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-        scores = [] if prompt is None else _label_scores(model, prefix, chosen, prompt, (batch, hidden)).tolist()
+        scores: list[list[float]] = []
+        if prompt is not None and _are_single_tokens(prompt):
+            scores = _single_token_scores(model, prompt, batch, hidden).tolist()
+        elif prompt is not None:
+            scores = _label_scores(model, prefix, chosen, prompt).tolist()
         return nll.item(), count, scores
 
     try:
-        parts = _deal(batches, examples, score_batch, on_progress, ranks, interruptible)
+        parts = _divide(batches, examples, score_batch, options)
     finally:
         model.train(was_training)
     loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
     return Scores(loss, None if prompt is None else _softmax(batches, [scores for _, _, scores in parts]))
-
-
-def _deal(
-    batches: Sequence[list[int]],
-    examples: Sequence[Example],
-    work: Callable[[Sequence[Example]], T],
-    on_progress: Callable[[int], object] | None,
-    ranks: Ranks,
-    interruptible: Callable[[], AbstractContextManager[None]],
-) -> list[T]:
-    """What `work` makes of each batch, given by its places in `examples`: each is done by one of `ranks`, for all."""
-    parts: list[T] = []
-    with ranks.barrier(), interruptible():
-        for number, places in enumerate(batches):
-            if ranks.owns(number):
-                parts.append(work([examples[place] for place in places]))
-            if on_progress is not None:
-                on_progress(len(places))
-    return ranks.gather_in_order(parts)
-
-
-def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
-    """(N, labels) float64 of the labels' scores by batch, each in the place of its example."""
-    log_scores = torch.empty(sum(map(len, batches)), len(scores[0][0]), dtype=torch.float64)
-    for places, values in zip(batches, scores, strict=True):
-        log_scores[places] = torch.tensor(values, dtype=torch.float64)
-    return torch.softmax(log_scores, dim=-1).numpy()
 
 
 @torch.inference_mode()
@@ -154,64 +143,82 @@ def label_probabilities(
     prefix: Prefix,
     examples: Sequence[Example],
     prompt: ClassificationPrompt,
-    max_tokens: int,
-    on_progress: Callable[[int], object] | None = None,
-    ranks: Ranks = SINGLE_RANK,
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    options: ScoringOptions,
 ) -> np.ndarray:
-    """(N, labels) float64, rows summing to 1: what `score` finds of the same examples, to rounding, without the loss.
+    """(N, labels) float64, rows sum to 1: what `score` finds of the same examples, to rounding, without the loss.
 
     Args:
         model: in evaluation mode.
         prefix: begins all examples.
-        examples: at least one; the answers that they carry have no say.
+        examples: at least one; the answers that they carry have no effect.
         prompt: whose labels are scored.
-        max_tokens: of a forward pass, counted as for MAX_TOKENS; a longer example has one to itself.
-        on_progress: as for `score`, like the other two.
-        ranks: that share the work.
-        interruptible: entered around the work of this rank.
+        options: how the work is divided.
     """
 
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
         scores: list[list[float]] = _label_scores(model, prefix, chosen, prompt).tolist()
         return scores
 
-    batches = list(_iter_batches(examples, len(examples), max_tokens))
-    return _softmax(batches, _deal(batches, examples, score_batch, on_progress, ranks, interruptible))
+    batches = list(_iter_batches(examples, options))
+    return _softmax(batches, _divide(batches, examples, score_batch, options))
 
 
-def _iter_batches(examples: Sequence[Example], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
-    """Places in `examples`, longest first, so that a lack of memory shows at once."""
-    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+def _divide(
+    batches: Sequence[list[int]],
+    examples: Sequence[Example],
+    work: Callable[[Sequence[Example]], T],
+    options: ScoringOptions,
+) -> list[T]:
+    """The result of `work` on each batch of indices into `examples`; the ranks divide the batches and all get all."""
+    parts: list[T] = []
+    with options.ranks.barrier(), options.interruptible():
+        for number, indices in enumerate(batches):
+            if options.ranks.owns(number):
+                parts.append(work([examples[index] for index in indices]))
+            if options.on_progress is not None:
+                options.on_progress(len(indices))
+    return options.ranks.gather_in_order(parts)
+
+
+def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
+    """(N, labels) float64 of the labels' scores by batch, each at the index of its example."""
+    log_scores = torch.empty(sum(map(len, batches)), len(scores[0][0]), dtype=torch.float64)
+    for indices, values in zip(batches, scores, strict=True):
+        log_scores[indices] = torch.tensor(values, dtype=torch.float64)
+    return torch.softmax(log_scores, dim=-1).numpy()
+
+
+def _iter_batches(examples: Sequence[Example], options: ScoringOptions) -> Iterator[list[int]]:
+    """Indices into `examples`, longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    limit = len(order) if options.batch_size is None else options.batch_size
     while order:
-        size = max(1, min(batch_size, max_tokens // len(examples[order[0]].input_ids)))
+        size = max(1, min(limit, options.max_tokens // len(examples[order[0]].input_ids)))
         yield order[:size]
         order = order[size:]
 
 
-def _label_scores(
-    model: Qwen2ForCausalLM,
-    prefix: Prefix,
-    examples: Sequence[Example],
-    prompt: ClassificationPrompt,
-    first_pass: tuple[MicroBatch, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """(N, labels) float64 on the CPU: scores that differ from the labels' log-probabilities by a constant a row.
+def _are_single_tokens(prompt: ClassificationPrompt) -> bool:
+    return all(len(ids) == 1 for ids in prompt.label_ids)
 
-    Args:
-        model: in evaluation mode.
-        prefix: begins all examples.
-        examples: of one forward pass.
-        prompt: whose labels are scored.
-        first_pass: `prefix.run` of these examples, where the caller has it: words of one token need no other.
-    """
-    if all(len(ids) == 1 for ids in prompt.label_ids):
-        batch, hidden = first_pass or prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
-        first_rows = torch.searchsorted(
-            batch.example_indices, torch.arange(len(examples), device=batch.example_indices.device)
-        )
-        words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
-        return head_logits(hidden[first_rows].float(), words.float()).double().cpu()
+
+def _single_token_scores(
+    model: Qwen2ForCausalLM, prompt: ClassificationPrompt, batch: MicroBatch, hidden: torch.Tensor
+) -> torch.Tensor:
+    """(N, labels) float64 on the CPU: the logits of the label words at the position before each answer."""
+    indices = torch.arange(int(batch.example_indices[-1]) + 1, device=batch.example_indices.device)
+    positions = torch.searchsorted(batch.example_indices, indices)
+    words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
+    return head_logits(hidden[positions].float(), words.float()).double().cpu()
+
+
+def _label_scores(
+    model: Qwen2ForCausalLM, prefix: Prefix, examples: Sequence[Example], prompt: ClassificationPrompt
+) -> torch.Tensor:
+    """(N, labels) float64 on the CPU: the labels' log-probabilities, up to a constant for each example."""
+    if _are_single_tokens(prompt):
+        first_word = prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
+        return _single_token_scores(model, prompt, *first_word)
     head_weight = model.head_weight.float()
     columns = []
     for label in range(len(prompt.labels)):

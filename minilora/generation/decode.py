@@ -90,7 +90,7 @@ class DecodeState:
         """(V,) float32 logits of the next token; prefills the ids that are not in the cache."""
         self._num_cached = min(self._num_cached, len(self.ids) - 1)  # the last hidden state is not cached
         for layer in self._caches:
-            layer.keep(self._num_cached)
+            layer.truncate(self._num_cached)
         for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
             piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=self.device)
             hidden = self._model.prefill(piece, self._caches)
@@ -170,7 +170,7 @@ def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
 def use_gemv(model: Qwen2ForCausalLM) -> None:
     """Multiplies projections in 4 bits by GEMV on 4-bit weights where `gemv.py` can; those cache no dense weight then.
 
-    Layers with DoRA do not change: they need the dense weight for the norms of its rows.
+    Layers with DoRA do not change: they need the dense weight anyway, for the norms of its rows.
     """
     with_dora = {
         id(layer.base)
@@ -179,5 +179,5 @@ def use_gemv(model: Qwen2ForCausalLM) -> None:
     }
     for module in model.modules():
         if isinstance(module, Linear4bit) and id(module) not in with_dora:
-            module.straight = make_product(module.weight, model.head_weight.dtype)
-            module.cache_dequantized &= module.straight is None
+            module.gemv = make_product(module.weight, model.head_weight.dtype)
+            module.cache_dequantized &= module.gemv is None

@@ -21,7 +21,7 @@ keep nothing. What PyTorch's allocator hands out agrees with all this within a f
 lies around it is measured on Linux (benchmarks/ledger.py), and on a GPU not yet.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +29,9 @@ from torch import nn
 
 from minilora.adapters.attach import iter_lora_weights, lora_parameters
 from minilora.qlora.batch import MAX_GROUP_SCORES
-from minilora.qlora.loss import CHUNK_TOKENS
+from minilora.qlora.loss import CHUNK_POSITIONS
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.system.process import LARGEST_IN_HEAP
 from minilora.weights.safetensors_io import dtype_name
 
@@ -112,7 +113,7 @@ def count_parameters(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> 
         in_full: names of projections that a 4-bit checkpoint holds in full, as the file has them.
     """
     adapted = dict(iter_lora_weights(model))
-    matrices = [w.matrices() for w in adapted.values()]
+    matrices = [w.factors() for w in adapted.values()]
     with_dora = {path: len(m) for path, w in adapted.items() if (m := w.lora_magnitude_vector) is not None}
     trained = tuple(parameter.numel() for parameter in lora_parameters(model))
     weights = {
@@ -136,6 +137,21 @@ def count_parameters(model: Qwen2ForCausalLM, in_full: Collection[str] = ()) -> 
         dora_in_mlp=any(path.endswith(("gate_proj", "up_proj")) for path in with_dora),
         trained_layers=model.config.num_hidden_layers - first,
     )
+
+
+def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
+    """Bytes of both moments on the device.
+
+    Args:
+        optim: name of the optimizer.
+        sizes: elements of each trained tensor.
+        device_type: "cpu" or "cuda"; what a GPU may page out is not counted there.
+    """
+    bits, is_paged = BITSANDBYTES_OPTIMIZERS.get(optim, (32, False))
+    if is_paged and device_type == "cuda":
+        sizes = [size for size in sizes if size < SMALLEST_PAGED]
+    in_8_bits = sum(size for size in sizes if bits == 8 and size >= SMALLEST_8BIT)
+    return 8 * (sum(sizes) - in_8_bits) + in_8_bits * (2 * BLOCK_8BIT + 8) // BLOCK_8BIT
 
 
 def estimate_memory(
@@ -165,7 +181,7 @@ def estimate_memory(
         quantization: "nf4", "fp4" or "none".
         double_quantization: scales of the 4-bit blocks in 8 bits.
         gradient_checkpointing: as in training.
-        moments_bytes: of the optimizer's moments (`optim.moments_bytes`).
+        moments_bytes: of the optimizer's moments (`moments_bytes`).
         cache_dequantized: the projections are kept in full beside their 4 bits.
         offload_checkpoints: on a GPU, what checkpointing keeps waits in the computer's memory.
         bitsandbytes_optimizer: the optimizer is one of bitsandbytes'.
@@ -194,7 +210,7 @@ def estimate_memory(
     dense_weight = config.intermediate_size * config.hidden_size * width if is_quantized and not keeps_dense else 0
     in_mlp = rows * (2 * config.hidden_size + (4 if numbers.dora_in_mlp else 3) * config.intermediate_size) * width
     backward = dense_weight + max(in_mlp, _attention_backward(config, rows, longest) * width)
-    logits = 2 * min(supervised_positions, CHUNK_TOKENS) * config.vocab_size * 4
+    logits = 2 * min(supervised_positions, CHUNK_POSITIONS) * config.vocab_size * 4
     gradients = (sum(numbers.trained) + numbers.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": everywhere, "logits": logits},

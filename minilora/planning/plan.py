@@ -11,10 +11,11 @@ from minilora.adapters.attach import attach
 from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
-from minilora.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
-from minilora.qlora.batch import count_packed_tokens, round_up_tokens, split_into_micro_batches
+from minilora.data.sampler import split_into_micro_batches
+from minilora.planning.memory import MemoryEstimate, ParameterCounts, count_parameters, estimate_memory, moments_bytes
+from minilora.qlora.batch import count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer, moments_bytes
+from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.bnb_checkpoint import unquantized_projections

@@ -1,82 +1,95 @@
-"""Examples in, one packed micro-batch out: no padding, and the common prefix only once.
+"""Examples in, one packed micro-batch out: no padding, and the shared prefix only once (packing).
 
     examples   P P P a a a a      P P P b b        P P P c c c        P: the ids that all of them begin with
-    rows       P P P a a a a b b c c c                                T = P + sum of the segments' lengths
+    tokens     P P P a a a a b b c c c                                T = P + sum of the segments' lengths
     positions  0 1 2 3 4 5 6 3 4 3 4 5
 
-A row attends to the prefix and to the earlier rows of its own segment, which is exactly what it would see
-in a batch of its own: keys and values of the prefix do not depend on what follows it. Its gradient is the
-sum of what all segments send back, as it would be if each had its own copy.
+A token attends to the prefix and to the earlier tokens of its own segment, which is exactly what it would see in a
+batch of its own: keys and values of the prefix do not depend on what follows it. Its gradient is the sum of what all
+segments send back, as it would be if each had its own copy.
 
-Cost: a padded batch of N examples computes N * (longest example) rows, this one P + sum(length - P). On
-short reviews behind a 40-token instruction that is about a quarter.
+Cost: a padded batch of N examples computes N * (longest example) tokens, this one P + sum(length - P). On short reviews
+behind a 40-token instruction that is about a quarter.
 
-The rows are rounded up to one of sixteen numbers between a power of two and the next, by padding that belongs to no
-segment: 3 % more of them on average. Matrix products are compiled for each shape that comes along, and with a new one
-in every step that costs more than the padding does.
+T is rounded up to one of sixteen numbers between a power of two and the next, by padding that belongs to no segment:
+3 % more tokens on average. Matrix products are compiled for each shape that comes along, and with a new one in every
+step that costs more than the padding does.
 
 An example's last token is a target and never an input, so it is not computed at all. Only positions that predict a
-supervised token reach the head (`supervised_positions`), and nothing but their keys and values is needed of the others
-in the last layer (`last_groups`).
+supervised token reach the head (`supervised_positions`), and of the others the last layer needs only keys and values
+(`last_groups`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from minilora.qlora.prompt import Example
 
-# Segments of one attention call are padded to the longest of them. A new group starts where that padding
-# would exceed this share of the group: fewer groups mean fewer small kernels, more padding means more work.
+# Segments of one attention call are padded to the longest of them. A new group starts where that padding would exceed
+# this share of the group: fewer groups mean fewer small kernels, more padding means more work.
 MAX_GROUP_PADDING = 0.25
-# Largest number of rows * keys of one attention call: times H heads these are the scores, 120 MB in bfloat16 for
-# H = 14. A longer segment is cut into blocks of queries.
+# Largest queries * keys of one attention call: times H heads these are the scores, 120 MB in bfloat16 for H = 14. A
+# longer segment is cut into blocks of queries.
 MAX_GROUP_SCORES = 1 << 22
 
-Span = tuple[int, int]  # first row of a segment and the row behind its last
-
-
-@dataclass(frozen=True)
-class Places:
-    """The rows of n segments, laid out side by side and padded to the longest.
-
-    Attributes:
-        rows: (n, L) int64, the row of each place; padding repeats the segment's first row.
-        padding: (M, 2) int64, the places that are padding: segment, and place in it.
-    """
-
-    rows: torch.Tensor
-    padding: torch.Tensor
-
-    def to(self, device: torch.device) -> "Places":
-        """The same places on `device`."""
-        return Places(_move(self.rows, device), _move(self.padding, device))
+Span = tuple[int, int]  # first token of a segment and the one behind its last
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """n segments of similar length that attention computes together.
+    """n segments of similar length that attention computes together, padded to the longest.
 
     Attributes:
-        prefix: P, the rows 0..P-1 that every segment of the group sees.
-        keys: (n, L) packed rows of the segments, that keys and values are taken from.
-        queries: (n, Q) rows that look at them; `keys` itself where every row of a segment does. Rows of a forward pass
-            are counted from its own first one, keys from that of a cached prefix, if there is one.
-        hidden: (1, Q, P + L) or (n, Q, P + L) bool, True where a query must not look: what stands behind it.
+        prefix: P, the tokens 0..P-1 that every segment of the group attends to.
+        keys: (n, L) int64, packed tokens of the segments; padding repeats a segment's first.
+        queries: (n, Q) int64, tokens that attend to them; `keys` itself where every token of a segment does. Counted
+            from the first token of a forward pass; keys from that of a cached prefix, if there is one.
+        padding: (M, 2) int64, which queries are padding: segment, and index in it.
+        mask: (1, Q, P + L) or (n, Q, P + L) bool, the attention mask: True = masked, what is behind a query.
     """
 
     prefix: int
-    keys: Places
-    queries: Places
-    hidden: torch.Tensor
+    keys: torch.Tensor
+    queries: torch.Tensor
+    padding: torch.Tensor
+    mask: torch.Tensor
 
     def to(self, device: torch.device) -> "SegmentGroup":
         """The same group on `device`."""
-        keys = self.keys.to(device)
-        queries = keys if self.queries is self.keys else self.queries.to(device)
-        return SegmentGroup(self.prefix, keys, queries, _move(self.hidden, device))
+        keys = _move(self.keys, device)
+        queries = keys if self.queries is self.keys else _move(self.queries, device)
+        return SegmentGroup(
+            self.prefix, keys, queries, padding=_move(self.padding, device), mask=_move(self.mask, device)
+        )
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """A `SegmentGroup` as indices into q, k and v with tokens and heads flattened together: what a gather takes.
+
+    Attributes:
+        prefix: P.
+        shape: n, K, G, Q, P + L.
+        queries: (n * K * G * Q,) int64, indices into (T * H, D).
+        outputs: the same, except that padding points behind the end.
+        padding: int64, which of `queries` are padding.
+        keys: (n * K * (P + L),) int64, indices into (T * K, D), prefix first.
+        own: (n * K * L,) int64, those of the segment itself.
+        mask: (1 or n, 1, 1, Q, P + L) bool, True = masked.
+    """
+
+    prefix: int
+    shape: tuple[int, int, int, int, int]
+    queries: torch.Tensor
+    outputs: torch.Tensor
+    padding: torch.Tensor
+    keys: torch.Tensor
+    own: torch.Tensor
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -86,11 +99,11 @@ class MicroBatch:
     Attributes:
         input_ids: (T,) int64; the last few may be padding, which nothing attends to and which sends nothing back.
         position_ids: (T,) int64, each segment counting on from the prefix.
-        groups: which rows attend to which, for `ops.attention`.
-        last_groups: the same with the supervised rows alone as queries, numbered 0..S-1: the last layer's.
-        supervised_positions: (S,) int64, rows whose hidden state predicts a supervised token.
+        groups: which tokens attend to which, for `ops.attention`.
+        last_groups: the same with only the supervised positions as queries, numbered 0..S-1: the last layer's.
+        supervised_positions: (S,) int64, where the hidden state predicts a supervised token.
         targets: (S,) int64, those tokens.
-        example_indices: (S,) int64, the example (its place in the batch) that each of them belongs to.
+        example_indices: (S,) int64, the example that each of them belongs to.
         num_examples: examples packed.
         num_real_tokens: tokens of the examples, each with its own prefix: the unit of tokens/s.
     """
@@ -112,17 +125,11 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`."""
-        return MicroBatch(
-            input_ids=_move(self.input_ids, device),
-            position_ids=_move(self.position_ids, device),
-            groups=tuple(group.to(device) for group in self.groups),
-            last_groups=tuple(group.to(device) for group in self.last_groups),
-            supervised_positions=_move(self.supervised_positions, device),
-            targets=_move(self.targets, device),
-            example_indices=_move(self.example_indices, device),
-            num_examples=self.num_examples,
-            num_real_tokens=self.num_real_tokens,
-        )
+        names = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices")
+        moved: dict[str, Any] = {name: _move(getattr(self, name), device) for name in names}
+        for name in ("groups", "last_groups"):
+            moved[name] = tuple(group.to(device) for group in getattr(self, name))
+        return replace(self, **moved)
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -137,8 +144,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
         examples: at least one, each with a supervised token that is not its first.
         share_prefix: compute the ids that all examples begin with once. The result is the same either way;
             with dropout the examples then share the prefix's mask.
-        cached_prefix: so many ids that all of them begin with have no rows here, because their keys and values are at
-            hand (`model.build_prefix_cache`); at most `common_prefix`.
+        cached_prefix: length of a common prefix that is in the KV cache (`model.build_prefix_cache`) and not computed.
     """
     prefix = cached_prefix or (common_prefix(examples) if share_prefix else 0)
     segments = [example.input_ids[prefix:-1] for example in examples]
@@ -149,14 +155,14 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
     input_ids = examples[0].input_ids[cached_prefix:prefix]
     position_ids = list(range(cached_prefix, prefix))
     supervised_positions, targets, example_indices = [], [], []
-    for owner, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
+    for index, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
         input_ids = input_ids + segment
         position_ids += range(prefix, prefix + len(segment))
         for position, supervised in enumerate(example.supervised):
             if supervised:
                 supervised_positions.append(start + position - 1 - prefix)
                 targets.append(example.input_ids[position])
-                example_indices.append(owner)
+                example_indices.append(index)
     spans = _group_spans(prefix, list(pairwise(starts)))
     padding = [0] * (round_up_tokens(len(input_ids)) - len(input_ids))
     return MicroBatch(
@@ -178,70 +184,14 @@ def count_packed_tokens(examples: Sequence[Example]) -> int:
     return round_up_tokens(prefix + sum(len(example.input_ids) - 1 - prefix for example in examples))
 
 
-def round_up_tokens(rows: int) -> int:
-    """T of a micro-batch with so many rows: the next number of five significant bits."""
-    step = 1 << max(rows.bit_length() - 5, 0)
-    return -(-rows // step) * step
-
-
-def split_into_micro_batches(
-    examples: Sequence[Example], size: int, max_rows: int | None = None
-) -> list[list[Example]]:
-    """The examples of a step as micro-batches; how they are cut changes its result by rounding alone,
-    and the dropout masks.
-
-    Args:
-        examples: of one optimizer step.
-        size: examples in a micro-batch; the last may have fewer.
-        max_rows: cuts by rows instead: as few micro-batches as hold at most so many each, and even ones, since the
-            largest decides how much memory a run takes. An example that is longer has one to itself.
-    """
-    if max_rows is None:
-        return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
-    prefix = common_prefix(examples)
-    bins: list[list[Example]] = []
-    for count in range(1, len(examples) + 1):
-        bins = _even_bins(examples, prefix, count, len(examples))
-        shared = [chosen for chosen in bins if len(chosen) > 1]
-        if all(round_up_tokens(prefix + _own_rows(chosen, prefix)) <= max_rows for chosen in shared):
-            break
-    return bins
-
-
-def split_across_ranks(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
-    """The examples of a step for `count` ranks, even in rows: the slowest of them decides how long a step takes.
-
-    Args:
-        examples: of one optimizer step, at most count * size.
-        count: shares; where there are fewer examples, some are empty.
-        size: most examples in a share.
-    """
-    return _even_bins(examples, common_prefix(examples), count, size)
-
-
-def _even_bins(examples: Sequence[Example], prefix: int, count: int, size: int) -> list[list[Example]]:
-    """`count` bins of up to `size` examples, in their order: the longest first, each into the bin of fewest rows."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    rows = [0] * count
-    for place in sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids)):
-        chosen = min((i for i in range(count) if len(bins[i]) < size), key=rows.__getitem__)
-        bins[chosen].append(place)
-        rows[chosen] += _own_rows([examples[place]], prefix)
-    return [[examples[place] for place in sorted(chosen)] for chosen in bins]
-
-
-def _own_rows(examples: Sequence[Example], prefix: int) -> int:
-    """Rows of examples behind their common prefix."""
-    return sum(len(example.input_ids) - 1 - prefix for example in examples)
+def round_up_tokens(tokens: int) -> int:
+    """T of a micro-batch of `tokens`: the next number of five significant bits."""
+    step = 1 << max(tokens.bit_length() - 5, 0)
+    return -(-tokens // step) * step
 
 
 def pack_segments(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
-    """Attention groups of segments that stand one after another and share no prefix but one that is cached.
-
-    Args:
-        lengths: of the segments.
-        cached_prefix: rows that all of them see, whose keys and values are at hand.
-    """
+    """Attention groups of segments of these lengths, one after another, behind `cached_prefix` tokens of a KV cache."""
     starts = [cached_prefix]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -249,7 +199,7 @@ def pack_segments(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[Segme
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """Length of the ids that all examples share, short enough to leave each a row that predicts its answer."""
+    """Length of the ids that all examples share, short enough to leave each a token that predicts its answer."""
     if len(examples) <= 1:
         return 0
     limit = min(example.answer_start for example in examples) - 1
@@ -261,7 +211,7 @@ def common_prefix(examples: Sequence[Example]) -> int:
 
 
 def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
-    """The segments' (first row, end) by similar length."""
+    """The segments by similar length."""
     groups: list[list[Span]] = []
     pending: list[Span] = []
     for span in sorted(spans, key=lambda span: span[1] - span[0]):
@@ -278,38 +228,72 @@ def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0) -> tuple[SegmentGroup, ...]:
-    """The prefix as a group of its own, unless it is cached, then the others, all of their rows as queries."""
+    """The prefix as a group of its own, unless it is cached, then the others, all of their tokens as queries."""
     groups = []
     prefixes = [(0, [(0, prefix)])] if prefix > cached else []
     for seen, group in [*prefixes, *((prefix, group) for group in spans)]:
         longest = max(end - start for start, end in group)
         block = longest if len(group) > 1 else max(1, MAX_GROUP_SCORES // (seen + longest))
         for begin in range(0, longest, block):
-            end = min(begin + block, longest)  # what stands behind a block's last query need not be looked at
-            keys = _lay_out([range(start, min(stop, start + end)) for start, stop in group])
+            end = min(begin + block, longest)  # what is behind a block's last query need not be attended to
+            keys, padding = _pad([range(start, min(stop, start + end)) for start, stop in group])
             queries = keys
             if block < longest:
-                queries = _lay_out([range(group[0][0] + begin, group[0][0] + end)])
+                queries, padding = _pad([range(group[0][0] + begin, group[0][0] + end)])
             if cached:
-                queries = Places(queries.rows - cached, queries.padding)
-            hidden = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
-            groups.append(SegmentGroup(seen, keys, queries, hidden))
+                queries = queries - cached
+            mask = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
+            groups.append(SegmentGroup(seen, keys, queries, padding=padding, mask=mask))
     return tuple(groups)
 
 
 def _build_last_group(prefix: int, spans: Sequence[Span], supervised_positions: Sequence[int]) -> SegmentGroup:
-    """A group whose queries are the supervised rows of its segments, by their place in `supervised_positions`."""
-    chosen = [[i for i, row in enumerate(supervised_positions) if start <= row < end] for start, end in spans]
-    queries, keys = _lay_out(chosen), _lay_out([range(*span) for span in spans])
-    own_place = torch.tensor(supervised_positions)[queries.rows] - torch.tensor([[start] for start, _ in spans])
-    key_place = torch.arange(keys.rows.shape[1])
-    behind = key_place > own_place[:, :, None]
-    seen = torch.zeros(len(spans), queries.rows.shape[1], prefix, dtype=torch.bool)
-    return SegmentGroup(prefix, keys, queries, torch.cat((seen, behind), dim=2))
+    """A group whose queries are the supervised positions of its segments, by their index in `supervised_positions`."""
+    chosen = [[i for i, token in enumerate(supervised_positions) if start <= token < end] for start, end in spans]
+    queries, padding = _pad(chosen)
+    keys, _ = _pad([range(*span) for span in spans])
+    query_place = torch.tensor(supervised_positions)[queries] - torch.tensor([[start] for start, _ in spans])
+    behind = torch.arange(keys.shape[1]) > query_place[:, :, None]
+    seen = torch.zeros(len(spans), queries.shape[1], prefix, dtype=torch.bool)
+    return SegmentGroup(prefix, keys, queries, padding=padding, mask=torch.cat((seen, behind), dim=2))
 
 
-def _lay_out(segments: Sequence[Sequence[int]]) -> Places:
-    """Rows of segments, one or more each, side by side."""
+def _pad(segments: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments of one token or more side by side, (n, L), padded with their first token; where padding is, (M, 2)."""
     longest = max(map(len, segments))
-    rows = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
-    return Places(rows, (torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])).nonzero())
+    padded = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
+    return padded, (torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])).nonzero()
+
+
+def split_heads(
+    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int
+) -> tuple[HeadGroup, ...]:
+    """What all layers' attention needs to know of a micro-batch, computed once.
+
+    Args:
+        groups: every query that is no padding is in exactly one of them.
+        heads: H.
+        kv_heads: K.
+        num_queries: tokens of q.
+    """
+    return tuple(_split_group(group, heads, kv_heads, num_queries) for group in groups)
+
+
+def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int) -> HeadGroup:
+    device, (n, num_keys), per_segment = group.keys.device, group.keys.shape, group.queries.shape[1]
+    head = torch.arange(heads, device=device)
+    queries = (group.queries[:, None, None, :] * heads + head.view(1, kv_heads, -1, 1)).flatten()
+    segment, index = group.padding.T[:, :, None]
+    padding = ((segment * heads + head) * per_segment + index).flatten()
+    seen = torch.cat((torch.arange(group.prefix, device=device).expand(n, -1), group.keys), dim=1)
+    keys = seen[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
+    return HeadGroup(
+        prefix=group.prefix,
+        shape=(n, kv_heads, heads // kv_heads, per_segment, group.prefix + num_keys),
+        queries=queries,
+        outputs=queries.index_fill(0, padding, num_queries * heads),
+        padding=padding,
+        keys=keys.flatten(),
+        own=keys[:, :, group.prefix :].flatten(),
+        mask=group.mask[:, None, None],
+    )

@@ -1,4 +1,4 @@
-"""bitsandbytes, imported when it is first used, without the compiler, the download and the notice it brings along.
+"""bitsandbytes, imported when it is first used.
 
 No other module imports it. `nf4.py` takes its 4-bit kernels from here and `optim.py` its optimizers; where it cannot be
 imported, 4 bits are done in PyTorch, and its optimizers are refused.
@@ -8,13 +8,26 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from minilora.errors import UserError
+
+_without_compiler = False
+
+
+def import_without_compiler() -> None:
+    """For a script, before it loads a model: `torch.compile` does nothing while bitsandbytes is imported, later.
+
+    bitsandbytes decorates functions that nothing here calls with `torch.compile`, and PyTorch marks its kernels as not
+    to be compiled; either imports the whole compiler, 185 MB and five seconds, for a program that never compiles. Both
+    are as they were when the import ends, but what bitsandbytes decorated stays uncompiled in this process.
+    """
+    global _without_compiler
+    _without_compiler = True
 
 
 @functools.cache
@@ -23,7 +36,7 @@ def functional() -> ModuleType | None:
     source = logging.getLogger("bitsandbytes.backends.cpu.ops")
     source.addFilter(_is_worth_showing)
     try:
-        with _compiler_left_out(), _kernels_left_out():
+        with _compiler_left_out() if _without_compiler else nullcontext(), _kernels_left_out():
             import bitsandbytes.functional
     except Exception as error:  # a broken installation fails with whatever its loader meets
         logging.getLogger("minilora").warning(
@@ -39,29 +52,24 @@ def functional() -> ModuleType | None:
 
 @contextmanager
 def _compiler_left_out() -> Iterator[None]:
-    """Keeps PyTorch's compiler out of memory while bitsandbytes is imported.
-
-    It decorates functions that nothing here calls with `torch.compile`, and PyTorch marks its kernels as not to be
-    compiled; either imports the whole compiler, 185 MB and five seconds, for a program that never compiles.
-    """
+    """`import_without_compiler`, while it lasts."""
 
     def unchanged(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
         return (lambda decorated: decorated) if function is None else function
 
-    names = [name for name in ("compile", "_disable_dynamo") if hasattr(torch, name)]
-    before = {name: getattr(torch, name) for name in names}
+    before = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo") if hasattr(torch, name)}
     try:
-        for name in names:
+        for name in before:
             setattr(torch, name, unchanged)
         yield
     finally:
-        for name in names:
-            setattr(torch, name, before[name])
+        for name, original in before.items():
+            setattr(torch, name, original)
 
 
 @contextmanager
 def _kernels_left_out() -> Iterator[None]:
-    """Has bitsandbytes find no package `kernels` while it is imported.
+    """bitsandbytes finds no package `kernels` while it is imported.
 
     On a processor with AVX512-BF16 it would ask the hub through it for a compiled kernel and load that into this
     process: a network at import, code that nobody asked for, and another order of the codes than `gemv.py` makes.

@@ -1,6 +1,6 @@
-"""The LoRA linear layer over a frozen weight, and its backward pass.
+"""The LoRA linear layer over a frozen weight: its definition, and the same with its backward pass derived.
 
-A frozen linear layer y = x W^T gets a trainable product of two thin matrices beside it:
+A frozen linear layer y = W x gets a trainable product of two thin matrices beside it. For the T tokens of x, (T, in):
 
     y = x W^T + s * drop(x) A^T B^T          A: (R, in), B: (out, R), s = alpha / R  (rsLoRA: alpha / sqrt(R))
 
@@ -9,293 +9,43 @@ With u = drop(x) A^T, (T, R), and dy the gradient of the loss with respect to y:
     dB = s * dy^T u                          du = s * dy B
     dA = du^T drop(x)                        dx = dy W + drop'(du A)
 
-W is only ever multiplied with. So its dense form is made from 4 bits for the product in forward, thrown
-away, and made again for dy W in backward: that is QLoRA. Nothing of size (T, out) is kept.
+W is only ever multiplied with. So its dense form is made from 4 bits for the product in forward, thrown away, and made
+again for dy W in backward: that is QLoRA. W has no gradient product, a third less work than full training. The frozen
+products cost 4 T in out FLOP, the adapter's 6 R T (in + out): at R = 8 in a Qwen2.5-0.5B that is 2 %.
 
-Layers that read the same x (q, k and v; gate and up) are computed together, by `project`: their A are stacked
-to one matrix, so that u, dA and the adapter's share of dx are one thin product each and not three, and x is
-kept once. Better still, x is often not kept at all. It is the output of a norm or of SwiGLU, functions that cost
-next to nothing beside a product and whose own inputs are kept anyway, so `Again` says how to make it a second
-time: a third of all that a layer would keep.
+What makes the derived form cheaper than autograd on the definition:
 
-Cost for T rows: 4 * T * in * out FLOP of frozen products against 6 * R * T * (in + out) of the adapter's; at
-R = 8 in a Qwen2.5-0.5B that is 2 %. W has no gradient product, which is a third less than full training.
+* Layers that read the same x (q, k and v; gate and up) are computed together. Their A are stacked to one matrix, so
+  that u, dA and the adapter's share of dx are one thin product each and not three, and x is kept once.
+* x is often not kept at all. It is the output of a norm or of SwiGLU, which cost next to nothing beside a product and
+  whose own inputs are kept anyway, so `Recompute` says how to compute it in backward: a third of all activations.
+* A dropout mask is a function of (seed, step, micro-batch, layer), drawn a second time in backward and kept nowhere.
+  Layers that are computed together share one, because it belongs to x; peft draws one for each.
 
-B starts at zero, so an untrained adapter changes nothing, to the bit. A and B stay float32 whatever the
-compute type: a bfloat16 weight would swallow updates smaller than 1/256 of it.
-
-DoRA gives each output a trained length, c = m / n, with which W x and the product are multiplied together (`dora.py`).
-dz = c * dy then stands in the place of dy in all of these formulas.
-
-A trained bias takes the place of the frozen one, dbias = sum over rows of dy. A layer of which nothing but the bias is
-trained has an adapter of rank 0.
-
-PiSSA takes the R largest singular directions out of W and trains them: y = x (W - s B0 A0)^T + s x A^T B^T. W stays as
-it is and the difference to it is written as a product of rank 2 R, [A; A0] and [B, -B0], the second half frozen: that
-is also how the adapter is saved, for everybody's W, in 4 bits or not.
-
-Dropout is drawn again in backward (`dropout.py`). Layers that are computed together share a mask, because it belongs to
-x; peft draws one for each.
+B starts at zero, so an untrained adapter changes nothing, to the bit. A and B stay float32: a bfloat16 weight would
+swallow updates smaller than 1/256 of it. DoRA's magnitude (`dora.py`) and a trained bias are composed around the
+product. PiSSA takes the R largest singular directions out of W and trains them: y = x (W - s B0 A0)^T + s x A^T B^T.
+W stays as it is, and the difference to it is a product of rank 2 R, [A; A0] and [B, -B0], the second half frozen.
 
 Source: arXiv 2106.09685 (LoRA), 2305.14314 (QLoRA), 2312.03732 (rsLoRA), 2404.02948 (PiSSA).
-Left out: DoRA and a trained bias of embeddings and norms; several adapters at once (of those that a layer has, one is
-active).
+Left out: adapters of embeddings and norms; several adapters at once (of those that a layer has, one is active).
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minilora.qlora.dora import magnitude_gradient, scaled, weight_norms
-from minilora.qlora.dropout import DropoutSeed, dropout_mask
-from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.dora import apply_magnitude
+from minilora.qlora.nf4 import Linear4bit, dense_weight, frozen_product
 
+Device = torch.device | str
 
-@dataclass(frozen=True)
-class Again:
-    """How a layer's input is made a second time in backward, in place of being kept.
-
-    Attributes:
-        make: gives the input, bit for bit, from `sources`.
-        sources: tensors that are kept anyway.
-    """
-
-    make: Callable[..., torch.Tensor]
-    sources: tuple[torch.Tensor, ...]
-
-
-class _Projections(torch.autograd.Function):
-    """The module docstring's formulas, in its letters, for layers that read the same x; A is all of theirs, stacked.
-
-    s includes dropout's 1 / (1 - p), but in n, which is of the weights alone. `trained` is A, B, m and bias of each
-    adapted layer in turn, None for what it has not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, layers: Sequence["Projection"], again: Again | None, *trained: Any
-    ) -> tuple[torch.Tensor, ...]:
-        weights = [_weights(layer) for layer in layers]
-        # The sources go through `save_for_backward` alone: an attribute would keep them from being freed layer by layer
-        # in backward, and from being made again under gradient checkpointing.
-        ctx.layers, ctx.weights, ctx.make = layers, weights, None if again is None else again.make
-        ctx.dropout, ctx.seed = next(w for w in weights if w is not None).dropout_now()
-        ranks = [len(own) for own in trained[::4]]
-        a = torch.cat(trained[::4]).to(x.dtype)
-        u = F.linear(_drop(x, ctx.dropout, ctx.seed), a)
-        parts = iter(zip(u.split(ranks, dim=1), a.split(ranks), *(trained[i::4] for i in (1, 2, 3)), strict=True))
-        ys, kept = [], []
-        for layer, w in zip(layers, weights, strict=True):
-            if w is None:
-                y = _base(layer)(x)
-            else:
-                own_u, own_a, b, m, bias = next(parts)
-                y, c = _forward_adapted(x, _base(layer), w, ctx.dropout, own_u, own_a, b, m, bias)
-                kept += [b, m, bias, c, None if m is None else y]
-            ys.append(y)
-        ctx.save_for_backward(u, a, *kept, *((x,) if again is None else again.sources))
-        return tuple(ys)
-
-    @staticmethod
-    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        count = sum(w is not None for w in ctx.weights)
-        u, a, *saved = ctx.saved_tensors
-        kept, sources = [saved[5 * i : 5 * i + 5] for i in range(count)], saved[5 * count :]
-        x = sources[0] if ctx.make is None else ctx.make(*sources)
-        ranks = [b.shape[1] for b, *_ in kept]
-        parts = iter(zip(u.split(ranks, dim=1), kept, strict=True))
-        dzs, dus, others = [], [], []
-        for dy, layer, w in zip(dys, ctx.layers, ctx.weights, strict=True):
-            dz = dy
-            if w is not None:
-                own_u, (b, m, bias, c, y) = next(parts)
-                dm = None if m is None else magnitude_gradient(dy, y, _base(layer).bias if bias is None else bias, m)
-                dbias = None if bias is None else dy.sum(0, dtype=bias.dtype)
-                dz = dy if c is None else scaled(dy, c, torch.empty_like(dy))
-                s = w.scaling / (1 - ctx.dropout)
-                dus.append((dz @ b.to(dz.dtype)).mul_(s))
-                # u^T dz and not dz^T u: the wide matrix is read along its rows, in half the time.
-                db = (own_u.T @ dz).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(s)
-                others.append((db, dm, dbias))
-            dzs.append(dz)
-        du = torch.cat(dus, dim=1)
-        das = (du.T @ _drop(x, ctx.dropout, ctx.seed)).to(kept[0][0].dtype).split(ranks)
-        dx = None
-        if ctx.needs_input_grad[0]:  # nothing below the first layer is trained, so its x needs none
-            dx = du @ a
-            if ctx.dropout:
-                dx.masked_fill_(dropout_mask(dx.shape, ctx.dropout, ctx.seed, dx.device), 0)
-            for dz, layer in zip(dzs, ctx.layers, strict=True):
-                dx.addmm_(dz, dense_weight(_base(layer), dz.dtype))
-        return dx, None, None, *(one for da, rest in zip(das, others, strict=True) for one in (da, *rest))
-
-
-def _forward_adapted(
-    x: torch.Tensor,
-    base: "Linear4bit | nn.Linear",
-    w: "LoRAWeights",
-    dropout: float,
-    u: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    m: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y of one adapted layer and, with DoRA, its c."""
-    dense = dense_weight(base, x.dtype)
-    bias = base.bias if bias is None else bias.to(x.dtype)
-    thin: dict[str, Any] = {"mat1": u, "mat2": b.to(x.dtype).T, "alpha": w.scaling / (1 - dropout)}
-    if bias is None or m is not None:
-        y = x.new_empty(len(x), base.out_features).addmm_(**thin, beta=0)
-    else:
-        y = torch.addmm(bias, **thin)
-    y.addmm_(x, dense.T)  # last: to add the thin product to y would read y once more
-    if m is None:
-        return y, None
-    c = m / weight_norms(w.base_squares(dense), dense, a, b, w.scaling)
-    scaled(y, c, y)
-    return (y if bias is None else y.add_(bias)), c
-
-
-def project(x: torch.Tensor, layers: Sequence["Projection"], again: Again | None = None) -> tuple[torch.Tensor, ...]:
-    """What linear layers make of the same input.
-
-    Args:
-        x: (T, in) compute dtype.
-        layers: with or without an adapter.
-        again: how x is made again in backward; None keeps it.
-
-    Returns:
-        One (T, out) for each layer, compute dtype.
-    """
-    adapted = [w for layer in layers if (w := _weights(layer)) is not None]
-    if not adapted:
-        return tuple(_without_adapter(layer, x) for layer in layers)
-    if torch.is_inference_mode_enabled():
-        straight = [y for layer in layers if (y := _straight_product(x, layer)) is not None]
-        if len(straight) == len(layers):
-            return tuple(straight)
-    trained = [tensor for w in adapted for tensor in (*w.matrices(), w.lora_magnitude_vector, w.bias)]
-    outputs: tuple[torch.Tensor, ...] = _Projections.apply(x, layers, again, *trained)
-    return outputs
-
-
-def _straight_product(x: torch.Tensor, layer: "Projection") -> torch.Tensor | None:
-    """y of a few rows where the frozen product goes straight from 4 bits (`gemv.py`), None where it does not.
-
-    The thin products are in float32 here: in bfloat16 one of a single row takes 20 us, nearly all of it to begin.
-    """
-    base, w = _base(layer), _weights(layer)
-    if not isinstance(base, Linear4bit):
-        return None
-    if w is not None and (w.lora_magnitude_vector is not None or w.dropout_now()[0]):
-        return None  # DoRA's n needs the dense weight
-    bias = base.bias if w is None or w.bias is None else w.bias.to(x.dtype)
-    y = base.gemv_product(x, bias)
-    if y is None or w is None:
-        return y
-    a, b = w.matrices()
-    return y.add_(F.linear(F.linear(x.to(a.dtype), a), b), alpha=w.scaling)
-
-
-def _weights(layer: "Projection") -> "LoRAWeights | None":
-    """The adapter that `layer` computes with, None where it does as its base does, or is merged."""
-    return layer.weights if isinstance(layer, LoRALinear) and layer.merged is None else None
-
-
-def _without_adapter(layer: "Projection", x: torch.Tensor) -> torch.Tensor:
-    if isinstance(layer, LoRALinear) and layer.merged is not None:
-        return F.linear(x, *layer.merged)
-    y: torch.Tensor = _base(layer)(x)
-    return y
-
-
-def _base(layer: "Projection") -> "Linear4bit | nn.Linear":
-    return layer.base if isinstance(layer, LoRALinear) else layer
-
-
-def _drop(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    return x.masked_fill(dropout_mask(x.shape, dropout, seed, x.device), 0) if dropout else x
-
-
-def dense_weight(base: "Linear4bit | nn.Linear", dtype: torch.dtype) -> torch.Tensor:
-    """(out, in) `dtype`: the weight itself, or made from its 4 bits."""
-    return base.dense_weight(dtype) if isinstance(base, Linear4bit) else base.weight.to(dtype)
-
-
-class LoRAWeights(nn.Module):
-    """What one adapter has for one linear layer, all of it float32.
-
-    Attributes:
-        lora_A: (R, in).
-        lora_B: (out, R).
-        lora_magnitude_vector: (out,), DoRA's m, or None.
-        bias: (out,) in place of the frozen layer's, or None.
-        initial_A: (R, in) frozen, PiSSA's A0, or None.
-        initial_B: (out, R) frozen, its B0 with the sign turned, or None.
-        alpha: what s was made from; adapter_config.json names it.
-        scaling: s.
-        dropout: probability with which an entry of the adapter's input is zero in training.
-        index: which layer of the model it is, for its dropout masks.
-    """
-
-    lora_magnitude_vector: nn.Parameter | None
-    bias: nn.Parameter | None
-    initial_A: torch.Tensor | None
-    initial_B: torch.Tensor | None
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        r: int,
-        alpha: float,
-        scaling: float,
-        dropout: float,
-        index: int,
-        dropout_seed: DropoutSeed,
-        device: torch.device | str,
-    ):
-        """A and B of zeros for a layer of `size` (out, in)."""
-        super().__init__()
-        out_features, in_features = size
-        self.alpha = alpha
-        self.scaling = scaling
-        self.dropout = dropout
-        self.index = index
-        self._dropout_seed = dropout_seed
-        self._base_squares: torch.Tensor | None = None
-        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
-        self.register_parameter("lora_magnitude_vector", None)
-        self.register_parameter("bias", None)
-        self.register_buffer("initial_A", None)
-        self.register_buffer("initial_B", None)
-
-    @property
-    def r(self) -> int:
-        """R, without what is frozen."""
-        return len(self.lora_A)
-
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B as they are multiplied with: PiSSA's frozen half behind the trained one."""
-        if self.initial_A is None or self.initial_B is None:
-            return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.initial_B), dim=1)
-
-    def dropout_now(self) -> tuple[float, int]:
-        """Probability and seed of this micro-batch's mask; no dropout outside training."""
-        return self.dropout if self.training else 0.0, self._dropout_seed.value * 4096 + self.index
-
-    def base_squares(self, dense: torch.Tensor) -> torch.Tensor:
-        """|W|^2 by rows, (out,) float32, computed from the `dense` weight when it is first asked for."""
-        if self._base_squares is None or self._base_squares.device != dense.device:
-            wide = torch.promote_types(dense.dtype, self.lora_A.dtype)
-            self._base_squares = torch.linalg.vector_norm(dense, dim=1, dtype=wide).square_()
-        return self._base_squares
+# ---- The definition
 
 
 class LoRALinear(nn.Module):
@@ -305,7 +55,7 @@ class LoRALinear(nn.Module):
         base: the frozen layer, `nn.Linear` or `Linear4bit`; never changed.
         adapters: `LoRAWeights` by the adapter's name.
         active: name of the adapter that is computed with, None for none of them.
-        merged: weight (out, in) and bias that stand for base and adapter together while it is merged, else None.
+        merged: weight (out, in) and bias that replace base and adapter while the adapter is merged, else None.
     """
 
     def __init__(self, base: "Linear4bit | nn.Linear"):
@@ -315,43 +65,256 @@ class LoRALinear(nn.Module):
         self.active: str | None = None
         self.merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, in) -> (T, out), by autograd. The model calls `linear_layers`, which gives the same for less."""
+        if self.merged is not None:
+            return F.linear(x, *self.merged)
+        if (w := self.weights) is None:
+            return self.base(x)
+        a, b = w.factors()
+        y = frozen_product(self.base, x)  # W x
+        y = y + (w.scaling * (w.dropout_mask().dropout(x).to(a.dtype) @ a.T) @ b.T).to(y.dtype)  # + s B A drop(x)
+        if w.lora_magnitude_vector is not None:  # DoRA: each output times m / |W + s B A|
+            norms = (dense_weight(self.base, a.dtype) + w.scaling * b @ a).norm(dim=1).detach()
+            y = (y * (w.lora_magnitude_vector / norms)).to(y.dtype)
+        return y if self.effective_bias is None else (y + self.effective_bias).to(y.dtype)
+
     @property
-    def weights(self) -> LoRAWeights | None:
-        """The active adapter's, None where there is none for this layer."""
+    def weights(self) -> "LoRAWeights | None":
+        """The active adapter's, None where it has none for this layer."""
         if self.active is None or self.active not in self.adapters:
             return None
-        weights: LoRAWeights = self.adapters[self.active]  # type: ignore[assignment]
-        return weights
+        return self.adapters[self.active]  # type: ignore[return-value]
 
     @property
-    def bias(self) -> torch.Tensor | None:
-        """(out,) float32 that the active adapter has in place of the frozen layer's, or None."""
-        return None if self.weights is None else self.weights.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, in) compute dtype -> (T, out) compute dtype."""
-        return project(x, (self,))[0]
+    def effective_bias(self) -> torch.Tensor | None:
+        """(out,) the active adapter's trained bias, else the frozen layer's, or None."""
+        w = self.weights
+        return self.base.bias if w is None or w.bias is None else w.bias
 
 
-Projection = LoRALinear | Linear4bit | nn.Linear
+class LoRAWeights(nn.Module):
+    """What one adapter has for one linear layer, all of it float32.
+
+    Attributes:
+        lora_A: (R, in).
+        lora_B: (out, R).
+        lora_magnitude_vector: (out,), DoRA's m, or None.
+        bias: (out,) trained in place of the frozen layer's, or None. R is 0 where nothing else is trained.
+        initial_A: (R, in) frozen, PiSSA's A0, or None.
+        initial_B: (out, R) frozen, PiSSA's B0 with the sign turned, or None.
+        alpha: what s was computed from, for adapter_config.json.
+        scaling: s.
+        dropout: of the adapter's input in training.
+    """
+
+    lora_magnitude_vector: nn.Parameter | None
+    bias: nn.Parameter | None
+    initial_A: torch.Tensor | None
+    initial_B: torch.Tensor | None
+
+    def __init__(self, size: tuple[int, int], r: int, alpha: float, scaling: float, dropout: "Dropout", device: Device):
+        """A and B of zeros for a layer of `size` (out, in)."""
+        super().__init__()
+        out_features, in_features = size
+        self.alpha = alpha
+        self.scaling = scaling
+        self.dropout = dropout
+        self.base_squares: torch.Tensor | None = None  # |W|^2, kept by `dora.base_squares`
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=device))
+        self.register_parameter("lora_magnitude_vector", None)
+        self.register_parameter("bias", None)
+        self.register_buffer("initial_A", None)
+        self.register_buffer("initial_B", None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether A and B are all there is."""
+        return self.bias is None and self.lora_magnitude_vector is None
+
+    @property
+    def r(self) -> int:
+        """R, without PiSSA's frozen half."""
+        return len(self.lora_A)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as they are multiplied with: with PiSSA's frozen half behind the trained one."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.initial_B), dim=1)
+
+    def dropout_mask(self) -> "DropoutMask":
+        """The mask of this micro-batch; of probability 0 outside training."""
+        dropout = self.dropout
+        seed = dropout.seed.value * 4096 + dropout.layer
+        return DropoutMask(dropout.probability if self.training else 0.0, seed)
 
 
-@torch.no_grad()
-def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
-    """The one weight that does what `layer` does with its active adapter, without dropout; `layer.bias` goes with it.
+# ---- Dropout without state
+
+
+class DropoutSeed:
+    """What the masks of one micro-batch are drawn from; shared by all LoRA layers of a model."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def set(self, seed: int, step: int, micro_batch: int) -> None:
+        """Chooses the masks of one micro-batch; a hash, so that neighbouring numbers are unrelated."""
+        digest = hashlib.blake2b(f"{seed}-{step}-{micro_batch}".encode(), digest_size=6).digest()
+        self.value = int.from_bytes(digest, "big")
+
+
+@dataclass
+class Dropout:
+    """Dropout of one layer's adapter: the probability of a zero, the layer's index in the model, the model's seed."""
+
+    probability: float
+    layer: int
+    seed: DropoutSeed
+
+
+@dataclass(frozen=True)
+class DropoutMask:
+    """One mask, True where an entry is dropped; drawn whenever it is used, the same for the same device type."""
+
+    probability: float
+    seed: int
+
+    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """Bool of `shape`, met to 1 / 65536: four 16-bit draws of each 64-bit number cost a quarter of four floats."""
+        generator = torch.Generator(device=device).manual_seed(self.seed)
+        words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=generator)
+        draws = words.view(torch.int16)[: shape.numel()].view(shape)
+        return draws < round(self.probability * 65536) - 32768
+
+    def zero(self, x: torch.Tensor) -> torch.Tensor:
+        """x with zeros where it is dropped, not yet divided by 1 - p; x itself where p is 0."""
+        return x.masked_fill(self.draw(x.shape, x.device), 0) if self.probability else x
+
+    def dropout(self, x: torch.Tensor) -> torch.Tensor:
+        """drop(x), as `F.dropout` defines it."""
+        return self.zero(x) / (1 - self.probability) if self.probability else x
+
+
+# ---- The same, with its gradient derived
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How a layer's input is computed a second time in backward, in place of being kept.
+
+    `function` gives the input, bit for bit, from `sources`, tensors that are kept anyway.
+    """
+
+    function: Callable[..., torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
+
+
+class _Part(NamedTuple):
+    """One of several layers that read the same x: frozen weight, bias (None: none, or added later), s / (1 - p)."""
+
+    base: "Linear4bit | nn.Linear"
+    bias: torch.Tensor | None
+    scaling: float
+
+
+class _Group(NamedTuple):
+    """Layers that read the same x, its dropout mask, and what computes it in backward, None where it is kept."""
+
+    parts: Sequence[_Part]
+    mask: "DropoutMask"
+    recompute: Callable[..., torch.Tensor] | None
+
+
+class _LoRA(torch.autograd.Function):
+    """The module docstring's formulas, in its letters. a: the A of all layers, stacked; bs: the B of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: _Group, sources: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor, *bs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        a = a.to(x.dtype)
+        u = F.linear(group.mask.zero(x), a)
+        us = u.split([b.shape[1] for b in bs], dim=1)
+        ys = []
+        for (base, bias, s), u_i, b in zip(group.parts, us, bs, strict=True):
+            if bias is None:
+                y = x.new_empty(len(x), len(b)).addmm_(u_i, b.to(x.dtype).T, alpha=s, beta=0)
+            else:
+                y = torch.addmm(bias, u_i, b.to(x.dtype).T, alpha=s)
+            ys.append(y.addmm_(x, dense_weight(base, x.dtype).T))  # last, or y would be read once more
+        ctx.group = group
+        # Sources go through `save_for_backward`: an attribute would keep them from being freed layer by layer.
+        ctx.save_for_backward(u, a, *bs, *sources)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        group: _Group = ctx.group
+        u, a, *saved = ctx.saved_tensors
+        bs, sources = saved[: len(dys)], saved[len(dys) :]
+        x = sources[0] if group.recompute is None else group.recompute(*sources)
+        us = u.split([b.shape[1] for b in bs], dim=1)
+        dus, dbs = [], []
+        for dy, (_, _, s), u_i, b in zip(dys, group.parts, us, bs, strict=True):
+            dus.append((dy @ b.to(dy.dtype)).mul_(s))
+            # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
+            dbs.append((u_i.T @ dy).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(s))
+        du = torch.cat(dus, dim=1)
+        da = (du.T @ group.mask.zero(x)).to(torch.promote_types(a.dtype, torch.float32))
+        dx = None
+        if ctx.needs_input_grad[2]:  # nothing below the first layer is trained, so its x needs none
+            dx = group.mask.zero(du @ a)
+            for dy, (base, _, _) in zip(dys, group.parts, strict=True):
+                dx.addmm_(dy, dense_weight(base, dy.dtype))
+        return None, None, dx, da, *dbs
+
+
+# ---- Which of the two
+
+Linear = LoRALinear | Linear4bit | nn.Linear
+
+
+def linear_layers(x: torch.Tensor, layers: Sequence[Linear], recompute: Recompute | None = None) -> list[torch.Tensor]:
+    """What linear layers make of the same input: each layer's own `forward`, for less time and memory.
 
     Args:
-        layer: its adapter on the device of `weight`; its own base is not looked at.
-        weight: (out, in) of any floating-point type.
+        x: (T, in) compute dtype.
+        layers: with or without an adapter; one without takes part with rank 0.
+        recompute: how x is computed in backward; None keeps it.
 
     Returns:
-        (out, in) float32: W + s B A, with DoRA its rows at length m.
+        One (T, out) for each layer, compute dtype.
     """
-    w = layer.weights
-    if w is None:
-        return weight.float()
-    a, b = w.matrices()
-    merged = torch.addmm(weight.float(), b, a, alpha=w.scaling)
+    adapters = [layer.weights if isinstance(layer, LoRALinear) and layer.merged is None else None for layer in layers]
+    first = next((w for w in adapters if w is not None), None)
+    bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in layers]
+    if first is None or all(isinstance(base, Linear4bit) and base.uses_gemv(x) for base in bases):
+        return [layer(x) for layer in layers]
+    mask = first.dropout_mask()
+    parts, factors, bs = [], [], []
+    for base, w in zip(bases, adapters, strict=True):
+        # DoRA scales before a bias is added, and a trained one is autograd's: both are left to `_finish`.
+        bias = base.bias if w is None or w.is_plain else None
+        parts.append(_Part(base, bias, 0.0 if w is None else w.scaling / (1 - mask.probability)))
+        a, b = (first.lora_A[:0], x.new_empty(base.out_features, 0)) if w is None else w.factors()
+        factors.append(a)
+        bs.append(b)
+    a = factors[0] if len(factors) == 1 else torch.cat(factors)
+    sources = (x,) if recompute is None else recompute.sources
+    group = _Group(parts, mask, None if recompute is None else recompute.function)
+    ys = _LoRA.apply(group, sources, x, a, *bs)
+    return [_finish(y, layer) for y, layer in zip(ys, layers, strict=True)]
+
+
+def _finish(y: torch.Tensor, layer: Linear) -> torch.Tensor:
+    """y with DoRA's magnitude and the bias where `_LoRA` left them out."""
+    if not isinstance(layer, LoRALinear) or (w := layer.weights) is None or w.is_plain:
+        return y
     if w.lora_magnitude_vector is not None:
-        merged *= (w.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1))[:, None]
-    return merged
+        y = apply_magnitude(y, w, dense_weight(layer.base, y.dtype))
+    bias = layer.effective_bias
+    return y if bias is None else (y + bias).to(y.dtype)

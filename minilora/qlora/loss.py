@@ -1,11 +1,11 @@
-"""Hidden states of the supervised rows in, summed negative log-likelihood out.
+"""Hidden states at the supervised positions in, summed negative log-likelihood out.
 
-    nll = sum over rows of  logsumexp(z) - z[target],     z = W h
-    dz  = softmax(z) - onehot(target),                    dh = W^T dz
+    nll = sum over positions of  logsumexp(z) - z[target],     z = W h
+    dz  = softmax(z) - onehot(target),                         dh = W^T dz
 
-The head is frozen, so dh is all the gradient there is. It is computed in forward, chunk by chunk, while the
-chunk's logits are there: the (S, V) logits never exist as a whole. In Qwen2.5 a row of logits is 152k
-numbers, 0.6 MB in float32, so 64 rows at a time are 39 MB in place of gigabytes.
+The head is frozen, so dh is all the gradient there is. It is computed in forward, chunk by chunk, while the chunk's
+logits are there: the (S, V) logits never exist as a whole. In Qwen2.5 one position has 152k logits, 0.6 MB in float32,
+so 64 positions at a time are 39 MB in place of gigabytes.
 
 Source: the idea of cut cross-entropy (arXiv 2411.09009) and of trl's chunked loss, in plain PyTorch.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-CHUNK_TOKENS = 64
+CHUNK_POSITIONS = 64
 
 
 def head_logits(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
@@ -31,17 +31,17 @@ class _NextTokenNLL(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            logits = head_logits(hidden[rows], head_weight)
-            chosen = targets[rows, None]
+        for start in range(0, hidden.shape[0], CHUNK_POSITIONS):
+            chunk = slice(start, start + CHUNK_POSITIONS)
+            logits = head_logits(hidden[chunk], head_weight)
+            chosen = targets[chunk, None]
             log_norm = logits.logsumexp(-1, keepdim=True)
             total += (log_norm - logits.gather(1, chosen)).sum()
             if dhidden is not None:
                 dlogits = logits.sub_(log_norm).exp_()
                 dlogits.scatter_add_(1, chosen, -torch.ones_like(log_norm))
-                dhidden[rows] = dlogits.to(hidden.dtype) @ head_weight
-                del dlogits  # the logits themselves: gone before the next chunk's are made
+                dhidden[chunk] = dlogits.to(hidden.dtype) @ head_weight
+                del dlogits  # the logits' memory: free before the next chunk's are computed
             del logits
         ctx.save_for_backward(dhidden)
         return total
@@ -53,27 +53,27 @@ class _NextTokenNLL(torch.autograd.Function):
 
 
 def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Summed loss of the supervised rows, and how many there are.
+    """Summed loss at the supervised positions, and how many there are.
 
     A (sum, count) pair, not a mean: the caller divides once per optimizer step, so that a step's gradient does
     not depend on how it was cut into micro-batches.
 
     Args:
-        hidden: (S, C) compute dtype, the rows that predict a supervised token.
+        hidden: (S, C) compute dtype, the hidden states that predict a supervised token.
         targets: (S,) int64, those tokens.
         head_weight: (V, C) compute dtype, frozen.
 
     Returns:
-        The sum over the rows in nats, float32 or wider, and S.
+        The sum in nats, float32 or wider, and S.
     """
     return _NextTokenNLL.apply(hidden, targets, head_weight), targets.shape[0]
 
 
 def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """log p(target) of each row: (S,) float32 or wider, for scoring; no gradient is kept for it."""
+    """log p(target) at each position: (S,) float32 or wider, for scoring; no gradient is kept."""
     chunks = []
-    for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        logits = head_logits(hidden[rows], head_weight)
-        chunks.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(-1))
+    for start in range(0, hidden.shape[0], CHUNK_POSITIONS):
+        chunk = slice(start, start + CHUNK_POSITIONS)
+        logits = head_logits(hidden[chunk], head_weight)
+        chunks.append(logits.gather(1, targets[chunk, None]).squeeze(1) - logits.logsumexp(-1))
     return torch.cat(chunks)

@@ -6,18 +6,18 @@
         hidden += down_proj(silu(gate_proj(n)) * up_proj(n))           n = post_attention_layernorm(hidden)
     norm(hidden)                                                       (S, C), for `loss.py` to score
 
-Behind the last layer only the S supervised rows are read. So it computes keys and values of all rows, which
-these look at, and all else of the S rows alone: with 24 layers and 2 answer tokens in a hundred 4 % less work.
+Behind the last layer only the S supervised positions are read. So it computes keys and values of all tokens, which
+these attend to, and all else at the S positions only: with 24 layers and 2 answer tokens in a hundred 4 % less work.
 
 Sizes, for the whole package:
-    T  rows of a packed micro-batch      C  hidden_size            R  LoRA rank
-    H  query heads                       K  key/value heads        P  rows of the shared prefix
-    D  head size                         F  intermediate_size      S  supervised rows
-    V  vocabulary rows                   G  H / K
+    T  tokens of a packed micro-batch    C  hidden_size            R  LoRA rank
+    H  query heads                       K  key/value heads        P  tokens of the shared prefix
+    D  head size                         F  intermediate_size      S  supervised positions
+    V  vocab_size                        G  H / K
 
-Activations have neither batch axis nor padding. Attribute names are the keys of a Hugging Face checkpoint,
-so `load.py` needs no table of names. Linear layers are called through `lora.project`, with or without an adapter.
-The head is not part of the forward pass: `head_weight` goes to the loss together with the supervised rows.
+Activations have neither batch axis nor padding. Attribute names are the keys of a Hugging Face checkpoint, so
+`weights/load.py` needs no table of names. Linear layers are called through `lora.linear_layers`, with or without an
+adapter. The head is not part of the forward pass: `head_weight` goes to the loss together with the hidden states.
 
 Source: arXiv 2412.15115 and, for rounding, transformers' modeling_qwen2.py, with which tests/parity agrees.
 Left out, with an error that says so: sliding-window attention, scaled rotary embeddings, mixture of experts.
@@ -26,18 +26,16 @@ Left out, with an error that says so: sliding-window attention, scaled rotary em
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, SegmentGroup, pack_segments
+from minilora.qlora.batch import HeadGroup, MicroBatch, SegmentGroup, pack_segments, split_heads
 from minilora.qlora.checkpointing import checkpoint_layer
 from minilora.qlora.kv_cache import KVCache
-from minilora.qlora.lora import Again, project
-from minilora.qlora.ops import HeadGroup
+from minilora.qlora.lora import Recompute, linear_layers
 
 
 @dataclass(frozen=True)
@@ -73,18 +71,37 @@ class RMSNorm(nn.Module):
         """(T, C) -> (T, C)."""
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def again(self, x: torch.Tensor) -> Again:
-        """How `forward(x)` is made once more."""
-        return Again(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
+    def recompute(self, x: torch.Tensor) -> Recompute:
+        """How `forward(x)` is computed a second time."""
+        return Recompute(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
 
 
 class Embedding(nn.Embedding):
-    """PyTorch's, but for first values on the meta device: there are none, and to draw them it imports its compiler."""
+    """PyTorch's, except that on the meta device no first values are drawn, for which it would import its compiler."""
 
     def reset_parameters(self) -> None:
         """Draws first values where there is memory for them."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer is given beside the hidden states.
+
+    Attributes:
+        cos: (T, 1, D) from `ops.rotary_table`.
+        sin: (T, 1, D).
+        groups: which queries attend to which keys; None where one token, the last, attends to all.
+        positions: (S,) int64, where queries and all that follows are needed only there; None for all T.
+        kv_cache: keys and values of the tokens before these.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    groups: tuple[HeadGroup, ...] | None
+    positions: torch.Tensor | None = None
+    kv_cache: KVCache | None = None
 
 
 class Attention(nn.Module):
@@ -99,32 +116,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        again: Again,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        groups: tuple[HeadGroup, ...] | None,
-        rows: torch.Tensor | None = None,
-        past: KVCache | None = None,
-    ) -> torch.Tensor:
-        """(T, C) -> (T, C), or (S, C) if only `rows` (S,) ask, by the micro-batch's `last_groups`.
-
-        Without groups it is one row that asks, the last, and it looks at all.
-        """
-        if rows is None:
-            q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), again)
+    def forward(self, x: torch.Tensor, recompute: Recompute, inputs: LayerInputs) -> torch.Tensor:
+        """(T, C) -> (T, C), or (S, C) at `inputs.positions`."""
+        cos, sin, positions = inputs.cos, inputs.sin, inputs.positions
+        if positions is None:
+            q, k, v = linear_layers(x, (self.q_proj, self.k_proj, self.v_proj), recompute)
             q = ops.rotary(self._heads(q), cos, sin)
         else:
-            k, v = project(x, (self.k_proj, self.v_proj), again)
-            (q,) = project(x.index_select(0, rows), (self.q_proj,))
-            q = ops.rotary(self._heads(q), cos.index_select(0, rows), sin.index_select(0, rows))
+            k, v = linear_layers(x, (self.k_proj, self.v_proj), recompute)
+            (q,) = linear_layers(x.index_select(0, positions), (self.q_proj,))
+            q = ops.rotary(self._heads(q), cos.index_select(0, positions), sin.index_select(0, positions))
         keys, values = ops.rotary(self._heads(k), cos, sin), self._heads(v)
-        if past is not None:
-            keys, values = past.before(keys, values)
-        mixed = ops.decode_attention(q, keys, values) if groups is None else ops.attention(q, keys, values, groups)
-        return project(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
+        if inputs.kv_cache is not None:
+            keys, values = inputs.kv_cache.append(keys, values)
+        if inputs.groups is None:
+            mixed = ops.decode_attention(q, keys, values)
+        else:
+            mixed = ops.attention(q, keys, values, inputs.groups)
+        return linear_layers(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(x.shape[0], -1, self.head_dim)
@@ -139,10 +148,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, again: Again) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, recompute: Recompute) -> torch.Tensor:
         """(T, C) -> (T, C)."""
-        gate, up = project(x, (self.gate_proj, self.up_proj), again)
-        return project(ops.swiglu(gate, up), (self.down_proj,), Again(ops.swiglu, (gate, up)))[0]
+        gate, up = linear_layers(x, (self.gate_proj, self.up_proj), recompute)
+        return linear_layers(ops.swiglu(gate, up), (self.down_proj,), Recompute(ops.swiglu, (gate, up)))[0]
 
 
 class DecoderLayer(nn.Module):
@@ -155,28 +164,20 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        groups: tuple[HeadGroup, ...] | None,
-        rows: torch.Tensor | None = None,
-        past: KVCache | None = None,
-    ) -> torch.Tensor:
-        """(T, C) -> (T, C), or (S, C) of `rows` alone."""
-        norm = self.input_layernorm
-        mixed = self.self_attn(norm(hidden), norm.again(hidden), cos, sin, groups, rows, past)
-        hidden = mixed + (hidden if rows is None else hidden.index_select(0, rows))
+    def forward(self, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """(T, C) -> (T, C), or (S, C) at `inputs.positions`."""
+        norm, positions = self.input_layernorm, inputs.positions
+        mixed = self.self_attn(norm(hidden), norm.recompute(hidden), inputs)
+        hidden = mixed + (hidden if positions is None else hidden.index_select(0, positions))
         norm = self.post_attention_layernorm
-        return hidden + self.mlp(norm(hidden), norm.again(hidden))
+        return hidden + self.mlp(norm(hidden), norm.recompute(hidden))
 
 
 class Qwen2Model(nn.Module):
     """Embedding, layers and last norm: what a checkpoint calls `model`.
 
     Attributes:
-        gradient_checkpointing: a layer keeps its input alone and runs again in backward.
+        gradient_checkpointing: a layer keeps only its input and is recomputed in backward.
         offload_checkpoints: on a GPU, those inputs wait in the computer's memory.
     """
 
@@ -195,31 +196,31 @@ class Qwen2Model(nn.Module):
         position_ids: torch.Tensor,
         groups: tuple[SegmentGroup, ...] | None,
         last_groups: tuple[SegmentGroup, ...] | None = None,
-        rows: torch.Tensor | None = None,
-        past: Sequence[KVCache] | None = None,
+        positions: torch.Tensor | None = None,
+        kv_cache: Sequence[KVCache] | None = None,
     ) -> torch.Tensor:
-        """(T,) ids -> hidden states after the last norm: (T, C), or (S, C) of `rows` alone, by `last_groups`.
+        """(T,) ids -> hidden states after the last norm: (T, C), or (S, C) at `positions`, by `last_groups`.
 
-        Where groups are None, a single row asks, the last one: all of a pass over one id, or `rows` of the last layer.
+        Where groups are None there is one query, the last token: of a pass over one id, or of the last layer.
         """
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        seen = None if groups is None else ops.split_heads(groups, *heads, len(hidden))
+        seen = None if groups is None else split_heads(groups, *heads, num_queries=len(hidden))
         last_seen = seen
-        if rows is not None:
-            last_seen = None if last_groups is None else ops.split_heads(last_groups, *heads, len(rows))
-        pasts: Sequence[KVCache | None] = [None] * len(self.layers) if past is None else past
-        for layer, layer_past in zip(self.layers[:-1], pasts, strict=False):
-            hidden = self._run(layer, hidden, cos, sin, seen, None, layer_past)
-        hidden = self._run(self.layers[-1], hidden, cos, sin, last_seen, rows, pasts[-1])
+        if positions is not None:
+            last_seen = None if last_groups is None else split_heads(last_groups, *heads, num_queries=len(positions))
+        caches: Sequence[KVCache | None] = [None] * len(self.layers) if kv_cache is None else kv_cache
+        for layer, cache in zip(self.layers[:-1], caches, strict=False):
+            hidden = self._run(layer, hidden, LayerInputs(cos, sin, seen, kv_cache=cache))
+        hidden = self._run(self.layers[-1], hidden, LayerInputs(cos, sin, last_seen, positions, kv_cache=caches[-1]))
         return self.norm(hidden)
 
-    def _run(self, layer: nn.Module, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """`layer(hidden, ...)`, its activations kept for backward or computed again there."""
+    def _run(self, layer: nn.Module, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        """`layer(hidden, inputs)`, its activations kept for backward or recomputed there."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint_layer(layer, hidden, arguments, self.offload_checkpoints)
-        output: torch.Tensor = layer(hidden, *arguments)
+            return checkpoint_layer(layer, hidden, inputs, self.offload_checkpoints)
+        output: torch.Tensor = layer(hidden, inputs)
         return output
 
 
@@ -239,38 +240,43 @@ class Qwen2ForCausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
-    def forward(self, batch: MicroBatch, past: Sequence[KVCache] | None = None) -> torch.Tensor:
-        """Hidden states of the rows that predict a supervised token: (S, C) compute dtype.
+    def forward(self, batch: MicroBatch, kv_cache: Sequence[KVCache] | None = None) -> torch.Tensor:
+        """Hidden states that predict a supervised token: (S, C) compute dtype.
 
         Args:
-            batch: packed; with a `past`, by `pack(..., cached_prefix=rows of the past)`.
-            past: by layer, of the rows that stand before the batch's.
+            batch: packed; with a KV cache, by `pack(..., cached_prefix=tokens in the cache)`.
+            kv_cache: by layer, of the tokens before the batch's.
         """
         hidden: torch.Tensor = self.model(
-            batch.input_ids, batch.position_ids, batch.groups, batch.last_groups, batch.supervised_positions, past
+            batch.input_ids,
+            batch.position_ids,
+            batch.groups,
+            last_groups=batch.last_groups,
+            positions=batch.supervised_positions,
+            kv_cache=kv_cache,
         )
         return hidden
 
     def build_prefix_cache(self, input_ids: torch.Tensor) -> list[KVCache]:
-        """Keys and values, by layer, of (P,) ids that all later batches begin with."""
-        past = [KVCache() for _ in self.model.layers]
-        self.prefill(input_ids, past)
-        for layer in past:
-            layer.growing = False
-        return past
+        """The KV cache, by layer, of (P,) ids that all later batches begin with; it does not grow any more."""
+        kv_cache = [KVCache() for _ in self.model.layers]
+        self.prefill(input_ids, kv_cache)
+        for layer in kv_cache:
+            layer.is_frozen = True
+        return kv_cache
 
-    def prefill(self, input_ids: torch.Tensor, past: Sequence[KVCache]) -> torch.Tensor:
-        """Runs (T,) ids behind the rows of `past`, which they join.
+    def prefill(self, input_ids: torch.Tensor, kv_cache: Sequence[KVCache]) -> torch.Tensor:
+        """Appends (T,) ids to the KV cache; T = 1 is a decode step.
 
         Returns:
             Hidden state (1, C) compute dtype of the last one, which predicts what comes next.
         """
-        start, count, device = past[0].rows, len(input_ids), input_ids.device
+        start, count, device = kv_cache[0].length, len(input_ids), input_ids.device
         positions = torch.arange(start, start + count, device=device)
         if count == 1:
-            hidden: torch.Tensor = self.model(input_ids, positions, None, past=past)
+            hidden: torch.Tensor = self.model(input_ids, positions, None, kv_cache=kv_cache)
             return hidden
         groups = tuple(group.to(device) for group in pack_segments([count], start))
         last = torch.arange(count - 1, count, device=device)
-        hidden = self.model(input_ids, positions, groups, rows=last, past=past)
+        hidden = self.model(input_ids, positions, groups, positions=last, kv_cache=kv_cache)
         return hidden

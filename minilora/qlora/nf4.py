@@ -1,22 +1,21 @@
-"""4-bit NormalFloat: a dense weight in, about half a byte a number out, and the frozen linear layer over it.
+"""4-bit NormalFloat: a dense weight in, about half a byte per parameter out, and the frozen linear layer over it.
 
-A trained weight matrix looks like draws from a normal distribution. NF4 chooses its 16 levels q so that each is
-used about equally often on such draws: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0. Every 64
-numbers in row-major order are a block b with a scale of their own:
+A trained weight matrix looks like draws from a normal distribution. NF4 chooses its 16 levels q so that each is used
+about equally often on such draws: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0. Every 64 parameters in
+row-major order are a block b with a scale of their own:
 
     absmax_b = max |w_i| in b      code_i = argmin_k |w_i / absmax_b - q_k|      w'_i = q[code_i] * absmax_b
 
-Two codes fill a byte, the first in its high half; a float32 scale adds 32 / 64 bits a number: 4.5. Double
-quantisation takes the mean m off the scales and stores them in 8 bits too: 256 of them share a scale s and have
-codes c into 256 levels d that are dense around 0.  absmax'_b = d[c_b] * s + m  costs 8 / 64 + 32 / (64 * 256)
-bits: 4.127 in all. FP4 is the same with a sign, two bits of exponent and one of mantissa as levels.
+Two codes fill a byte, the first in its high half; a float32 scale adds 32 / 64 bits per parameter: 4.5. Double
+quantisation subtracts the mean m from the scales and stores them in 8 bits too: 256 of them share a scale s and have
+codes c into 256 levels d that are dense around 0.  absmax'_b = d[c_b] * s + m  costs 8 / 64 + 32 / (64 * 256) bits:
+4.127 in all. FP4 is the same with a sign, two bits of exponent and one of mantissa as levels.
 
-bitsandbytes does the work (`bnb.py`). The PyTorch functions at the end say the same readably, equal it to the bit, and
-take over where it cannot be imported; on a CPU they always quantise, being three times as fast as its own.
+bitsandbytes does the work (`bnb.py`). The PyTorch functions at the end are the readable reference, equal it to the bit,
+and take over where it cannot be imported; on a CPU they always quantise, three times as fast as its own.
 
-Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2
-on a CPU. Left out: other block sizes; products straight from 4 bits, which gain nothing from 64 rows on: for a few
-rows `gemv.py` has them.
+Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2 on a
+CPU. Left out: other block sizes; GEMV on 4-bit weights, which gains nothing from 64 tokens on (`generation/gemv.py`).
 """
 
 import functools
@@ -33,8 +32,8 @@ from minilora.qlora import bnb
 BLOCK_SIZE = 64  # weights under one scale
 ABSMAX_BLOCK_SIZE = 256  # scales under one scale of scales
 SMALLEST_ABSMAX = 1e-38  # so that a block of zeros does not divide by zero
-MAX_GEMV_TOKENS = 32  # up to so many a product straight from 4 bits is faster than to dequantise
-PIECE = 1 << 20  # numbers that are quantised at a time on a CPU; whole blocks
+MAX_GEMV_TOKENS = 32  # GEMV on 4-bit weights is faster than to dequantise up to here
+PIECE = 1 << 20  # parameters that are quantised at a time on a CPU; whole blocks
 
 # fmt: off
 NF4_LEVELS = (
@@ -49,25 +48,15 @@ LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A weight in 4 bits. The last three are None without double quantisation.
+    """A weight in 4 bits. The last three are None without double quantisation."""
 
-    Attributes:
-        packed: (out * in / 2 rounded up, 1) uint8, two codes a byte.
-        absmax: (blocks,) float32 scales; with double quantisation their uint8 codes.
-        shape: (out, in) of the dense weight.
-        quant_type: "nf4" or "fp4".
-        nested_absmax: (blocks / 256 rounded up,) float32, the scales of the scales.
-        nested_code: (256,) float32, the levels of the scales.
-        offset: (1,) float32, the mean of the scales.
-    """
-
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    shape: torch.Size
-    quant_type: str
-    nested_absmax: torch.Tensor | None = None
-    nested_code: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
+    packed: torch.Tensor  # (out * in / 2 rounded up, 1) uint8, two codes a byte
+    absmax: torch.Tensor  # (blocks,) float32 scales; with double quantisation their uint8 codes
+    shape: torch.Size  # (out, in) of the dense weight
+    quant_type: str  # "nf4" or "fp4"
+    nested_absmax: torch.Tensor | None = None  # (blocks / 256 rounded up,) float32, the scales of the scales
+    nested_code: torch.Tensor | None = None  # (256,) float32, the levels of the scales
+    offset: torch.Tensor | None = None  # (1,) float32, the mean of the scales
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """(out, in) `dtype`, a new constant tensor; products in float32, rounded once.
@@ -83,7 +72,8 @@ class QuantizedTensor:
         # returns another weight where `in` is a multiple of 16 and not of 64. As one long row it comes out right.
         whole = self.shape[1] % BLOCK_SIZE == 0
         rows = self.shape if whole else (1, 2 * self.packed.numel())
-        dense = dequantize(self.packed, self.scales(), BLOCK_SIZE, self.quant_type, rows, dtype)
+        kind = {"blocksize": BLOCK_SIZE, "quant_type": self.quant_type, "shape": rows, "dtype": dtype}
+        dense: torch.Tensor = dequantize(self.packed, self.scales(), **kind)
         return dense if whole else dense.view(-1)[: self.shape.numel()].view(self.shape)
 
     def scales(self) -> torch.Tensor:
@@ -92,16 +82,12 @@ class QuantizedTensor:
             return self.absmax
         if bnb.is_available():
             dequantize = torch.ops.bitsandbytes.dequantize_blockwise.default
-            scales = dequantize(self.absmax, self.nested_absmax, self.nested_code, ABSMAX_BLOCK_SIZE, torch.float32)
+            kind = {"blocksize": ABSMAX_BLOCK_SIZE, "dtype": torch.float32}
+            scales = dequantize(self.absmax, self.nested_absmax, self.nested_code, **kind)
         else:
             wide = self.nested_absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: self.absmax.numel()]
             scales = self.nested_code[self.absmax.int()] * wide
         return scales.add_(self.offset)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, scales included."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The attributes that are tensors, by name."""
@@ -120,7 +106,7 @@ def quantize(weight: torch.Tensor, quant_type: str = "nf4", double_quantization:
     Args:
         weight: (out, in) float32, bfloat16 or float16.
         quant_type: "nf4" or "fp4".
-        double_quantization: store the scales in 8 bits too, 4.127 bits a number in place of 4.5.
+        double_quantization: store the scales in 8 bits too, 4.127 bits per parameter in place of 4.5.
 
     Raises:
         ValueError: another type, dtype or number of axes.
@@ -148,8 +134,8 @@ def _quantize_with_bitsandbytes(weight: torch.Tensor, quant_type: str, double_qu
 class _FrozenLinear(torch.autograd.Function):
     """y = x W^T + b for constant W and b, so dy/dx is W and  dx = dy W.
 
-    x is not needed for that, and W is asked of the layer again, which makes it from its 4 bits: what waits for backward
-    is nothing that the model does not hold anyway.
+    x is not needed for that, and W is dequantised a second time: what waits for backward is nothing that the model does
+    not hold anyway.
     """
 
     @staticmethod
@@ -170,8 +156,8 @@ class Linear4bit(nn.Module):
 
     Attributes:
         bias: (out,) compute dtype, or None.
-        cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes a number in bfloat16.
-        straight: (x, bias) -> y by GEMV on 4-bit weights, from `gemv.py`; used in inference mode up to MAX_GEMV_TOKENS.
+        cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes per parameter in bfloat16.
+        gemv: (x, bias) -> y by GEMV on 4-bit weights (`generation/gemv.py`); in inference mode up to MAX_GEMV_TOKENS.
     """
 
     bias: torch.Tensor | None
@@ -181,7 +167,7 @@ class Linear4bit(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.quant_type = weight.quant_type
         self.cache_dequantized = False
-        self.straight: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
+        self.gemv: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
         self._dense: torch.Tensor | None = None
         self._shape = weight.shape
         self._weight_names = tuple(weight.tensors())
@@ -202,17 +188,21 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> (T, out), in the dtype of x, which must be that of the bias."""
-        y = self.gemv_product(x, self.bias)
-        return _FrozenLinear.apply(x, self, self.bias) if y is None else y
+        return self.product(x, self.bias)
 
-    def gemv_product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
-        """x W^T + bias by `straight`, None where that is not the way to go."""
-        if self.straight is None or len(x) > MAX_GEMV_TOKENS or not torch.is_inference_mode_enabled():
-            return None
-        return self.straight(x, bias)
+    def uses_gemv(self, x: torch.Tensor) -> bool:
+        """Whether there is no dense weight in `product`."""
+        return self.gemv is not None and len(x) <= MAX_GEMV_TOKENS and torch.is_inference_mode_enabled()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias: by GEMV on the 4 bits where `gemv` is set, for a few tokens in inference mode, else dense."""
+        if self.gemv is not None and self.uses_gemv(x):
+            return self.gemv(x, bias)
+        y: torch.Tensor = _FrozenLinear.apply(x, self, bias)
+        return y
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) `dtype`, constant: made anew, unless it is kept."""
+        """(out, in) `dtype`, constant: dequantised, unless it is kept."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
         dense = self.weight.dequantize(dtype)
@@ -221,51 +211,62 @@ class Linear4bit(nn.Module):
         return dense
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Linear4bit":
-        """Moves everything and casts the bias alone: a scale in bfloat16 would be another weight."""
+        """Moves everything and casts only the bias: a scale in bfloat16 would be another weight."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        self._dense = self.straight = None
+        self._dense = self.gemv = None
         return super()._apply(move, recurse)
+
+
+def dense_weight(base: Linear4bit | nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in) `dtype`: the weight itself, or dequantised from its 4 bits."""
+    return base.dense_weight(dtype) if isinstance(base, Linear4bit) else base.weight.to(dtype)
+
+
+def frozen_product(base: Linear4bit | nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """x W^T without the bias, (T, out)."""
+    return base.product(x, None) if isinstance(base, Linear4bit) else F.linear(x, base.weight)
 
 
 def _quantize_in_pytorch(weight: torch.Tensor, quant_type: str, double_quantization: bool) -> QuantizedTensor:
     levels = torch.tensor(LEVELS[quant_type], device=weight.device)
     by_value = torch.argsort(levels, stable=True)  # FP4's codes are bit patterns, not in order of value
-    places, absmax = _nearest_levels(weight.flatten(), _midpoints(levels[by_value]))
-    codes = places if quant_type == "nf4" else by_value.to(torch.uint8)[places.int()]
+    ranks, absmax = _nearest_levels(weight.flatten(), _midpoints(levels[by_value]))
+    codes = ranks if quant_type == "nf4" else by_value.to(torch.uint8)[ranks.int()]
     packed = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
     if not double_quantization:
         return QuantizedTensor(packed, absmax, weight.shape, quant_type)
     offset = absmax.mean()
     nested_code = _dynamic_levels().to(weight.device)
     codes, nested_absmax = _quantize_scales(absmax - offset, nested_code)
-    return QuantizedTensor(packed, codes, weight.shape, quant_type, nested_absmax, nested_code, offset.view(1))
+    nested = {"nested_absmax": nested_absmax, "nested_code": nested_code, "offset": offset.view(1)}
+    return QuantizedTensor(packed, codes, weight.shape, quant_type, **nested)
 
 
 def _nearest_levels(values: torch.Tensor, midpoints: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The place of each number's level in order of value, uint8, an even count of them, and the (blocks,) absmax.
+    """The index of each value's level in order of value, uint8, an even count of them, and the (blocks,) absmax.
 
-    The place is how many midpoints lie below the scaled number. Fifteen comparisons of all numbers take a third of the
+    The index is how many midpoints are below the scaled value. Fifteen comparisons of all values take a third of the
     time of a binary search for each, which is what bitsandbytes does on a CPU; a piece at a time stays in the cache.
     """
     count = values.numel()
-    places = torch.empty(count + count % 2, dtype=torch.uint8, device=values.device)
+    indices = torch.empty(count + count % 2, dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-count // BLOCK_SIZE), device=values.device)
     for start in range(0, count, PIECE):
         scaled, found = _scale_blocks(values[start : start + PIECE].to(torch.float32))
         absmax[start // BLOCK_SIZE :][: len(found)] = found
         below = torch.empty_like(scaled, dtype=torch.bool)
-        piece = places[start : start + len(scaled)].zero_()
+        piece = indices[start : start + len(scaled)].zero_()
         for midpoint in midpoints.tolist():
             piece += torch.gt(scaled, midpoint, out=below).view(torch.uint8)
-    return places, absmax
+    return indices, absmax
 
 
 def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each number over its block's absmax, an even count of them, and the (blocks,) absmax."""
+    """Each value over its block's absmax, an even count of them, and the (blocks,) absmax."""
     count = values.numel()
     padded = F.pad(values, (0, -count % BLOCK_SIZE)) if count % BLOCK_SIZE else values
     blocks = padded.view(-1, BLOCK_SIZE)
@@ -281,8 +282,8 @@ def _scale_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _quantize_scales(values: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (blocks,) uint8 and absmax of each 256.
 
-    bitsandbytes finds the nearest level in a table of 65,536 places evenly spaced over [-1, 1], so a number moves
-    to the nearest place first. Around 0 levels are closer than places; the error stays below 1 / 65,535.
+    bitsandbytes finds the nearest level in a table of 65,536 entries evenly spaced over [-1, 1], so a value moves to
+    the nearest entry first. Around 0 levels are closer than entries; the error stays below 1 / 65,535.
     """
     count = values.numel()
     blocks = F.pad(values, (0, -count % ABSMAX_BLOCK_SIZE)).view(-1, ABSMAX_BLOCK_SIZE)
@@ -309,9 +310,9 @@ def _dynamic_levels() -> torch.Tensor:
 
 
 def _dequantize_in_pytorch(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """As bitsandbytes, but for what its processor decides: the sign of an FP4 zero, and bfloat16 below 1.2e-38."""
+    """As bitsandbytes, except what its processor decides: the sign of an FP4 zero, and bfloat16 below 1.2e-38."""
     levels = torch.tensor(LEVELS[quantized.quant_type], device=quantized.packed.device)
-    pairs = torch.cartesian_prod(levels, levels)  # row b: the two numbers that byte b stands for
+    pairs = torch.cartesian_prod(levels, levels)  # row b: the two levels of byte b
     values = pairs.index_select(0, quantized.packed.view(-1).int()).view(-1)[: quantized.shape.numel()]
     scales = quantized.scales().repeat_interleave(BLOCK_SIZE)[: values.numel()]
     return (values * scales).to(dtype).view(quantized.shape)

@@ -6,8 +6,10 @@ more thing to save, and the rate of any step can be asked for at any time.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
@@ -22,7 +24,7 @@ BITSANDBYTES_OPTIMIZERS = {
 }
 
 
-def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", warmup_ratio: float = 0.0) -> float:
+def lr_at(step: int, total_steps: int, *, peak: float, schedule: str = "cosine", warmup_ratio: float = 0.0) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 
     Rises linearly to `peak` over the first ceil(warmup_ratio * total_steps) steps, then falls towards 0 along
@@ -45,27 +47,24 @@ def lr_at(step: int, total_steps: int, peak: float, schedule: str = "cosine", wa
 
 
 ParameterGroup = tuple[list[torch.nn.Parameter], float]  # parameters, and what their learning rate is multiplied by
-SMALLEST_8BIT = 4096  # numbers; a smaller tensor's moments stay in 32 bits
-BLOCK_8BIT = 256  # numbers under one scale
-SMALLEST_PAGED = 100_000  # numbers; a smaller tensor's moments are never paged
+SMALLEST_8BIT = 4096  # elements; a smaller tensor's moments stay in 32 bits
+BLOCK_8BIT = 256  # elements under one scale
+SMALLEST_PAGED = 100_000  # elements; a smaller tensor's moments are never paged
 
 
-def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
-    """Bytes of both moments on the device.
+@dataclass(frozen=True)
+class AdamWSettings:
+    """What AdamW is told, beside the rate: beta1 and beta2, epsilon, decoupled weight decay."""
 
-    Args:
-        optim: name of the optimizer.
-        sizes: numbers of each trained tensor.
-        device_type: "cpu" or "cuda"; what a GPU may page out is not counted there.
-    """
-    bits, is_paged = BITSANDBYTES_OPTIMIZERS.get(optim, (32, False))
-    if is_paged and device_type == "cuda":
-        sizes = [size for size in sizes if size < SMALLEST_PAGED]
-    in_8_bits = sum(size for size in sizes if bits == 8 and size >= SMALLEST_8BIT)
-    return 8 * (sum(sizes) - in_8_bits) + in_8_bits * (2 * BLOCK_8BIT + 8) // BLOCK_8BIT
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
 
 
-class Optimizer(Protocol):
+DEFAULT_SETTINGS = AdamWSettings()
+
+
+class Optimizer(ABC):
     """What training asks of an optimizer.
 
     Attributes:
@@ -75,20 +74,26 @@ class Optimizer(Protocol):
 
     param_groups: list[dict[str, Any]]
 
+    @abstractmethod
     def step(self) -> None:
         """Moves every parameter by its gradient, which it must have."""
 
-    def zero_grad(self) -> None:
-        """Frees all gradients."""
-
+    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state as `{i}.{name}`, i the parameter's place, on the CPU; nothing before the first step."""
+        """The state as `{i}.{name}`, i the parameter's index, on the CPU; nothing before the first step."""
 
+    @abstractmethod
     def state_shapes(self) -> dict[str, torch.Size]:
         """Name and shape of all that `tensors` gives after a step."""
 
+    @abstractmethod
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Puts back what `tensors` gave, of those shapes."""
+        """Restores what `tensors` gave, of those shapes."""
+
+    def zero_grad(self) -> None:
+        """Frees all gradients."""
+        for parameter in parameters_of(self):
+            parameter.grad = None
 
 
 def parameters_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
@@ -106,58 +111,50 @@ def _param_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
     return [{"params": list(parameters), "lr": 0.0, "lr_ratio": ratio} for parameters, ratio in groups]
 
 
-class AdamW:
-    """PyTorch's fused AdamW over all parameters, and its state as plain lists of tensors.
+class AdamW(Optimizer):
+    """PyTorch's fused AdamW over all parameters, and its state (exp_avg, exp_avg_sq, step) as plain lists of tensors.
 
     The update is PyTorch's. Its `torch.optim.Optimizer` around it is not used: constructing one imports the compiler,
     70 MB and a second or two for nothing, and its state is harder to name than these lists.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], betas: tuple[float, float], eps: float, weight_decay: float):
-        self.param_groups: list[dict[str, Any]] = _param_groups(groups)
-        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
+    def __init__(self, groups: Sequence[ParameterGroup], settings: AdamWSettings):
+        self.param_groups = _param_groups(groups)
+        self._settings = settings
         self._moments: dict[str, list[torch.Tensor]] = {}
 
     def step(self) -> None:
-        """See `Optimizer`."""
         parameters = parameters_of(self)
         if not self._moments:
             self._moments = {name: [torch.zeros_like(p) for p in parameters] for name in ("exp_avg", "exp_avg_sq")}
             self._moments["step"] = [torch.zeros((), device=p.device) for p in parameters]
         start = 0
         for group in self.param_groups:
-            places = slice(start, start + len(group["params"]))
-            start = places.stop
+            own = slice(start, start + len(group["params"]))
+            start = own.stop
             with torch.no_grad():
                 adamw(
                     group["params"],
-                    [p.grad for p in group["params"]],
-                    self._moments["exp_avg"][places],
-                    self._moments["exp_avg_sq"][places],
-                    [],
-                    self._moments["step"][places],
+                    grads=[p.grad for p in group["params"]],
+                    exp_avgs=self._moments["exp_avg"][own],
+                    exp_avg_sqs=self._moments["exp_avg_sq"][own],
+                    max_exp_avg_sqs=[],
+                    state_steps=self._moments["step"][own],
                     fused=True,
                     amsgrad=False,
-                    beta1=self._betas[0],
-                    beta2=self._betas[1],
+                    beta1=self._settings.betas[0],
+                    beta2=self._settings.betas[1],
                     lr=group["lr"],
-                    weight_decay=self._weight_decay,
-                    eps=self._eps,
+                    weight_decay=self._settings.weight_decay,
+                    eps=self._settings.eps,
                     maximize=False,
                 )
 
-    def zero_grad(self) -> None:
-        """See `Optimizer`."""
-        for parameter in parameters_of(self):
-            parameter.grad = None
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `Optimizer`; the names are exp_avg, exp_avg_sq and step."""
         named = ((f"{i}.{name}", t) for name, moments in self._moments.items() for i, t in enumerate(moments))
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named}
 
     def state_shapes(self) -> dict[str, torch.Size]:
-        """See `Optimizer`."""
         return {
             f"{i}.{name}": torch.Size() if name == "step" else parameter.shape
             for i, parameter in enumerate(parameters_of(self))
@@ -165,7 +162,6 @@ class AdamW:
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """See `Optimizer`."""
         parameters = parameters_of(self)
         names = ("exp_avg", "exp_avg_sq", "step") if tensors else ()
         self._moments = {
@@ -173,41 +169,31 @@ class AdamW:
         }
 
 
-class BitsAndBytesAdamW:
+class BitsAndBytesAdamW(Optimizer):
     """bitsandbytes' AdamW, its state by the same kind of names: state1, state2, step, and the scales of 8-bit moments.
 
-    A tensor of fewer than SMALLEST_8BIT numbers keeps its moments in 32 bits, and only moments of SMALLEST_PAGED
-    numbers and more are paged: in a 0.5B from r = 32 on. On a CPU nothing is. bitsandbytes waits for the GPU after each
-    parameter.
+    A tensor of fewer than SMALLEST_8BIT elements keeps its moments in 32 bits, and only moments of SMALLEST_PAGED
+    elements and more are paged: in a 0.5B from r = 32 on. On a CPU nothing is. bitsandbytes waits for the GPU after
+    each parameter.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[ParameterGroup],
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        bits: int,
-        paged: bool,
-    ):
-        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+    def __init__(self, groups: Sequence[ParameterGroup], settings: AdamWSettings, bits: int, paged: bool):
         self._bits = bits
-        paged = paged and groups[0][0][0].is_cuda
         self._adamw = bnb.adamw()(
-            _param_groups(groups), optim_bits=bits, min_8bit_size=SMALLEST_8BIT, is_paged=paged, **options
+            _param_groups(groups),
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            optim_bits=bits,
+            min_8bit_size=SMALLEST_8BIT,
+            is_paged=paged and groups[0][0][0].is_cuda,
         )
-        self.param_groups: list[dict[str, Any]] = self._adamw.param_groups
+        self.param_groups = self._adamw.param_groups
 
     def step(self) -> None:
-        """See `Optimizer`."""
         self._adamw.step()
 
-    def zero_grad(self) -> None:
-        """See `Optimizer`."""
-        self._adamw.zero_grad(set_to_none=True)
-
     def tensors(self) -> dict[str, torch.Tensor]:
-        """See `Optimizer`."""
         if not self._adamw.state:
             return {}
         return {
@@ -215,7 +201,6 @@ class BitsAndBytesAdamW:
         }
 
     def state_shapes(self) -> dict[str, torch.Size]:
-        """See `Optimizer`."""
         shapes: dict[str, torch.Size] = {}
         for i, parameter in enumerate(parameters_of(self)):
             shapes |= {f"{i}.step": torch.Size(), f"{i}.state1": parameter.shape, f"{i}.state2": parameter.shape}
@@ -225,27 +210,23 @@ class BitsAndBytesAdamW:
         return shapes
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """See `Optimizer`."""
         self._adamw.state.clear()
         if not tensors:
             return
-        self._initialize()
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                self._adamw.init_state(group, parameter, group_index, index)
         for name, value in self._named_state().items():
             if isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])  # in place: paged memory stays paged
             else:
                 self._states()[int(name.partition(".")[0])]["step"] = int(tensors[name])
 
-    def _initialize(self) -> None:
-        for place, group in enumerate(self.param_groups):
-            for index, parameter in enumerate(group["params"]):
-                self._adamw.init_state(group, parameter, place, index)
-
     def _states(self) -> list[dict[str, Any]]:
         return [self._adamw.state[parameter] for parameter in parameters_of(self)]
 
     def _named_state(self) -> dict[str, Any]:
-        """Everything but the levels of 8-bit numbers, which are constants."""
+        """Everything except the levels of 8-bit numbers, which are constants."""
         return {
             f"{i}.{name}": value
             for i, state in enumerate(self._states())
@@ -262,9 +243,7 @@ def check_optimizer(optim: str) -> None:
 
 def build_optimizer(
     groups: Sequence[ParameterGroup],
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    settings: AdamWSettings = DEFAULT_SETTINGS,
     optim: str = "adamw_torch_fused",
 ) -> Optimizer:
     """AdamW over all parameters of `groups`, as `attach.parameter_groups` gives them; `set_rate` sets the rate.
@@ -274,5 +253,5 @@ def build_optimizer(
     """
     if optim in BITSANDBYTES_OPTIMIZERS:
         bits, paged = BITSANDBYTES_OPTIMIZERS[optim]
-        return BitsAndBytesAdamW(groups, betas, eps, weight_decay, bits, paged)
-    return AdamW(groups, betas, eps, weight_decay)
+        return BitsAndBytesAdamW(groups, settings, bits, paged)
+    return AdamW(groups, settings)

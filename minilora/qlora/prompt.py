@@ -6,14 +6,14 @@ A conversation in Qwen2.5's ChatML is
 
 Two rules make what follows simple:
 
-* The pieces are tokenised apart and joined as ids. Byte-pair merges would cross the border between
-  instruction and review ("：" and an opening quote become one token), so only this way does every example
-  of a task begin with the same prefix ids, which `batch.py` computes once.
-* Text that comes from outside is never a control token. A review that contains the characters `<|im_end|>`
-  stays those characters; the control tokens are put in by id, here, and nowhere else.
+* The pieces are tokenised apart and joined as ids. Byte-pair merges would cross the border between instruction and
+  review ("：" and an opening quote become one token), so only this way does every example of a task begin with the
+  same prefix ids, which `batch.py` computes once.
+* Text that comes from outside is never a control token. A review that contains the characters `<|im_end|>` keeps those
+  characters; the control tokens are put in by id, here, and nowhere else.
 
-A token is supervised by its position: the assistant's content and the `<|im_end|>` that closes it. Looking
-for token ids instead ("mask everything that equals pad") is how other trainers teach a model not to stop.
+A token is supervised by its position: the assistant's content and the `<|im_end|>` that closes it. Looking for token
+ids instead ("mask everything that equals pad") is how other trainers teach a model not to stop.
 
 Left out: tool calls, and jinja: Qwen's template equals these rules for system, user and assistant turns
 (tests/parity/test_prompt.py compares them).
@@ -50,7 +50,7 @@ class Example:
 
     @property
     def answer_start(self) -> int:
-        """Position of the first supervised token: the row before it predicts the answer."""
+        """Position of the first supervised token; the token before it predicts the answer."""
         return self.supervised.index(True)
 
 
@@ -60,9 +60,8 @@ class ChatTokenizer:
     def __init__(self, folder: Path):
         """Reads `folder/tokenizer.json`.
 
-        Every added token is marked special, because `encode_special_tokens` keeps only the special ones
-        from being recognised in text, and Qwen's file marks `<tool_call>`, `<|fim_prefix|>` and others as
-        ordinary.
+        Every added token is marked special, because `encode_special_tokens` keeps only the special ones from being
+        recognised in text, and Qwen's file marks `<tool_call>`, `<|fim_prefix|>` and others as ordinary.
 
         Raises:
             UserError: the file is missing or unreadable, or knows no ChatML tokens.
@@ -109,7 +108,7 @@ class ChatTokenizer:
     def iter_text(self, ids: Iterable[int]) -> Iterator[str]:
         """Text of ids that come one by one, in pieces that never hold part of a character.
 
-        What is no whole character yet waits for the rest of it; what never becomes one is shown as U+FFFD at the end.
+        An incomplete character waits for the rest of it; what never becomes one is shown as U+FFFD at the end.
         """
         waiting: list[int] = []
         for token in ids:
@@ -193,7 +192,7 @@ class ClassificationPrompt:
         fixed = len(self.prefix) + len(self.suffix) + max(map(len, self.label_ids)) + 1
         if texts and fixed >= self.max_length:
             raise UserError(
-                f"data.max_length: {self.max_length} tokens, but instruction and answer alone take {fixed}; "
+                f"data.max_length: {self.max_length} tokens, but instruction and answer take {fixed}; "
                 "raise data.max_length or shorten prompt.instruction"
             )
         examples = []
@@ -233,11 +232,7 @@ def check_turns(messages: Sequence[tuple[str, str]], where: str) -> None:
 
 
 def chat_example(
-    tokenizer: ChatTokenizer,
-    messages: Sequence[tuple[str, str]],
-    max_length: int,
-    where: str,
-    default_system: str,
+    tokenizer: ChatTokenizer, messages: Sequence[tuple[str, str]], *, max_length: int, where: str, default_system: str
 ) -> Example:
     """A conversation with every assistant turn supervised.
 
@@ -265,7 +260,7 @@ def chat_example(
         cuttable = [i for i, (role, _) in enumerate(messages) if role != "assistant" and contents[i]]
         if not cuttable:
             raise UserError(
-                f"{where}: the assistant turns alone exceed data.max_length = {max_length} tokens by {excess}; "
+                f"{where}: the assistant turns exceed data.max_length = {max_length} tokens by {excess}; "
                 "raise data.max_length or remove the record"
             )
         longest = max(cuttable, key=lambda i: len(contents[i]))
@@ -277,13 +272,11 @@ def chat_example(
     input_ids: list[int] = []
     supervised: list[bool] = []
     for (role, _), content in zip(messages, contents, strict=True):
-        opening = tokenizer.open_turn(role)
-        answered = role == "assistant"
-        for ids, counts in ((opening, False), (content, answered), ([tokenizer.im_end], answered)):
+        is_answer = role == "assistant"
+        end, *newline = tokenizer.close_turn()
+        parts = ((tokenizer.open_turn(role), False), (content, is_answer), ([end], is_answer), (newline, False))
+        for ids, counts in parts:
             input_ids += ids
             supervised += [counts] * len(ids)
-        newline = tokenizer.close_turn()[1:]
-        input_ids += newline
-        supervised += [False] * len(newline)
     length = len(supervised) - supervised[::-1].index(True)  # nothing after the last answer is of use
     return Example(input_ids[:length], supervised[:length], truncated_tokens=truncated)

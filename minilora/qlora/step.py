@@ -22,7 +22,7 @@ from typing import cast
 import torch
 
 from minilora.qlora.batch import MicroBatch
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, parameters_of, set_rate

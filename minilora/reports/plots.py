@@ -1,28 +1,48 @@
-"""Curves by matplotlib: loss.png, and pictures for a page that is read in light and in the dark.
+"""Curves by matplotlib: loss.png, and pictures for report.html.
 
-A picture for a page is SVG whose colours are the page's own: matplotlib draws with placeholders, and each of them
-becomes a variable of the page's style sheet. Words stay text, in the page's font. They are numbers and English words
-alone, because matplotlib measures them with a font of its own, which has no Chinese.
+A picture for the page is the SVG that matplotlib writes, as a data: address, without a date and with fixed ids, so that
+equal values give equal bytes. Its words are only English: matplotlib measures them with its own font, which has no
+Chinese.
 """
 
+import base64
 import io
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.reports.markup import Markup, element, escaped
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The roles of colours, as loss.png has them; a page's style sheet has --ink, --muted and so on.
-COLOURS = {"ink": "#1c2127", "muted": "#5c6670", "line": "#d9dee3", "accent": "#1f6fb5", "second": "#b3560c"}
-PLACEHOLDERS = {role: f"#0102{number:02x}" for number, role in enumerate(COLOURS)}
-Rows = Sequence[dict[str, Any]]
+INK, MUTED, LINE, ACCENT, SECOND = "#1c2127", "#56606a", "#d0d6db", "#1f6fb5", "#b3560c"
+LogLines = Sequence[dict[str, Any]]
+Draw = Callable[["Axes", LogLines], None]
+# Equal bytes for equal values; text instead of outlines; points less than a third of a pixel apart are one.
+SVG_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "minilora",
+    "svg.fonttype": "none",
+    "path.simplify_threshold": 0.3,
+    "font.size": 11,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page.
+
+    Attributes:
+        title: its caption.
+        alt: what it shows, in words.
+        uri: data: address of the SVG.
+    """
+
+    title: str
+    alt: str
+    uri: str
 
 
 def is_available() -> bool:
@@ -34,49 +54,49 @@ def is_available() -> bool:
     return True
 
 
-def points(rows: Rows, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the rows that have a number under `name`."""
-    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+def points(log: LogLines, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have a value under `name`."""
+    found = [(line["step"], line[name]) for line in log if line.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def _line(steps: list[int]) -> str:
-    """The style of a curve: one point alone makes no line."""
+    """The style of a curve: a single point makes no line."""
     return "o" if len(steps) == 1 else "-"
 
 
-def draw_loss(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
+def draw_loss(axes: "Axes", log: LogLines) -> None:
     """Loss of each step, its mean over a thirtieth of the run, and loss of each validation."""
-    steps, losses = points(rows, "train_loss")
+    steps, losses = points(log, "train_loss")
     window = len(losses) // 30
     alpha = 0.35 if window > 1 else 1.0
-    axes.plot(steps, losses, _line(steps), color=colours["accent"], linewidth=1, alpha=alpha, label="training")
+    axes.plot(steps, losses, _line(steps), color=ACCENT, linewidth=1, alpha=alpha, label="training")
     if window > 1:
         means = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps[window - 1 :], means, color=colours["accent"], linewidth=1.8, label="running mean")
-    axes.plot(*points(rows, "eval_loss"), "o-", color=colours["second"], markersize=4, label="validation")
+        axes.plot(steps[window - 1 :], means, color=ACCENT, linewidth=1.8, label="running mean")
+    axes.plot(*points(log, "eval_loss"), "o-", color=SECOND, markersize=4, label="validation")
     axes.set_ylabel("loss, nats a token")
 
 
-def draw_scores(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
+def draw_scores(axes: "Axes", log: LogLines) -> None:
     """Accuracy and F1 of each validation, where there are labels."""
-    for name, label, colour, style in (("accuracy", "accuracy", "accent", "o-"), ("f1", "F1", "second", "s--")):
-        steps, values = points(rows, f"eval_{name}")
+    for name, label, colour, style in (("accuracy", "accuracy", ACCENT, "o-"), ("f1", "F1", SECOND, "s--")):
+        steps, values = points(log, f"eval_{name}")
         if steps:
-            axes.plot(steps, values, style, color=colours[colour], markersize=4, label=label)
+            axes.plot(steps, values, style, color=colour, markersize=4, label=label)
     axes.set_ylabel("validation")
 
 
-def draw_rate(axes: "Axes", rows: Rows, colours: dict[str, str]) -> None:
+def draw_rate(axes: "Axes", log: LogLines) -> None:
     """Learning rate of each step."""
-    steps, rates = points(rows, "learning_rate")
-    axes.plot(steps, rates, _line(steps), color=colours["accent"], linewidth=1.8)
+    steps, rates = points(log, "learning_rate")
+    axes.plot(steps, rates, _line(steps), color=ACCENT, linewidth=1.8)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning rate")
 
 
-def save_loss_png(path: Path, rows: Rows) -> None:
+def save_loss_png(path: Path, log: LogLines) -> None:
     """Writes loss.png: loss, scores and learning rate over the steps.
 
     Raises:
@@ -85,97 +105,83 @@ def save_loss_png(path: Path, rows: Rows) -> None:
     from matplotlib.figure import Figure
 
     heights = {draw_loss: 3, draw_scores: 2, draw_rate: 1}
-    if not points(rows, "eval_accuracy")[0]:
+    if not points(log, "eval_accuracy")[0]:
         del heights[draw_scores]
     figure = Figure(figsize=(8, 1 + sum(heights.values())), layout="constrained")
     parts = figure.subplots(len(heights), 1, sharex=True, height_ratios=list(heights.values()))
     for axes, draw in zip(parts, heights, strict=True):
-        draw(axes, rows, COLOURS)
-        _dress(axes, COLOURS)
+        draw(axes, log)
+        _dress(axes)
     parts[-1].set_xlabel("optimizer step")
     figure.savefig(path, dpi=120)
 
 
-def curve_picture(title: str, draw: Callable[["Axes", Rows, dict[str, str]], None], rows: Rows, alt: str) -> Markup:
-    """What one of the `draw_` functions above draws, as a figure of a page, `alt` being what it shows in words."""
+def curve_picture(title: str, draw: Draw, log: LogLines, alt: str) -> Picture:
+    """What one of the `draw_` functions above draws; `alt` says it in words."""
     from matplotlib.ticker import MaxNLocator
 
     def fill(figure: "Figure") -> None:
         axes = figure.subplots()
-        draw(axes, rows, PLACEHOLDERS)
+        draw(axes, log)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axes.set_xlabel("optimizer step")
 
-    return _figure(title, fill, 3.2, alt)
+    return Picture(title, alt, _svg_uri(fill, height=3.2))
 
 
-def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray, alt: str) -> Markup:
-    """Accuracy over confidence, the gap to the diagonal, and below them how many reviews each bin has.
+def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Picture:
+    """Accuracy over confidence, the gap to the diagonal, and below them the number of reviews in each bin.
 
     Args:
-        counts: (B,) int, reviews in each bin; the bins share 0..1 evenly.
-        accuracy: (B,) float64, the share of them that is right, anything where there are none.
+        counts: (B,) int, reviews in each bin; the bins divide 0..1 evenly.
+        accuracy: (B,) float64, the share of them that is right; any value in an empty bin.
         confidence: (B,) float64, their mean confidence.
-        alt: what it shows in words.
     """
     from matplotlib.ticker import MaxNLocator
 
-    colours, used, width = PLACEHOLDERS, counts > 0, 1 / len(counts)
+    used, width = counts > 0, 1 / len(counts)
     edges = np.arange(len(counts)) * width
     lowest = float(edges[used].min())
 
     def fill(figure: "Figure") -> None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        top.plot([lowest, 1], [lowest, 1], "--", color=colours["muted"], linewidth=1, label="calibrated")
-        top.vlines(confidence[used], confidence[used], accuracy[used], color=colours["second"], label="gap")
-        top.plot(confidence[used], accuracy[used], "o", color=colours["accent"], label="accuracy", clip_on=False)
+        top.plot([lowest, 1], [lowest, 1], "--", color=MUTED, linewidth=1, label="calibrated")
+        top.vlines(confidence[used], confidence[used], accuracy[used], color=SECOND, label="gap")
+        top.plot(confidence[used], accuracy[used], "o", color=ACCENT, label="accuracy", clip_on=False)
         top.set(xlim=(lowest, 1), ylim=(-0.04, 1.04), ylabel="accuracy")
-        bottom.bar(edges[used], counts[used], 0.9 * width, align="edge", color=colours["accent"], alpha=0.5)
+        bottom.bar(edges[used], counts[used], 0.9 * width, align="edge", color=ACCENT, alpha=0.5)
         bottom.set(ylabel="reviews", xlabel="confidence")
         bottom.xaxis.set_major_locator(MaxNLocator(5))
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
-    return _figure("Reliability diagram", fill, 3.8, alt)
+    return Picture(
+        "Reliability diagram", "accuracy over confidence; the table has its values", _svg_uri(fill, height=3.8)
+    )
 
 
-def _figure(title: str, fill: Callable[["Figure"], None], height: float, alt: str) -> Markup:
-    """A figure element with an SVG that is 360 units wide, as a narrow phone is, in the page's colours and font."""
+def _svg_uri(fill: Callable[["Figure"], None], height: float) -> str:
+    """A figure, 5 inches wide, as the data: address of its SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": alt,
-        "font.size": 11,
-        "path.simplify_threshold": 0.3,
-    }
-    text = io.StringIO()
-    with matplotlib.rc_context(settings):
+    svg = io.BytesIO()
+    with matplotlib.rc_context(SVG_SETTINGS):
         figure = Figure(figsize=(5, height), layout="constrained")
         fill(figure)
         for axes in figure.axes:
-            _dress(axes, PLACEHOLDERS)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
-    svg = text.getvalue().strip()
-    svg = svg[svg.index("<g ") :]  # behind the declarations, the size and a style for the whole page
-    linked = set(re.findall(r"#([\w.-]+)", svg))
-    svg = re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in linked else "", svg)
-    svg = re.sub(r" font-family: [^;]+;", "", svg)
-    for role, placeholder in PLACEHOLDERS.items():
-        svg = svg.replace(placeholder, f"var(--{role})")
-    start = f'<svg viewBox="0 0 360 {72 * height:g}" role="img" aria-label="{escaped(f"{title}: {alt}")}">'
-    return element("figure", element("figcaption", title), Markup(start + svg))
+            _dress(axes)
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
 
 
-def _dress(axes: "Axes", colours: dict[str, str]) -> None:
+def _dress(axes: "Axes") -> None:
     """Quiet axes: two lines, a faint grid, no frame around the legend."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(colours["line"])
-    axes.tick_params(colors=colours["muted"], length=0, pad=5)
-    axes.grid(color=colours["line"], linewidth=0.6)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+    axes.tick_params(colors=MUTED, length=0, pad=5)
+    axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     for text in (axes.xaxis.label, axes.yaxis.label, axes.yaxis.get_offset_text()):
-        text.set_color(colours["muted"])
+        text.set_color(MUTED)
     if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False, labelcolor=colours["ink"])
+        axes.legend(frameon=False, labelcolor=INK)

@@ -1,26 +1,26 @@
-"""report.html: what a run or an evaluation came to, on one page that needs nothing but itself.
+"""report.html: a run or an evaluation on one page, in one file.
 
-    results   curves   classes   calibration   worst mistakes   memory   skipped steps   configuration   made from
+    results   curves   classes   calibration   worst mistakes   memory   skipped steps   configuration   provenance
 
-Style and pictures are in the file, and its policy forbids it to load or run anything. What comes from data and
-configuration is text (`markup.py`). Words of the data's language stand in tables and never in pictures (`plots.py`).
-A part that has nothing to show is left out, or says why.
+This module computes plain values, `templates/report.html` lays them out. Style and pictures are in the file, and its
+policy forbids it to load or run anything. What comes from data and configuration is escaped. Words of the data's
+language are in tables and never in pictures (`plots.py`). A part that has nothing to show is left out, or says why.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from minilora import __version__
-from minilora.reports import plots
-from minilora.reports.answers import ScoredExamples, iter_answer_parts
-from minilora.reports.markup import Markup, element, escaped, joined, table
+import numpy as np
 
-STYLE = Path(__file__).parents[1] / "assets" / "report" / "report.css"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-# The metrics in reading order, and what the page calls them.
+from minilora import __version__
+from minilora.data.records import Record
+from minilora.evaluation.calibration import calibration_bins
+from minilora.reports import plots
+from minilora.reports.render import render
+
+# The metrics in reading order, and their names on the page.
 NAMES = {
     "accuracy": "accuracy",
     "precision": "precision",
@@ -33,7 +33,29 @@ NAMES = {
     "loss": "loss, nats a token",
 }
 HEADLINES = ("accuracy", "f1", "loss")
+MAX_MISTAKES = 20
+# Control characters that no HTML page may hold, and surrogates, which no encoding can write.
+FORBIDDEN = dict.fromkeys(
+    (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
+)
 Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ScoredExamples:
+    """N labelled texts and a model's probabilities for them.
+
+    Attributes:
+        records: the texts, and where they are.
+        labels: (N,) int, the true classes.
+        probabilities: (N, K) float64, rows sum to one.
+        names: the K label words.
+    """
+
+    records: Sequence[Record]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    names: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -43,22 +65,22 @@ class Report:
     Attributes:
         title: its heading.
         remark: a sentence on the results, or on why there are none.
-        results: metrics by what was scored ("before training", "after training"); the last one is what counts.
-        answers: behind the last results; None for conversations, and where nothing was scored.
-        log: rows of metrics.jsonl; none for an evaluation.
-        ledger: predicted bytes by part, None where nothing was trained.
-        peak_bytes: the most that was measured, None where it cannot be.
+        results: metrics by what was scored ("before training", "after training"); the last one is the headline.
+        examples: behind the last results; None for conversations, and where nothing was scored.
+        log: lines of metrics.jsonl; none for an evaluation.
+        memory_estimate: predicted bytes by part, None where nothing was trained.
+        peak_bytes: the measured peak, None where it cannot be measured.
         config: values by section and key.
-        defaults: the same of a configuration that changes nothing.
-        facts: what it was made from, by name; a value may hold values by name itself.
+        defaults: the same of the default configuration.
+        facts: its provenance by name; a value may itself be a mapping.
     """
 
     title: str
     remark: str
     results: Mapping[str, Values]
-    answers: ScoredExamples | None
+    examples: ScoredExamples | None
     log: Sequence[dict[str, Any]]
-    ledger: Mapping[str, int] | None
+    memory_estimate: Mapping[str, int] | None
     peak_bytes: int | None
     config: Mapping[str, Values]
     defaults: Mapping[str, Values]
@@ -67,166 +89,116 @@ class Report:
 
 def render_report(report: Report) -> str:
     """The page as HTML."""
-    parts = {title.lower().replace(" ", "-"): (title, body) for title, body in _iter_parts(report)}
-    links = (element("li", element("a", title, href=f"#{anchor}")) for anchor, (title, _) in parts.items())
-    sections = (
-        element("section", element("h2", title, id=anchor), body, aria_labelledby=anchor)
-        for anchor, (title, body) in parts.items()
+    last = list(report.results.values())[-1] if report.results else {}
+    scored, trained = report.examples is not None, bool(report.log)
+    parts = {
+        "Results": True,
+        "Curves": trained,
+        "Classes": scored,
+        "Calibration": scored,
+        "Worst mistakes": scored,
+        "Memory": True,
+        "Skipped steps": trained,
+        "Configuration": True,
+        "Provenance": True,
+    }
+    page = render(
+        "report.html",
+        report=report,
+        parts=[title for title, is_shown in parts.items() if is_shown],
+        names=NAMES,
+        last=last,
+        headlines=[name for name in HEADLINES if name in last],
+        metric_names=[name for name in NAMES if last.get(name) is not None],
+        curves=_curves(report.log) if trained and plots.is_available() else None,
+        skipped=[line for line in report.log if line.get("skipped")],
+        version=__version__,
+        **_configuration(report.config, report.defaults),
+        **({} if report.examples is None else {**_classes(report.examples, last), **_mistakes(report.examples)}),
+        **({} if report.examples is None else _calibration(report.examples)),
     )
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", report.title),
-        element("link", rel="icon", href="data:,"),
-        element("style", Markup(STYLE.read_text("utf-8"))),
-    )
-    body = element(
-        "body",
-        element("header", element("h1", report.title), element("nav", element("ul", *links), aria_label="parts")),
-        element("main", *sections),
-        element("footer", element("p", f"written by minilora {__version__}")),
-    )
-    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+    return page.translate(FORBIDDEN)
 
 
-def _iter_parts(report: Report) -> Iterator[tuple[str, Markup]]:
-    """Title and content of each part that has something to show."""
-    yield "Results", _results(report)
-    if report.log:
-        yield "Curves", _curves(report.log)
-    if report.answers is not None:
-        yield from iter_answer_parts(report.answers, list(report.results.values())[-1])
-    yield "Memory", _memory(report.ledger, report.peak_bytes)
-    if report.log:
-        yield "Skipped steps", _skipped(report.log)
-    yield "Configuration", _configuration(report.config, report.defaults)
-    yield "Made from", _facts(report.facts)
+def _classes(examples: ScoredExamples, metrics: Values) -> dict[str, Any]:
+    """For each label: the row of the confusion matrix as (count, share of the row), precision, recall, F1, support."""
+    rows = zip(examples.names, metrics["confusion_matrix"], strict=True)
+    return {
+        "classes": [
+            {
+                "name": name,
+                "cells": [(count, count / max(sum(counts), 1)) for count in counts],
+                **metrics["per_class"][name],
+            }
+            for name, counts in rows
+        ]
+    }
 
 
-def _results(report: Report) -> Markup:
-    """Tiles with the headline figures, and a table of all."""
-    remark = element("p", report.remark)
-    if not report.results:
-        return remark
-    last = list(report.results.values())[-1]
-    tiles = (_tile(name, report.results) for name in HEADLINES if name in last)
-    rows = [
-        (shown, *(_figure(metrics, name) for metrics in report.results.values()))
-        for name, shown in NAMES.items()
-        if last.get(name) is not None
+def _calibration(examples: ScoredExamples) -> dict[str, Any]:
+    """The bins that are not empty, and the reliability diagram; None without matplotlib."""
+    counts, correct, confidence = calibration_bins(examples.labels, examples.probabilities)
+    accuracy, confidence = (sums / np.maximum(counts, 1) for sums in (correct, confidence))
+    bins = [
+        {
+            "low": index / len(counts),
+            "high": (index + 1) / len(counts),
+            "count": counts[index],
+            "confidence": confidence[index],
+            "accuracy": accuracy[index],
+        }
+        for index in np.flatnonzero(counts)
     ]
-    figures = table("All metrics, with 95 % bootstrap intervals", ("metric", *report.results), rows)
-    return joined(element("div", *tiles, class_="tiles"), remark, figures)
+    diagram = plots.reliability_picture(counts, accuracy, confidence) if plots.is_available() else None
+    return {"bins": bins, "num_bins": len(counts), "diagram": diagram}
 
 
-def _tile(name: str, results: Mapping[str, Values]) -> Markup:
-    """The last figure in large with those before it, and their intervals as marks on a strip from 0 to 1."""
-    marks, notes = [], []
-    last = list(results)[-1]
-    for title, metrics in results.items():
-        interval = _interval(metrics, name)
-        if interval is not None:
-            low, high = (100 * bound for bound in interval)
-            style = f"left: min({low:.2f}%, 100% - 3px); right: {100 - high:.2f}%"  # a mark at 1 is to be seen too
-            marks.append(element("span", class_=None if title == last else "earlier", style=style))
-        if name in metrics:
-            figure = None if title == last else element("b", f"{metrics[name]:.4f} ")
-            notes.append(element("p", f"{title} ", figure, interval and f"{interval[0]:.3f} to {interval[1]:.3f}"))
-    return element(
-        "div",
-        element("h3", NAMES[name]),
-        element("p", f"{results[last][name]:.4f}", class_="figure"),
-        element("div", *marks, class_="strip", aria_hidden="true") if marks else None,
-        *reversed(notes),
-        class_="tile",
-    )
+def _mistakes(examples: ScoredExamples) -> dict[str, Any]:
+    """The wrong predictions with the highest confidence, the first of equals first, and how many there are in all."""
+    predictions, confidence = examples.probabilities.argmax(axis=1), examples.probabilities.max(axis=1)
+    wrong = np.flatnonzero(predictions != examples.labels)
+    shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
+    mistakes = [
+        {
+            "label": examples.names[examples.labels[index]],
+            "prediction": examples.names[predictions[index]],
+            "probability": confidence[index],
+            "record": examples.records[index],
+        }
+        for index in shown
+    ]
+    return {"mistakes": mistakes, "num_mistakes": len(wrong)}
 
 
-def _interval(metrics: Values, name: str) -> Sequence[float] | None:
-    """The 95 % interval of a metric, low and high."""
-    bounds: Sequence[float] | None = metrics.get("confidence_intervals_95", {}).get(name)
-    return bounds
-
-
-def _figure(metrics: Values, name: str) -> Markup:
-    """A metric, and its interval below it."""
-    if metrics.get(name) is None:
-        return Markup("-")
-    interval = _interval(metrics, name)
-    return joined(f"{metrics[name]:.4f}", interval and element("small", f"{interval[0]:.3f} to {interval[1]:.3f}"))
-
-
-def _curves(log: Sequence[dict[str, Any]]) -> Markup:
-    """Loss, validation scores and learning rate over the steps."""
-    if not plots.is_available():
-        return element("p", "No curves, because matplotlib is not installed: pip install matplotlib")
+def _curves(log: Sequence[dict[str, Any]]) -> list[plots.Picture]:
+    """Loss, validation scores and learning rate over the steps, each with its first and last value in words."""
 
     def course(name: str) -> str:
         steps, values = plots.points(log, name)
         return f"{values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}" if steps else "none"
 
     losses = f"training {course('train_loss')}; validation {course('eval_loss')}"
-    pictures = [
-        ("Loss of training and validation", plots.draw_loss, losses),
-        ("Learning rate", plots.draw_rate, course("learning_rate")),
-    ]
+    pictures = [plots.curve_picture("Loss of training and validation", plots.draw_loss, log, losses)]
     if plots.points(log, "eval_accuracy")[0]:
         scores = f"accuracy {course('eval_accuracy')}; F1 {course('eval_f1')}"
-        pictures.insert(1, ("Accuracy and F1 of validation", plots.draw_scores, scores))
-    figures = (plots.curve_picture(title, draw, log, alt) for title, draw, alt in pictures)
-    return element("div", *figures, class_="beside")
+        pictures.append(plots.curve_picture("Accuracy and F1 of validation", plots.draw_scores, log, scores))
+    pictures.append(plots.curve_picture("Learning rate", plots.draw_rate, log, course("learning_rate")))
+    return pictures
 
 
-def _memory(ledger: Mapping[str, int] | None, peak_bytes: int | None) -> Markup:
-    """Predicted bytes part by part beside what was measured."""
-    peak = "cannot be measured on this system" if peak_bytes is None else f"{peak_bytes / 1e6:,.1f} MB"
-    if ledger is None:
-        return element("p", f"Measured peak: {peak}.")
-    total = max(sum(ledger.values()), 1)
-    rows = [
-        (joined(part, element("span", class_="bar", style=f"--share: {size / total:.3f}")), f"{size / 1e6:,.1f}")
-        for part, size in ledger.items()
-    ]
-    rows.append((element("b", "predicted in all"), element("b", f"{total / 1e6:,.1f}")))
-    measured = element("p", f"Predicted {total / 1e6:,.1f} MB; measured peak while training: {peak}.")
-    return joined(measured, table("Predicted for the largest micro-batch", ("part", "MB"), rows))
+def _configuration(config: Mapping[str, Values], defaults: Mapping[str, Values]) -> dict[str, Any]:
+    """By section, the name of each key, its value as JSON, and its default where that is another one."""
 
+    def shown(section: str, name: str, value: Any) -> tuple[str, str, str | None]:
+        default = defaults[section][name]
+        changed_from = None if value == default else json.dumps(default, ensure_ascii=False)
+        return name, json.dumps(value, ensure_ascii=False), changed_from
 
-def _skipped(log: Sequence[dict[str, Any]]) -> Markup:
-    """Steps that changed nothing, with the records that were in them."""
-    rows = [(row["step"], element("small", ", ".join(row.get("rows", [])))) for row in log if row.get("skipped")]
-    if not rows:
-        return element("p", "None: every step had a loss and a gradient that were numbers.")
-    return table("Steps whose loss or gradient was no number; they changed nothing", ("step", "records"), rows, "prose")
-
-
-def _configuration(config: Mapping[str, Values], defaults: Mapping[str, Values]) -> Markup:
-    """All keys; those that differ from the default are marked, with the default behind the value."""
-    rows, changes = [], 0
-    for section, keys in config.items():
-        for name, value in keys.items():
-            key: Markup = joined(f"{section}.", element("wbr"), name)
-            shown, default = (json.dumps(v, ensure_ascii=False) for v in (value, defaults[section][name]))
-            if value == defaults[section][name]:
-                rows.append((key, escaped(shown)))
-            else:
-                changes += 1
-                rows.append(
-                    (element("mark", key), joined(element("b", shown), element("small", f" default {default}")))
-                )
-    note = element("p", f"{changes} of {len(rows)} keys differ from the default; they are marked.")
-    return joined(note, table("All keys", ("key", "value"), rows, "prose"))
-
-
-def _facts(facts: Values) -> Markup:
-    """Names and what they stand for."""
-    pairs: list[Markup] = []
-    for name, value in facts.items():
-        pairs.append(element("dt", name))
-        for key, line in sorted(value.items()) if isinstance(value, Mapping) else [(None, value)]:
-            shown = f"{line:.4f}" if isinstance(line, float) else line
-            pairs.append(element("dd", key and element("span", f"{key} "), element("code", shown)))
-    return element("dl", *pairs)
+    sections = {
+        section: [shown(section, name, value) for name, value in keys.items()]
+        for section, keys in config.items()
+        if keys
+    }
+    keys = [key for keys in sections.values() for key in keys]
+    changed = sum(default is not None for _, _, default in keys)
+    return {"configuration": sections, "num_keys": len(keys), "num_changed": changed}

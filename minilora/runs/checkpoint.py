@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on, verified before it is trusted.
+"""Everything that a run needs to resume, verified before it is trusted.
 
     checkpoints/step-000120/
         adapter_config.json, adapter_model.safetensors   the adapter, as peft reads it, float32
@@ -6,12 +6,12 @@
         state.json                                       step, position in the data, best metric, hashes, configuration
         manifest.json                                    size and SHA-256 of each of them (`manifest.py`)
 
-A run's state is small because little of it lives in objects: the order of the data is a function of
-(seed, epoch), the learning rate of the step, dropout of (seed, step, micro-batch). There is no generator to
-save, none to restore too late, and none to forget.
+A run's state is small because little of it lives in objects: the order of the data is a function of (seed, epoch), the
+learning rate of the step, dropout of (seed, step, micro-batch). There is no random generator to save.
 
-Tensors are safetensors and the rest is JSON; nothing is pickled. Older checkpoints are removed only after a newer one
-was read back and verified, and the best one never.
+A checkpoint is hashed once when it is written, as it is read back, and once when it is read: `find_checkpoint` returns
+a `VerifiedCheckpoint`, which `load_checkpoint` trusts. Tensors are safetensors and the rest is JSON; nothing is
+pickled. Older checkpoints are removed only after a newer one was verified, and the best one never.
 """
 
 import contextlib
@@ -33,8 +33,10 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
+from minilora.runs.provenance import Provenance
+from minilora.system.console import warn
 from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
-from minilora.system.manifest import read_manifest, verify_folder, write_folder
+from minilora.system.manifest import DAMAGED, read_manifest, set_aside, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
@@ -42,18 +44,18 @@ STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run knows beside weights and moments.
+    """A run's state beside weights and moments.
 
     Attributes:
         step: optimizer steps done.
         samples_seen: training examples done, over all epochs: the position in the data.
-        pending_entry: log row of a step whose validation was interrupted and is still to be done, None otherwise.
+        pending_entry: log entry of a step whose validation was interrupted and is still to be done, None otherwise.
         validated_step: step of the last validation, 0 before the first.
         best_step: step of the best validation so far, 0 before the first.
         best_metric: its value.
         evals_without_improvement: validations since then, for early stopping.
-        skipped_steps: steps so far whose loss or gradient was no number, and which changed nothing.
-        skipped_in_a_row: how many of them were the last ones.
+        skipped_steps: steps so far whose loss or gradient was non-finite, and which changed nothing.
+        skipped_in_a_row: how many of them came last, without another step behind them.
         test_before: metrics of the test set before training, None if not asked for.
         data_sha256: of the split files, by name.
         model_sha256: of the base model's files, by name.
@@ -79,9 +81,24 @@ class RunState:
     config: dict[str, Any]
 
 
-def new_state(
-    config: dict[str, Any], data_sha256: dict[str, str], model_sha256: dict[str, str], machine: dict[str, Any]
-) -> RunState:
+@dataclass(frozen=True)
+class VerifiedCheckpoint:
+    """A checkpoint whose every byte is as it was written: made by `find_checkpoint` only."""
+
+    path: Path
+    state: RunState
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for the other ranks."""
+        return {"path": str(self.path), "state": dataclasses.asdict(self.state)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "VerifiedCheckpoint":
+        """What `to_dict` gave on the rank that verified it."""
+        return cls(Path(content["path"]), RunState(**content["state"]))
+
+
+def new_state(provenance: Provenance, machine: dict[str, Any]) -> RunState:
     """The state of a run that has not begun."""
     return RunState(
         step=0,
@@ -94,11 +111,11 @@ def new_state(
         skipped_steps=0,
         skipped_in_a_row=0,
         test_before=None,
-        data_sha256=data_sha256,
-        model_sha256=model_sha256,
+        data_sha256=provenance.data_sha256,
+        model_sha256=provenance.model_sha256,
         scaler={},
         machine=machine,
-        config=config,
+        config=provenance.config,
     )
 
 
@@ -129,29 +146,44 @@ def save_checkpoint(
 
 def state_digests(model: Qwen2ForCausalLM, optimizer: Optimizer) -> dict[str, str]:
     """SHA-256 of the adapter and of its moments, as they would be saved."""
-    weights = {str(place): parameter.detach().cpu() for place, parameter in enumerate(lora_parameters(model))}
+    weights = {str(index): parameter.detach().cpu() for index, parameter in enumerate(lora_parameters(model))}
     named = {"adapter": weights, "optimizer state": optimizer.tensors()}
     return {name: hashlib.sha256(save(tensors)).hexdigest() for name, tensors in named.items()}
 
 
-def load_checkpoint(folder: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> RunState:
-    """Puts weights and moments back into `model` and `optimizer`, and returns the rest.
+def find_checkpoint(directory: Path) -> VerifiedCheckpoint | None:
+    """The newest checkpoint that is sound; damaged ones that are newer are reported and set aside.
 
     Raises:
-        UserError: a file is damaged or does not fit the model.
+        UserError: there are checkpoints, and none is sound.
     """
-    problem = damage_of(folder)
-    if problem is not None:
-        raise UserError(f"{folder}: is damaged ({problem}); start anew with --restart")
-    state = read_state(folder)
-    path = folder / "optimizer.safetensors"
+    for path in reversed(list_checkpoints(directory)):
+        problem = damage_of(path)
+        if problem is None:
+            return VerifiedCheckpoint(path, read_state(path))
+        warn(f"{path}: is damaged ({problem}); set aside as {set_aside(path).name}")
+    damaged = sorted(directory.glob(f"{DAMAGED}step-*"))
+    if damaged:
+        raise UserError(
+            f"{directory}: holds no sound checkpoint, only {', '.join(path.name for path in damaged)}; put a sound "
+            "copy of one back under its own name, or begin anew with --restart"
+        )
+    return None
+
+
+def load_checkpoint(checkpoint: VerifiedCheckpoint, model: Qwen2ForCausalLM, optimizer: Optimizer) -> None:
+    """Puts weights and moments back into `model` and `optimizer`.
+
+    Raises:
+        UserError: they do not fit the model.
+    """
+    path = checkpoint.path / "optimizer.safetensors"
     entries = read_header(path)
     # No moments at all: saved before the first update, because every step so far was skipped.
     if entries and {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
-    load_adapter_weights(model, folder)
+    load_adapter_weights(model, checkpoint.path, is_verified=True)
     optimizer.load_tensors({name: read_tensor(entry) for name, entry in entries.items()})
-    return state
 
 
 def read_state(folder: Path) -> RunState:
@@ -169,7 +201,7 @@ def read_state(folder: Path) -> RunState:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints, oldest first; folders that were being written, and those set aside, do not count."""
+    """Checkpoints, oldest first, without folders that were being written or were set aside."""
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -199,7 +231,7 @@ def damage_of(checkpoint: Path) -> str | None:
 def prune_checkpoints(directory: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints and the best ones that they know of.
 
-    Each of those is the whole of a run: should the newest turn out to be damaged, the one before it still has its best.
+    Each kept one is complete with its best: should the newest be damaged, the one before it still has both.
 
     Raises:
         StorageError: one cannot be removed.
@@ -207,12 +239,12 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
     checkpoints = list_checkpoints(directory)
     kept = set(checkpoints[-keep:])
     for path in checkpoints[-keep:]:
-        with contextlib.suppress(UserError, TypeError, ValueError):  # damaged; whoever goes on from it says so
+        with contextlib.suppress(UserError, TypeError, ValueError):  # damaged; whoever resumes from it says so
             kept.add(checkpoint_path(directory, read_state(path).best_step))
     for path in checkpoints:
         if path not in kept:
-            going = path.with_name(WRITING + path.name)  # a half-removed one must not bear a checkpoint's name
+            leaving = path.with_name(WRITING + path.name)  # a half-removed one must not have a checkpoint's name
             with storage_errors(path):
-                remove(going)
-                path.rename(going)
-                remove(going)
+                remove(leaving)
+                path.rename(leaving)
+                remove(leaving)

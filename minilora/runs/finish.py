@@ -1,4 +1,4 @@
-"""How a run ends: scored on the test set, its adapter in a folder of its own, read back before anybody relies on it.
+"""The end of a run: the test set scored, the adapter in a folder of its own, read back before anybody relies on it.
 
 checkpoints/final/
     adapter_config.json, adapter_model.safetensors    as peft reads them
@@ -7,7 +7,7 @@ checkpoints/final/
     README.md, manifest.json                          a model card; size and SHA-256 of each file
 """
 
-import math
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,41 +16,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.adapters.attach import DEFAULT, iter_lora_weights, remove_adapter, set_adapter
-from minilora.adapters.peft_files import adapter_files, damage_of_adapter, load_adapter, load_adapter_weights
+from minilora.adapters.peft_config import to_peft
+from minilora.adapters.peft_files import (
+    adapter_files,
+    adapter_tensors,
+    damage_of_adapter,
+    load_adapter_weights,
+    read_adapter_tensors,
+)
 from minilora.build import Examples, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
-from minilora.evaluation.score import Scores, score
+from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.plan import estimate_run_memory
-from minilora.qlora.batch import pack
 from minilora.reports import plots
-from minilora.reports.answers import ScoredExamples
 from minilora.reports.model_card import render_model_card
-from minilora.reports.report import Report, render_report
-from minilora.runs.checkpoint import checkpoint_path
-from minilora.runs.metrics_log import read_metrics
-from minilora.runs.provenance import current_provenance, read_provenance, refuse_another_run
-from minilora.runs.setup import Run, check_best, share_adapter
+from minilora.reports.report import Report, ScoredExamples, render_report
+from minilora.runs.advice import check_finite
+from minilora.runs.metrics_log import format_metrics, read_metrics
+from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
+from minilora.runs.run import Run
+from minilora.runs.setup import check_best, share_adapter
 from minilora.system.console import info, progress, warn
-from minilora.system.files import StorageError, json_bytes, replace_file
+from minilora.system.files import StorageError, json_bytes, read_json, replace_file
 from minilora.system.manifest import write_folder
 
-CHECKED_EXAMPLES = 8  # whose hidden states the adapter that was written has to give
-# Keys that change nothing in the course of a run, and yet what is in its final folder.
+# Keys that do not change the course of a run, but the content of its final folder.
 FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype", "portable")
 
 
 def check_finished(final: Path, config: Config, model_folder: Path, ranks: int = 1) -> None:
-    """Raises UserError where a finished run is not the one that is asked for, or not as it was written."""
+    """Raises UserError where a finished run is not the requested one, or not as it was written."""
     problem = damage_of_adapter(final)
     if problem is not None:
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
         )
     before, now = read_provenance(final), current_provenance(config, model_folder, ranks)
-    refuse_another_run(before, now, config, final.parent.parent)
+    refuse_other_run(before, now, config, final.parent.parent)
     for name in (*FINAL_KEYS, *LENGTHS):
         old, new = before.config["train"].get(name), now.config["train"][name]
         if old != new:
@@ -60,14 +64,14 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
             )
 
 
-def finish(run: Run, final: Path, process_bytes: int | None = None) -> Path:
-    """Writes the final folder, from the best checkpoint if so configured, and beside the log its plot and the report.
+def finish(run: Run) -> Path:
+    """Writes the final folder, of the best checkpoint if so configured, and beside the log its plot and the report.
 
-    Args:
-        run: with all its steps behind it.
-        final: the folder.
-        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
+    Returns:
+        The final folder.
     """
+    if run.has_stalled:
+        info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
     train = run.config.train
     step = run.state.step
     if train.load_best_model_at_end and run.state.best_step != step:
@@ -75,32 +79,24 @@ def finish(run: Run, final: Path, process_bytes: int | None = None) -> Path:
         run.ranks.run_on_rank_0(lambda: _load_best(run))
         share_adapter(run.model, run.ranks)
     after, probabilities = score_test_set(run, "test after training") if train.do_predict else (None, None)
-    run.ranks.run_on_rank_0(lambda: _write_final(run, final, step, after, probabilities, process_bytes))
-    return final
+    run.ranks.run_on_rank_0(lambda: _write_final(run, step, after, probabilities))
+    return run.final
 
 
 def _load_best(run: Run) -> None:
-    check_best(run.config, run.checkpoints, run.state)
-    load_adapter_weights(run.model, checkpoint_path(run.checkpoints, run.state.best_step))
+    best = check_best(run.config, run.checkpoints, run.state)
+    assert best is not None  # `finish` asked for another step than the last
+    load_adapter_weights(run.model, best, is_verified=True)
 
 
-def _write_final(
-    run: Run,
-    final: Path,
-    step: int,
-    after: dict[str, Any] | None,
-    probabilities: np.ndarray | None,
-    process_bytes: int | None,
-) -> None:
+def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilities: np.ndarray | None) -> None:
     """The final folder, the report and the plot.
 
     Args:
-        run: at its end.
-        final: the folder.
+        run: with all its steps done.
         step: whose adapter the model has.
         after: metrics of the test set with it.
         probabilities: (N, labels) behind them.
-        process_bytes: see `finish`.
     """
     train = run.config.train
     base = run.prompt.tokenizer.folder
@@ -126,12 +122,12 @@ def _write_final(
         yield "metrics.json", json_bytes(results)
         yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()
 
-    write_folder(final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
+    write_folder(run.final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
     if after is not None:
         print(f"test after training:  {format_metrics(after)}")
-    print(f"final adapter (step {step}): {final}")
+    print(f"final adapter (step {step}): {run.final}")
     log = read_metrics(run.directory)
-    report = render_report(_report_of(run, results, probabilities, log, process_bytes))
+    report = render_report(_report_of(run, results, probabilities, log))
     _write_if_possible(run.directory / "report.html", lambda path: replace_file(path, report.encode()))
     if plots.is_available():
         _write_if_possible(run.directory / "loss.png", lambda path: plots.save_loss_png(path, log))
@@ -140,7 +136,7 @@ def _write_final(
 
 
 def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes what the run can do without: it is done, and all that is shown there stands in other files too."""
+    """Writes what the run can do without: its content is in other files too."""
     try:
         write(path)
     except (StorageError, OSError) as error:
@@ -150,20 +146,15 @@ def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _report_of(
-    run: Run,
-    results: dict[str, Any],
-    probabilities: np.ndarray | None,
-    log: list[dict[str, Any]],
-    process_bytes: int | None,
+    run: Run, results: dict[str, Any], probabilities: np.ndarray | None, log: list[dict[str, Any]]
 ) -> Report:
     """What the report of a run shows.
 
     Args:
-        run: with all its steps behind it.
+        run: with all its steps done.
         results: content of metrics.json.
         probabilities: (N, labels) of the test set; None where it has no labels or was not scored.
-        log: rows of metrics.jsonl.
-        process_bytes: see `finish`.
+        log: entries of metrics.jsonl.
     """
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
     test = splits["test"]
@@ -178,12 +169,12 @@ def _report_of(
         title="Training report",
         remark=remark,
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
-        answers=None
+        examples=None
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        ledger=estimate_run_memory(config, folder, splits["train"].examples, dtype, process_bytes).parts,
-        peak_bytes=max((row["peak_memory_bytes"] for row in log if "peak_memory_bytes" in row), default=None),
+        memory_estimate=estimate_run_memory(config, folder, splits["train"].examples, dtype, run.process_bytes).parts,
+        peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),
         facts={
@@ -202,41 +193,31 @@ def _report_of(
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """Reads the written adapter as a second one over the base: it has to give the hidden states of the trained one.
+    """Reads the adapter's files back and compares them with the adapter in memory, rounded to `dtype`: to the bit.
 
-    Nobody looks at the file before it is used elsewhere, where a damaged one is only a model that does worse. The
-    trained values are rounded to `dtype` first, as in the file; then both agree to the bit, but for a portable
-    adapter, whose B has the scale in it.
+    Raises:
+        UserError: they differ. Used elsewhere, a damaged adapter would only be a model that does worse.
     """
-    for _, w in iter_lora_weights(run.model):
-        for tensor in (*w.parameters(), *w.buffers()):
-            tensor.data.copy_(tensor.to(dtype))
-    expected, what = _hidden_states(run), "its values differ"
-    tolerance = 0.02 * expected.abs().max() if run.config.train.portable else 0.0
-    try:
-        load_adapter(run.model, folder, allow_bin=True, name="read back")  # just written by this process
-        found = _hidden_states(run)
-        if not torch.isfinite(found).all():
-            what = "its hidden states are no numbers"
-        is_equal = bool(((found - expected).abs() <= tolerance).all())
-    except UserError as error:
-        is_equal, what = False, str(error)
-    finally:
-        remove_adapter(run.model, "read back")
-        set_adapter(run.model, DEFAULT)
-    if not is_equal:
+    train = run.config.train
+    expected_config = to_peft(*run.adapter, model=run.model, portable=train.portable)
+    _, found = read_adapter_tensors(folder, allow_bin=True, is_verified=True)  # just written by this process
+    expected = adapter_tensors(run.model, dtype, expected_config["lora_alpha"] if train.portable else None)
+    different = [
+        name
+        for name in sorted({*found, *expected})
+        if name not in found or name not in expected or not _is_same(found[name], expected[name])
+    ]
+    if read_json(folder / "adapter_config.json") != json.loads(json_bytes(expected_config)):
+        different.append("adapter_config.json")
+    if different:
         raise UserError(
             f"{folder}: read back, the adapter is not the one that was trained; check the disk, and run the same "
-            f"command again, which writes it from the last checkpoint\n  {what}"
+            f"command again, which writes it from the last checkpoint\n  what differs: {', '.join(different[:8])}"
         )
 
 
-@torch.inference_mode()
-def _hidden_states(run: Run) -> torch.Tensor:
-    """(S, C) of the answers to a few validation examples; they decide the logits."""
-    batch = pack(run.splits["validation"].examples[:CHECKED_EXAMPLES]).to(run.device)
-    hidden: torch.Tensor = run.model.eval()(batch)
-    return hidden.float()
+def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 def score_split(
@@ -252,9 +233,10 @@ def score_split(
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
     size = run.config.train.per_device_eval_batch_size
-    scores = score(run.model, split.examples, prompt, size, on_progress, run.ranks, interruptible)
+    options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
+    scores = score(run.model, split.examples, prompt, options)
     check_finite(run, f"{name} loss", scores.loss)
-    # Computed once: what decides which checkpoint is best has to be one number.
+    # On rank 0 only: all ranks have to agree on which checkpoint is best.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
 
 
@@ -267,25 +249,6 @@ def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
 
 
 def score_test_set(run: Run, title: str) -> tuple[dict[str, Any], np.ndarray | None]:
-    """`score_split` of the test set, behind a progress bar of its own."""
-    with progress(title, len(run.splits["test"].examples), "review") as bar:
+    """`score_split` of the test set, with a progress bar."""
+    with progress(title, len(run.splits["test"].examples), "record") as bar:
         return score_split(run, "test", bar.update)
-
-
-def check_finite(run: Run, what: str, value: float) -> None:
-    """Raises UserError for a loss that is no number; here it is not one row's fault, the adapter is ruined."""
-    if math.isfinite(value):
-        return
-    train, model = run.config.train, run.config.model
-    raise UserError(
-        f"step {run.state.step}: the {what} is {value}, expected a number; begin anew with --restart and a lower "
-        f"train.learning_rate (it is {train.learning_rate:g}) or with another model.compute_dtype (it is "
-        f"{model.compute_dtype}). The newest checkpoint that stays: {run.newest_checkpoint}"
-    )
-
-
-def format_metrics(metrics: dict[str, Any]) -> str:
-    """The few numbers that a line on the screen has room for."""
-    names = ("loss", "accuracy", "f1")
-    shown = ((name, metrics.get(name, metrics.get(f"eval_{name}"))) for name in names)
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)

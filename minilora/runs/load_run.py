@@ -1,9 +1,8 @@
 """A trained adapter's folder in, all that is needed to use it out: configuration, base model, prompt, model, reviews.
 
-Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each asks the
-same questions: is the folder whole, which base does it belong to, is that the base it was trained on, how was its
-prompt rendered. A folder of this program says all of that; for another program's adapter the defaults hold, and for a
-base model alone.
+Whatever uses an adapter after training (evaluation, prediction, chat, merging) opens it here, so that each makes the
+same checks: is the folder undamaged, is the base model the one it was trained on, how was its prompt rendered. A folder
+of this program says all of that; for another program's adapter, and for a base model only, the defaults hold.
 """
 
 import math
@@ -30,7 +29,7 @@ from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_model
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import model_digests, read_saved_config
@@ -39,7 +38,7 @@ from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import read_json, sha256
 from minilora.system.manifest import MANIFEST
 
-# Beginnings of the keys that scoring reads: an adapter's shape stands in its own files, and nothing is trained.
+# Beginnings of the keys that scoring reads: an adapter's shape is in its own files, and nothing is trained.
 KEYS_READ = (
     "model.",
     "prompt.",
@@ -55,7 +54,7 @@ class LoadedRun:
     """An adapter and what it belongs to.
 
     Attributes:
-        path: the adapter's folder; None for a base model alone.
+        path: the adapter's folder, verified; None for a base model only.
         config: of its run, or the defaults; overridden by the command line.
         model_folder: files of the base model.
         prompt: how the adapter expects a text.
@@ -73,16 +72,17 @@ class LoadedRun:
             UserError: see `load_model` and `load_adapter`.
         """
         device = choose_device(self.config)
-        model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device), ranks)
+        model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device), ranks=ranks)
         if self.path is not None:
-            load_adapter(model, self.path, allow_bin)
+            load_adapter(model, self.path, allow_bin, is_verified=True)
         return model.eval()
 
     @property
     def run_dtype(self) -> torch.dtype:
-        """Compute dtype of the adapter's run, which decides the 4-bit weights and what they are when dequantised.
+        """Compute dtype of the adapter's run, which decides the 4-bit weights and their dequantised values.
 
-        `auto` may be another one here. Where the run is unknown, or another dtype is asked for, it is `choose_dtype`'s.
+        On this machine `auto` may mean another one. Where the run is unknown, or the configuration names a dtype, it is
+        `choose_dtype`'s.
         """
         machine = None if self.path is None else _run_facts(self.path).get("machine")
         name = machine.get("dtype") if isinstance(machine, dict) else None
@@ -91,7 +91,7 @@ class LoadedRun:
         return choose_dtype(self.config, choose_device(self.config))
 
     def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
-        """Labelled reviews to score the model on, and the file that they are from.
+        """Labelled reviews to score the model on, and their file.
 
         Args:
             data: TSV, CSV, JSONL or parquet; None for the test split of the adapter's run.
@@ -116,24 +116,25 @@ class LoadedRun:
     def score(
         self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = SINGLE_RANK
     ) -> tuple[float, np.ndarray]:
-        """Loss and (N, labels) probabilities of labelled reviews, behind a progress bar.
+        """Loss and (N, labels) probabilities of N labelled reviews, with a progress bar.
 
         Args:
-            model: with the adapter, or any other that is to be compared with it.
+            model: with the adapter, or one to compare with it.
             reviews: N of them.
             title: of the progress bar.
-            ranks: that share the work; all of them get all of the result.
+            ranks: that share the work; all of them get the whole result.
 
         Raises:
-            UserError: the loss is no number.
+            UserError: the loss is non-finite.
         """
-        batch_size = self.config.train.per_device_eval_batch_size
+        size = self.config.train.per_device_eval_batch_size
         with progress(title, len(reviews.examples), "review") as bar:
-            scores = score(model, reviews.examples, self.prompt, batch_size, bar.update, ranks)
+            options = ScoringOptions(size, on_progress=bar.update, ranks=ranks)
+            scores = score(model, reviews.examples, self.prompt, options)
         if not math.isfinite(scores.loss):
             raise UserError(
                 f"{title}: the loss is {scores.loss}, expected a number; use model.compute_dtype=float32, or an "
-                "adapter from before its run went astray"
+                "earlier checkpoint of the run"
             )
         assert scores.probabilities is not None  # a prompt was given
         return scores.loss, scores.probabilities
@@ -142,14 +143,14 @@ class LoadedRun:
 def load_run(
     path: Path, base: str | None, overrides: list[str], other_data: bool = True, keys_read: tuple[str, ...] = KEYS_READ
 ) -> LoadedRun:
-    """Everything but the weights, checked before they are loaded.
+    """Everything except the weights, checked before they are loaded.
 
     Args:
         path: a final adapter, a checkpoint, or another program's adapter.
-        base: base model to take in place of the adapter's own.
+        base: base model to use in place of the adapter's own.
         overrides: `section.key=value` from the command line.
         other_data: see `read_run_config`.
-        keys_read: beginnings of the keys that the caller reads; another one among the overrides is noted.
+        keys_read: beginnings of the keys that the caller reads; it warns of other overrides.
 
     Raises:
         UserError: the folder is damaged, names no base model, or was trained on another one.
@@ -179,7 +180,7 @@ def load_base_run(name_or_path: str, overrides: list[str], keys_read: tuple[str,
 
 
 def is_base(path: Path) -> bool:
-    """Whether --model_path names a base model: a folder with a model and no adapter, or no folder but a hub's name."""
+    """Whether --model_path names a base model: a folder with a model and no adapter, or a name on the hub."""
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
     is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
@@ -187,12 +188,12 @@ def is_base(path: Path) -> bool:
 
 
 def read_run_config(model_path: Path, base: str | None, other_data: bool, overrides: list[str]) -> Config:
-    """The configuration of the adapter's own run where it left one, else the defaults, on the adapter's base.
+    """The configuration of the adapter's own run if the folder has it, else the defaults, with the adapter's base.
 
     Args:
-        model_path: a final adapter, a checkpoint, or another program's adapter.
-        base: base model to take in place of the adapter's own.
-        other_data: what is scored is not the run's test split, so the run's limit on that does not apply.
+        model_path: a final adapter, a checkpoint, or another program's adapter; verified where it has a manifest.
+        base: base model to use in place of the adapter's own.
+        other_data: the run's test split is not what is scored, so the run's limit on its size does not apply.
         overrides: `section.key=value` from the command line.
     """
     if not model_path.is_dir():
@@ -217,7 +218,7 @@ def read_run_config(model_path: Path, base: str | None, other_data: bool, overri
 
 
 def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
-    """Says which of the overrides change nothing."""
+    """Warns of overrides that change nothing."""
     for override in overrides:
         if not override.startswith(keys_read):
             name = override.partition("=")[0]
@@ -225,20 +226,20 @@ def note_unread(overrides: list[str], keys_read: tuple[str, ...]) -> None:
 
 
 def run_digests(model_path: Path, what: str) -> dict[str, str] | None:
-    """SHA-256 by file name of the "data" or "model" that the adapter's run was made from, None where it is unknown."""
+    """SHA-256 by file name of the "data" or "model" that the adapter's run was made from; None where unknown."""
     digests = _run_facts(model_path).get(f"{what}_sha256")
     return digests if isinstance(digests, dict) else None
 
 
 def _run_facts(model_path: Path) -> dict[str, Any]:
-    """What a final adapter or a checkpoint says of its run; nothing where that is unknown."""
+    """What a final adapter or a checkpoint says of its run; empty where unknown."""
     known = [path for name in ("metrics.json", "state.json") if (path := model_path / name).is_file()]
     content = read_json(known[0]) if known else None
     return content if isinstance(content, dict) else {}
 
 
 def warn_of_another_test_set(model_path: Path, data: Path) -> None:
-    """Says on standard error that `data` is not the file that the adapter's run kept aside, where the run is known."""
+    """Warns if `data` is not the test file of the adapter's run, where the run is known."""
     digests = run_digests(model_path, "data")
     if digests is not None and digests.get(data.name) != sha256(data):
         warn(
@@ -248,10 +249,10 @@ def warn_of_another_test_set(model_path: Path, data: Path) -> None:
 
 
 def refuse_another_base(model_path: Path, model_folder: Path, is_asked_for: bool) -> None:
-    """Says that a base model is not the one that the adapter was trained on, where its run is known.
+    """Warns if a base model is not the one that the adapter was trained on, where its run is known.
 
     Raises:
-        UserError: it is not, and nobody asked for it with --base.
+        UserError: it is another one, and was not given with --base.
     """
     before = run_digests(model_path, "model")
     now = model_digests(model_folder) if before is not None else {}

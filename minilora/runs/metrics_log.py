@@ -1,15 +1,15 @@
-"""What a run says while it goes: metrics.jsonl, and a progress bar with the numbers of the moment.
+"""A run's log: metrics.jsonl, and a progress bar with the current metrics.
 
 metrics.jsonl has a line for every logged step, with the keys that apply to it:
 
     {"step": 20, "epoch": 0.16, "train_loss": 0.41, "learning_rate": 0.0002, "grad_norm": 1.3,
      "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
 
-A step that changed nothing, because its loss or gradient was no number, has null for it, "skipped": true, and "rows":
-where its records stand.
+A step that was skipped, because its loss or gradient was non-finite, has null for it, "skipped": true, and "rows": file
+and line of its records.
 
-All of it but tokens_per_s and peak_memory_bytes, which are measurements of the machine, is equal to the bit when a run
-is interrupted and goes on: lines behind the checkpoint are taken back and written again.
+When a run is interrupted and resumed, lines behind the checkpoint are removed and written anew; all of them are equal
+to the bit, except tokens_per_s and peak_memory_bytes, which are measured.
 """
 
 import json
@@ -29,44 +29,46 @@ class RunLog:
     """Writer of metrics.jsonl and owner of the progress bar."""
 
     def __init__(self, directory: Path, total_steps: int, step: int, tracker: Tracker | None = None):
-        """Opens the log of a run that stands at `step`; later lines, written before it was stopped, go.
+        """Opens the log of a run that is at `step`, and removes later lines.
 
         Args:
-            directory: where metrics.jsonl is.
+            directory: of metrics.jsonl.
             total_steps: length of the progress bar.
             step: steps that are done.
-            tracker: gets the lines as well; whoever opened it closes it.
+            tracker: gets the entries as well; whoever opened it closes it.
         """
         self._path = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(directory, step) if row["step"] <= step]
-        replace_file(self._path, "".join(_line(row) for row in kept).encode())
+        kept = [entry for entry in read_metrics(directory, step) if entry["step"] <= step]
+        replace_file(self._path, "".join(_line(entry) for entry in kept).encode())
         with storage_errors(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._bar = progress("train", total_steps, "step", initial=step, leave=True)
         self._tracker = tracker or Tracker()
 
-    def advance(self, numbers: dict[str, Any]) -> None:
-        """One step on; shows the numbers of the moment beside the bar."""
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends a line, which survives the end of this process."""
+        line = _line(entry).encode()
+        with storage_errors(self._path, len(line)):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        self._tracker.write(entry)
+
+    def show(self, entry: dict[str, Any], improved: bool = False) -> None:
+        """Moves the bar by a step; prints the metrics of a validation above it."""
         self._bar.set_postfix(
             {
-                "loss": "no number" if numbers["train_loss"] is None else f"{numbers['train_loss']:.4f}",
-                "lr": f"{numbers['learning_rate']:.2e}",
-                "tok/s": f"{numbers['tokens_per_s']:.0f}",
+                "loss": "non-finite" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}",
+                "lr": f"{entry['learning_rate']:.2e}",
+                "tok/s": f"{entry['tokens_per_s']:.0f}",
             },
             refresh=False,
         )
         self._bar.update()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a line, and makes it survive the end of this process."""
-        line = _line(row).encode()
-        with storage_errors(self._path, len(line)):
-            while line:
-                line = line[os.write(self._descriptor, line) :]
-        self._tracker.write(row)
+        if "eval_loss" in entry:
+            self.info(f"step {entry['step']}: {format_metrics(entry)}{'  best so far' if improved else ''}")
 
     def sync(self) -> None:
-        """Makes the lines so far survive a loss of power, as the checkpoint does that is written next."""
+        """Makes the lines so far survive a loss of power: the checkpoint that is written next counts on them."""
         with storage_errors(self._path):
             os.fsync(self._descriptor)
 
@@ -82,40 +84,47 @@ class RunLog:
 
 
 class NoLog(RunLog):
-    """The log of a rank that is not the first: nothing is written, and nothing is shown."""
+    """The log of a rank other than 0: writes and shows nothing."""
 
     def __init__(self) -> None:
-        """Opens nothing."""
+        pass
 
-    def advance(self, numbers: dict[str, Any]) -> None:
-        """Nothing."""
+    def write(self, entry: dict[str, Any]) -> None:
+        pass
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+    def show(self, entry: dict[str, Any], improved: bool = False) -> None:
+        pass
 
     def sync(self) -> None:
-        """Nothing."""
+        pass
 
     def info(self, text: str) -> None:
-        """Nothing."""
+        pass
 
     def close(self) -> None:
-        """Nothing."""
+        pass
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Loss, accuracy and F1 for a line on the screen."""
+    names = ("loss", "accuracy", "f1")
+    shown = ((name, metrics.get(name, metrics.get(f"eval_{name}"))) for name in names)
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
 
 
 def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that was cut off in writing is left out.
+    """The entries of metrics.jsonl; a last line that was cut off in writing is left out.
 
     Args:
-        directory: where it is.
-        step: where a checkpoint is: lines behind it are written again, whatever a loss of power made of them.
+        directory: of metrics.jsonl.
+        step: of the checkpoint to resume from: lines behind it are written anew, so they may be damaged.
 
     Raises:
-        UserError: another line is not a row, or the file cannot be read.
+        UserError: another line is not an entry, or the file cannot be read.
     """
     path = directory / "metrics.jsonl"
     try:
@@ -124,15 +133,15 @@ def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode("utf-8"))
+            entry = json.loads(line.decode("utf-8"))
         except ValueError:
-            if number == len(lines) or (step is not None and rows and rows[-1]["step"] >= step):
+            if number == len(lines) or (step is not None and entries and entries[-1]["step"] >= step):
                 break
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             raise UserError(f"{path}:{number}: is not a line of a run's log, expected a step; move the file away")
-        rows.append(row)
-    return rows
+        entries.append(entry)
+    return entries

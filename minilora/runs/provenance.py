@@ -1,11 +1,11 @@
-"""What a run was made from, and whether it is the same now.
+"""Provenance: what a run was made from, and whether that is the same now.
 
-A run is a function of its configuration, its data, its base model, and the machine's way to compute. All of them are
+A run is a function of its configuration, its data, its base model, and the machine's arithmetic. All of them are
 compared with what a checkpoint says before anything is loaded: a continuation that differs would be a third run,
-neither the old nor the new.
+neither the old nor the new. Data and base model are known by SHA-256, not by path.
 
-How many processes take part is not among them, as long as a step has the same examples: a run may go on with 2 ranks of
-4 examples each where it had one of 8. It is cut otherwise then, which changes the last bits, and the dropout masks.
+The number of ranks may change as long as a step has the same examples: a run may resume with 2 ranks of 4 examples each
+where it had one of 8. The step is divided differently then, which changes the last bits, and the dropout masks.
 """
 
 import importlib.metadata
@@ -45,13 +45,13 @@ def read_saved_config(path: Path) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """All that a run is a function of.
+    """What a run is a function of.
 
     Attributes:
         config: values by section and key.
         data_sha256: of the split files, by name.
         model_sha256: of the base model's files, by name.
-        ranks: processes that train together.
+        ranks: that train together.
     """
 
     config: dict[str, dict[str, Any]]
@@ -60,21 +60,21 @@ class Provenance:
     ranks: int
 
     @property
-    def cut(self) -> dict[str, int]:
-        """How its optimizer steps are cut; the product is the number of their examples."""
+    def step_factors(self) -> dict[str, int]:
+        """What the number of examples in an optimizer step is the product of."""
         defaults = Config().to_dict()
         keys = {f"train.{name}": self.config["train"].get(name, defaults["train"][name]) for name in CUTS}
         return {**keys, "processes": self.ranks}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All of it by name, one level deep, as a message names what differs."""
+        """All of it by name, one level deep, as messages name what differs."""
         keys = {f"{section}.{name}": value for section, keys in self.config.items() for name, value in keys.items()}
         return {**keys, **self.data_sha256, **self.model_sha256}
 
 
 def current_provenance(config: Config, model_folder: Path, ranks: int = 1) -> Provenance:
-    """What a run would be made from now: the files' SHA-256 are taken, which reads all of them."""
+    """What a run would be made from now; hashes the files of data and base model."""
     directory = Path(config.data.dir)
     data = {name: sha256(directory / name) for name in (f"{split}.jsonl" for split in SPLITS)}
     _note_changed_splits(directory, data)
@@ -82,7 +82,7 @@ def current_provenance(config: Config, model_folder: Path, ranks: int = 1) -> Pr
 
 
 def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
-    """Says on standard error which splits are not as they were prepared; who edits them on purpose may go on."""
+    """Warns of splits that are not as they were prepared; they may have been edited on purpose."""
     report = directory / "data_report.json"
     content = read_json(report) if report.is_file() else None
     written = content.get("sha256_out") if isinstance(content, dict) else None
@@ -94,7 +94,7 @@ def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that make a base model what it is, by name."""
+    """SHA-256 of the files that define a base model, by name."""
     names = ("config.json", "tokenizer.json")
     return {
         path.name: sha256_once(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])
@@ -118,13 +118,15 @@ def read_provenance(folder: Path) -> Provenance:
     return Provenance(config, content["data_sha256"], content["model_sha256"], 1 if ranks is None else int(ranks))
 
 
-def refuse_another_run(before: Provenance, now: Provenance, config: Config, directory: Path) -> None:
-    """Raises UserError with all that would make the run in `directory`, made from `before`, another one."""
+def refuse_other_run(before: Provenance, now: Provenance, config: Config, directory: Path) -> None:
+    """Raises UserError with every difference that would make the run in `directory` another one."""
     changes = changed_keys(before.config, config)
-    examples = math.prod(before.cut.values())
-    if examples != math.prod(now.cut.values()):
-        changes += _changed_cut(before, now)
-        size, rest = divmod(examples, now.cut["processes"] * now.cut["train.gradient_accumulation_steps"])
+    examples = math.prod(before.step_factors.values())
+    if examples != math.prod(now.step_factors.values()):
+        changes += _changed_factors(before, now)
+        size, rest = divmod(
+            examples, now.step_factors["processes"] * now.step_factors["train.gradient_accumulation_steps"]
+        )
         if not rest:
             changes.append(
                 f"its steps have {examples} examples; so they do with train.per_device_train_batch_size={size}"
@@ -146,19 +148,23 @@ def refuse_another_run(before: Provenance, now: Provenance, config: Config, dire
             )
 
 
-def _changed_cut(before: Provenance, now: Provenance) -> list[str]:
-    return [f"{name}: {old} -> {now.cut[name]}" for name, old in before.cut.items() if old != now.cut[name]]
+def _changed_factors(before: Provenance, now: Provenance) -> list[str]:
+    return [
+        f"{name}: {old} -> {now.step_factors[name]}"
+        for name, old in before.step_factors.items()
+        if old != now.step_factors[name]
+    ]
 
 
-def note_another_cut(before: Provenance, now: Provenance) -> None:
-    """Says on standard error what `refuse_another_run` let pass: the same examples a step, cut otherwise."""
-    changes = _changed_cut(before, now)
+def note_other_factors(before: Provenance, now: Provenance) -> None:
+    """Warns of the difference that `refuse_other_run` allows: the same examples a step, divided differently."""
+    changes = _changed_factors(before, now)
     if changes:
         warn(f"note: {', '.join(changes)}; the rest may differ in the last bits and has other dropout masks")
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What else decides the bits of a run; `auto` in a configuration does not say it."""
+    """What else decides the bits of a run; `auto` in a configuration leaves it open."""
     versions = {}
     for name in ("torch", "bitsandbytes"):
         try:
@@ -168,11 +174,11 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
     return {"device": device.type, "dtype": dtype_name(dtype), "threads": torch.get_num_threads(), **versions}
 
 
-def refuse_another_machine(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    """Says what has changed about the machine.
+def refuse_other_machine(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
+    """Warns of a machine that may give other last bits.
 
     Raises:
-        UserError: another kind of device or another dtype, with which a run takes another course.
+        UserError: another kind of device or dtype, with which the results differ by more.
     """
     changes = {
         name: f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value
@@ -180,7 +186,7 @@ def refuse_another_machine(before: dict[str, Any], now: dict[str, Any], director
     serious = [changes[name] for name in ("device", "dtype") if name in changes]
     if serious:
         raise UserError(
-            f"{directory}: its run was computed otherwise ({', '.join(serious)}); set model.device and "
+            f"{directory}: its run had another device or dtype ({', '.join(serious)}); set model.device and "
             "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
         )
     if changes:

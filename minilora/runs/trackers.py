@@ -1,8 +1,8 @@
-"""The rows of metrics.jsonl, sent to TensorBoard or Weights & Biases as well.
+"""The entries of metrics.jsonl, sent to TensorBoard or Weights & Biases as well.
 
-metrics.jsonl has everything and is what a run goes on from; a tracker is a copy of it for other eyes. A resumed run
-writes the steps behind its checkpoint again. TensorBoard is told to forget them. Weights & Biases forgets nothing and
-wants its own step to grow, so that is left to count calls, and the curves are drawn over the row's "step".
+metrics.jsonl has everything and is what a run resumes from; a tracker has a copy. A resumed run repeats the steps
+behind its checkpoint. TensorBoard is told to drop them (`purge_step`). Weights & Biases keeps everything and needs its
+own step to increase, so that step counts calls, and the curves are drawn over the entry's "step".
 """
 
 import importlib.util
@@ -21,27 +21,27 @@ PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
 
 
 class Tracker:
-    """Where rows go beside metrics.jsonl: this one sends them nowhere. A context manager around the whole run.
+    """Where entries go beside metrics.jsonl; this one sends them nowhere. A context manager around the run.
 
-    What fails there, a full disk or a network, is said, and the run goes on without it.
+    When it fails, by a full disk or a network, it warns once and the run continues without it.
     """
 
     _name = "none"
     _is_lost = False
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Takes a row of metrics.jsonl."""
-        self._try(lambda: self._write(row))
+    def write(self, entry: dict[str, Any]) -> None:
+        """Takes an entry of metrics.jsonl."""
+        self._try(lambda: self._write(entry))
 
     def close(self, is_done: bool) -> None:
         """Ends it; `is_done` says whether the run came to its end."""
         self._try(lambda: self._close(is_done))
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+    def _write(self, entry: dict[str, Any]) -> None:
+        pass
 
     def _close(self, is_done: bool) -> None:
-        """Nothing."""
+        pass
 
     def _try(self, work: Callable[[], None]) -> None:
         if self._is_lost:
@@ -50,7 +50,7 @@ class Tracker:
             work()
         except Exception as error:  # of many kinds, by the library
             self._is_lost = True
-            warn(f"{self._name}: {error}; the run goes on without it, metrics.jsonl has everything")
+            warn(f"{self._name}: {error}; the run continues without it; metrics.jsonl has everything")
 
     def __enter__(self) -> "Tracker":
         return self
@@ -73,23 +73,21 @@ class TensorBoard(Tracker):
         make_folder(folder, "train.output_dir")
         self._events = SummaryWriter(folder, purge_step=step + 1)
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """Adds a point to each curve."""
-        numbers = numbers_in(row)
-        step = numbers.pop("step")
-        for name, value in numbers.items():
+    def _write(self, entry: dict[str, Any]) -> None:
+        scalars = scalars_in(entry)
+        step = scalars.pop("step")
+        for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
     def _close(self, is_done: bool) -> None:
-        """Closes the files."""
         self._events.close()
 
 
 class WeightsAndBiases(Tracker):
-    """A run at Weights & Biases, the same one when it is continued.
+    """A run at Weights & Biases, the same one when it is resumed.
 
-    WANDB_MODE, WANDB_PROJECT, WANDB_API_KEY and the like have the say that they have everywhere. The run's id stands in
-    `directory/wandb/run-id`, where the library keeps its own files too.
+    WANDB_MODE, WANDB_PROJECT, WANDB_API_KEY and the like work as usual. The run's id is in `directory/wandb/run-id`,
+    beside the library's own files.
     """
 
     _name = "wandb"
@@ -110,7 +108,7 @@ class WeightsAndBiases(Tracker):
                 dir=str(directory),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-            self._run.config.update(config, allow_val_change=True)  # a resumed run may save more often, for instance
+            self._run.config.update(config, allow_val_change=True)  # such as save_steps of a resumed run
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
         except Exception as error:  # no key, no network, no such project: the library has many errors for it
@@ -118,21 +116,19 @@ class WeightsAndBiases(Tracker):
                 f"train.report_to: wandb cannot begin a run ({error}); log in with `wandb login`, set "
                 "WANDB_MODE=offline, or use none"
             ) from error
-        place = self._run.dir if self._run.offline else self._run.url
-        if place:  # WANDB_MODE=disabled has none
-            info(f"Weights & Biases: {place}")
+        where = self._run.dir if self._run.offline else self._run.url
+        if where:  # WANDB_MODE=disabled has none
+            info(f"Weights & Biases: {where}")
 
-    def _write(self, row: dict[str, Any]) -> None:
-        """Sends a row."""
-        self._run.log(numbers_in(row))
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._run.log(scalars_in(entry))
 
-    def _close(self, is_done: bool) -> None:
-        """Waits for what is still to be sent, and says how the run ended."""
+    def _close(self, is_done: bool) -> None:  # waits until everything is sent
         self._run.finish(exit_code=0 if is_done else 1)
 
 
 def check_tracker(report_to: str) -> None:
-    """Raises UserError where what `train.report_to` names is not installed."""
+    """Raises UserError where the library that `train.report_to` names is not installed."""
     if report_to != "none" and importlib.util.find_spec(report_to) is None:
         raise UserError(f"train.report_to: {report_to} is not installed; pip install {report_to}, or use none")
 
@@ -147,7 +143,7 @@ def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, A
         config: the resolved configuration, which Weights & Biases shows beside the curves.
 
     Raises:
-        UserError: Weights & Biases cannot begin a run, or there is no folder for the files.
+        UserError: Weights & Biases cannot begin a run, or the folder for the files cannot be made.
     """
     if report_to == "tensorboard":
         return TensorBoard(directory, step)
@@ -156,6 +152,6 @@ def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, A
     return Tracker()
 
 
-def numbers_in(row: dict[str, Any]) -> dict[str, float]:
-    """What of a row is a number: not the places of skipped records, nor a loss that was none."""
-    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+def scalars_in(entry: dict[str, Any]) -> dict[str, float]:
+    """The numeric values of an entry: without the list of skipped records and a non-finite loss, which is null."""
+    return {name: value for name, value in entry.items() if isinstance(value, int | float)}

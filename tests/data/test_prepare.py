@@ -1,4 +1,4 @@
-"""No review is lost without a count, none stands on both sides of a split, and the order is a pure function."""
+"""No record is dropped without a count, none is on both sides of a split, and the order is a pure function."""
 
 import itertools
 import json
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from minilora.data import prepare as prepare_module
 from minilora.data.prepare import (
+    SplitOptions,
     clean_records,
     epoch_order,
     find_leaks,
@@ -29,8 +30,10 @@ from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.system.files import StorageError, lock_folder, sha256
 
+KEEP_SPLITS = SplitOptions(keep_splits=True)
 
-def rows_of(*pairs: tuple[str, int]) -> list[Record]:
+
+def records_of(*pairs: tuple[str, int]) -> list[Record]:
     return [Record(f"x:{number}", text, label) for number, (text, label) in enumerate(pairs, start=2)]
 
 
@@ -44,35 +47,40 @@ def test_normalised_text_ignores_width_space_and_punctuation() -> None:
 
 
 def test_symbols_tell_reviews_apart() -> None:
-    clean, dropped = clean_records({"a": rows_of(("很好👍", 1), ("很好👎", 0), ("👍", 1))})
+    clean, dropped = clean_records({"a": records_of(("很好👍", 1), ("很好👎", 0), ("👍", 1))})
     assert len(clean["a"]) == 3
     assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 0}
 
 
 def test_each_cause_is_counted() -> None:
-    files = {"a": rows_of((" 好 ", 1), ("  ", 1), ("！！", 0), ("矛盾", 1)), "b": rows_of(("好！", 1), ("矛盾。", 0))}
+    files = {
+        "a": records_of((" 好 ", 1), ("  ", 1), ("！！", 0), ("矛盾", 1)),
+        "b": records_of(("好！", 1), ("矛盾。", 0)),
+    }
     clean, dropped = clean_records(files)
-    assert [row.text for row in clean["a"] + clean["b"]] == ["好"]
+    assert [record.text for record in clean["a"] + clean["b"]] == ["好"]
     assert dropped == {"empty": 2, "contradictory": 2, "duplicate": 1}
 
 
-def test_text_is_stripped_and_the_first_of_duplicates_stays() -> None:
-    clean, dropped = clean_records({"a": rows_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": rows_of(("好，的", 1))})
-    assert [(row.where, row.text) for row in clean["a"]] == [("x:2", "好 的")]
+def test_text_is_stripped_and_the_first_of_duplicates_is_kept() -> None:
+    clean, dropped = clean_records(
+        {"a": records_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": records_of(("好，的", 1))}
+    )
+    assert [(record.where, record.text) for record in clean["a"]] == [("x:2", "好 的")]
     assert clean["b"] == []
     assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 2}
 
 
-def test_a_review_with_two_labels_goes_wherever_it_stands() -> None:
-    files = {"a": rows_of(("矛盾", 1), ("矛盾！", 1), ("好", 1)), "b": rows_of(("矛盾", 0), ("差", 0))}
+def test_a_review_with_two_labels_is_dropped_wherever_it_is() -> None:
+    files = {"a": records_of(("矛盾", 1), ("矛盾！", 1), ("好", 1)), "b": records_of(("矛盾", 0), ("差", 0))}
     for across_files in (True, False):
         clean, dropped = clean_records(files, across_files)
-        assert [row.text for part in clean.values() for row in part] == ["好", "差"]
+        assert [record.text for part in clean.values() for record in part] == ["好", "差"]
         assert dropped == {"empty": 0, "contradictory": 3, "duplicate": 0}
 
 
-def test_kept_splits_keep_what_stands_in_another_file() -> None:
-    files = {"a": rows_of(("好", 1), ("好。", 1)), "b": rows_of(("好", 1))}
+def test_kept_splits_keep_what_is_in_another_file() -> None:
+    files = {"a": records_of(("好", 1), ("好。", 1)), "b": records_of(("好", 1))}
     clean, dropped = clean_records(files, across_files=False)
     assert [len(part) for part in clean.values()] == [1, 1]
     assert dropped["duplicate"] == 1
@@ -88,35 +96,35 @@ def test_one_label_as_text_and_as_a_number_is_no_contradiction(tmp_path: Path) -
 
 
 @given(st.lists(st.tuples(st.text("好差a ，。", max_size=4), st.integers(0, 1)), max_size=30))
-def test_rows_in_equal_rows_out_and_rows_dropped(pairs: list[tuple[str, int]]) -> None:
-    files = {"a": rows_of(*pairs[::2]), "b": rows_of(*pairs[1::2])}
+def test_records_in_equal_records_out_and_records_dropped(pairs: list[tuple[str, int]]) -> None:
+    files = {"a": records_of(*pairs[::2]), "b": records_of(*pairs[1::2])}
     clean, dropped = clean_records(files)
-    kept = [row for rows in clean.values() for row in rows]
+    kept = [record for records in clean.values() for record in records]
     assert len(kept) + sum(dropped.values()) == len(pairs)
-    assert len({normalized(row.content) for row in kept}) == len(kept)
+    assert len({normalized(record.content) for record in kept}) == len(kept)
 
 
 def test_splits_are_8_1_1_stratified_disjoint_and_deterministic() -> None:
-    rows = rows_of(*((f"评论{number}", int(number % 4 == 0)) for number in range(400)))
-    splits = split_records(rows, 42)
+    records = records_of(*((f"评论{number}", int(number % 4 == 0)) for number in range(400)))
+    splits = split_records(records, 42)
     assert {name: len(part) for name, part in splits.items()} == {"train": 320, "validation": 40, "test": 40}
-    assert all(Counter(row.label for row in part)[1] * 4 == len(part) for part in splits.values())
-    texts = [row.text for part in splits.values() for row in part]
+    assert all(Counter(record.label for record in part)[1] * 4 == len(part) for part in splits.values())
+    texts = [record.text for part in splits.values() for record in part]
     assert len(set(texts)) == 400
-    assert split_records(rows, 42) == splits
-    assert split_records(rows, 43) != splits
+    assert split_records(records, 42) == splits
+    assert split_records(records, 43) != splits
 
 
 @given(st.integers(3, 60), st.integers(3, 60), st.integers())
 def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed: int) -> None:
-    rows = rows_of(*((f"评论{number}", int(number < ones)) for number in range(zeros + ones)))
-    splits = {name: Counter(row.label for row in part) for name, part in split_records(rows, seed).items()}
+    records = records_of(*((f"评论{number}", int(number < ones)) for number in range(zeros + ones)))
+    splits = {name: Counter(record.label for record in part) for name, part in split_records(records, seed).items()}
     for label, count in ((0, zeros), (1, ones)):
         tenth = max(1, round(count / 10))
         assert [splits[name][label] for name in ("train", "validation", "test")] == [count - 2 * tenth, tenth, tenth]
 
 
-def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
+def test_a_split_depends_only_on_records_and_seed(tmp_path: Path) -> None:
     """Not on the hash seed of strings, the global generator, the folder's name, or the working directory."""
     code = (
         "import random, sys; from pathlib import Path; from minilora.data.prepare import prepare; "
@@ -136,15 +144,15 @@ def test_a_split_depends_on_rows_and_seed_alone(tmp_path: Path) -> None:
 
 
 def test_a_label_too_rare_to_split_is_named() -> None:
-    with pytest.raises(UserError, match=r"label 1: has 2 distinct rows to split, at least 3 are needed"):
-        split_records(rows_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
+    with pytest.raises(UserError, match=r"label 1: 2 distinct records.* 3 .*; add records"):
+        split_records(records_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
 
 
-def test_a_file_with_too_few_rows_is_named_with_a_line_of_it(tmp_path: Path) -> None:
+def test_a_file_with_too_few_records_is_named_with_a_line_of_it(tmp_path: Path) -> None:
     source = write_tsv(tmp_path / "one.tsv", [("好", 1)])
     with pytest.raises(
         UserError,
-        match=r"one\.tsv:2: label 1: has 1 distinct rows to split, at least 3 are needed for train, validation, test",
+        match=r"one\.tsv:2: label 1: 1 distinct records.* 3 .*; add records",
     ):
         prepare([source], tmp_path / "out")
 
@@ -190,13 +198,13 @@ def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
     assert report["length_quantiles_characters"]["train"]["max"] == 4
 
 
-def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
+def test_the_report_holds_all_its_counts(tmp_path: Path) -> None:
     pairs = [("好" * length, 1) for length in range(1, 21)]
     pairs += [("差" * length, 0) for length in range(1, 21)] + [("！", 0), ("好", 1), ("矛盾", 0), ("矛盾", 1)]
     source = write_tsv(tmp_path / "a.tsv", pairs)
-    report = prepare([source], tmp_path / "out", seed=7)
+    report = prepare([source], tmp_path / "out", SplitOptions(seed=7))
     none_leaks = {name: {"rows": 4, "also_in_train": 0} for name in ("validation", "test")}
-    train = sorted(len(row.content) for row in read_records(tmp_path / "out" / "train.jsonl"))
+    train = sorted(len(record.content) for record in read_records(tmp_path / "out" / "train.jsonl"))
     assert report == {
         "seed": 7,
         "keep_splits": False,
@@ -212,7 +220,7 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
     }
     quantiles = report["length_quantiles_characters"]
     assert set(quantiles) == {"train", "validation", "test"}
-    # of 32 sorted lengths, places 32 * (0.5, 0.9, 0.95, 0.99) rounded down, and the last
+    # of 32 sorted lengths, indices 32 * (0.5, 0.9, 0.95, 0.99) rounded down, and the last
     expected = {"p50": train[16], "p90": train[28], "p95": train[30], "p99": train[31], "max": train[31]}
     assert quantiles["train"] == expected
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -224,24 +232,26 @@ def test_the_report_says_all_that_it_promises(tmp_path: Path) -> None:
     ]
 
 
-def test_written_rows_are_read_back_as_they_were(tmp_path: Path) -> None:
+def test_written_records_are_read_back_as_they_were(tmp_path: Path) -> None:
     texts = [f'评论{n}\n"引\u2028\t\r\n文"，😀\\' for n in range(10)]
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join(json.dumps({"text": text, "label": "好评"}) for text in texts), "utf-8")
     prepare([source], tmp_path / "out")
     written = [
-        row for name in ("train", "validation", "test") for row in read_records(tmp_path / "out" / f"{name}.jsonl")
+        record
+        for name in ("train", "validation", "test")
+        for record in read_records(tmp_path / "out" / f"{name}.jsonl")
     ]
-    assert sorted((row.text, row.label) for row in written) == sorted((text, "好评") for text in texts)
+    assert sorted((record.text, record.label) for record in written) == sorted((text, "好评") for text in texts)
     assert "评论".encode() in (tmp_path / "out" / "train.jsonl").read_bytes()  # text that a person can read
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     source = write_tsv(tmp_path / "a.tsv", [("好", 1)])
-    with pytest.raises(UserError, match=r"a\.tsv: given twice; name each file once"):
+    with pytest.raises(UserError, match=r"a\.tsv: given twice"):
         prepare([source, source], tmp_path / "out")
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match=r"x/\.\./a\.tsv: given twice; name each file once"):
+    with pytest.raises(UserError, match=r"x/\.\./a\.tsv: given twice"):
         prepare([source, tmp_path / "x" / ".." / "a.tsv"], tmp_path / "out")
 
 
@@ -256,11 +266,11 @@ def official(tmp_path: Path) -> list[Path]:
 
 
 def test_kept_splits_report_what_leaks_and_drop_it_on_request(official: list[Path], tmp_path: Path) -> None:
-    report = prepare(official, tmp_path / "kept", keep_splits=True)
+    report = prepare(official, tmp_path / "kept", KEEP_SPLITS)
     assert report["leaks"]["test"] == {"rows": 3, "also_in_train": 2}
     assert report["leaks"]["validation"] == {"rows": 2, "also_in_train": 1}
     assert report["rows_out"] == {"train": 20, "validation": 2, "test": 3}
-    report = prepare(official, tmp_path / "dropped", keep_splits=True, drop_leaks=True)
+    report = prepare(official, tmp_path / "dropped", SplitOptions(keep_splits=True, drop_leaks=True))
     assert report["rows_out"] == {"train": 17, "validation": 2, "test": 3}
     assert report["leaks"]["dropped_from_train"] == 3
     parts = {name: read_records(tmp_path / "dropped" / f"{name}.jsonl") for name in ("train", "validation", "test")}
@@ -269,20 +279,22 @@ def test_kept_splits_report_what_leaks_and_drop_it_on_request(official: list[Pat
 
 def test_a_kept_split_that_cleans_to_nothing_is_named(official: list[Path], tmp_path: Path) -> None:
     write_tsv(official[1], [("！", 1)])
-    with pytest.raises(UserError, match=r"validation: no row is left after cleaning \(.*'empty': 1.*; check the file"):
-        prepare(official, tmp_path / "out", keep_splits=True)
+    with pytest.raises(
+        UserError, match=r"validation: no record is left after cleaning \(.*'empty': 1.*; check the file"
+    ):
+        prepare(official, tmp_path / "out", KEEP_SPLITS)
 
 
 def test_a_training_file_that_leaks_entirely_is_not_dropped_to_nothing(official: list[Path], tmp_path: Path) -> None:
     write_tsv(official[0], [("评论4", 0), ("新的", 1)])
-    with pytest.raises(UserError, match="--drop-leaks: every training row stands in another split; give other files"):
-        prepare(official, tmp_path / "out", keep_splits=True, drop_leaks=True)
+    with pytest.raises(UserError, match=r"--drop-leaks: every training record .*; give other files"):
+        prepare(official, tmp_path / "out", SplitOptions(keep_splits=True, drop_leaks=True))
     assert not (tmp_path / "out").exists()
 
 
 def test_kept_splits_need_a_training_file(official: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--keep-splits: no file for train; give it too, or leave --keep-splits away"):
-        prepare(official[1:], tmp_path / "out", keep_splits=True)
+    with pytest.raises(UserError, match="no file for train; give it too, or omit --keep-splits"):
+        prepare(official[1:], tmp_path / "out", KEEP_SPLITS)
 
 
 @pytest.mark.parametrize(("given", "carved"), [(1, ["validation", "test"]), (2, ["test"])])
@@ -291,50 +303,56 @@ def test_a_split_without_a_file_is_carved_out_of_train_by_label_and_leaks_nowher
 ) -> None:
     train = [(f"评论{n}", int(n % 4 == 0)) for n in range(80)]
     files = [
-        write_tsv(tmp_path / "train.tsv", train * 2),  # a duplicate in the carved part would stand in train too
+        write_tsv(tmp_path / "train.tsv", train * 2),  # a duplicate in the carved part would be in train too
         write_tsv(tmp_path / "dev.tsv", [("新的", 1), *train[::2]]),
     ][:given]
-    report = prepare(files, tmp_path / "out", keep_splits=True)
+    report = prepare(files, tmp_path / "out", KEEP_SPLITS)
     parts = {name: read_records(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "validation", "test")}
     ones, zeros = (2, 6) if given == 1 else (0, 4)  # tenths of 20 and 60; of what dev leaves, nothing and 40
     assert report["carved_from_train"] == dict.fromkeys(carved, ones + zeros)
     for name in carved:
-        assert Counter(row.label for row in parts[name]) == Counter({0: zeros, 1: ones})
-        assert not find_leaks(parts[name], [row for other, part in parts.items() if other != name for row in part])
-    order = {text: place for place, (text, _) in enumerate(train)}
-    places = [order[row.text or ""] for row in parts["train"]]
-    assert places == sorted(places)  # what stays is in the file's order
-    assert len(places) == 80 - (ones + zeros) * len(carved)
+        assert Counter(record.label for record in parts[name]) == Counter({0: zeros, 1: ones})
+        assert not find_leaks(
+            parts[name], [record for other, part in parts.items() if other != name for record in part]
+        )
+    order = {text: index for index, (text, _) in enumerate(train)}
+    indices = [order[record.text or ""] for record in parts["train"]]
+    assert indices == sorted(indices)  # what is kept is in the file's order
+    assert len(indices) == 80 - (ones + zeros) * len(carved)
     leaks = report["leaks"]
     assert leaks["test"]["also_in_train"] == 0
     assert leaks["as_given"] == ({} if given == 1 else {"validation": {"rows": 41, "also_in_train": 40}})
-    assert prepare(files, tmp_path / "again", keep_splits=True)["sha256_out"] == report["sha256_out"]
-    assert prepare(files, tmp_path / "other", seed=1, keep_splits=True)["sha256_out"] != report["sha256_out"]
-    dropped = prepare(files, tmp_path / "dropped", keep_splits=True, drop_leaks=True)
+    assert prepare(files, tmp_path / "again", KEEP_SPLITS)["sha256_out"] == report["sha256_out"]
+    assert (
+        prepare(files, tmp_path / "other", SplitOptions(seed=1, keep_splits=True))["sha256_out"] != report["sha256_out"]
+    )
+    dropped = prepare(files, tmp_path / "dropped", SplitOptions(keep_splits=True, drop_leaks=True))
     assert dropped["leaks"]["dropped_from_train"] == (0 if given == 1 else 40)
 
 
-def test_a_data_set_that_cleans_to_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no row is left after cleaning \(.*'empty': 1"):
+def test_a_data_set_that_cleans_to_nothing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no record is left after cleaning \(.*'empty': 1"):
         prepare([write_tsv(tmp_path / "a.tsv", [("！", 1)])], tmp_path / "out")
 
 
 @given(st.lists(st.tuples(st.text("好差很 ，。", min_size=1, max_size=5), st.integers(0, 1)), min_size=1, max_size=80))
-def test_splits_share_no_text_and_lose_no_row(pairs: list[tuple[str, int]]) -> None:
-    clean, _ = clean_records({"a": rows_of(*pairs)})
-    if any(count < 3 for count in Counter(row.label for row in clean["a"]).values()):
-        with pytest.raises(UserError, match="at least 3"):
+def test_splits_share_no_text_and_lose_no_record(pairs: list[tuple[str, int]]) -> None:
+    clean, _ = clean_records({"a": records_of(*pairs)})
+    if any(count < 3 for count in Counter(record.label for record in clean["a"]).values()):
+        with pytest.raises(UserError, match=" 3 for train"):
             split_records(clean["a"], 42)
         return
     splits = split_records(clean["a"], 42)
-    assert Counter(row for part in splits.values() for row in part) == Counter(clean["a"])
-    texts = {name: {normalized(row.content) for row in part} for name, part in splits.items()}
+    assert Counter(record for part in splits.values() for record in part) == Counter(clean["a"])
+    texts = {name: {normalized(record.content) for record in part} for name, part in splits.items()}
     assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
 
 
 @given(st.permutations(["a", "b", "c"]))
 def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
-    files = {name: rows_of(*((f"{'，' * place}评论{n}", n % 2) for n in range(30))) for place, name in enumerate("abc")}
+    files = {
+        name: records_of(*((f"{'，' * index}评论{n}", n % 2) for n in range(30))) for index, name in enumerate("abc")
+    }
     clean, dropped = clean_records({name: files[name] for name in order})
     assert [len(clean[name]) for name in order] == [30, 0, 0]
     assert dropped["duplicate"] == 60
@@ -343,7 +361,7 @@ def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
 
 
 def test_empty_texts_do_not_leak_into_each_other() -> None:
-    assert find_leaks(rows_of(("！", 1), ("好", 1)), rows_of(("。", 0), ("好。", 1))) == [1]
+    assert find_leaks(records_of(("！", 1), ("好", 1)), records_of(("。", 0), ("好。", 1))) == [1]
 
 
 def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path) -> None:
@@ -360,9 +378,7 @@ def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path)
 def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
     source = tmp_path / "chat.jsonl"
     source.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n', "utf-8")
-    with pytest.raises(
-        UserError, match=r"chat\.jsonl:\d: conversations: there are 2 distinct rows to split, at least 3"
-    ):
+    with pytest.raises(UserError, match=r"chat\.jsonl:\d: conversations: 2 .* 3 "):
         prepare([source], tmp_path / "out")
 
 
@@ -373,7 +389,7 @@ def test_the_leaks_of_the_files_as_given_are_counted_before_cleaning(tmp_path: P
         # 评论4 twice, and 评论5 with the other label: cleaning drops one of the two and both 评论5
         write_tsv(tmp_path / "test.tsv", [("别的", 0), ("评论4", 0), ("评论4。", 0), ("评论5", 0)]),
     ]
-    leaks = prepare(files, tmp_path / "out", keep_splits=True)["leaks"]
+    leaks = prepare(files, tmp_path / "out", KEEP_SPLITS)["leaks"]
     assert leaks["as_given"]["test"] == {"rows": 4, "also_in_train": 3}
     assert leaks["test"] == {"rows": 2, "also_in_train": 1}
 
@@ -390,19 +406,19 @@ def test_the_leaks_of_the_files_as_given_are_counted_before_cleaning(tmp_path: P
         ("train_test.tsv", None),
     ],
 )
-def test_a_files_name_says_its_split_in_whole_words(name: str, split: str | None) -> None:
+def test_a_file_name_holds_its_split_as_a_whole_word(name: str, split: str | None) -> None:
     assert split_of(Path(name)) == split
 
 
 def test_a_file_that_names_no_split_is_refused(official: list[Path], tmp_path: Path) -> None:
     other = write_tsv(tmp_path / "latest.tsv", [("好", 1)])
-    with pytest.raises(UserError, match=r"latest\.tsv: with --keep-splits a file's name says train"):
-        prepare([*official, other], tmp_path / "out", keep_splits=True)
+    with pytest.raises(UserError, match=r"latest\.tsv: .*--keep-splits.* train, dev .*; rename it"):
+        prepare([*official, other], tmp_path / "out", KEEP_SPLITS)
 
 
 def test_several_files_of_one_split_are_its_parts(official: list[Path], tmp_path: Path) -> None:
     part = write_tsv(tmp_path / "train-00001-of-00002.tsv", [("再来", 1)])
-    assert prepare([*official, part], tmp_path / "out", keep_splits=True)["rows_out"]["train"] == 21
+    assert prepare([*official, part], tmp_path / "out", KEEP_SPLITS)["rows_out"]["train"] == 21
 
 
 def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
@@ -410,14 +426,14 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
     source.write_text("".join(f'{{"label": {n % 2}, "text": "评论{n}"}}\n' for n in range(40)), "utf-8")
     before = source.read_bytes()
     (tmp_path / "x").mkdir()
-    with pytest.raises(UserError, match="the output would replace this input; choose another --output"):
+    with pytest.raises(UserError, match=r"train\.jsonl: .*; choose another --output"):
         prepare([tmp_path / "x" / ".." / "train.jsonl"], tmp_path)
     assert source.read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_written_is_named(official: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(UserError, match=r"file: cannot be written to \(.+\); choose another folder for the data"):
+    with pytest.raises(UserError, match=r"file: cannot be written to .*folder for the data"):
         prepare(official, tmp_path / "file")
 
 
@@ -433,7 +449,7 @@ def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_earlier_splits_together(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(official, tmp_path / "out", seed=1)
+    prepare(official, tmp_path / "out", SplitOptions(seed=1))
     before = contents(tmp_path / "out")
     plain = prepare_module.write_file
 
@@ -444,7 +460,7 @@ def test_a_failed_write_leaves_the_earlier_splits_together(
 
     monkeypatch.setattr(prepare_module, "write_file", full_disk)
     with pytest.raises(StorageError, match="cannot be written"):
-        prepare(official, tmp_path / "out", seed=2)
+        prepare(official, tmp_path / "out", SplitOptions(seed=2))
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     recover_splits(tmp_path / "out")
     assert contents(tmp_path / "out") == before
@@ -455,11 +471,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("has_earlier", [True, False])
-def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files_or_all_of_the_new(
+def test_a_replacing_killed_anywhere_is_completed_with_all_old_files_or_all_new_ones(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_earlier: bool
 ) -> None:
-    prepare(official, tmp_path / "old", seed=1)
-    prepare(official, tmp_path / "new", seed=2)
+    prepare(official, tmp_path / "old", SplitOptions(seed=1))
+    prepare(official, tmp_path / "new", SplitOptions(seed=2))
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
     assert old["train.jsonl"] != new["train.jsonl"]
     ends = []
@@ -473,10 +489,10 @@ def test_a_replacing_that_was_killed_anywhere_is_ended_with_all_of_the_old_files
             else:
                 stop_at(patch, Path, "replace", moment)
             if moment == 5:  # there are four files
-                prepare(official, folder, seed=2)
+                prepare(official, folder, SplitOptions(seed=2))
             else:
                 with pytest.raises(KeyboardInterrupt):
-                    prepare(official, folder, seed=2)
+                    prepare(official, folder, SplitOptions(seed=2))
         recover_splits(folder)
         ends.append(contents(folder))
     assert ends == [old if has_earlier else {}, *[new] * 5]
@@ -495,17 +511,17 @@ def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, number: int) ->
     patch.setattr(owner, name, stop)
 
 
-def test_an_ending_that_was_killed_itself_is_ended(
+def test_a_recovery_that_was_killed_is_completed(
     official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(official, tmp_path / "new", seed=2)
+    prepare(official, tmp_path / "new", SplitOptions(seed=2))
     for moment in range(1, 5):
         folder = tmp_path / f"{moment}"
-        prepare(official, folder, seed=1)
+        prepare(official, folder, SplitOptions(seed=1))
         with monkeypatch.context() as patch:
             stop_at(patch, Path, "replace", 1)
             with pytest.raises(KeyboardInterrupt):
-                prepare(official, folder, seed=2)
+                prepare(official, folder, SplitOptions(seed=2))
         with monkeypatch.context() as patch:
             stop_at(patch, Path, "replace", moment)
             with pytest.raises(KeyboardInterrupt):
@@ -520,22 +536,22 @@ def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
     folder = tmp_path / "out"
     wholes = []
     for seed in (1, 2, 3):
-        prepare(official, tmp_path / f"{seed}", seed=seed)
+        prepare(official, tmp_path / f"{seed}", SplitOptions(seed=seed))
         wholes.append(contents(tmp_path / f"{seed}"))
-    prepare(official, folder, seed=1)
+    prepare(official, folder, SplitOptions(seed=1))
     for seed, owner, name in ((2, Path, "replace"), (3, prepare_module, "write_file")):
         with monkeypatch.context() as patch:
             stop_at(patch, owner, name, 2)
             with pytest.raises(KeyboardInterrupt):
-                prepare(official, folder, seed=seed)
+                prepare(official, folder, SplitOptions(seed=seed))
     recover_splits(folder)
     assert contents(folder) in wholes
 
 
-def test_where_nothing_was_left_nothing_is_ended(official: list[Path], tmp_path: Path) -> None:
+def test_without_leftovers_nothing_is_recovered(official: list[Path], tmp_path: Path) -> None:
     recover_splits(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    prepare(official, tmp_path / "out", seed=1)
+    prepare(official, tmp_path / "out", SplitOptions(seed=1))
     before = contents(tmp_path / "out")
     recover_splits(tmp_path / "out")
     assert contents(tmp_path / "out") == before
@@ -543,14 +559,14 @@ def test_where_nothing_was_left_nothing_is_ended(official: list[Path], tmp_path:
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are not locked there")
 def test_what_another_process_is_writing_is_no_leftover(official: list[Path], tmp_path: Path) -> None:
-    prepare(official, tmp_path / "out", seed=1)
+    prepare(official, tmp_path / "out", SplitOptions(seed=1))
     (tmp_path / "out" / ".writing-train.jsonl").write_text("begun", "utf-8")
     with lock_folder(tmp_path / "out", "folder for the data"):
         before = contents(tmp_path / "out")
         with pytest.raises(UserError, match="out: another run is writing there"):
             recover_splits(tmp_path / "out")
         with pytest.raises(UserError, match="out: another run is writing there"):
-            prepare(official, tmp_path / "out", seed=2)
+            prepare(official, tmp_path / "out", SplitOptions(seed=2))
         assert contents(tmp_path / "out") == before
 
 
@@ -569,12 +585,12 @@ def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_neve
 @pytest.mark.real
 @pytest.mark.skipif("MINILORA_REAL_DATA" not in os.environ, reason="needs MINILORA_REAL_DATA")
 def test_the_standard_training_file_has_the_duplicates_that_were_counted() -> None:
-    rows = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "train.tsv")
-    assert len(rows) == 9600
+    records = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "train.tsv")
+    assert len(records) == 9600
     # cut -f 2 train.tsv | tail -n +2 | sort -u | wc -l
-    assert len({row.content for row in rows}) == 8249
-    assert len({normalized(row.content) for row in rows}) == 8234
+    assert len({record.content for record in records}) == 8249
+    assert len({normalized(record.content) for record in records}) == 8234
     held_out = read_records(Path(os.environ["MINILORA_REAL_DATA"]) / "dev.tsv")
-    # The published audit: 339 texts of the development file stand in the training file too.
-    places = find_leaks(held_out, rows)
-    assert (len(held_out), len({normalized(held_out[place].content) for place in places})) == (1200, 339)
+    # The published audit: 339 texts of the development file are in the training file too.
+    leaks = find_leaks(held_out, records)
+    assert (len(held_out), len({normalized(held_out[index].content) for index in leaks})) == (1200, 339)

@@ -8,8 +8,7 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.config import LoraConfig
-from minilora.evaluation import score as score_module
-from minilora.evaluation.score import Scores, score
+from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.qlora.batch import common_prefix, pack_segments
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
@@ -45,7 +44,7 @@ def adapted(model: Qwen2ForCausalLM, dropout: float = 0.0) -> Qwen2ForCausalLM:
 
 
 def log_probabilities(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
-    """log p(next id) at each of `ids`, alone in its batch, from full logits: (n, V) float64."""
+    """log p(next id) at each of `ids`, the only example of its batch, from full logits: (n, V) float64."""
     positions = torch.arange(len(ids))
     with torch.no_grad():
         hidden = model.model(torch.tensor(ids), positions, pack_segments([len(ids)]))
@@ -53,7 +52,7 @@ def log_probabilities(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
 
 
 def brute_force(model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples: list[Example]) -> np.ndarray:
-    """Every review run alone with every label word, the word's tokens summed."""
+    """Every review in a batch of its own with every label word, the word's tokens summed."""
     scores = torch.zeros(len(examples), len(prompt.labels), dtype=torch.float64)
     for row, example in enumerate(examples):
         question = example.input_ids[: example.answer_start]
@@ -70,7 +69,7 @@ def test_probabilities_equal_brute_force(
 ) -> None:
     model = adapted(tiny_model(tie=tie))
     prompt, examples = build(chat_tokenizer, labels)
-    found = score(model, examples, prompt, 3).probabilities
+    found = score(model, examples, prompt, ScoringOptions(3)).probabilities
     expected = brute_force(model, prompt, examples)
     assert found is not None
     assert found.dtype == np.float64
@@ -85,12 +84,12 @@ def test_neither_batch_size_nor_order_changes_a_probability(
 ) -> None:
     model = tiny_model()
     prompt, examples = build(chat_tokenizer, labels)
-    reference = score(model, examples, prompt, 1)
+    reference = score(model, examples, prompt, ScoringOptions(1))
     for batch_size in (2, 5, 100):
-        scores = score(model, examples, prompt, batch_size)
+        scores = score(model, examples, prompt, ScoringOptions(batch_size))
         np.testing.assert_allclose(scores.probabilities, reference.probabilities, **ROUNDING)
         assert scores.loss == pytest.approx(reference.loss, rel=1e-5)
-    backwards = score(model, examples[::-1], prompt, 3)
+    backwards = score(model, examples[::-1], prompt, ScoringOptions(3))
     assert backwards.probabilities is not None
     np.testing.assert_allclose(backwards.probabilities[::-1], reference.probabilities, **ROUNDING)
 
@@ -100,7 +99,8 @@ def test_the_true_label_has_no_say_in_the_probabilities(tiny_model: LoadModel, c
     for labels in (SINGLE, SEVERAL):
         prompt = ClassificationPrompt(chat_tokenizer, "s", "评论：", labels, 256)
         truth, lies = (
-            score(model, prompt.examples(REVIEWS[:4], given), prompt, 4) for given in ([0, 1, 0, 1], [1, 0, 1, 0])
+            score(model, prompt.examples(REVIEWS[:4], given), prompt, ScoringOptions(4))
+            for given in ([0, 1, 0, 1], [1, 0, 1, 0])
         )
         np.testing.assert_allclose(truth.probabilities, lies.probabilities, **ROUNDING)
         assert truth.loss != lies.loss
@@ -116,14 +116,14 @@ def test_loss_is_the_mean_over_all_supervised_tokens(
     for example in examples:
         logs = log_probabilities(model, example.input_ids[:-1])
         losses += [-logs[i - 1, example.input_ids[i]].item() for i, counts in enumerate(example.supervised) if counts]
-    assert score(model, examples, prompt, 3).loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert score(model, examples, prompt, ScoringOptions(3)).loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_chat_has_a_loss_and_no_probabilities(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     model = tiny_model()
     turns = [("user", "问"), ("assistant", "答一"), ("user", "再问"), ("assistant", "答二二")]
     example = chat_example(chat_tokenizer, turns, 256, "f:1", "s")
-    scores = score(model, [example], None, 4)
+    scores = score(model, [example], None, ScoringOptions(4))
     logs = log_probabilities(model, example.input_ids[:-1])
     losses = [-logs[i - 1, example.input_ids[i]].item() for i, counts in enumerate(example.supervised) if counts]
     assert scores.probabilities is None
@@ -139,7 +139,7 @@ def test_the_common_prefix_is_run_once_for_all_batches(
     prefix = common_prefix(examples)
     rows: list[int] = []
     hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    score(model, examples, prompt, 2)
+    score(model, examples, prompt, ScoringOptions(2))
     hook.remove()
     own = sum(len(example.input_ids) - 1 - prefix for example in examples)
     assert prefix > 3
@@ -159,20 +159,20 @@ def test_the_model_comes_back_in_the_mode_it_was_in(
     prompt, examples = build(chat_tokenizer, SINGLE)
     seen = []
     hook = model.model.norm.register_forward_hook(lambda *_: seen.append(model.training))
-    first, second = (score(model, examples, prompt, 4).probabilities for _ in range(2))
+    first, second = (score(model, examples, prompt, ScoringOptions(4)).probabilities for _ in range(2))
     hook.remove()
     assert not any(seen)
     assert np.array_equal(first, second)  # no dropout
     assert all(module.training == training for module in model.modules())
     with pytest.raises(IndexError):
-        score(model, [Example([10**9, 1, 2], [False, False, True])], None, 1)
+        score(model, [Example([10**9, 1, 2], [False, False, True])], None, ScoringOptions(1))
     assert model.training == training
 
 
 def test_scoring_leaves_the_model_trainable(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     model = adapted(tiny_model())
     prompt, examples = build(chat_tokenizer, SEVERAL)
-    score(model, examples, prompt, 4)
+    score(model, examples, prompt, ScoringOptions(4))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert parameters
     assert all(parameter.grad is None and not parameter.is_inference() for parameter in parameters)
@@ -181,19 +181,17 @@ def test_scoring_leaves_the_model_trainable(tiny_model: LoadModel, chat_tokenize
 def test_progress_counts_every_example(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     prompt, examples = build(chat_tokenizer, SINGLE)
     finished: list[int] = []
-    score(tiny_model(), examples, prompt, 3, finished.append)
+    score(tiny_model(), examples, prompt, ScoringOptions(3, on_progress=finished.append))
     assert finished == [3, 3, 1]
 
 
-def test_long_examples_go_in_smaller_passes(
-    tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_examples_are_scored_in_smaller_passes(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     prompt, examples = build(chat_tokenizer, SINGLE)
-    together = score(tiny_model(), examples, prompt, len(examples)).probabilities
+    together = score(tiny_model(), examples, prompt, ScoringOptions(len(examples))).probabilities
     longest = max(len(example.input_ids) for example in examples)
-    monkeypatch.setattr(score_module, "MAX_TOKENS", 2 * longest)
     finished: list[int] = []
-    apart = score(tiny_model(), examples, prompt, len(examples), finished.append).probabilities
+    options = ScoringOptions(max_tokens=2 * longest, on_progress=finished.append)
+    apart = score(tiny_model(), examples, prompt, options).probabilities
     assert finished[0] == 2
     assert sum(finished) == len(examples)
     np.testing.assert_allclose(apart, together, **ROUNDING)
@@ -207,6 +205,6 @@ def test_bfloat16_labels_that_are_close_do_not_tie(tiny_model: LoadModel, chat_t
         row = model.head_weight[words[0]].clone()
         row[0] = row[0] * (1 + 2**-7)
         model.head_weight[words[1]] = row
-    scores: Scores = score(model, examples, prompt, 4)
+    scores: Scores = score(model, examples, prompt, ScoringOptions(4))
     assert scores.probabilities is not None
     assert (scores.probabilities[:, 0] != scores.probabilities[:, 1]).all()

@@ -1,4 +1,4 @@
-"""What the fault tests share: the runner, one configuration, what an undisturbed run ends in, and a count of faults."""
+"""What the fault tests share: the runner, one configuration, what an undisturbed run ends in, and the counts."""
 
 import json
 import os
@@ -11,31 +11,51 @@ from typing import Any
 import pytest
 
 from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.metrics_log import MEASURED_KEYS
 from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
 
-COUNTS = pytest.StashKey[list[str]]()
+Count = Callable[[str], None]
+Finishes = Callable[[Path], None]
+HowMany = Callable[[int, int, int], int]
+LINES = pytest.StashKey[list[str]]()
 
 # Kills, forks and signals are those of POSIX; elsewhere what needs none of them still runs.
 OF_POSIX = ("damage", "disk", "kill", "power", "ranks", "resume", "signals")
 collect_ignore = [f"test_{name}.py" for name in OF_POSIX if os.name != "posix"]
 
 
-@pytest.fixture(scope="session")
-def is_long(pytestconfig: pytest.Config) -> bool:
-    """Whether a release's counts are asked for."""
-    return bool(pytestconfig.getoption("--long"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.faults)
 
 
 @pytest.fixture(scope="session")
-def count(pytestconfig: pytest.Config) -> Callable[[str], None]:
+def is_small(pytestconfig: pytest.Config) -> bool:
+    """Whether the counts are too small for statements about their statistics."""
+    return not (pytestconfig.getoption("--faults") or pytestconfig.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def how_many(pytestconfig: pytest.Config, is_small: bool) -> HowMany:
+    """A function: the count with every pytest, with --faults, with --long -> the one that is asked for."""
+
+    def choose(small: int, normal: int, release: int) -> int:
+        return small if is_small else release if pytestconfig.getoption("--long") else normal
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def count(pytestconfig: pytest.Config) -> Count:
     """Notes a line for the end of the test session: what was tried, and what came of it."""
-    lines = pytestconfig.stash.setdefault(COUNTS, [])
+    lines = pytestconfig.stash.setdefault(LINES, [])
     return lines.append
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    lines = config.stash.get(COUNTS, [])
+    lines = config.stash.get(LINES, [])
     if lines:
         terminalreporter.section("faults")
         for line in lines:
@@ -72,6 +92,14 @@ def keys(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> list[str
     ]
 
 
+@pytest.fixture(scope="session")
+def operations(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All file operations of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("operations")
+    assert runs.run(keys, folder / "logged", {"log": str(folder / "operations")}) == 0
+    return [json.loads(line) for line in (folder / "operations").read_text("utf-8").splitlines()]
+
+
 def outcome(output: Path) -> dict[str, Any]:
     """All that two equal runs have in common: adapter, moments, log without what is measured."""
     checkpoints = output / "checkpoints"
@@ -84,11 +112,11 @@ def outcome(output: Path) -> dict[str, Any]:
             ("step-000006", "optimizer.safetensors"),
         )
     }
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    for row in rows:
-        for name in ("tokens_per_s", "peak_memory_bytes"):
-            row.pop(name)
-    return {**files, "log": rows}
+    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
+    for entry in log:
+        for name in MEASURED_KEYS:
+            entry.pop(name)
+    return {**files, "log": log}
 
 
 @pytest.fixture(scope="session")
@@ -109,8 +137,8 @@ def undisturbed(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Callable[[Path], None]:
-    """Runs the same command again and holds that it ends as if nothing had happened; removes the folder."""
+def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finishes:
+    """Repeats the command and asserts that it ends as if nothing had happened; removes the folder."""
 
     def check(output: Path) -> None:
         checkpoints = output / "checkpoints"
@@ -122,9 +150,9 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Callab
         assert status == 0, errors
         if is_finished:
             assert "this run is finished" in printed
-        else:  # it goes on from the newest sound checkpoint and does not begin anew
-            assert ("going on from" in printed) == (newest is not None)
-            assert f"going on from {newest}\n" in printed or newest is None
+        else:  # it resumes from the newest sound checkpoint and does not begin anew
+            assert ("resuming from" in printed) == (newest is not None)
+            assert f"resuming from {newest}\n" in printed or newest is None
         assert outcome(output) == undisturbed["outcome"]
         left = {path.name for path in checkpoints.iterdir()}
         assert {"final", "step-000006", undisturbed["best"]} <= left

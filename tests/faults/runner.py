@@ -7,7 +7,7 @@ Started as a program it reads a JSON line for each run and answers with its proc
 A fault is one of these, counted over the file operations (`os` functions) on paths below the run's output folder:
 
     {"kill": k}              SIGKILL before operation k; a write is done by half first
-    {"fail": k, "errno": e}  operation k raises OSError; with "for_good" all writing ones after it too
+    {"fail": k, "errno": e}  operation k raises OSError; with "for_good" all later writing ones too
     {"signal": k, "signum": n}  operation k is preceded by a signal, with "twice" by two
     {"log": path}            every operation with what it writes, as JSON lines
 """
@@ -155,14 +155,14 @@ class Disk:
         self.count += 1
         number = self.count
         if self.log is not None:
-            row: dict[str, Any] = {"number": number, "name": name, "path": os.path.relpath(path, self.root)}
+            entry: dict[str, Any] = {"number": number, "name": name, "path": os.path.relpath(path, self.root)}
             if name == "write":
-                row["content"] = base64.b64encode(bytes(arguments[1])).decode()
+                entry["content"] = base64.b64encode(bytes(arguments[1])).decode()
             if name in ("rename", "replace"):
-                row["to"] = os.path.relpath(os.path.abspath(os.fsdecode(arguments[1])), self.root)
+                entry["to"] = os.path.relpath(os.path.abspath(os.fsdecode(arguments[1])), self.root)
             if name == "open":
-                row["flags"] = arguments[1]
-            self.log.write(json.dumps(row) + "\n")
+                entry["flags"] = arguments[1]
+            self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
         if number == self.fault.get("kill"):
             if name == "write":

@@ -17,10 +17,8 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.runs.checkpoint import damage_of
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header
-from tests.faults.conftest import outcome
+from tests.faults.conftest import Count, HowMany, outcome
 from tests.faults.runner import Runs
-
-Count = Callable[[str], None]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +38,11 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["step-000006", "final"])
-def test_every_flipped_bit_is_noticed(output: Path, name: str, count: Count, is_long: bool) -> None:
+def test_every_flipped_bit_is_noticed(output: Path, name: str, count: Count, how_many: HowMany) -> None:
     folder = output / "checkpoints" / name
     find = damage_of if name.startswith("step-") else verify_folder
-    places = [(path, bit) for path in sorted(folder.iterdir()) for bit in range(8 * path.stat().st_size)]
-    chosen = places if is_long and name.startswith("step-") else random.Random(5).sample(places, 1000)
+    bits = [(path, bit) for path in sorted(folder.iterdir()) for bit in range(8 * path.stat().st_size)]
+    chosen = random.Random(5).sample(bits, how_many(50, 1000, len(bits) if name.startswith("step-") else 1000))
     silent = []
     for path, bit in chosen:
         flip(path, bit)
@@ -52,25 +50,26 @@ def test_every_flipped_bit_is_noticed(output: Path, name: str, count: Count, is_
             silent.append((path.name, bit))
         flip(path, bit)
     assert find(folder) is None
-    count(f"bits flipped in {name}: {len(chosen)} of {len(places)}, silent: {len(silent)}")
+    count(f"bits flipped in {name}: {len(chosen)} of {len(bits)}, silent: {len(silent)}")
     assert silent == []
 
 
-def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count: Count, is_long: bool) -> None:
+def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count: Count, how_many: HowMany) -> None:
     folder = Path(shutil.copytree(output / "checkpoints" / "step-000006", tmp_path / "step-000006"))
     accepted, tried = [], 0
+    stride, hashed = how_many(97, 1, 1), how_many(1, 16, 1)
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
-        for length in range(len(content) - 1, -1, -1):
+        for length in range(len(content) - 1, -1, -stride):
             os.truncate(path, length)
             tried += 1
-            if path.suffix == ".safetensors":  # by the format alone, as for a file without a manifest
+            if path.suffix == ".safetensors":  # by the format only, as for a file without a manifest
                 with pytest.raises(UserError):
                     read_header(path)
-            if (is_long or length % 16 == 0 or path.suffix == ".json") and damage_of(folder) is None:
+            if (length % hashed == 0 or path.suffix == ".json") and damage_of(folder) is None:
                 accepted.append((path.name, length))
         path.write_bytes(content)
-    count(f"files of a checkpoint cut off at every length: {tried}, accepted: {len(accepted)}")
+    count(f"files of a checkpoint cut off at {tried} lengths, accepted: {len(accepted)}")
     assert accepted == []
     assert damage_of(folder) is None
 
@@ -79,7 +78,7 @@ def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count
 @pytest.mark.parametrize(
     "name", ["adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json", "manifest.json"]
 )
-def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_the_damaged_one(
     output: Path, runs: Runs, keys: list[str], undisturbed: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
     copy = Path(shutil.copytree(output, tmp_path / "run"))

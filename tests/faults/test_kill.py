@@ -1,27 +1,17 @@
-"""SIGKILL at every file operation of a run and at random instants, also while it resumes: nothing is lost."""
+"""SIGKILL at file operations of a run and at random instants, also while it resumes: nothing is lost."""
 
-import json
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minilora.system.files import WRITING
+from tests.faults.conftest import Count, Finishes, HowMany
 from tests.faults.runner import Runs
-
-Count = Callable[[str], None]
-Finishes = Callable[[Path], None]
-
-
-def operations_of_a_run(runs: Runs, keys: list[str], folder: Path) -> list[dict[str, Any]]:
-    """All file operations of an undisturbed run."""
-    assert runs.run(keys, folder / "logged", {"log": str(folder / "operations")}) == 0
-    return [json.loads(line) for line in (folder / "operations").read_text("utf-8").splitlines()]
 
 
 def is_within_a_save(output: Path) -> bool:
@@ -33,34 +23,44 @@ def is_within_a_save(output: Path) -> bool:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_file_operation_ends_in_the_same_bytes(
-    runs: Runs, keys: list[str], finishes: Finishes, tmp_path: Path, count: Count
+    runs: Runs,
+    keys: list[str],
+    operations: list[dict[str, Any]],
+    finishes: Finishes,
+    tmp_path: Path,
+    count: Count,
+    how_many: HowMany,
 ) -> None:
-    operations = operations_of_a_run(runs, keys, tmp_path)
-    within = 0
-    for number in range(1, len(operations) + 1):
+    within, numbers = 0, range(1, len(operations) + 1, how_many(17, 1, 1))
+    for number in numbers:
         output = tmp_path / f"kill-{number}"
         assert runs.run(keys, output, {"kill": number}) == -signal.SIGKILL
         within += is_within_a_save(output)
         finishes(output)
-    count(f"kill -9 at each of {len(operations)} file operations of a run: {within} within a save, lost: 0")
-    assert within >= 0.3 * len(operations)
+    count(f"kill -9 at {len(numbers)} of {len(operations)} file operations of a run: {within} within a save, lost: 0")
+    assert within >= 0.3 * len(numbers)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_while_it_resumes_ends_in_the_same_bytes(
-    runs: Runs, keys: list[str], finishes: Finishes, tmp_path: Path, count: Count, is_long: bool
+def test_a_run_that_is_killed_once_more_while_it_resumes_ends_in_the_same_bytes(
+    runs: Runs,
+    keys: list[str],
+    operations: list[dict[str, Any]],
+    finishes: Finishes,
+    tmp_path: Path,
+    count: Count,
+    how_many: HowMany,
 ) -> None:
-    operations = operations_of_a_run(runs, keys, tmp_path)
     chooser = random.Random(0)
-    pairs = [(chooser.randint(1, len(operations)), chooser.randint(1, 40)) for _ in range(500 if is_long else 12)]
+    pairs = [(chooser.randint(1, len(operations)), chooser.randint(1, 40)) for _ in range(how_many(2, 12, 500))]
     second_kills = 0
-    for place, (first, second) in enumerate(pairs):
-        output = tmp_path / f"twice-{place}"
+    for index, (first, second) in enumerate(pairs):
+        output = tmp_path / f"twice-{index}"
         assert runs.run(keys, output, {"kill": first}) == -signal.SIGKILL
         second_kills += runs.run(keys, output, {"kill": second}) == -signal.SIGKILL
         finishes(output)
-    count(f"kill -9, and again while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
-    assert second_kills > len(pairs) / 2
+    count(f"kill -9, and once more while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
+    assert second_kills > len(pairs) / 2 - 1
 
 
 def watch_saves(runs: Runs, keys: list[str], output: Path) -> dict[str, float]:
@@ -83,7 +83,7 @@ def watch_saves(runs: Runs, keys: list[str], output: Path) -> dict[str, float]:
 def wait_for_save(output: Path, name: str) -> None:
     """Until the run in `output` begins to write `name`, or has written it unseen."""
     checkpoints = output / "checkpoints"
-    while not any((checkpoints / place).exists() for place in (WRITING + name, name)):
+    while not any((checkpoints / folder).exists() for folder in (WRITING + name, name)):
         time.sleep(0.0002)
 
 
@@ -95,18 +95,19 @@ def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
     undisturbed: dict[str, Any],
     tmp_path: Path,
     count: Count,
-    is_long: bool,
+    how_many: HowMany,
+    is_small: bool,
 ) -> None:
-    """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others while one of them goes on."""
+    """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others during a save."""
     chooser = random.Random(1)
-    kills, within, late = 1000 if is_long else 25, 0, 0
-    watched = [watch_saves(runs, keys, tmp_path / f"watched-{number}") for number in range(3)]
-    for place in range(kills):
-        output = tmp_path / f"random-{place}"
+    kills, within, late = how_many(3, 25, 1000), 0, 0
+    watched = [watch_saves(runs, keys, tmp_path / f"watched-{number}") for number in range(how_many(1, 3, 3))]
+    for index in range(kills):
+        output = tmp_path / f"random-{index}"
         pid = runs.start(keys, output)
         while not output.exists():
             time.sleep(0.001)
-        if place % 4 == 0:
+        if index % 4 == 0:
             time.sleep(chooser.random() * undisturbed["seconds"])
         else:
             name = chooser.choice(list(watched[0]))
@@ -119,5 +120,5 @@ def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
         within += is_within_a_save(output)
         finishes(output)
     count(f"kill -9 at a random instant: {kills}, {within} within a save, {late} after the end, lost: 0")
-    assert within >= 0.3 * kills
-    assert late < kills / 2
+    assert is_small or within >= 0.3 * kills
+    assert is_small or late < kills / 2

@@ -15,7 +15,7 @@ from minilora.adapters.merge import open_merge
 from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import save_adapter
 from minilora.config import LoraConfig
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -84,7 +84,7 @@ def test_an_adapter_of_zeros_changes_nothing(
 ) -> None:
     base, adapted = tiny_model(), tiny_model()
     attach(adapted, ADAPTER)  # B = 0
-    plain, zero = (score(model, examples, prompt, 4) for model in (base, adapted))
+    plain, zero = (score(model, examples, prompt, ScoringOptions(4)) for model in (base, adapted))
     assert plain.loss == zero.loss
     np.testing.assert_array_equal(plain.probabilities, zero.probabilities)
 
@@ -99,7 +99,7 @@ def test_merged_equals_adapted(
     quantization: str,
 ) -> None:
     adapted = tiny_model(quantization)
-    base = score(adapted, examples, prompt, 4)
+    base = score(adapted, examples, prompt, ScoringOptions(4))
     attach(adapted, ADAPTER, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in lora_parameters(adapted):
@@ -112,7 +112,10 @@ def test_merged_equals_adapted(
         found, expected = (head_logits(model(batch), model.head_weight) for model in (merged, adapted))
     # Float32, W + s B A multiplied at once or apart: sums of 64 to 128 products in another order, logits up to 6.
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
-    trained, whole = score(adapted, examples, prompt, 4), score(merged, examples, prompt, 4)
+    trained, whole = (
+        score(adapted, examples, prompt, ScoringOptions(4)),
+        score(merged, examples, prompt, ScoringOptions(4)),
+    )
     np.testing.assert_allclose(whole.probabilities, trained.probabilities, rtol=0, atol=1e-5)
     assert abs(trained.loss - base.loss) > 0.01  # the adapter does something
 
@@ -121,7 +124,7 @@ def test_swapped_labels_mirror_the_probabilities(
     model: Qwen2ForCausalLM, examples: list[Example], prompt: ClassificationPrompt
 ) -> None:
     mirrored = replace(prompt, labels=prompt.labels[::-1])
-    plain, swapped = (score(model, examples, one, 4).probabilities for one in (prompt, mirrored))
+    plain, swapped = (score(model, examples, one, ScoringOptions(4)).probabilities for one in (prompt, mirrored))
     assert plain is not None
     assert swapped is not None
     np.testing.assert_array_equal(plain, swapped[:, ::-1])

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,8 +17,9 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.runs.setup import _find_checkpoint
+from minilora.runs.checkpoint import find_checkpoint
 from minilora.system.manifest import recover_folders
+from tests.faults.conftest import Count, HowMany
 from tests.faults.runner import Runs
 
 ROOT = PurePosixPath("checkpoints")
@@ -39,20 +39,20 @@ class Tree:
 
     names: dict[PurePosixPath, File | None] = field(default_factory=lambda: {ROOT: None})
 
-    def apply(self, row: dict[str, Any], files: dict[int, File]) -> None:
+    def apply(self, operation: dict[str, Any], files: dict[int, File]) -> None:
         """One change of names; one whose objects are not there, because an earlier one was dropped, does nothing."""
-        path = PurePosixPath(row["path"])
+        path = PurePosixPath(operation["path"])
         if path.parent not in self.names:
             return
-        if row["name"] == "open":
-            self.names[path] = files[row["number"]]
-        elif row["name"] == "mkdir":
+        if operation["name"] == "open":
+            self.names[path] = files[operation["number"]]
+        elif operation["name"] == "mkdir":
             self.names.setdefault(path, None)
-        elif row["name"] in ("unlink", "rmdir"):
+        elif operation["name"] in ("unlink", "rmdir"):
             for name in [name for name in self.names if name == path or path in name.parents]:
                 del self.names[name]
         else:
-            to = PurePosixPath(row["to"])
+            to = PurePosixPath(operation["to"])
             if path not in self.names:
                 return
             moved = [name for name in self.names if name == path or path in name.parents]
@@ -68,13 +68,13 @@ def crash(operations: list[dict[str, Any]], chooser: random.Random | None) -> di
     opened: dict[str, File] = {}  # the last file that was opened under a name
     changes: list[dict[str, Any]] = []
     is_durable: dict[int, bool] = {}
-    for row in operations:
-        name, path = row["name"], row["path"]
-        if name == "open" and row["flags"] & os.O_CREAT:
-            opened[path] = files[row["number"]] = File()
-            changes.append(row)
+    for operation in operations:
+        name, path = operation["name"], operation["path"]
+        if name == "open" and operation["flags"] & os.O_CREAT:
+            opened[path] = files[operation["number"]] = File()
+            changes.append(operation)
         elif name == "write":
-            opened[path].content += base64.b64decode(row["content"])
+            opened[path].content += base64.b64decode(operation["content"])
         elif name == "fsync" and path in opened:
             opened[path].synced = opened[path].content
         elif name == "fsync":
@@ -82,7 +82,7 @@ def crash(operations: list[dict[str, Any]], chooser: random.Random | None) -> di
                 if str(PurePosixPath(change["path"]).parent) == path:
                     is_durable[change["number"]] = True
         elif name in ("mkdir", "unlink", "rmdir", "rename", "replace"):
-            changes.append(row)
+            changes.append(operation)
     tree = Tree()
     for change in changes:
         if chooser is None or is_durable.get(change["number"]) or chooser.random() < 0.5:
@@ -121,7 +121,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 class Save:
     """One save of the logged run: all operations, and where its own begin, end, and are safe."""
 
-    rows: list[dict[str, Any]]
+    operations: list[dict[str, Any]]
     begin: int
     end: int
     synced: int
@@ -133,34 +133,41 @@ def save(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("power")
     more = ["train.save_total_limit=1", "train.save_steps=1", "train.eval_steps=6"]
     assert runs.run([*keys, *more], folder / "run", {"log": str(folder / "operations")}) == 0
-    rows = [json.loads(line) for line in (folder / "operations").read_text("utf-8").splitlines()]
-    rows = [row for row in rows if row["path"].startswith("checkpoints/") or row["path"] == "checkpoints"]
-    begin = next(place for place, row in enumerate(rows) if ".writing-step-000004" in row["path"])
-    end = next(place for place, row in enumerate(rows) if ".writing-step-000005" in row["path"])
-    in_place = next(p for p in range(begin, end) if rows[p].get("to", "").endswith("checkpoints/step-000004"))
-    is_safe = (p for p in range(in_place, end) if rows[p]["name"] == "fsync" and rows[p]["path"] == "checkpoints")
-    return Save(rows, begin, end, next(is_safe))
+    operations = [json.loads(line) for line in (folder / "operations").read_text("utf-8").splitlines()]
+    operations = [
+        operation
+        for operation in operations
+        if operation["path"].startswith("checkpoints/") or operation["path"] == "checkpoints"
+    ]
+    begin = next(index for index, operation in enumerate(operations) if ".writing-step-000004" in operation["path"])
+    end = next(index for index, operation in enumerate(operations) if ".writing-step-000005" in operation["path"])
+    in_place = next(p for p in range(begin, end) if operations[p].get("to", "").endswith("checkpoints/step-000004"))
+    is_safe = (
+        p for p in range(in_place, end) if operations[p]["name"] == "fsync" and operations[p]["path"] == "checkpoints"
+    )
+    return Save(operations, begin, end, next(is_safe))
 
 
 def sound_contents(save: Save, folder: Path) -> dict[str, dict[str, bytes]]:
     """What the two checkpoints hold when nothing happens."""
-    before = write_tree(crash(save.rows[: save.begin], None), folder / "before")
-    after = write_tree(crash(save.rows[: save.synced + 1], None), folder / "after")
+    before = write_tree(crash(save.operations[: save.begin], None), folder / "before")
+    after = write_tree(crash(save.operations[: save.synced + 1], None), folder / "after")
     return {"step-000003": contents(before / "step-000003"), "step-000004": contents(after / "step-000004")}
 
 
-def replay(save: Save, rows: list[dict[str, Any]], folder: Path, states: int) -> tuple[int, list[str]]:
+def replay(save: Save, operations: list[dict[str, Any]], folder: Path, states: int) -> tuple[int, list[str]]:
     """Loses power `states` times within the save; how often the new checkpoint was found, and what was lost."""
     sound, chooser = sound_contents(save, folder), random.Random(3)
     found_new, lost = 0, []
     for number in range(states):
         length = save.begin + number % (save.end - save.begin) + 1
-        checkpoints = write_tree(crash(rows[:length], chooser), folder / "state")
+        checkpoints = write_tree(crash(operations[:length], chooser), folder / "state")
         recover_folders(checkpoints)
         try:
-            found = _find_checkpoint(checkpoints)
+            checkpoint = find_checkpoint(checkpoints)
         except UserError:
-            found = None
+            checkpoint = None
+        found = None if checkpoint is None else checkpoint.path
         if found is None or contents(found) != sound.get(found.name):
             lost.append(f"after {length} operations: neither checkpoint is whole")
         elif length > save.synced and found.name != "step-000004":
@@ -173,10 +180,10 @@ def replay(save: Save, rows: list[dict[str, Any]], folder: Path, states: int) ->
 
 @pytest.mark.slow
 def test_a_loss_of_power_leaves_the_last_checkpoint_or_the_next_one(
-    save: Save, tmp_path: Path, count: Callable[[str], None], is_long: bool
+    save: Save, tmp_path: Path, count: Count, how_many: HowMany
 ) -> None:
-    states = 5000 if is_long else 300
-    found_new, lost = replay(save, save.rows, tmp_path, states)
+    states = how_many(60, 300, 5000)
+    found_new, lost = replay(save, save.operations, tmp_path, states)
     count(
         f"loss of power within a save, {states} states: {found_new} had the new checkpoint, the others the old, "
         f"lost: {len(lost)}"
@@ -187,27 +194,27 @@ def test_a_loss_of_power_leaves_the_last_checkpoint_or_the_next_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["files", "the folder", "its parent"])
-def test_no_fsync_of_a_save_can_be_left_out(save: Save, tmp_path: Path, what: str) -> None:
-    """Nor is it the replay that is kind: without one kind of them something gets lost."""
+def test_no_fsync_of_a_save_can_be_left_out(save: Save, tmp_path: Path, what: str, how_many: HowMany) -> None:
+    """Without one kind of them something gets lost, and the replay notices."""
     writing = "checkpoints/.writing-step-000004"
 
-    def is_left_out(row: dict[str, Any]) -> bool:
-        if row["name"] != "fsync":
+    def is_left_out(operation: dict[str, Any]) -> bool:
+        if operation["name"] != "fsync":
             return False
         if what == "files":
-            return str(row["path"]).startswith(f"{writing}/")
-        return bool(row["path"] == (writing if what == "the folder" else "checkpoints"))
+            return str(operation["path"]).startswith(f"{writing}/")
+        return bool(operation["path"] == (writing if what == "the folder" else "checkpoints"))
 
     kept = [
-        row if not is_left_out(row) or place < save.begin else {**row, "name": "none"}
-        for place, row in enumerate(save.rows)
+        operation if not is_left_out(operation) or index < save.begin else {**operation, "name": "none"}
+        for index, operation in enumerate(save.operations)
     ]
-    _, lost = replay(save, kept, tmp_path, 300)
+    _, lost = replay(save, kept, tmp_path, how_many(100, 300, 300))
     assert lost
 
 
 def test_the_replay_notices_a_missing_fsync() -> None:
-    """The same model without the fsyncs loses files: it is not the replay that is kind."""
+    """Without the fsyncs, the same replay loses files."""
     create = {"number": 1, "name": "open", "path": "checkpoints/a", "flags": os.O_CREAT}
     write = {"number": 2, "name": "write", "path": "checkpoints/a", "content": base64.b64encode(b"text").decode()}
     sync = {"number": 3, "name": "fsync", "path": "checkpoints/a"}

@@ -1,4 +1,4 @@
-"""Two ranks of one run: whichever is killed or signalled, and whenever, both end, and the same command goes on."""
+"""Two ranks of one run: whichever is killed or signalled, and whenever, both end, and the same command resumes."""
 
 import contextlib
 import errno
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 from minilora.runs.checkpoint import damage_of, list_checkpoints
 from minilora.runs.metrics_log import read_metrics
 from minilora.system.manifest import recover_folders
-from tests.faults.conftest import outcome
+from tests.faults.conftest import Count, Finishes, HowMany, outcome
 from tests.faults.runner import SCRIPTS, Runs
 
 HANGING_S = 60  # ranks that have not ended by then never will: it takes 3 s
@@ -69,7 +68,7 @@ def whole(runs: Runs, rank_keys: list[str], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def finishes(runs: Runs, rank_keys: list[str], whole: dict[str, Any]) -> Callable[[Path], None]:
+def finishes(runs: Runs, rank_keys: list[str], whole: dict[str, Any]) -> Finishes:
     """Holds that nothing in a run's folder is torn, and that the same command ends as if nothing had happened."""
 
     def check(output: Path) -> None:
@@ -81,7 +80,7 @@ def finishes(runs: Runs, rank_keys: list[str], whole: dict[str, Any]) -> Callabl
         assert wait(runs, runs.start_ranks(2, rank_keys, output)) == [0, 0], errors_of(output)
         printed = Path(f"{output}.out").read_text("utf-8")
         if not is_finished:
-            assert (f"going on from {kept[-1]}\n" in printed) if kept else "going on" not in printed
+            assert (f"resuming from {kept[-1]}\n" in printed) if kept else "resuming" not in printed
         assert outcome(output) == whole["outcome"]
         shutil.rmtree(output)
 
@@ -89,19 +88,20 @@ def finishes(runs: Runs, rank_keys: list[str], whole: dict[str, Any]) -> Callabl
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_other_and_the_run_goes_on_to_the_same_bytes(
+def test_a_rank_that_is_killed_ends_the_other_and_the_run_resumes_to_the_same_bytes(
     runs: Runs,
     rank_keys: list[str],
     whole: dict[str, Any],
-    finishes: Callable[[Path], None],
+    finishes: Finishes,
     tmp_path: Path,
-    count: Callable[[str], None],
-    is_long: bool,
+    count: Count,
+    how_many: HowMany,
+    is_small: bool,
 ) -> None:
     chooser = random.Random(3)
-    kills, late, saved = 200 if is_long else 10, 0, 0
-    for place in range(kills):
-        output, victim = tmp_path / f"kill-{place}", place % 2
+    kills, late, saved = how_many(2, 10, 200), 0, 0
+    for index in range(kills):
+        output, victim = tmp_path / f"kill-{index}", index % 2
         pids = runs.start_ranks(2, rank_keys, output)
         while not output.exists():
             time.sleep(0.001)
@@ -117,7 +117,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_the_run_goes_on_to_the_same_by
         late += statuses == [0, 0]
         finishes(output)
     count(f"kill -9 of one of two ranks: {kills}, {saved} saved by the first, {late} after the end, lost: 0")
-    assert late < kills / 2
+    assert is_small or late < kills / 2
 
 
 @pytest.mark.slow
@@ -125,16 +125,17 @@ def test_a_signal_at_a_random_instant_ends_all_ranks_and_loses_nothing(
     runs: Runs,
     rank_keys: list[str],
     whole: dict[str, Any],
-    finishes: Callable[[Path], None],
+    finishes: Finishes,
     tmp_path: Path,
-    count: Callable[[str], None],
-    is_long: bool,
+    count: Count,
+    how_many: HowMany,
+    is_small: bool,
 ) -> None:
     chooser = random.Random(4)
-    signals, late, saved = 200 if is_long else 9, 0, 0
-    for place in range(signals):
-        output, whom = tmp_path / f"signal-{place}", ((0, 1), (0,), (1,))[place % 3]
-        signum = (signal.SIGTERM, signal.SIGINT)[place % 2]
+    signals, late, saved = how_many(2, 9, 200), 0, 0
+    for index in range(signals):
+        output, whom = tmp_path / f"signal-{index}", ((0, 1), (0,), (1,))[index % 3]
+        signum = (signal.SIGTERM, signal.SIGINT)[index % 2]
         pids = runs.start_ranks(2, rank_keys, output)
         while not output.exists():
             time.sleep(0.001)
@@ -146,11 +147,11 @@ def test_a_signal_at_a_random_instant_ends_all_ranks_and_loses_nothing(
         assert set(statuses) <= {128 + signum, 2, 0}, errors
         assert "Traceback" not in "".join(errors)
         assert set(statuses) == {0} or f"stopped by {signum.name}" in "".join(errors)
-        saved += "the same command goes on from there" in errors[0]
+        saved += "the same command resumes there" in errors[0]
         late += statuses == [0, 0]
         finishes(output)
     count(f"SIGTERM, SIGINT to two ranks or one of them: {signals}, {saved} saved, {late} late, lost: 0")
-    assert late < signals / 2
+    assert is_small or late < signals / 2
 
 
 def start_long_run(runs: Runs, rank_keys: list[str], output: Path) -> list[int]:
@@ -175,7 +176,7 @@ def test_within_the_loop_the_first_rank_saves_what_is_done_when_another_is_kille
     assert len(kept) == victim
     begin = f"error: step {kept[0]} is saved; another" if victim else f"error: rank 1 on {platform.node()}: another"
     assert message.startswith(f"{begin} rank is gone or does not answer (")
-    assert message.endswith("); its own message, if it could leave one, says why; run the same command again")
+    assert message.endswith("run the same command again")
 
 
 @pytest.mark.parametrize("whom", [(0, 1), (0,), (1,)], ids=["both", "the first", "the other"])
@@ -184,7 +185,7 @@ def test_within_the_loop_a_signal_to_any_rank_stops_all_at_the_same_step(
 ) -> None:
     output = tmp_path / "run"
     pids = start_long_run(runs, rank_keys, output)
-    # One rank stands still, so that the other waits for it in the middle of an exchange when its signal comes.
+    # One rank is stopped, so that the other waits for it in the middle of an exchange when its signal comes.
     os.kill(pids[0], signal.SIGSTOP)
     time.sleep(0.2)
     for rank in whom:
@@ -193,18 +194,18 @@ def test_within_the_loop_a_signal_to_any_rank_stops_all_at_the_same_step(
     assert wait(runs, pids) == [143, 143]
     (saved,) = list_checkpoints(output / "checkpoints")
     first, second = errors_of(output)
-    assert f"\nstopped by SIGTERM: saved step {int(saved.name[5:])}; the same command goes on from there\n" in first
+    assert f"\nstopped by SIGTERM: saved step {int(saved.name[5:])}; the same command resumes there\n" in first
     assert second == ""
 
 
 @pytest.mark.slow
 def test_a_full_disk_of_the_first_rank_ends_both_with_one_message(
-    runs: Runs, rank_keys: list[str], finishes: Callable[[Path], None], tmp_path: Path
+    runs: Runs, rank_keys: list[str], finishes: Finishes, tmp_path: Path, how_many: HowMany
 ) -> None:
     logged = {0: {"log": str(tmp_path / "log")}}
     assert wait(runs, runs.start_ranks(2, rank_keys, tmp_path / "logged", logged)) == [0, 0]
     operations = len((tmp_path / "log").read_text("utf-8").splitlines())
-    for number in range(3, operations, operations // 5):
+    for number in range(3, operations, operations // how_many(1, 5, 5)):
         output = tmp_path / f"full-{number}"
         fault = {"fail": number, "errno": errno.ENOSPC, "for_good": True}
         statuses = wait(runs, runs.start_ranks(2, rank_keys, output, {0: fault}))
@@ -218,7 +219,11 @@ def test_a_full_disk_of_the_first_rank_ends_both_with_one_message(
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks_again_after_one_was_killed(runs: Runs, rank_keys: list[str], tmp_path: Path) -> None:
+def test_torchrun_restarts_the_ranks_after_one_was_killed(
+    runs: Runs, rank_keys: list[str], tmp_path: Path, is_small: bool
+) -> None:
+    if is_small:
+        pytest.skip("with --faults: torchrun starts its processes twice, ten seconds")
     keys = [*rank_keys, "train.max_steps=200", "train.eval_steps=50", "train.save_steps=40"]
     assert wait(runs, runs.start_ranks(2, keys, tmp_path / "whole")) == [0, 0]
     output = tmp_path / "run"
@@ -235,10 +240,10 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(runs: Runs, rank_k
     os.kill(int(ranks[-1]), signal.SIGKILL)
     printed, errors = torchrun.communicate(timeout=2 * HANGING_S)
     assert torchrun.returncode == 0, errors
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert "another rank is gone" in errors
     found, expected = (
-        [(row["step"], row["train_loss"], row.get("eval_loss")) for row in read_metrics(folder)]
+        [(entry["step"], entry["train_loss"], entry.get("eval_loss")) for entry in read_metrics(folder)]
         for folder in (output, tmp_path / "whole")
     )
     assert found == expected

@@ -1,6 +1,7 @@
 """Every step of a run is a valid place to stop: the rest is equal to the bit."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from minilora.qlora.step import StepResult
 from minilora.runs import train
 from minilora.runs.checkpoint import damage_of
 from minilora.runs.train import fit
-from minilora.system.cli import Interrupted, SafePoints
-from tests.faults.conftest import outcome
+from minilora.system.signals import Interrupted, SafePoints
+from tests.faults.conftest import Count, HowMany, outcome
 
 STEPS = 24
 
@@ -57,6 +58,7 @@ def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             steps[0] += 1
             return result
 
+        monkeypatch.setitem(sys.modules, "matplotlib", None)  # half of the run's time
         monkeypatch.setattr(train, "SafePoints", Places)
         monkeypatch.setattr(train, "train_step", counted)
         more = [f"train.max_steps={STEPS}", "train.eval_steps=5", "train.save_steps=100"]
@@ -75,25 +77,23 @@ def final_of(output: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_every_step_is_a_place_to_stop(
-    fit_until: Callable[[str, int], int], tmp_path: Path, count: Callable[[str], None]
+    fit_until: Callable[[str, int], int], tmp_path: Path, count: Count, how_many: HowMany, is_small: bool
 ) -> None:
     assert fit_until("whole", 0) == STEPS
     expected = final_of(tmp_path / "whole")
     # Two micro-batches and the end of each step; 5 validations have one batch each. The last end is not one of them.
-    places = 3 * STEPS + 5 - 1
+    places = range(1, 3 * STEPS + 5, how_many(11, 1, 1))
     stopped_at = set()
-    for place in range(1, places + 1):
+    for place in places:
         output = tmp_path / f"stop-{place}"
         with pytest.raises(Interrupted) as caught:
             fit_until(output.name, place)
         saved = [int(path.name[5:]) for path in sorted((output / "checkpoints").glob("step-*"))]
         assert all(damage_of(output / "checkpoints" / f"step-{step:06d}") is None for step in saved)
         if saved:
-            assert str(caught.value).endswith(f"saved step {saved[-1]}; the same command goes on from there")
+            assert str(caught.value).endswith(f"saved step {saved[-1]}; the same command resumes there")
             stopped_at.add(saved[-1])
-        assert fit_until(output.name, 0) == STEPS - max(saved, default=0)  # it went on, it did not begin anew
+        assert fit_until(output.name, 0) == STEPS - max(saved, default=0)  # it resumed, it did not begin anew
         assert final_of(output) == expected
-    assert stopped_at >= set(range(1, STEPS))
-    count(
-        f"stopped within and after each of {STEPS} steps and validations: {places} places, equal to the bit: {places}"
-    )
+    assert is_small or stopped_at >= set(range(1, STEPS))
+    count(f"stopped within and after {STEPS} steps and validations: {len(places)} places, equal to the bit: all")

@@ -4,15 +4,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minilora.runs.checkpoint import damage_of, list_checkpoints
+from tests.faults.conftest import Count, Finishes, HowMany
 from tests.faults.runner import Runs
-from tests.faults.test_kill import operations_of_a_run
 
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -21,17 +20,18 @@ STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 def test_a_signal_at_a_random_instant_loses_nothing(
     runs: Runs,
     keys: list[str],
-    finishes: Callable[[Path], None],
+    finishes: Finishes,
     undisturbed: dict[str, Any],
     tmp_path: Path,
-    count: Callable[[str], None],
-    is_long: bool,
+    count: Count,
+    how_many: HowMany,
+    is_small: bool,
 ) -> None:
     chooser = random.Random(2)
-    signals, slowest, saved, late = 1000 if is_long else 20, 0.0, 0, 0
-    for place in range(signals):
-        output = tmp_path / f"signal-{place}"
-        signum = (signal.SIGTERM, signal.SIGINT)[place % 2]
+    signals, slowest, saved, late = how_many(4, 20, 1000), 0.0, 0, 0
+    for index in range(signals):
+        output = tmp_path / f"signal-{index}"
+        signum = (signal.SIGTERM, signal.SIGINT)[index % 2]
         pid = runs.start(keys, output)
         while not output.exists():  # the program has begun
             time.sleep(0.001)
@@ -47,34 +47,41 @@ def test_a_signal_at_a_random_instant_loses_nothing(
         assert "Traceback" not in errors
         if status:
             assert f"stopped by {signum.name}" in errors
-            saved += "the same command goes on from there" in errors
+            saved += "the same command resumes there" in errors
         late += status == 0
         finishes(output)
-    assert late < signals / 2
+    assert is_small or late < signals / 2
     count(
         f"SIGTERM, SIGINT at a random instant: {signals}, {saved} saved on the way, {late} late, lost: 0, "
         f"slowest {slowest:.2f} s"
     )
-    assert slowest < 5
+    assert is_small or slowest < 5  # README: within a second or so
 
 
 @pytest.mark.slow
 def test_a_second_signal_within_a_save_tears_nothing(
-    runs: Runs, keys: list[str], finishes: Callable[[Path], None], tmp_path: Path, count: Callable[[str], None]
+    runs: Runs,
+    keys: list[str],
+    operations: list[dict[str, Any]],
+    finishes: Finishes,
+    tmp_path: Path,
+    count: Count,
+    how_many: HowMany,
 ) -> None:
     saving = [
-        row["number"]
-        for row in operations_of_a_run(runs, keys, tmp_path)
-        if row["path"].startswith(("checkpoints/.writing-step-000004", "checkpoints/step-000004"))
+        operation["number"]
+        for operation in operations
+        if operation["path"].startswith(("checkpoints/.writing-step-000004", "checkpoints/step-000004"))
     ]
     assert len(saving) > 10
-    for number in saving:
+    chosen = saving[:: how_many(7, 1, 1)]
+    for number in chosen:
         output = tmp_path / f"twice-{number}"
         fault = {"signal": number, "signum": int(signal.SIGTERM), "twice": True}
         assert runs.run(keys, output, fault) == 143
-        assert "SIGTERM again: stopped at once" in Path(f"{output}.err").read_text("utf-8")
+        assert "stopped at once" in Path(f"{output}.err").read_text("utf-8")
         kept = list_checkpoints(output / "checkpoints")
         assert kept
         assert all(damage_of(path) is None for path in kept)
         finishes(output)
-    count(f"a second SIGTERM at each of {len(saving)} operations of a save: lost: 0")
+    count(f"a second SIGTERM at {len(chosen)} of {len(saving)} operations of a save: lost: 0")

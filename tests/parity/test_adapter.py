@@ -18,7 +18,7 @@ from minilora.adapters.peft_files import adapter_files, load_adapter, save_adapt
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example

@@ -10,10 +10,10 @@ import torch
 from minilora.adapters.attach import attach, parameter_groups
 from minilora.config import LoraConfig
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import build_optimizer, lr_at
+from minilora.qlora.optim import AdamWSettings, build_optimizer, lr_at
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model
@@ -147,7 +147,7 @@ def test_twenty_adamw_steps_follow_pefts_loss_curve(
     """Ours cuts each step into two micro-batches of unequal length; the loop over peft takes it whole."""
     steps, peak, weight_decay, max_norm = 20, 5e-3, 0.01, 1.0
     ours, reference = build_pair(reference_checkpoint(), quantization)
-    optimizer = build_optimizer(parameter_groups(ours), weight_decay=weight_decay)
+    optimizer = build_optimizer(parameter_groups(ours), AdamWSettings(weight_decay=weight_decay))
     ours.train()
 
     parameters = list(peft_tensors(reference).values())
@@ -156,7 +156,7 @@ def test_twenty_adamw_steps_follow_pefts_loss_curve(
     largest_norm = 0.0
     for step in range(1, steps + 1):
         chosen = [examples[(step + offset) % len(examples)] for offset in range(4)]
-        rate = lr_at(step, steps, peak, "cosine", warmup_ratio=0.1)
+        rate = lr_at(step, steps, peak=peak, warmup_ratio=0.1)
         micro_batches = [pack(chosen[:1]), pack(chosen[1:])]
         result = train_step(
             TrainState(ours, optimizer, DropoutSeed()), micro_batches, StepSettings(step, rate, max_norm)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minilora.evaluation.score import score
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.batch import pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -127,8 +127,8 @@ def test_scores_are_the_label_probabilities_whatever_generation_config_says(
     rows = torch.stack([logits[-2] for logits in reference_logits(reference, examples)])
     expected = torch.softmax(rows[:, [ids[0] for ids in prompt.label_ids]].double(), dim=-1).numpy()
 
-    plain = score(load_model(folder, torch.float32, "none"), examples, prompt, batch_size=2)
-    with_sampling = score(load_model(wild, torch.float32, "none"), examples, prompt, batch_size=2)
+    plain = score(load_model(folder, torch.float32, "none"), examples, prompt, ScoringOptions(2))
+    with_sampling = score(load_model(wild, torch.float32, "none"), examples, prompt, ScoringOptions(2))
     assert plain.probabilities is not None
     assert with_sampling.probabilities is not None
     assert np.array_equal(plain.probabilities, with_sampling.probabilities)
@@ -151,7 +151,7 @@ def test_several_token_labels_are_scored_by_the_sum_of_their_tokens(
             with torch.no_grad():
                 log_p = reference(input_ids=ids[None]).logits[0].double().log_softmax(-1)
             log_scores[row, label] = log_p[-len(word) - 1 : -1].gather(1, ids[-len(word) :, None]).sum()
-    scores = score(load_model(folder, torch.float32, "none"), examples, prompt, batch_size=2)
+    scores = score(load_model(folder, torch.float32, "none"), examples, prompt, ScoringOptions(2))
     np.testing.assert_allclose(scores.probabilities, log_scores.softmax(-1).numpy(), rtol=0, atol=LOGITS_ATOL)
 
 

@@ -113,7 +113,7 @@ def test_chatml_equals_the_template(
     conversation: list[tuple[str, str]],
 ) -> None:
     """An example ends with the last answer's <|im_end|>; the template puts a line break behind it."""
-    example = chat_example(chat_tokenizer, conversation, 4096, "test", DEFAULT_SYSTEM)
+    example = chat_example(chat_tokenizer, conversation, max_length=4096, where="test", default_system=DEFAULT_SYSTEM)
     expected = render(reference_tokenizer, template, conversation)
     assert chat_tokenizer.decode(example.input_ids) + "\n" == expected
 
@@ -128,7 +128,7 @@ def test_chatml_equals_the_template_on_any_text(
     answer: str,
 ) -> None:
     conversation = [*turns, ("assistant", answer)]
-    example = chat_example(chat_tokenizer, conversation, 4096, "test", DEFAULT_SYSTEM)
+    example = chat_example(chat_tokenizer, conversation, max_length=4096, where="test", default_system=DEFAULT_SYSTEM)
     # The normaliser composes characters; what it does is part of the tokenizer, not of the template.
     normalized = [(role, chat_tokenizer.decode(chat_tokenizer.encode(content))) for role, content in conversation]
     expected = render(reference_tokenizer, template, normalized)

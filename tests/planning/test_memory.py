@@ -17,12 +17,19 @@ import torch
 
 from minilora.adapters.attach import attach, parameter_groups
 from minilora.config import LoraConfig
-from minilora.planning.memory import CONTEXT_BYTES, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
+from minilora.planning.memory import (
+    CONTEXT_BYTES,
+    MemoryEstimate,
+    ParameterCounts,
+    count_parameters,
+    estimate_memory,
+    moments_bytes,
+)
 from minilora.qlora.batch import MicroBatch, pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
-from minilora.qlora.optim import build_optimizer, moments_bytes
+from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.hf_config import read_config

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from minilora.build import build_prompt, read_split
 from minilora.config import load_config
 from minilora.data.prepare import epoch_order
+from minilora.data.sampler import split_into_micro_batches
 from minilora.planning import plan
 from minilora.planning.memory import CONTEXT_BYTES
 from minilora.planning.plan import (
@@ -26,7 +27,7 @@ from minilora.planning.plan import (
     uniform_batch,
 )
 from minilora.planning.sizes import SIZES
-from minilora.qlora.batch import pack, split_into_micro_batches
+from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model

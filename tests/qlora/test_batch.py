@@ -1,4 +1,4 @@
-"""The packed layout, worked out by hand, and what may never happen to a row."""
+"""The packed layout, worked out by hand, and what may never happen to a token."""
 
 import pytest
 import torch
@@ -8,14 +8,11 @@ from hypothesis import strategies as st
 from minilora.qlora import batch
 from minilora.qlora.batch import (
     MicroBatch,
-    Places,
     SegmentGroup,
     count_packed_tokens,
     pack,
     pack_segments,
     round_up_tokens,
-    split_across_ranks,
-    split_into_micro_batches,
 )
 from minilora.qlora.prompt import ChatTokenizer, Example, chat_example
 
@@ -33,32 +30,32 @@ EXAMPLES = [
 ]
 
 
-def real_places(places: Places) -> list[tuple[int, int, int]]:
-    """(segment, place, row) of all that is no padding."""
-    padding = {tuple(place) for place in places.padding.tolist()}
-    everywhere = ((s, p, row) for s, rows in enumerate(places.rows.tolist()) for p, row in enumerate(rows))
-    return [(s, p, row) for s, p, row in everywhere if (s, p) not in padding]
+def real_queries(group: SegmentGroup) -> list[tuple[int, int, int]]:
+    """(segment, index, token) of all queries that are no padding."""
+    padding = {tuple(index) for index in group.padding.tolist()}
+    everything = ((s, i, token) for s, tokens in enumerate(group.queries.tolist()) for i, token in enumerate(tokens))
+    return [(s, i, token) for s, i, token in everything if (s, i) not in padding]
 
 
 def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
-    """For each query of a group, the packed rows that it attends to."""
+    """For each query of a group, the packed tokens that it attends to."""
     found = {}
-    for segment, query, row in real_places(group.queries):
-        keys = [*range(group.prefix), *group.keys.rows[segment].tolist()]
-        hidden = group.hidden.expand(len(group.keys.rows), -1, -1)[segment, query].tolist()
-        found[row] = [key for key, behind in zip(keys, hidden, strict=True) if not behind]
+    for segment, query, token in real_queries(group):
+        keys = [*range(group.prefix), *group.keys[segment].tolist()]
+        mask = group.mask.expand(len(group.keys), -1, -1)[segment, query].tolist()
+        found[token] = [key for key, masked in zip(keys, mask, strict=True) if not masked]
     return found
 
 
-def seen_rows(packed: MicroBatch) -> list[list[int]]:
-    """For each row, the rows that it attends to, as `ops.attention` reads the groups."""
+def seen_tokens(packed: MicroBatch) -> list[list[int]]:
+    """For each token, the tokens that it attends to, as `ops.attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
         assert not seen.keys() & seen_by_queries(group).keys()
         seen |= seen_by_queries(group)
     assert sorted(seen) == list(range(len(seen)))
     assert len(packed.input_ids) == round_up_tokens(len(seen))  # what is in no group is padding
-    return [seen[row] for row in range(len(seen))]
+    return [seen[token] for token in range(len(seen))]
 
 
 def test_the_common_prefix_stands_once_and_the_segments_follow() -> None:
@@ -83,13 +80,13 @@ def test_without_sharing_every_example_stands_alone() -> None:
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_a_row_sees_what_it_would_see_alone(share_prefix: bool) -> None:
+def test_a_token_sees_what_it_would_see_alone(share_prefix: bool) -> None:
     packed = pack(EXAMPLES, share_prefix)
-    seen = seen_rows(packed)
-    for row, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
-        ids = packed.input_ids[seen[row]].tolist()
+    seen = seen_tokens(packed)
+    for token, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
+        ids = packed.input_ids[seen[token]].tolist()
         assert [*ids, target] == EXAMPLES[owner].input_ids[: len(ids) + 1]
-        assert packed.position_ids[seen[row]].tolist() == list(range(len(ids)))
+        assert packed.position_ids[seen[token]].tolist() == list(range(len(ids)))
 
 
 def test_a_single_example_has_no_shared_prefix() -> None:
@@ -100,13 +97,13 @@ def test_a_single_example_has_no_shared_prefix() -> None:
     assert [group.prefix for group in packed.groups] == [0]
 
 
-def test_equal_examples_share_all_but_the_row_that_predicts_the_answer() -> None:
+def test_equal_examples_share_all_but_the_token_that_predicts_the_answer() -> None:
     packed = pack([EXAMPLES[0], EXAMPLES[0]])
     assert packed.input_ids.tolist() == [10, 11, 12, 21, 22, 90, 22, 90]
     assert packed.supervised_positions.tolist() == [4, 5, 6, 7]
 
 
-def test_an_example_that_is_the_beginning_of_another_keeps_its_answer_row() -> None:
+def test_an_example_that_is_the_beginning_of_another_keeps_its_answer_token() -> None:
     short, long = answered([10, 11, 90]), answered([10, 11, 12, 90])
     packed = pack([short, long])
     assert packed.input_ids.tolist() == [10, 11, 11, 12]
@@ -125,12 +122,14 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
         [("user", "问一"), ("assistant", "答一"), ("user", "问二"), ("assistant", "答二")],
         [("user", "问三"), ("assistant", "长一点的回答")],
     ]
-    examples = [chat_example(chat_tokenizer, messages, 512, "f:1", "s") for messages in chats]
+    examples = [
+        chat_example(chat_tokenizer, messages, max_length=512, where="f:1", default_system="s") for messages in chats
+    ]
     packed = pack(examples)
-    seen = seen_rows(packed)
+    seen = seen_tokens(packed)
     found: list[list[int]] = [[], []]
-    for row, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
-        ids = packed.input_ids[seen[row]].tolist()
+    for token, target, owner in zip(packed.supervised_positions, packed.targets, packed.example_indices, strict=True):
+        ids = packed.input_ids[seen[token]].tolist()
         assert [*ids, target] == examples[owner].input_ids[: len(ids) + 1]
         found[owner].append(int(target))
     for example, targets in zip(examples, found, strict=True):
@@ -139,94 +138,67 @@ def test_a_chat_with_several_answers_is_supervised_in_all_of_them(chat_tokenizer
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=20), prefix=st.integers(0, 9))
 @settings(deadline=None)
-def test_groups_hold_every_row_once_and_little_padding(lengths: list[int], prefix: int) -> None:
+def test_groups_hold_every_token_once_and_little_padding(lengths: list[int], prefix: int) -> None:
     examples = [answered([*range(prefix), 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
     packed = pack(examples)
-    rows = [row for group in packed.groups for _, _, row in real_places(group.keys)]
-    assert sorted(rows) == list(range(prefix + sum(lengths)))
+    tokens = [token for group in packed.groups for _, _, token in real_queries(group)]
+    assert sorted(tokens) == list(range(prefix + sum(lengths)))
     for group in packed.groups:
-        assert len(real_places(group.keys)) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.rows.numel()
-    seen_rows(packed)
+        assert len(real_queries(group)) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.numel()
+    seen_tokens(packed)
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_the_last_layers_queries_are_the_supervised_rows_and_see_what_they_saw(share_prefix: bool) -> None:
+def test_the_last_layers_queries_are_the_supervised_tokens_and_see_what_they_saw(share_prefix: bool) -> None:
     packed = pack(EXAMPLES, share_prefix)
-    seen = seen_rows(packed)
-    found = {row: rows for group in packed.last_groups for row, rows in seen_by_queries(group).items()}
-    assert found == {place: seen[row] for place, row in enumerate(packed.supervised_positions.tolist())}
+    seen = seen_tokens(packed)
+    found = {token: tokens for group in packed.last_groups for token, tokens in seen_by_queries(group).items()}
+    assert found == {place: seen[token] for place, token in enumerate(packed.supervised_positions.tolist())}
 
 
 def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pack_segments([10] * 8)) == 1
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
     groups = pack_segments([10] * 8)
-    assert [group.keys.rows.shape for group in groups] == [(4, 10)] * 2
+    assert [group.keys.shape for group in groups] == [(4, 10)] * 2
 
 
 def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = seen_rows(pack(EXAMPLES))
+    whole = seen_tokens(pack(EXAMPLES))
     monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 8)
     packed = pack(EXAMPLES)
-    assert all(group.hidden[0].numel() <= 8 for group in packed.groups)
-    assert seen_rows(packed) == whole
+    assert all(group.mask[0].numel() <= 8 for group in packed.groups)
+    assert seen_tokens(packed) == whole
 
 
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=16), max_rows=st.integers(16, 200))
-@settings(deadline=None)
-def test_micro_batches_by_rows_hold_every_example_once_and_fit(lengths: list[int], max_rows: int) -> None:
-    examples = [answered([1, 2, 3, 100 + n, *[7] * (length - 1), 99]) for n, length in enumerate(lengths)]
-    parts = split_into_micro_batches(examples, 8, max_rows)
-    assert sorted(id(example) for part in parts for example in part) == sorted(map(id, examples))
-    for part in parts:
-        assert len(part) == 1 or len(pack(part).input_ids) <= max_rows
-
-
-def test_an_example_beyond_the_limit_has_a_micro_batch_to_itself_and_the_others_share() -> None:
-    examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([90, 20, 20, 10])]
-    parts = split_into_micro_batches(examples, 8, 60)
-    assert sorted(len(part) for part in parts) == [1, 3]
-
-
-def test_micro_batches_by_rows_are_few_and_even() -> None:
-    examples = [answered([1, 2, 3, 100 + n, *[7] * length]) for n, length in enumerate([40, 30, 20, 10])]
-    parts = split_into_micro_batches(examples, 1, 60)
-    assert [[len(example.input_ids) - 4 for example in part] for part in parts] == [[40, 10], [30, 20]]
-    assert split_into_micro_batches(examples, 1, 10**6) == [examples]
-
-
-def test_micro_batches_by_examples_are_slices() -> None:
-    assert split_into_micro_batches(EXAMPLES, 2) == [EXAMPLES[:2], EXAMPLES[2:]]
-
-
-def test_rows_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -> None:
+def test_tokens_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -> None:
     whole, behind = pack(EXAMPLES), pack(EXAMPLES, cached_prefix=3)
     assert behind.input_ids.tolist() == whole.input_ids.tolist()[3:]
     assert behind.position_ids.tolist() == whole.position_ids.tolist()[3:]
-    assert behind.supervised_positions.tolist() == [row - 3 for row in whole.supervised_positions.tolist()]
-    seen = seen_rows(whole)
-    found = {row: rows for group in behind.groups for row, rows in seen_by_queries(group).items()}
-    assert found == {row - 3: seen[row] for row in range(3, len(whole.input_ids))}
+    assert behind.supervised_positions.tolist() == [token - 3 for token in whole.supervised_positions.tolist()]
+    seen = seen_tokens(whole)
+    found = {token: tokens for group in behind.groups for token, tokens in seen_by_queries(group).items()}
+    assert found == {token - 3: seen[token] for token in range(3, len(whole.input_ids))}
     last, last_behind = ([seen_by_queries(group) for group in packed.last_groups] for packed in (whole, behind))
     assert last_behind == last
 
 
 @pytest.mark.parametrize("examples", [EXAMPLES, EXAMPLES[:1], [EXAMPLES[0]] * 40, [answered([1, 2]), answered([3, 4])]])
-def test_rows_are_counted_as_they_are_packed(examples: list[Example]) -> None:
+def test_tokens_are_counted_as_they_are_packed(examples: list[Example]) -> None:
     assert count_packed_tokens(examples) == len(pack(examples).input_ids)
 
 
-def test_row_counts_repeat_and_little_is_added() -> None:
-    rounded = [round_up_tokens(rows) for rows in range(1, 4097)]
+def test_token_counts_repeat_and_little_is_added() -> None:
+    rounded = [round_up_tokens(tokens) for tokens in range(1, 4097)]
     assert rounded[:32] == list(range(1, 33))
-    assert all(rows <= found <= rows * 17 / 16 for rows, found in enumerate(rounded, start=1))
+    assert all(tokens <= found <= tokens * 17 / 16 for tokens, found in enumerate(rounded, start=1))
     assert sorted(set(rounded[512:1024])) == list(range(544, 1025, 32))
 
 
-def test_padding_repeats_the_first_row_of_its_segment() -> None:
+def test_padding_repeats_the_first_token_of_its_segment() -> None:
     (group,) = pack_segments([3, 4])
-    assert group.keys.rows.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert group.keys.padding.tolist() == [[0, 3]]
+    assert group.keys.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
+    assert group.padding.tolist() == [[0, 3]]
 
 
 def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
@@ -240,35 +212,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
         return [tensor for part in parts for tensor in tensors(part)]
 
     everything = tensors(moved)
-    assert len(everything) == len(tensors(packed)) == 5 + 5 * (len(packed.groups) + len(packed.last_groups))
+    assert len(everything) == len(tensors(packed)) == 5 + 4 * (len(packed.groups) + len(packed.last_groups))
     assert all(tensor.device.type == "meta" for tensor in everything)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=24), st.integers(1, 5), st.integers(0, 3))
-def test_shares_hold_every_example_once_in_order_and_none_too_many(lengths: list[int], count: int, more: int) -> None:
-    examples = [answered([10, 11, 20 + place, *[5] * length, 9]) for place, length in enumerate(lengths)]
-    size = -(-len(examples) // count) + more
-    shares = split_across_ranks(examples, count, size)
-    assert len(shares) == count
-    assert sorted(example.input_ids[2] - 20 for share in shares for example in share) == list(range(len(examples)))
-    for share in shares:
-        assert len(share) <= size
-        assert [example.input_ids[2] for example in share] == sorted(example.input_ids[2] for example in share)
-    assert len(examples) < count or all(shares)
-    if count == 1:
-        assert shares == [examples]
-
-
-def test_shares_are_even_in_rows() -> None:
-    examples = [answered([7, *[place] * length, 9]) for place, length in enumerate((90, 10, 80, 20, 60, 40))]
-    rows = [sum(len(example.input_ids) for example in share) for share in split_across_ranks(examples, 3, 2)]
-    assert rows == [104, 104, 104]
-    rows = [sum(len(example.input_ids) for example in share) for share in split_across_ranks(examples, 2, 4)]
-    assert max(rows) - min(rows) <= 20
-
-
-def test_a_rank_without_an_example_has_no_micro_batch() -> None:
-    assert split_across_ranks(EXAMPLES, 5, 1) == [[EXAMPLES[2]], [EXAMPLES[0]], [EXAMPLES[1]], [], []]
-    assert split_into_micro_batches([], 2) == split_into_micro_batches([], 2, 100) == []

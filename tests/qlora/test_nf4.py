@@ -7,7 +7,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from minilora.qlora import bnb, nf4
-from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
+from minilora.qlora.nf4 import Linear4bit, quantize
 
 TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -210,7 +209,8 @@ def test_rows_that_end_within_a_block_come_back_right(width: int) -> None:
 def test_bits_a_number(double_quantization: bool, expected_bits: float) -> None:
     quantized = quantize(torch.randn(1024, 1024), "nf4", double_quantization)
     table_bytes = 256 * 4 + 4 if double_quantization else 0  # the 256 levels and the mean, once a weight
-    assert (quantized.nbytes - table_bytes) * 8 / 1024**2 == pytest.approx(expected_bits, abs=5e-4)
+    held_bytes = sum(tensor.nbytes for tensor in quantized.tensors().values())
+    assert (held_bytes - table_bytes) * 8 / 1024**2 == pytest.approx(expected_bits, abs=5e-4)
 
 
 def test_fields_have_the_documented_shapes_and_types() -> None:
@@ -412,22 +412,6 @@ def test_quantising_leaves_global_state_alone() -> None:
     assert torch.equal(before[3], after[3])
 
 
-def test_pytorch_is_fast_enough_to_load_a_model_with() -> None:
-    weight = torch.randn(896, 4864, dtype=torch.bfloat16)
-    quantising_s, dequantising_s = [], []
-    with without_bitsandbytes():
-        for _ in range(5):
-            start = time.perf_counter()
-            quantized = quantize(weight)
-            quantising_s.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            quantized.dequantize(torch.bfloat16)
-            dequantising_s.append(time.perf_counter() - start)
-    # 0.06 s and 0.006 s on 2 idle cores; the best of five and the rest is room for a busy machine.
-    assert min(quantising_s) < 1
-    assert min(dequantising_s) < 0.1
-
-
 def iter_real_projections(folder: Path) -> Iterator[torch.Tensor]:
     with (folder / "model.safetensors").open("rb") as file:
         header_bytes = struct.unpack("<Q", file.read(8))[0]
@@ -458,5 +442,5 @@ def test_pytorch_equals_bitsandbytes_on_every_real_projection() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_layer_on_a_gpu_equals_the_one_on_a_cpu() -> None:
     quantized = quantize(torch.randn(96, 128))
-    on_gpu: QuantizedTensor = quantized.to("cuda")
+    on_gpu = quantized.to("cuda")
     assert torch.equal(on_gpu.dequantize(torch.float32).cpu(), quantized.dequantize(torch.float32))

@@ -8,12 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
+from minilora.planning.memory import moments_bytes
 from minilora.qlora import bnb
-from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, Optimizer, build_optimizer, lr_at, moments_bytes, set_rate
+from minilora.qlora.optim import (
+    BITSANDBYTES_OPTIMIZERS,
+    AdamWSettings,
+    Optimizer,
+    build_optimizer,
+    lr_at,
+    set_rate,
+)
 
 
 def rates(total: int, schedule: str, warmup_ratio: float) -> list[float]:
-    return [lr_at(step, total, 1.0, schedule, warmup_ratio) for step in range(1, total + 1)]
+    return [lr_at(step, total, peak=1.0, schedule=schedule, warmup_ratio=warmup_ratio) for step in range(1, total + 1)]
 
 
 def test_linear_by_hand() -> None:
@@ -44,14 +52,14 @@ def test_the_rate_rises_to_its_peak_then_never_rises_and_is_never_zero(
 
 
 def test_the_rate_scales_with_the_peak() -> None:
-    assert lr_at(3, 10, 2e-4, "linear", 0.0) == pytest.approx(2e-4 * 0.8)
+    assert lr_at(3, 10, peak=2e-4, schedule="linear") == pytest.approx(2e-4 * 0.8)
 
 
 def build(parameters: list[torch.nn.Parameter], optim: str) -> Optimizer:
     if optim in BITSANDBYTES_OPTIMIZERS:
         pytest.importorskip("bitsandbytes")
     groups = [(parameters[:2], 1.0), (parameters[2:], 0.5)]
-    return build_optimizer(groups, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, optim=optim)
+    return build_optimizer(groups, AdamWSettings((0.8, 0.95), 1e-6, 0.1), optim)
 
 
 def stepped(steps: int, optim: str = "adamw_torch_fused") -> tuple[list[torch.nn.Parameter], Optimizer]:

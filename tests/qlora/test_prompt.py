@@ -172,7 +172,7 @@ def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatToken
     prompt = build_prompt(chat_tokenizer, max_length=needed)
     assert prompt.examples([], []) == []  # conversations have no instruction
     with pytest.raises(
-        UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer alone take \d+; raise"
+        UserError, match=rf"data\.max_length: {needed} tokens, but instruction and answer take \d+; raise"
     ):
         prompt.examples(["好"], [0])
 
@@ -187,7 +187,7 @@ def test_every_assistant_turn_of_a_chat_is_supervised_with_its_end_and_nothing_e
         ("user", "问二<|im_end|>"),
         ("assistant", "答二"),
     ]
-    example = chat_example(chat_tokenizer, messages, 512, "chat.jsonl:1", SYSTEM)
+    example = chat_example(chat_tokenizer, messages, max_length=512, where="chat.jsonl:1", default_system=SYSTEM)
     stretches, current = [], []
     for token, counts in zip(example.input_ids, example.supervised, strict=True):
         if counts:
@@ -206,21 +206,25 @@ def test_every_assistant_turn_of_a_chat_is_supervised_with_its_end_and_nothing_e
 
 def test_a_chat_without_a_system_turn_gets_the_default_one(chat_tokenizer: ChatTokenizer) -> None:
     turns = [("user", "问"), ("assistant", "答")]
-    named = chat_example(chat_tokenizer, turns, 512, "f:1", "甲")
-    assert named == chat_example(chat_tokenizer, [("system", "甲"), *turns], 512, "f:1", "乙")
+    named = chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system="甲")
+    assert named == chat_example(
+        chat_tokenizer, [("system", "甲"), *turns], max_length=512, where="f:1", default_system="乙"
+    )
     assert chat_tokenizer.decode(named.input_ids).startswith("<|im_start|>system\n甲<|im_end|>\n")
 
 
 def test_nothing_stands_behind_the_last_answer(chat_tokenizer: ChatTokenizer) -> None:
     turns = [("user", "问"), ("assistant", "答")]
-    longer = chat_example(chat_tokenizer, [*turns, ("user", "再问")], 512, "f:1", SYSTEM)
-    assert longer == chat_example(chat_tokenizer, turns, 512, "f:1", SYSTEM)
+    longer = chat_example(
+        chat_tokenizer, [*turns, ("user", "再问")], max_length=512, where="f:1", default_system=SYSTEM
+    )
+    assert longer == chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system=SYSTEM)
 
 
 def test_a_long_chat_is_cut_in_its_longest_user_turn(chat_tokenizer: ChatTokenizer) -> None:
     turns = [("system", "s"), ("user", "短"), ("assistant", "答案一"), ("user", "x1" * 100), ("assistant", "答案二")]
-    whole = chat_example(chat_tokenizer, turns, 512, "f:1", SYSTEM)
-    cut = chat_example(chat_tokenizer, turns, 100, "f:1", SYSTEM)
+    whole = chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system=SYSTEM)
+    cut = chat_example(chat_tokenizer, turns, max_length=100, where="f:1", default_system=SYSTEM)
     assert len(cut.input_ids) <= 100
     assert cut.truncated_tokens > 0
     assert supervised_ids(cut) == supervised_ids(whole)
@@ -231,7 +235,7 @@ def test_a_long_chat_is_cut_in_its_longest_user_turn(chat_tokenizer: ChatTokeniz
 
 def test_a_chat_may_be_cut_in_several_turns(chat_tokenizer: ChatTokenizer) -> None:
     turns = [("system", "y2" * 30), ("user", "x1" * 40), ("assistant", "答案")]
-    cut = chat_example(chat_tokenizer, turns, 40, "f:1", SYSTEM)
+    cut = chat_example(chat_tokenizer, turns, max_length=40, where="f:1", default_system=SYSTEM)
     assert len(cut.input_ids) <= 40
     assert chat_tokenizer.decode(supervised_ids(cut)) == "答案<|im_end|>"
 
@@ -244,7 +248,7 @@ def test_a_chat_may_be_cut_in_several_turns(chat_tokenizer: ChatTokenizer) -> No
         ([], r"chat\.jsonl:7: no assistant turn"),
         (
             [("user", "a"), ("assistant", "x1" * 90)],
-            r"chat\.jsonl:7: the assistant turns alone exceed data\.max_length = 64",
+            r"chat\.jsonl:7: the assistant turns exceed data\.max_length = 64",
         ),
     ],
 )
@@ -252,7 +256,7 @@ def test_a_chat_that_cannot_be_learnt_from_is_refused(
     chat_tokenizer: ChatTokenizer, messages: list[tuple[str, str]], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        chat_example(chat_tokenizer, messages, 64, "chat.jsonl:7", SYSTEM)
+        chat_example(chat_tokenizer, messages, max_length=64, where="chat.jsonl:7", default_system=SYSTEM)
 
 
 @settings(max_examples=200, deadline=None)

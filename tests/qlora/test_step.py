@@ -12,7 +12,7 @@ from minilora.adapters.attach import attach, lora_parameters, parameter_groups
 from minilora.config import LoraConfig
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer

@@ -1,7 +1,9 @@
-"""report.html shows what it was given as text, needs nothing but itself, and no browser complains about it."""
+"""report.html shows every value as text, loads nothing, and is readable on every screen, in light and dark."""
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,26 +11,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minilora.config import Config, load_config
 from minilora.data.records import Record
 from minilora.evaluation.metrics import classification_metrics
 from minilora.reports import plots
-from minilora.reports.answers import ScoredExamples
-from minilora.reports.report import Report, render_report
+from minilora.reports.report import MAX_MISTAKES, Report, ScoredExamples, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"
 NAMES = ("负面", "正面")
-VOID = {"meta", "link", "wbr"}
+START = "text starts here:"
+VOID = {"meta", "link", "wbr", "img"}
 
 
-def make_report(**changes: Any) -> Report:
-    """A report of a run in which everything has happened, and whose words are all an attack."""
+@functools.cache
+def full_report() -> Report:
+    """A report with every part, and an attack wherever it takes text."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, 60)
     positive = 1 / (1 + np.exp(-(2 * labels - 1) * 1.5 + generator.normal(0, 2, 60)))
     probabilities = np.stack([1 - positive, positive], axis=1)
-    rows = [Record(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
+    records = [Record(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
     after = {**classification_metrics(labels, probabilities, NAMES, 1), "loss": 0.2}
     before = {**classification_metrics(labels, np.full((60, 2), 0.5), NAMES, 1), "loss": 0.7}
     log: list[dict[str, Any]] = [
@@ -38,13 +43,13 @@ def make_report(**changes: Any) -> Report:
     log[29] |= {"eval_loss": 0.3, "eval_accuracy": 0.8, "eval_f1": 0.79}
     log[59] |= {"train_loss": None, "skipped": True, "rows": ["train.jsonl:17", ATTACK]}
     config = load_config(None, ["lora.r=16", "lora.alpha=16.0", f"prompt.instruction={ATTACK}"])
-    report = Report(
+    return Report(
         title="Training report",
         remark="Test set: 60 records.",
         results={"before training": before, "after training": after},
-        answers=ScoredExamples(rows, labels, probabilities, NAMES),
+        examples=ScoredExamples(records, labels, probabilities, NAMES),
         log=log,
-        ledger={"projections (nf4)": 3_000_000, "activations of 640 rows": 1_000_000},
+        memory_estimate={"projections (nf4)": 3_000_000, "activations of 640 tokens": 1_000_000},
         peak_bytes=4_100_000,
         config=config.to_dict(),
         defaults=Config().to_dict(),
@@ -56,11 +61,14 @@ def make_report(**changes: Any) -> Report:
             "SHA-256": {"f": "ab" * 32},
         },
     )
-    return dataclasses.replace(report, **changes)
+
+
+def make_report(**changes: Any) -> Report:
+    return dataclasses.replace(full_report(), **changes)
 
 
 class Page(HTMLParser):
-    """A page's elements and text; fails where a tag is not closed in its place."""
+    """A page's elements and text; fails on a tag that is closed in the wrong order."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -76,9 +84,6 @@ class Page(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
 
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attributes)))  # SVG has such ones
-
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
@@ -93,6 +98,29 @@ def titles(report: Report) -> list[str | None]:
     return [attributes["href"] for attributes in Page(render_report(report)).named("a")]
 
 
+def words(page: str) -> str:
+    """The text of a page or a part of it, white space as one blank."""
+    return " ".join(Page(page).text.split())
+
+
+def section(page: str, title: str) -> str:
+    """The HTML of one part of the page."""
+    anchor = title.lower().replace(" ", "-")
+    return page.partition(f'<section aria-labelledby="{anchor}"')[2].partition("</section>")[0]
+
+
+def render_examples(texts: list[str], labels: list[int], positive: list[float], names: tuple[str, str] = NAMES) -> str:
+    """The page of an evaluation whose probabilities of the second label are `positive`."""
+    records = [Record(f"test.jsonl:{number}", text) for number, text in enumerate(texts, start=1)]
+    probabilities = np.array([[1 - p, p] for p in positive])
+    metrics = classification_metrics(np.array(labels), probabilities, names, 1)
+    examples = ScoredExamples(records, np.array(labels), probabilities, names)
+    return render_report(make_report(results={"adapter": metrics}, examples=examples, log=[], memory_estimate=None))
+
+
+# --- text stays text, and the page loads nothing
+
+
 def test_a_review_a_key_and_a_fact_stay_text() -> None:
     page = Page(render_report(make_report()))
     assert page.named("script") == []
@@ -101,10 +129,37 @@ def test_a_review_a_key_and_a_fact_stay_text() -> None:
     assert json.dumps(ATTACK) in page.text
 
 
-def test_the_page_needs_nothing_but_itself_and_forbids_itself_the_rest() -> None:
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;", "'--><!--"])
+def test_text_stays_text_in_elements_and_attributes(text: str) -> None:
+    names = (text, "正面")  # shown in cells; the configuration's section names a table in an attribute
+    page = Page(render_examples([text], [0], [0.9], names))
+    assert page.text.count(text) >= 4  # two tables, label of the mistake, its text
+    assert len(page.named("img")) <= 1  # the diagram
+    report = make_report(config={text: {"key": 1}}, defaults={text: {"key": 1}}, results={}, examples=None, log=[])
+    page = Page(render_report(report))
+    assert {"role": "region", "tabindex": "0", "class": "wide", "aria-label": text} in page.named("div")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text())
+def test_any_text_is_shown_as_it_is_except_what_no_page_may_hold(text: str) -> None:
+    html = render_report(make_report(results={}, examples=None, log=[], remark=f"{START}{text}"))
+    html.encode()  # a lone surrogate would raise
+    shown = Page(html).text.partition(START)[2][: len(text)]
+    for before, after in zip(text, shown, strict=True):
+        assert after == before or after == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("character", ["\0", "\b", "\x1b", "\x7f", "\x85", "\ud800"])
+def test_a_character_that_no_page_may_hold_is_replaced(character: str) -> None:
+    assert "a\N{REPLACEMENT CHARACTER}b\n\t好" in render_report(make_report(remark=f"a{character}b\n\t好"))
+
+
+def test_the_page_loads_nothing_and_its_policy_forbids_it() -> None:
     page = Page(render_report(make_report()))
     for _, attributes in page.elements:
-        assert not {"src", "srcset", "data", "action", "onload", "onclick"} & set(attributes)
+        assert not {"srcset", "data", "action", "onload", "onclick"} & set(attributes)
+        assert (attributes.get("src") or "data:image/svg+xml;").startswith("data:image/svg+xml;")
         assert (attributes.get("href") or "#").startswith(("#", "data:,"))
     policies = [a["content"] for a in page.named("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
@@ -114,9 +169,9 @@ def test_the_page_says_its_language_and_names_every_table_picture_and_part() -> 
     page = Page(render_report(make_report()))
     assert page.named("html") == [{"lang": "en"}]
     assert page.named("title") == [{}]
-    assert len(page.named("caption")) == len(page.named("table")) == 7
+    assert len(page.named("caption")) == len(page.named("table")) >= 7
     assert all(attributes["scope"] in ("col", "row") for attributes in page.named("th"))
-    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in page.named("svg"))
+    assert all(attributes["alt"] for attributes in page.named("img"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     headings = [attributes["id"] for attributes in page.named("h2")]
@@ -124,15 +179,18 @@ def test_the_page_says_its_language_and_names_every_table_picture_and_part() -> 
     assert [attributes["href"] for attributes in page.named("a")] == [f"#{anchor}" for anchor in headings]
 
 
-def test_headline_figures_stand_beside_those_before_with_their_intervals() -> None:
+# --- the parts
+
+
+def test_headline_figures_are_beside_those_before_with_their_intervals() -> None:
     report = make_report()
-    text = Page(render_report(report)).text
+    text = words(render_report(report))
     for name in ("accuracy", "f1"):
         before, after = report.results["before training"], report.results["after training"]
         (low, high), (low_before, high_before) = (m["confidence_intervals_95"][name] for m in (after, before))
-        assert f"{after[name]:.4f}after training {low:.3f} to {high:.3f}" in text
+        assert f"{after[name]:.4f} after training {low:.3f} to {high:.3f}" in text
         assert f"before training {before[name]:.4f} {low_before:.3f} to {high_before:.3f}" in text
-    assert "0.2000after training before training 0.7000" in text  # the loss has no interval
+    assert "0.2000 after training before training 0.7000" in text  # the loss has no interval
 
 
 def test_keys_that_differ_from_the_default_are_marked_and_no_others() -> None:
@@ -141,24 +199,24 @@ def test_keys_that_differ_from_the_default_are_marked_and_no_others() -> None:
     assert marked == ["lora.r", "prompt.instruction"]
     assert "<b>16</b><small> default 8</small>" in page
     keys = sum(len(section) for section in Config().to_dict().values())
-    assert f"2 of {keys} keys differ from the default" in page
+    assert f"2 of {keys} keys" in page
 
 
 def test_memory_is_predicted_part_by_part_beside_the_measured_peak() -> None:
-    text = Page(render_report(make_report())).text
+    text = words(render_report(make_report()))
     assert "Predicted 4.0 MB; measured peak while training: 4.1 MB." in text
-    assert "projections (nf4)3.0activations of 640 rows1.0predicted in all4.0" in text
+    assert "projections (nf4)3.0 activations of 640 tokens1.0 total4.0" in text
     assert "cannot be measured on this system" in Page(render_report(make_report(peak_bytes=None))).text
 
 
 def test_facts_are_listed_with_their_parts() -> None:
-    text = Page(render_report(make_report())).text
-    assert f"adapterstep 90foldera/bf10.8889{ATTACK}{ATTACK} {ATTACK}SHA-256f {'ab' * 32}" in text
+    text = words(render_report(make_report()))
+    assert f"adapter step 90 folder a/b f1 0.8889 {ATTACK} {ATTACK} {ATTACK} SHA-256 f {'ab' * 32}" in text
 
 
 def test_skipped_steps_are_listed_with_their_records() -> None:
-    assert f"60train.jsonl:17, {ATTACK}" in Page(render_report(make_report())).text
-    assert "None: every step had a loss" in render_report(make_report(log=make_report().log[:50]))
+    assert f"60train.jsonl:17, {ATTACK}" in words(section(render_report(make_report()), "Skipped steps"))
+    assert "None" in section(render_report(make_report(log=make_report().log[:50])), "Skipped steps")
 
 
 def test_the_same_report_is_the_same_bytes() -> None:
@@ -167,16 +225,16 @@ def test_the_same_report_is_the_same_bytes() -> None:
 
 def test_conversations_have_no_classes_and_an_evaluation_no_curves() -> None:
     loss = {"loss": 0.5, "num_examples": 4}
-    chat = make_report(results={"before training": {"loss": 2.0}, "after training": loss}, answers=None)
-    assert titles(chat) == ["#results", "#curves", "#memory", "#skipped-steps", "#configuration", "#made-from"]
+    chat = make_report(results={"before training": {"loss": 2.0}, "after training": loss}, examples=None)
+    assert titles(chat) == ["#results", "#curves", "#memory", "#skipped-steps", "#configuration", "#provenance"]
     assert "accuracy" not in Page(render_report(chat)).text.partition("Curves")[0]
-    evaluation = make_report(log=[], ledger=None)
+    evaluation = make_report(log=[], memory_estimate=None)
     assert titles(evaluation)[1:5] == ["#classes", "#calibration", "#worst-mistakes", "#memory"]
     assert "Measured peak: 4.1 MB." in Page(render_report(evaluation)).text
 
 
 def test_where_nothing_was_scored_the_page_says_why() -> None:
-    page = Page(render_report(make_report(results={}, answers=None, remark=f"Not scored {ATTACK}")))
+    page = Page(render_report(make_report(results={}, examples=None, remark=f"Not scored {ATTACK}")))
     assert f"Not scored {ATTACK}" in page.text
     assert page.named("script") == []
 
@@ -193,17 +251,81 @@ def test_a_metric_that_one_side_lacks_is_a_dash_and_one_that_no_side_has_is_left
 def test_without_matplotlib_there_is_a_page_that_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "is_available", lambda: False)
     page = Page(render_report(make_report()))
-    assert page.named("svg") == []
-    assert "No curves, because matplotlib is not installed" in page.text
+    assert page.named("img") == []
+    assert "pip install matplotlib" in page.text
+    assert "0.867 to 0.933" in page.text  # calibration has its table
+
+
+def row(page: str, name: str) -> list[str]:
+    """The cells of every table row whose first cell is `name`."""
+    found = re.findall(rf'<tr><th scope="row">{re.escape(name)}</th>(.+?)</tr>', page)
+    return [cell for cells in found for cell in re.findall("<td>(.*?)</td>", cells)]
+
+
+def test_the_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
+    page = render_examples(["a"] * 5, [0, 0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9, 0.8], ("负面", "<正面>"))
+    shares = [re.findall(r"--share: ([\d.]+)\">(\d+)<", cell) for cell in row(page, "负面")[:2]]
+    assert shares == [[("0.667", "2")], [("0.333", "1")]]
+    assert row(page, "&lt;正面&gt;")[2:] == ["0.6667", "1.0000", "0.8000", "2"]
+
+
+def test_a_class_that_never_occurs_has_no_share() -> None:
+    assert section(render_examples(["a"], [0], [0.1]), "Classes").count("--share: 0.000") == 3
+
+
+def test_calibration_shows_the_bins_that_are_not_empty() -> None:
+    pytest.importorskip("matplotlib")
+    # confidences 0.9 (right), 0.9 (wrong) and 0.6 (right): bins 14 and 9 of 15
+    page = section(render_examples(["a"] * 3, [1, 0, 0], [0.9, 0.9, 0.4]), "Calibration")
+    assert "0.4000" in page  # |1 - 1.8| and |1 - 0.6| of 3 reviews: 0.4
+    assert row(page, "0.533 to 0.600") == ["1", "0.600", "1.000"]
+    assert row(page, "0.867 to 0.933") == ["2", "0.900", "0.500"]
+    assert page.count('<th scope="row">') == 2
+    assert page.count("<img ") == 1
+
+
+def test_mistakes_are_the_wrong_predictions_with_the_highest_confidence_first() -> None:
+    page = section(render_examples(["right", "unsure", ATTACK], [1, 0, 0], [0.99, 0.6, 0.9]), "Worst mistakes")
+    assert "2 of 3 reviews" in page
+    assert "right</p>" not in page
+    assert "<script" not in page
+    text = words(page)
+    assert text.index(ATTACK) < text.index("unsure")
+    assert "label 负面prediction 正面probability 0.9000" in text
+    assert "test.jsonl:3" in text
+
+
+def test_of_many_mistakes_those_with_the_highest_confidence_are_shown_the_first_of_equals_first() -> None:
+    count = MAX_MISTAKES + 3
+    page = render_examples([f"[{n}]" for n in range(count)], [0] * count, [0.9] * (count - 1) + [0.95])
+    page = section(page, "Worst mistakes")
+    assert f"{count} of {count} reviews" in page
+    assert re.findall(r"\[(\d+)\]", page) == [str(n) for n in (count - 1, *range(MAX_MISTAKES - 1))]
+
+
+def test_without_mistakes_the_page_says_so() -> None:
+    assert "None: all 1 reviews" in section(render_examples(["a"], [0], [0.1]), "Worst mistakes")
+
+
+def test_a_long_review_is_clipped_and_opens() -> None:
+    whole = "好" * 120
+    short, long = (section(render_examples([text], [0], [0.9]), "Worst mistakes") for text in (whole, whole + "！"))
+    assert "<details>" not in short
+    assert f'<p class="review" dir="auto">{whole}</p>' in short
+    assert f"{whole}… </span><small>all 121 characters</small></summary>" in long
+    assert f'<p class="review" dir="auto">{whole}！</p></details>' in long
+
+
+# --- in a browser
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    browser = pytest.importorskip("tests.browser", reason="Chromium's pipe is POSIX's")
-    if browser.PROGRAM is None:
-        pytest.skip("Chromium is not installed")
+def chromium() -> Iterator[Any]:
     pytest.importorskip("matplotlib")
-    with browser.Browser(tmp_path_factory.mktemp("profile")) as opened:
+    browser = pytest.importorskip("tests.browser", reason="selenium is not installed")
+    if browser.PROGRAM is None or browser.DRIVER is None:
+        pytest.skip("Chromium or chromedriver is not installed")
+    with browser.Browser() as opened:
         yield opened
 
 
@@ -214,12 +336,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (360, "light"), (360, "dark")])
-def test_a_browser_shows_it_without_a_complaint_in_any_width_and_light(
+@pytest.mark.parametrize("width", [360, 1000, 1800])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_it_without_a_complaint_at_any_width(
     chromium: Any, page: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     chromium.open(page, width, scheme)
-    chromium.screenshot(tmp_path / f"{width}-{scheme}.png")
+    chromium.screenshot(tmp_path / "page.png")
     assert chromium.complaints() == []
     assert chromium.requests() == [page.as_uri()]
     assert chromium.value("innerWidth") == width
@@ -229,8 +352,9 @@ def test_a_browser_shows_it_without_a_complaint_in_any_width_and_light(
     assert chromium.value(inner) == 0
     assert chromium.value("document.title") == "Training report"
     assert chromium.value("document.querySelectorAll('section').length") == 9
-    assert chromium.value("document.querySelectorAll('figure svg').length") == 4
-    assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 10_000
+    drawn = "[...document.querySelectorAll('figure img')].filter(e => e.complete && e.naturalWidth > 0).length"
+    assert chromium.value(drawn) == 4
+    assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
 LUMINANCE = """(e, what) => {
@@ -241,28 +365,35 @@ LUMINANCE = """(e, what) => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("selector", ["body", "small", "caption", "mark", "nav a", "svg text"])
-def test_text_stands_out_from_the_ground(chromium: Any, page: Path, scheme: str, selector: str) -> None:
-    chromium.open(page, 1100, scheme)
-    colour = "fill" if selector.startswith("svg") else "color"
+@pytest.mark.parametrize("selector", ["section", "section small", "caption", "mark", "nav a", "footer p"])
+def test_text_contrasts_with_its_background(chromium: Any, page: Path, scheme: str, selector: str) -> None:
+    chromium.open(page, 1000, scheme)
+    behind = "section" if selector not in ("nav a", "footer p") else "body"
     ground, text = (
         chromium.value(f"({LUMINANCE})(document.querySelector('{place}'), '{what}')")
-        for place, what in (("body", "backgroundColor"), (selector, colour))
+        for place, what in ((behind, "backgroundColor"), (selector, "color"))
     )
     assert (ground < 0.1) == (scheme == "dark")
     # 4.5 is what WCAG 2.2, section 1.4.3, asks of small text
     assert (max(ground, text) + 0.05) / (min(ground, text) + 0.05) >= 4.5
 
 
-def test_a_script_that_slips_in_does_not_run(chromium: Any, page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_picture_is_inverted_on_a_dark_page(chromium: Any, page: Path, scheme: str) -> None:
+    chromium.open(page, 1000, scheme)
+    is_inverted = chromium.value("getComputedStyle(document.querySelector('figure img')).filter") != "none"
+    assert is_inverted == (scheme == "dark")
+
+
+def test_a_script_that_gets_into_the_page_does_not_run(chromium: Any, page: Path, tmp_path: Path) -> None:
     spoiled = tmp_path / "spoiled.html"
     spoiled.write_text(page.read_text("utf-8").replace("</main>", f"{ATTACK}</main>"), "utf-8")
-    chromium.open(spoiled, 1100)
+    chromium.open(spoiled, 1000)
     assert chromium.value("document.title") == "Training report"
     assert "violates the following Content Security Policy" in "".join(chromium.complaints())
 
 
-def test_a_long_review_opens(chromium: Any, page: Path) -> None:
+def test_a_long_review_opens_on_a_click(chromium: Any, page: Path) -> None:
     chromium.open(page, 360)
     height = "document.documentElement.scrollHeight"
     before = chromium.value(height)

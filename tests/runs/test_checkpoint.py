@@ -1,6 +1,6 @@
-"""A checkpoint holds all that a run needs to go on, and is verified before it is trusted.
+"""A checkpoint holds all that a run needs to resume, and is verified before it is trusted.
 
-That it is there as a whole or not at all is shown in test_files.py.
+That writing is atomic is shown in tests/system/.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from minilora.adapters.peft_config import BaseModel
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
-from minilora.qlora.dropout import DropoutSeed
+from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
@@ -26,7 +26,9 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs import checkpoint
 from minilora.runs.checkpoint import (
     RunState,
+    VerifiedCheckpoint,
     damage_of,
+    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     new_state,
@@ -36,6 +38,7 @@ from minilora.runs.checkpoint import (
     state_digests,
     step_of,
 )
+from minilora.runs.provenance import Provenance
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.manifest import read_manifest, write_folder
 
@@ -79,15 +82,18 @@ class Trainee:
         ).loss
 
     def save(self, directory: Path, step: int) -> Path:
-        return save_checkpoint(directory, self.model, (ADAPTER, BaseModel("tiny")), self.optimizer, state_at(step))
+        adapter = (ADAPTER, BaseModel("tiny"))
+        return save_checkpoint(directory, self.model, adapter, optimizer=self.optimizer, state=state_at(step))
 
 
 def test_weights_moments_and_state_come_back_to_the_bit(tiny_model: LoadModel, tmp_path: Path) -> None:
     first, second = Trainee(tiny_model), Trainee(tiny_model)
     for number in (1, 2, 3):
         first.step(number)
-    state = load_checkpoint(first.save(tmp_path, 3), second.model, second.optimizer)
-    assert state == state_at(3)
+    checkpoint = VerifiedCheckpoint(first.save(tmp_path, 3), state_at(3))
+    assert find_checkpoint(tmp_path) == checkpoint
+    assert VerifiedCheckpoint.from_dict(json.loads(json.dumps(checkpoint.to_dict()))) == checkpoint
+    load_checkpoint(checkpoint, second.model, second.optimizer)
     pairs = zip(lora_parameters(first.model), lora_parameters(second.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     moments, restored = first.optimizer.tensors(), second.optimizer.tensors()
@@ -98,14 +104,14 @@ def test_weights_moments_and_state_come_back_to_the_bit(tiny_model: LoadModel, t
         assert torch.equal(value, restored[name])
 
 
-def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tiny_model: LoadModel, tmp_path: Path) -> None:
+def test_a_restored_run_continues_as_if_it_had_not_stopped(tiny_model: LoadModel, tmp_path: Path) -> None:
     first, second = Trainee(tiny_model), Trainee(tiny_model)
     for number in (1, 2):
         first.step(number)
     folder = first.save(tmp_path, 2)
     expected = [first.step(number) for number in (3, 4)]
     torch.manual_seed(999)  # a generator that something drew from must not matter
-    load_checkpoint(folder, second.model, second.optimizer)
+    load_checkpoint(VerifiedCheckpoint(folder, state_at(2)), second.model, second.optimizer)
     assert [second.step(number) for number in (3, 4)] == expected
 
 
@@ -169,7 +175,7 @@ def test_a_folder_that_is_being_written_is_not_listed(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_done_nothing() -> None:
     digests, machine = {"train.jsonl": "ab"}, {"device": "cpu"}
-    assert dataclasses.asdict(new_state({"a": {}}, digests, digests, machine)) == {
+    assert dataclasses.asdict(new_state(Provenance({"a": {}}, digests, digests, 1), machine)) == {
         "step": 0,
         "samples_seen": 0,
         "pending_entry": None,
@@ -206,7 +212,7 @@ def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: Loa
     }
 
 
-def test_an_interrupted_write_leaves_the_older_checkpoint_alone(
+def test_an_interrupted_write_leaves_the_older_checkpoint_as_it_was(
     tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainee = Trainee(tiny_model)
@@ -281,9 +287,7 @@ def test_pruning_removes_checkpoints_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "step-000002"]
 
 
-def test_a_checkpoint_that_is_half_removed_no_longer_bears_its_name_and_hinders_no_later_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_removed_checkpoint_no_longer_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = checkpoint.remove
 
     def stop(path: Path) -> None:
@@ -324,7 +328,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path, change: str) -> N
     else:
         content = [1]
     (tmp_path / "state.json").write_text(json.dumps(content), "utf-8")
-    with pytest.raises(UserError, match=r"state\.json: is not a run's state \(.+\); start anew with --restart"):
+    with pytest.raises(UserError, match=r"state\.json: .+--restart"):
         read_state(tmp_path)
 
 
@@ -341,14 +345,12 @@ FILES = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetens
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut off", "flipped bit", "missing"])
-def test_a_damaged_file_is_named_and_nothing_is_loaded(
+def test_a_damaged_file_is_named_and_its_checkpoint_is_not_found(
     tiny_model: LoadModel, tmp_path: Path, name: str, damage: str
 ) -> None:
     trainee = Trainee(tiny_model)
     trainee.step(1)
     folder = trainee.save(tmp_path, 1)
-    trainee.step(2)
-    before = [parameter.detach().clone() for parameter in lora_parameters(trainee.model)]
     content = bytearray((folder / name).read_bytes())
     if damage == "missing":
         (folder / name).unlink()
@@ -360,10 +362,9 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(
     problem = damage_of(folder)
     assert problem is not None
     assert name in problem
-    with pytest.raises(UserError) as caught:
-        load_checkpoint(folder, trainee.model, trainee.optimizer)
-    assert str(caught.value) == f"{folder}: is damaged ({problem}); start anew with --restart"
-    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(trainee.model), strict=True))
+    with pytest.raises(UserError, match=r"damaged-step-000001-1.+--restart"):  # set aside
+        find_checkpoint(tmp_path)
+    assert not folder.exists()
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -387,8 +388,6 @@ def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model
     folder = narrow.save(tmp_path, 1)
     trainee = Trainee(tiny_model)
     before = [parameter.detach().clone() for parameter in lora_parameters(trainee.model)]
-    with pytest.raises(
-        UserError, match=r"optimizer\.safetensors: its moments do not fit the adapter's parameters; start anew with"
-    ):
-        load_checkpoint(folder, trainee.model, trainee.optimizer)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: its moments .+--restart"):
+        load_checkpoint(VerifiedCheckpoint(folder, state_at(1)), trainee.model, trainee.optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(trainee.model), strict=True))

@@ -1,4 +1,4 @@
-"""Rows go where `train.report_to` says, and nowhere a tracker fails does the run fail with it."""
+"""Entries go where `train.report_to` says; where a tracker fails, the run does not."""
 
 import errno
 import importlib.util
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.runs.trackers import Tracker, check_tracker, numbers_in, open_tracker
+from minilora.runs.trackers import Tracker, check_tracker, open_tracker, scalars_in
 
 CONFIG = {"lora": {"r": 8}}
 SKIPPED = {"step": 3, "train_loss": None, "learning_rate": 1e-4, "skipped": True, "rows": ["a.jsonl:1"]}
@@ -28,10 +28,10 @@ class FakeRun:
     def define_metric(self, name: str, **more: Any) -> None:
         self.calls.append(("define", name, more))
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, entry: dict[str, Any]) -> None:
         if self.failure is not None:
             raise self.failure
-        self.calls.append(("log", row))
+        self.calls.append(("log", entry))
 
     def finish(self, exit_code: int) -> None:
         if self.failure is not None:
@@ -66,34 +66,32 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
     return module
 
 
-def test_without_a_tracker_rows_go_nowhere(tmp_path: Path) -> None:
+def test_without_a_tracker_entries_go_nowhere(tmp_path: Path) -> None:
     with open_tracker("none", tmp_path, 0, CONFIG) as tracker:
         tracker.write(SKIPPED)
     assert type(tracker) is Tracker
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_numbers_are_sent() -> None:
-    assert numbers_in(SKIPPED) == {"step": 3, "learning_rate": 1e-4, "skipped": True}
+def test_only_numeric_values_are_sent() -> None:
+    assert scalars_in(SKIPPED) == {"step": 3, "learning_rate": 1e-4, "skipped": True}
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check_tracker("none")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        UserError, match=rf"^train\.report_to: {name} is not installed; pip install {name}, or use none$"
-    ):
+    with pytest.raises(UserError, match=rf"^train\.report_to: {name} .+pip install {name}"):
         check_tracker(name)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_has_the_rows_and_forgets_those_that_are_written_again(tmp_path: Path) -> None:
+def test_tensorboard_has_the_entries_and_drops_those_that_are_repeated(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for step, rows in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+    for step, numbers in ((0, (1, 2, 3)), (1, (2, 3, 4))):
         with open_tracker("tensorboard", tmp_path, step, CONFIG) as tracker:
-            for number in rows:
+            for number in numbers:
                 tracker.write({**SKIPPED, "step": number, "learning_rate": number * (1 + step)})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -110,7 +108,7 @@ def test_a_file_in_place_of_tensorboards_folder_is_named(tmp_path: Path) -> None
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 @pytest.mark.parametrize("moment", ["add_scalar", "close"])
-def test_a_run_goes_on_without_a_tensorboard_that_fails(
+def test_a_run_continues_without_a_tensorboard_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], moment: str
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
@@ -123,12 +121,12 @@ def test_a_run_goes_on_without_a_tensorboard_that_fails(
         monkeypatch.setattr(SummaryWriter, moment, fail)
         tracker.write({"step": 2, "train_loss": 1.0})
     warning = (
-        "tensorboard: [Errno 28] No space left on device; the run goes on without it, metrics.jsonl has everything\n"
+        "tensorboard: [Errno 28] No space left on device; the run continues without it; metrics.jsonl has everything\n"
     )
     assert capsys.readouterr().err == warning
 
 
-def test_rows_are_drawn_over_their_own_step_and_weights_and_biases_counts_for_itself(
+def test_entries_are_drawn_over_their_own_step_and_weights_and_biases_counts_calls(
     tmp_path: Path, wandb: FakeModule
 ) -> None:
     with open_tracker("wandb", tmp_path, 0, CONFIG) as tracker:
@@ -144,11 +142,11 @@ def test_rows_are_drawn_over_their_own_step_and_weights_and_biases_counts_for_it
     ]
 
 
-def test_a_run_that_goes_on_is_the_same_run_there_and_a_new_one_another(tmp_path: Path, wandb: FakeModule) -> None:
+def test_a_resumed_run_is_the_same_run_there_and_a_new_one_another(tmp_path: Path, wandb: FakeModule) -> None:
     for name, step in (("first", 0), ("first", 5), ("second", 0)):
         open_tracker("wandb", tmp_path / name, step, CONFIG).close(True)
-    first, again, second = wandb.begun
-    assert first["id"] == again["id"] != second["id"]
+    first, resumed, second = wandb.begun
+    assert first["id"] == resumed["id"] != second["id"]
     assert first["resume"] == "allow"
     assert first["dir"] == str(tmp_path / "first")
 
@@ -174,9 +172,7 @@ def test_where_the_run_is_to_be_seen_is_said(
 def test_a_run_that_cannot_be_begun_there_says_what_to_do(tmp_path: Path, wandb: FakeModule) -> None:
     wandb.failure = RuntimeError("No API key configured.")
     with pytest.raises(
-        UserError,
-        match=r"train\.report_to: wandb cannot begin a run \(No API key configured\.\); log in with `wandb login`, set "
-        r"WANDB_MODE=offline, or use none",
+        UserError, match=r"train\.report_to: .+No API key configured.+`wandb login`.+WANDB_MODE=offline"
     ):
         open_tracker("wandb", tmp_path, 0, CONFIG)
 
@@ -188,7 +184,7 @@ def test_a_run_that_was_stopped_did_not_end_well_there(tmp_path: Path, wandb: Fa
 
 
 @pytest.mark.parametrize("moment", ["write", "close"])
-def test_a_run_goes_on_without_a_tracker_that_fails(
+def test_a_run_continues_without_a_tracker_that_fails(
     tmp_path: Path, wandb: FakeModule, capsys: pytest.CaptureFixture[str], moment: str
 ) -> None:
     with open_tracker("wandb", tmp_path, 0, CONFIG) as tracker:
@@ -196,13 +192,11 @@ def test_a_run_goes_on_without_a_tracker_that_fails(
         if moment == "write":
             tracker.write({"step": 1})
             tracker.write({"step": 2})
-    warning = "wandb: the service has ended; the run goes on without it, metrics.jsonl has everything\n"
+    warning = "wandb: the service has ended; the run continues without it; metrics.jsonl has everything\n"
     assert capsys.readouterr().err == warning
 
 
-def test_the_library_itself_takes_the_rows_of_a_run_that_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_itself_takes_the_entries_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     for config, steps in (({"train": {"save_steps": 1}}, (1, 2, 3)), ({"train": {"save_steps": 2}}, (2, 3, 4))):

@@ -1,303 +1,270 @@
-"""Whole runs through the script: they resume to the bit, refuse what would change them, and lose nothing."""
+"""The loop: resumable at every step and within a validation, non-finite steps skipped, saves made up, ranks agreed."""
 
-import json
+import dataclasses
+import math
 import os
-import random
-import shutil
+import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+import torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from minilora.errors import UserError
+from minilora.qlora.step import StepResult
+from minilora.runs import finish as finish_module
+from minilora.runs import folder as folder_module
+from minilora.runs import train
+from minilora.runs.checkpoint import list_checkpoints
+from minilora.runs.metrics_log import read_metrics
+from minilora.runs.run import Run
+from minilora.runs.trackers import Tracker
+from minilora.runs.train import fit
+from minilora.system.distributed import Ranks
+from minilora.system.signals import Interrupted
+from tests.runs.conftest import (
+    CONSTANT,
+    STEPS,
+    Fit,
+    change_steps,
+    contents,
+    lasting,
+    make_config,
+    raise_at,
+    read,
+    remove_folders,
+    saved_steps,
+    spoil_steps,
+)
 
 
-def run_script(
-    name: str, *arguments: str | Path, check: bool = True, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / name, *map(str, arguments)],
-        capture_output=True,
-        encoding="utf-8",
-        cwd=cwd,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+def test_the_test_before_training_is_the_base_models_whenever_it_is_asked_for(final: Path, run: Fit) -> None:
+    expected = read(final / "metrics.json")
+    assert expected["test_before"] != expected["test"]
+    remove_folders(final, 1, 2, 3, 4)
+    run(**{"train.do_predict": False})
+    remove_folders(final)
+    run()  # the adapter is trained by now
+    assert read(final / "metrics.json") == expected
+
+
+def test_ranks_that_no_longer_agree_save_nothing(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    class Two(Ranks):
+        """Rank 0 of two, of which the other has the same facts except its adapter."""
+
+        def all_gather(self, value: Any) -> list[Any]:
+            host, facts = value if isinstance(value, list) and len(value) == 2 else (None, None)
+            return [value, [host, {**facts, "adapter": "another"}] if facts and "adapter" in facts else value]
+
+    with pytest.raises(UserError, match=r"rank 1 on .+ another adapter than rank 0; step 1 is not saved"):
+        fit(make_config(data, tmp_path / "run", **{"train.do_predict": False}), tiny_checkpoint(), ranks=Two(0, 2))
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_step_with_a_non_finite_loss_is_skipped_logged_and_counted(
+    run: Fit, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_steps(monkeypatch, 3)
+    final = run()
+    assert read(final / "metrics.json")["skipped_steps"] == 1
+    entries = read_metrics(tmp_path / "run")
+    assert [entry["step"] for entry in entries if "skipped" in entry] == [3]
+    assert (entries[2]["train_loss"], entries[2]["grad_norm"], entries[2]["skipped"]) == (None, None, True)
+    found = [re.fullmatch(rf"{re.escape(str(data))}/train\.jsonl:(\d+)", where) for where in entries[2]["rows"]]
+    assert len({match[1] for match in found if match}) == 4
+    assert "step 3: loss nan, gradient norm nan: skipped" in capsys.readouterr().out
+    assert [path.name[-1] for path in list_checkpoints(final.parent)] == ["1", "2", "4"]
+    state = read(final.with_name("step-000004") / "state.json")
+    assert (state["skipped_steps"], state["skipped_in_a_row"], state["samples_seen"]) == (1, 0, 16)
+
+
+def test_a_run_that_skipped_a_step_resumes_to_the_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_steps(monkeypatch, 3)
+    final = run()
+    expected, log = contents(final), lasting(tmp_path / "run")
+    for steps in ((4,), (4, 2)):
+        remove_folders(final, *steps)
+        assert contents(run()) == expected
+        assert lasting(tmp_path / "run") == log
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "saved"), [((), [2, 4, 6, 7]), ((4,), [2, 5, 6, 7]), ((4, 5), [2, 6, 7]), ((7,), [2, 4, 6, 7])]
+)
+def test_a_save_that_a_skipped_step_prevents_is_made_up_at_the_next_good_step_and_the_end_is_always_saved(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, spoiled: tuple[int, ...], saved: list[int]
+) -> None:
+    spoil_steps(monkeypatch, *spoiled)
+    final = run(**{"train.max_steps": 7, "train.save_steps": 2, "train.eval_steps": 100})
+    assert saved_steps(final) == saved
+
+
+def test_a_skipped_step_is_logged_however_rarely_others_are(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 3)
+    final = run(**{"train.logging_steps": 100, "train.eval_steps": 100})
+    entries = read_metrics(final.parent.parent)
+    assert [(entry["step"], "skipped" in entry) for entry in entries] == [(1, True), (3, True), (4, False)]
+
+
+def test_steps_that_were_skipped_before_a_resumption_count_against_a_limit_that_became_lower(
+    run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        spoil_steps(patch, 2, 3)
+        raise_at(patch, 4, Interrupted(signal.SIGTERM))
+        with pytest.raises(Interrupted, match="saved step 3"):
+            run(**{"train.eval_steps": 100})
+    with monkeypatch.context() as patch:
+        spoil_steps(patch, 4)
+        with pytest.raises(UserError, match=r"step 4: .+ 3 steps in a row"):
+            run(**{"train.eval_steps": 100, "train.max_skipped_steps": 2})
+    assert read(run(**{"train.eval_steps": 100, "train.max_skipped_steps": 2}) / "metrics.json")["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize(("loss", "is_search"), [(0.5, True), (math.nan, False)])
+def test_an_overflow_that_finds_the_loss_scale_is_no_skipped_step_in_a_row(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, loss: float, is_search: bool
+) -> None:
+    plain = folder_module.open_run
+
+    def scaled(*arguments: Any) -> Run:
+        return dataclasses.replace(plain(*arguments), scaler=torch.amp.GradScaler("cpu"))
+
+    monkeypatch.setattr(folder_module, "open_run", scaled)
+    change_steps(monkeypatch, lambda *_: StepResult(loss, math.inf, False))
+    keys = {"train.max_skipped_steps": 2, "train.eval_steps": 100}
+    if is_search:
+        assert read(run(**keys) / "metrics.json")["skipped_steps"] == STEPS
+    else:
+        with pytest.raises(UserError, match=r"step 2: .+ 2 steps in a row"):
+            run(**keys)
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_the_run(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 3, 5)
+    final = run(**{"train.max_steps": 6, "train.max_skipped_steps": 2})
+    assert read(final / "metrics.json")["skipped_steps"] == 3
+
+
+def test_an_infinite_gradient_is_skipped_as_well(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_steps(monkeypatch, lambda *_: StepResult(0.5, math.inf, False))
+    final = run()
+    assert read(final / "metrics.json")["step"] == 2
+    entries = read_metrics(final.parent.parent)
+    assert [(e["train_loss"], e["grad_norm"], e["skipped"]) for e in entries] == [(0.5, None, True)] * STEPS
+    assert saved_steps(final) == [2, 4]  # the first validation, the end
+
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="a process of Windows cannot send itself a signal")
+
+
+@needs_signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["first step", "step", "validation", "last validation"])
+def test_a_signal_ends_the_run_where_it_can_resume_to_the_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, number: signal.Signals
+) -> None:
+    expected = run(**{"train.output_dir": tmp_path / "whole", "train.eval_steps": 3})
+    calls: Iterator[int] = iter(range(100))
+    when = {"first step": 0, "step": 2, "validation": 1, "last validation": 2}[moment]  # a test comes before all
+    done = {"first step": 0, "step": 2, "validation": 3, "last validation": 4}[moment]
+    module, name = (finish_module, "score") if "validation" in moment else (train, "train_step")
+    plain = getattr(module, name)
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == when:
+            os.kill(os.getpid(), number)
+        return plain(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(Interrupted) as caught:
+            run(**{"train.eval_steps": 3, "train.save_steps": 100})
+    assert caught.value.signum == number
+    assert (f"saved step {done}" if done else "nothing done") in str(caught.value)
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")][-1:] == (
+        [f"step-{done:06d}"] if done else []
     )
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
+    final = run(**{"train.eval_steps": 3, "train.save_steps": 100})
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert (final / name).read_bytes() == (expected / name).read_bytes()
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
 
 
-@pytest.fixture
-def keys(tiny_checkpoint, processed_data: Path, tmp_path: Path) -> list[str]:  # type: ignore[no-untyped-def]
-    return [
-        f"model.name_or_path={tiny_checkpoint()}",
-        f"data.dir={processed_data}",
-        "data.max_length=128",
-        "lora.r=2",
-        "lora.dropout=0.1",
-        "train.num_train_epochs=2",
-        "train.max_steps=null",
-        "train.per_device_train_batch_size=4",
-        "train.gradient_accumulation_steps=2",
-        "train.learning_rate=5e-3",
-        "train.eval_steps=4",
-        "train.save_steps=3",
-    ]
-
-
-def final_files(output: Path) -> dict[str, bytes]:
-    final = output / "checkpoints" / "final"
-    return {name: (final / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")}
-
-
-def log_without_measurements(output: Path) -> list[dict[str, object]]:
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_bytes")} for row in rows]
-
-
-@pytest.fixture
-def undisturbed(keys: list[str], tmp_path: Path) -> Path:
-    output = tmp_path / "undisturbed"
-    run_script("train.py", *keys, f"train.output_dir={output}")
-    return output
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_twice_ends_in_the_same_bytes(keys: list[str], undisturbed: Path, tmp_path: Path) -> None:
-    output = tmp_path / "killed"
-    generator = random.Random(7)
-    kills = 0
-    while kills < 2:
-        process = subprocess.Popen(
-            [sys.executable, SCRIPTS / "train.py", *keys, f"train.output_dir={output}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        rows_wanted = generator.randint(2, 5) + 3 * kills
-        while process.poll() is None:
-            log = output / "metrics.jsonl"
-            if log.is_file() and log.read_bytes().count(b"\n") >= rows_wanted:
-                time.sleep(generator.random() * 0.1)
-                process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
-                break
-            time.sleep(0.002)
-        process.wait()
-        assert process.returncode != 0, "the run ended before it was killed"
-        kills += 1
-    done = run_script("train.py", *keys, f"train.output_dir={output}")
-    assert "going on from" in done.stdout
-    assert final_files(output) == final_files(undisturbed)
-    assert log_without_measurements(output) == log_without_measurements(undisturbed)
-
-
-def test_keys_that_change_no_number_may_change_in_the_middle_of_a_run(
-    keys: list[str], undisturbed: Path, tmp_path: Path
+@needs_signals
+def test_a_validation_that_is_repeated_is_logged_once(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "changed"
-    run_script("train.py", *keys, "train.max_steps=null", f"train.output_dir={output}")
-    final = output / "checkpoints" / "final"
-    removed = ["final", *sorted(path.name for path in final.parent.glob("step-*"))[1:]]
-    for name in removed:  # as if it had been killed after its first checkpoint that is left
-        shutil.rmtree(final.parent / name)
-    harmless = [
-        f"model.quantized_cache={tmp_path / 'cache'}",
-        "model.cache_dequantized=true",
-        "train.gradient_checkpointing=true",
-        "train.offload_checkpoints=true",
-    ]
-    done = run_script("train.py", *keys, *harmless, f"train.output_dir={output}")
-    assert "going on from" in done.stdout
-    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 1
-    assert final_files(output) == final_files(undisturbed)
-    assert log_without_measurements(output) == log_without_measurements(undisturbed)
+    keys = {"train.do_predict": False, "train.save_steps": 100}
+    run(**keys, **{"train.output_dir": tmp_path / "whole"})
+    plain = finish_module.score
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments, **more)
+
+    def killed(*_: Any, **__: Any) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish_module, "score", interrupted)
+        with pytest.raises(Interrupted, match="saved step 2"):
+            run(**keys)
+    with monkeypatch.context() as patch:  # the line is written, the checkpoint behind it is not
+        patch.setattr(train, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(**keys)
+    run(**keys)
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
 
 
-def test_a_run_with_an_optimizer_of_bitsandbytes_resumes_to_the_bit(keys: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    outputs = [tmp_path / "whole", tmp_path / "resumed"]
-    for output in outputs:  # r 64, so that some moments have the 4,096 numbers from which on they are in 8 bits
-        run_script("train.py", *keys, "lora.r=64", "train.optim=adamw_bnb_8bit", f"train.output_dir={output}")
-    checkpoints = outputs[1] / "checkpoints"
-    for name in ["final", *sorted(path.name for path in checkpoints.glob("step-*"))[1:]]:
-        shutil.rmtree(checkpoints / name)
-    done = run_script("train.py", *keys, "lora.r=64", "train.optim=adamw_bnb_8bit", f"train.output_dir={outputs[1]}")
-    assert "going on from" in done.stdout
-    assert final_files(outputs[1]) == final_files(outputs[0])
-    other = run_script("train.py", *keys, "lora.r=64", f"train.output_dir={outputs[1]}", check=False)
-    assert other.returncode == 2
-    assert 'train.optim: "adamw_bnb_8bit" -> "adamw_torch_fused"' in other.stderr
-
-
-def test_the_final_folder_and_the_log_hold_what_is_promised(undisturbed: Path) -> None:
-    final = undisturbed / "checkpoints" / "final"
-    assert {path.name for path in final.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "training_args.json",
-        "metrics.json",
-        "README.md",
-        "manifest.json",
-    }
-    assert (undisturbed / "loss.png").stat().st_size > 10_000
-    assert "<h1>Training report</h1>" in (undisturbed / "report.html").read_text("utf-8")
-    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert {"epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_s"} <= set(rows[0])
-    assert {"eval_loss", "eval_accuracy", "eval_f1"} <= set(rows[3])
-    assert "eval_loss" not in rows[0]
-    assert rows[-1]["epoch"] == 2
-    metrics = json.loads((final / "metrics.json").read_text("utf-8"))
-    assert metrics["test_before"]["num_examples"] == metrics["test"]["num_examples"] > 0
-    assert json.loads((final / "training_args.json").read_text("utf-8"))["lora"]["r"] == 2
-
-
-def test_a_finished_run_is_left_alone_changed_keys_are_refused_and_restart_sets_it_aside(
-    keys: list[str], undisturbed: Path
+@needs_signals
+def test_a_run_that_was_stopped_in_its_last_validation_may_become_longer(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = [*keys, f"train.output_dir={undisturbed}"]
-    before = final_files(undisturbed)
-    assert "this run is finished" in run_script("train.py", *again).stdout
+    keys = {**CONSTANT, "train.max_steps": 3, "train.do_predict": False}
+    plain = finish_module.score
 
-    refused = run_script("train.py", *again, "lora.r=4", "train.learning_rate=1e-3", check=False)
-    assert refused.returncode == 2
-    assert "lora.r: 2 -> 4" in refused.stderr
-    assert "train.learning_rate: 0.005 -> 0.001" in refused.stderr
-    assert "--restart" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)  # without do_predict the first score is the last validation's
+        return plain(*arguments, **more)
 
-    run_script("train.py", *again, "--restart", "train.num_train_epochs=1")
-    assert final_files(undisturbed) != before
-    assert final_files(undisturbed / "previous-1") == before
+    with monkeypatch.context() as patch:
+        patch.setattr(finish_module, "score", interrupted)
+        with pytest.raises(Interrupted, match="saved step 3"):
+            run(**{**keys, "train.eval_steps": 5})
+    steps: list[int] = []
+    change_steps(monkeypatch, lambda _, settings: steps.append(settings.step))
+    final = run(**{**keys, "train.eval_steps": 5, "train.max_steps": 6})
+    assert steps == [4, 5, 6]
+    assert read(final.with_name("step-000006") / "state.json")["step"] == 6
 
 
-def test_a_run_is_set_aside_behind_the_last_one_whatever_is_missing_before_it(
-    keys: list[str], undisturbed: Path
+def test_a_tracker_has_every_entry_of_the_log_and_hears_of_an_interruption(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("previous-2", "previous-3", "previous-x"):
-        (undisturbed / name).mkdir()
-    before = final_files(undisturbed)
-    run_script("train.py", *keys, f"train.output_dir={undisturbed}", "--restart", "train.max_steps=1")
-    assert final_files(undisturbed / "previous-4") == before
+    class Notes(Tracker):
+        def write(self, entry: dict[str, Any]) -> None:
+            heard.append(dict(entry))
 
+        def close(self, is_done: bool) -> None:
+            ends.append(is_done)
 
-def test_other_data_under_the_same_name_is_refused(keys: list[str], processed_data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    arguments = [*keys, f"train.output_dir={output}"]
-    run_script("train.py", *arguments)
-    for path in (output / "checkpoints" / "final").iterdir():
-        path.unlink()
-    (output / "checkpoints" / "final").rmdir()  # as if it had been killed before the end
-    train = processed_data / "train.jsonl"
-    train.write_text("".join(reversed(train.read_text("utf-8").splitlines(keepends=True))), "utf-8")
-    refused = run_script("train.py", *arguments, check=False)
-    assert refused.returncode == 2
-    assert "made with another data" in refused.stderr
-    assert "train.jsonl" in refused.stderr
-
-
-def test_evaluation_of_the_final_adapter_agrees_with_the_training(
-    keys: list[str], undisturbed: Path, tmp_path: Path
-) -> None:
-    final = undisturbed / "checkpoints" / "final"
-    done = run_script("evaluate.py", "--model_path", final, "--output_dir", tmp_path / "out", "--compare-base")
-    results = json.loads(done.stdout.splitlines()[-1])
-    trained = json.loads((final / "metrics.json").read_text("utf-8"))
-    assert results["accuracy"] == trained["test"]["accuracy"]
-    assert results["base"]["accuracy"] == trained["test_before"]["accuracy"]
-    assert {"precision", "recall", "f1"} <= set(results) & set(results["base"])
-    assert 0 <= results["mcnemar"]["p_value"] <= 1
-    lines = (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()
-    first = json.loads(lines[0])
-    assert set(first) == {"index", "text", "label", "prediction", "probabilities"}
-    assert sum(first["probabilities"].values()) == pytest.approx(1)
-    right = sum(line["label"] == line["prediction"] for line in map(json.loads, lines))
-    assert right / len(lines) == results["accuracy"]
-
-
-def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "chat"
-    folder.mkdir()
-    for split, count in (("train", 8), ("validation", 4), ("test", 4)):
-        records = [
-            {"messages": [{"role": "user", "content": f"问题 {i}"}, {"role": "assistant", "content": f"回答 {i}"}]}
-            for i in range(count)
-        ]
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{split}.jsonl").write_text(lines, "utf-8")
-    output = tmp_path / "chat-run"
-    # 40 tokens are enough for these conversations, and would not be for the instruction, which they do not have
-    run_script("train.py", *keys, f"data.dir={folder}", f"train.output_dir={output}", "data.max_length=40")
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert "eval_loss" in rows[-1]
-    assert "eval_accuracy" not in rows[-1]
-    assert "eval_num_examples" not in rows[-1]
-    final = output / "checkpoints" / "final"
-    assert json.loads((final / "metrics.json").read_text("utf-8"))["test"]["num_examples"] == 4
-    card = (final / "README.md").read_text("utf-8")
-    assert "Test set: 4 records." in card
-    assert "正面" not in card
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
-    page = (output / "report.html").read_text("utf-8")
-    assert "4 records, 0 cut to 40 tokens. Conversations have no labels" in page
-    assert "Worst mistakes" not in page
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(keys: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "planned"
-    done = run_script("train.py", *keys, "--dry-run", f"train.output_dir={output}")
-    for part in ("projections (nf4", "activations of", "total", "an epoch:", "<|im_start|>assistant"):
-        assert part in done.stdout
-    assert not output.exists()
-
-
-@pytest.mark.parametrize("source", ["demo", "chnsenticorp"])
-def test_a_dry_run_without_data_prepares_it_elsewhere_and_leaves_nothing_behind(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path, source: str
-) -> None:
-    folder = tmp_path / "data" / "chn_senti_corp"
-    folder.mkdir(parents=True)
-    for split, numbers in (("train", range(40)), ("validation", range(40, 50)), ("test", range(50, 60))):
-        table = pyarrow.table({"label": [n % 2 for n in numbers], "text": [f"评论{n}" for n in numbers]})
-        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
-    before = sorted(tmp_path.rglob("*"))
-    keys = (f"data.source={source}", f"model.name_or_path={tiny_checkpoint()}", "data.max_train_examples=8")
-    done = run_script("train.py", "--dry-run", *keys, cwd=tmp_path)
-    assert f"/processed from {source}, because it holds no data yet\n" in done.stdout
-    assert "train: 8 examples" in done.stdout
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_splits_of_which_some_are_missing_are_never_prepared_over(tmp_path: Path) -> None:
-    (tmp_path / "data" / "quickstart").mkdir(parents=True)
-    train = tmp_path / "data" / "quickstart" / "train.jsonl"
-    train.write_text("mine", "utf-8")
-    refused = run_script("train.py", check=False, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "data/quickstart: has no validation.jsonl, test.jsonl; correct data.dir, or prepare" in refused.stderr
-    assert train.read_text("utf-8") == "mine"
-
-
-def test_help_lists_every_key() -> None:
-    text = run_script("train.py", "--help").stdout
-    for key in ("model.quantization", "lora.target_modules", "train.gradient_accumulation_steps", "prompt.labels"):
-        assert key in text
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-def test_inspect_batch_shows_what_is_supervised(keys: list[str], as_json: bool) -> None:
-    done = run_script("inspect_batch.py", *(["--json"] if as_json else []), *keys)
-    if not as_json:
-        assert "[[正面<|im_end|>]]" in done.stdout or "[[负面<|im_end|>]]" in done.stdout
-        return
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 4
-    for line in lines:
-        assert set(line) == {"input_ids", "supervised", "text", "label"}
-        assert len(line["input_ids"]) == len(line["supervised"])
-        assert line["text"].endswith(f"{line['label']}<|im_end|>")
+    heard: list[dict[str, Any]] = []
+    ends: list[bool] = []
+    opened: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(folder_module, "open_tracker", lambda *arguments: opened.append(arguments) or Notes())
+    with monkeypatch.context() as patch:
+        raise_at(patch, 3, Interrupted(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run()
+    run()
+    assert [step for _, _, step, _ in opened] == [0, 2]
+    assert ends == [False, True]
+    assert heard == read_metrics(tmp_path / "run")

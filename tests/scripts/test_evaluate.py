@@ -1,6 +1,5 @@
-"""scripts/evaluate.py scores what was asked for, as the adapter's own run did, or says why not."""
+"""scripts/evaluate.py scores what was asked for, as the adapter's own run did, or refuses."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -18,8 +17,8 @@ from minilora.errors import UserError
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
 from minilora.system.files import StorageError, sha256
+from tests.scripts.conftest import load_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 Evaluate = Callable[..., dict[str, Any]]
 KEYS = (
     "lora.r=2",
@@ -29,15 +28,6 @@ KEYS = (
     "train.max_steps=2",
     "train.per_device_train_batch_size=4",
 )
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +102,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_load
     monkeypatch.setattr(script, "load_run", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("a file", "utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"cannot be written to \(.+\); choose another --output_dir"):
+        with pytest.raises(UserError, match=r"cannot be written to .*--output_dir"):
             evaluate(trained / "final", "--output_dir", path)
 
 
@@ -148,7 +138,8 @@ def test_another_base_of_the_same_shape_is_refused_unless_it_is_asked_for(
     monkeypatch.setattr(sys, "argv", [*command, f"model.name_or_path={other}"])
     with pytest.raises(UserError) as caught:
         script.main()
-    assert str(caught.value).startswith(f"{message}; name its own with --base, or this one")
+    assert str(caught.value).startswith(f"{message}; ")
+    assert "--base" in str(caught.value)
     monkeypatch.setattr(sys, "argv", [*command, "--base", str(other)])
     script.main()
     assert f"warning: {message}\n" in capsys.readouterr().err
@@ -167,10 +158,7 @@ def test_results_that_cannot_be_written_are_named_and_the_figures_are_not_lost(
     trained: Path, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     (tmp_path / "out" / name).mkdir(parents=True)
-    with pytest.raises(
-        UserError,
-        match=rf"out: the results cannot be written \(.+{name}.+\); the figures stand above, for the files ch",
-    ):
+    with pytest.raises(UserError, match=rf"out: .*{name}.*--output_dir"):
         evaluate(trained / "final", "--output_dir", tmp_path / "out")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_examples"] == 6
     assert not list((tmp_path / "out").glob(".*"))
@@ -201,7 +189,7 @@ def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_r
     attack = "<script>alert(1)</script>"
     (tmp_path / "reviews.tsv").write_text(f"label\ttext\n1\t{attack}\n0\t{attack}\n", "utf-8")
     data, output = tmp_path / "reviews.tsv", tmp_path / "out"
-    results = evaluate(trained / "final", "--data", data, "--output_dir", output, "--compare-base")
+    results = evaluate(trained / "final", "--data", data, "--output_dir", output, "--compare_base")
     page = (output / "report.html").read_text("utf-8")
     assert "<h1>Evaluation report</h1>" in page
     for metrics in (results, results["base"]):
@@ -222,7 +210,7 @@ def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_r
 def test_a_configuration_that_is_none_is_named(final: Path, evaluate: Evaluate, content: str) -> None:
     (final / "training_args.json").write_text(content, "utf-8")
     (final / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"training_args\.json: holds no run's configuration, expected model, lora"):
+    with pytest.raises(UserError, match=r"training_args\.json: "):
         evaluate(final)
 
 
@@ -235,15 +223,15 @@ def test_without_a_configuration_the_base_is_the_one_that_the_adapter_names(
     assert results["num_examples"] == 12
     config = json.loads((final / "adapter_config.json").read_text("utf-8"))
     (final / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}), "utf-8")
-    with pytest.raises(UserError, match=r"adapter_config\.json names no base model; give it with --base"):
+    with pytest.raises(UserError, match=r"adapter_config\.json .*--base"):
         evaluate(final, "--data", processed_data / "test.jsonl")
 
 
-def test_a_loss_that_is_no_number_is_said(final: Path, evaluate: Evaluate) -> None:
+def test_a_loss_of_nan_is_an_error(final: Path, evaluate: Evaluate) -> None:
     (final / "manifest.json").unlink()  # as another program's adapter
     path = final / "adapter_model.safetensors"
     save_file({name: torch.full_like(value, 1e30) for name, value in load_file(path).items()}, path)
-    with pytest.raises(UserError, match=r"evaluate: the loss is nan, expected a number; use model\.compute_dtype"):
+    with pytest.raises(UserError, match=r"evaluate: the loss is nan.*model\.compute_dtype"):
         evaluate(final)
 
 
@@ -255,7 +243,7 @@ def test_a_damaged_adapter_is_not_scored(final: Path, evaluate: Evaluate, name: 
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"final: is damaged \({name} has SHA-256 .+\); take another"):
+    with pytest.raises(UserError, match=rf"final: is damaged \({name} "):
         evaluate(final)
 
 
@@ -307,5 +295,5 @@ def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(
 ) -> None:
     keys = [f"data.dir={tmp_path / 'absent'}", f"model.name_or_path={tiny_checkpoint()}"]
     monkeypatch.setattr(sys, "argv", ["inspect_batch.py", *keys])
-    with pytest.raises(UserError, match=r"train\.jsonl: is not there yet; prepare it with .+ or scripts/train\.py, or"):
+    with pytest.raises(UserError, match=r"train\.jsonl: .*scripts/preprocess_data\.py or scripts/train\.py"):
         load_script("inspect_batch").main()

@@ -1,6 +1,5 @@
-"""scripts/quantize.py writes a whole checkpoint in 4 bits, or says why not before it computes anything."""
+"""scripts/quantize.py writes a whole checkpoint in 4 bits, or refuses before it computes anything."""
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -12,22 +11,18 @@ import torch
 from minilora.errors import UserError
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights.load import load_model
+from tests.scripts.conftest import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "quantize.py"
 Quantize = Callable[..., str]
 
 
 @pytest.fixture
 def quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Quantize:
     """A function: arguments of the command line -> what the script printed."""
-    spec = importlib.util.spec_from_file_location("quantize", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("quantize")
 
     def call(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, arguments)])
         module.main()
         return capsys.readouterr().out
 
@@ -38,7 +33,7 @@ def quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ("flags", "how"),
     [
         ([], (torch.bfloat16, "nf4", True)),
-        (["--quant_type", "fp4", "--no-double-quantization"], (torch.bfloat16, "fp4", False)),
+        (["--quant_type", "fp4", "--no_double_quantization"], (torch.bfloat16, "fp4", False)),
         (["--compute_dtype", "float32"], (torch.float32, "nf4", True)),
     ],
 )
@@ -50,7 +45,7 @@ def test_what_is_written_is_the_model_that_loading_quantises(
     how: tuple[torch.dtype, str, bool],
 ) -> None:
     source, output = tiny_checkpoint(tie=False), tmp_path / "models" / "负面 4 bit"
-    printed = quantize("--model", source, "--output", output, *flags)
+    printed = quantize("--model_path", source, "--output_dir", output, *flags)
     found, expected = (load_model(folder, *how).state_dict() for folder in (output, source))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -65,37 +60,37 @@ def test_what_is_written_is_the_model_that_loading_quantises(
 def test_a_checkpoint_that_is_in_4_bits_already_is_refused(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize
 ) -> None:
-    quantize("--model", tiny_checkpoint(), "--output", tmp_path / "once")
-    with pytest.raises(UserError, match=r"once: is in 4 bits already, .*give the original checkpoint"):
-        quantize("--model", tmp_path / "once", "--output", tmp_path / "twice")
+    quantize("--model_path", tiny_checkpoint(), "--output_dir", tmp_path / "once")
+    with pytest.raises(UserError, match="once: is in 4 bits already"):
+        quantize("--model_path", tmp_path / "once", "--output", tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_what_stands_at_the_output_is_not_replaced(
+def test_an_existing_output_is_not_replaced(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize, is_file: bool
 ) -> None:
     output = tmp_path / "mine"
     precious = output if is_file else output / "thesis.txt"
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine", "utf-8")
-    with pytest.raises(UserError, match="mine: is there already; choose a new folder for --output"):
-        quantize("--model", tiny_checkpoint(), "--output", output)
+    with pytest.raises(UserError, match=r"mine: .*--output_dir"):
+        quantize("--model_path", tiny_checkpoint(), "--output", output)
     assert precious.read_text("utf-8") == "mine"
 
 
-def test_an_output_that_cannot_be_written_is_said_before_anything_is_computed(
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written to .*choose another --output"):
-        quantize("--model", tiny_checkpoint(), "--output", tmp_path / "file" / "below" / "model")
+    with pytest.raises(UserError, match=r"cannot be written to .*--output_dir"):
+        quantize("--model_path", tiny_checkpoint(), "--output", tmp_path / "file" / "below" / "model")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such/folder"], "no/such/folder: is neither a folder nor a hub name"),
+        (["--model_path", "no/such/folder"], "no/such/folder: is neither a folder nor a hub name"),
         (["--device", "tpu"], "model.device: 'tpu' is not"),
     ],
 )
@@ -103,4 +98,4 @@ def test_a_wrong_argument_is_named(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        quantize("--model", tiny_checkpoint(), "--output", tmp_path / "q", *arguments)
+        quantize("--model_path", tiny_checkpoint(), "--output", tmp_path / "q", *arguments)

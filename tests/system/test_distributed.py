@@ -1,16 +1,16 @@
-"""Several ranks do what one process does: the same step, the same run, the same figures; and they agree on how it ends.
+"""Several ranks do what one process does: the same step, run and metrics; and all end alike.
 
-The ranks are real processes on this machine, joined by gloo. tests/faults/test_ranks.py kills them.
+The ranks are real processes on this machine, connected by gloo. tests/faults/test_ranks.py kills them.
 """
 
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 from minilora.errors import UserError
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.system import distributed
-from minilora.system.distributed import SINGLE_RANK, VARIABLES, LostRankError, Ranks, with_ranks, without_ranks
-from tests.conftest import make_reviews
+from minilora.system.distributed import SINGLE_RANK, VARIABLES, Ranks, with_ranks, without_ranks
 from tests.faults.runner import Runs
 
 TESTS = Path(__file__).parents[1]
@@ -38,9 +37,9 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 
 
 def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A command line under torchrun, to its end; for one process without it.
+    """A command under torchrun, to its end; for one process without it.
 
-    Each has one thread: products are summed in another order with another number of threads.
+    Each has one thread: the order of sums depends on the number of threads.
     """
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     torchrun = (*TORCHRUN, "--standalone", "--nproc-per-node", str(count))
@@ -49,27 +48,37 @@ def run_ranks(count: int, *command: object, stdin: str = "") -> subprocess.Compl
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of tests/ranks.py found; the lines of "turns" are in the first one's."""
+def found(finished: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """The results of each rank of tests/ranks.py; the lines of "turns" are in those of rank 0."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = run_ranks(RANKS, TESTS / "ranks.py", folder)
+    done = run_ranks(RANKS, TESTS / "ranks.py", folder, finished[1] / "checkpoints" / "final")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     results = [json.loads((folder / f"{rank}.json").read_text("utf-8")) for rank in range(RANKS)]
     results[0]["turns"] = (folder / "turns").read_text("utf-8").split()
+    results[0]["predictions"] = {
+        name: (folder / name / "predictions.jsonl").read_text("utf-8") for name in ("ranks", "single")
+    }
     return results
 
 
-@pytest.mark.parametrize("name", ["chat.py", "merge.py", "quantize.py"])
-def test_a_script_that_is_the_work_of_one_process_says_so_once(name: str, tmp_path: Path) -> None:
-    option = "--model" if name == "quantize.py" else "--model_path"
-    done = run_ranks(2, SCRIPTS / name, option, tmp_path, "--output", tmp_path / "new")
-    assert done.returncode != 0
-    assert done.stderr.count("error: torchrun: started 2 processes, this is the work of one; run python ") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_a_script_of_one_process_refuses_several_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "2")
+    with pytest.raises(SystemExit) as stop:
+        without_ranks(lambda: pytest.fail("ran"))()
+    assert stop.value.code == 0  # else torchrun would stop rank 0
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"torchrun: started 2 processes.*run python "):
+        without_ranks(lambda: pytest.fail("ran"))()
 
 
-def test_one_process_under_torchrun_is_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["chat", "merge", "quantize"])
+def test_scripts_that_write_without_ranks_refuse_them(name: str) -> None:
+    assert (SCRIPTS / f"{name}.py").read_text("utf-8").endswith("    run_script(without_ranks(main))\n")
+
+
+def test_one_process_under_torchrun_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "1")
     calls: list[str] = []
@@ -77,31 +86,30 @@ def test_one_process_under_torchrun_is_no_more_than_one(monkeypatch: pytest.Monk
     assert calls == ["ran"]
 
 
-def test_every_rank_learns_what_the_others_and_the_first_say(found: Found) -> None:
+def test_ranks_exchange_values_and_tensors(found: Found) -> None:
     for one in found:
         told = one["exchange"]
         assert told["gather"] == [
             {"rank": rank, "text": "评" * rank, "number": 0.1, "none": None} for rank in range(RANKS)
         ]
-        assert told["once"] == {"by": 0}
-        assert told["collect"] == [[i * i for i in range(n)] for n in (8, 2, 0)]
+        assert told["rank 0"] == {"by": 0}
+        assert told["in order"] == [[i * i for i in range(n)] for n in (8, 2, 0)]
         assert told["tensors"]
         assert told["no tensors"]
     assert found[0]["turns"][0] == "0"
     assert sorted(found[0]["turns"]) == ["0", "1", "2"]
 
 
-def test_a_rank_that_parted_asks_nobody(found: Found) -> None:
-    assert [one["exchange"]["parted"] for one in found] == [[[0], "alone"], [[1], None], [[2], None]]
+def test_a_detached_rank_exchanges_nothing(found: Found) -> None:
+    assert [one["exchange"]["detached"] for one in found] == [[[0], "alone"], [[1], None], [[2], None]]
 
 
-def test_a_rank_with_other_facts_is_named_on_all(found: Found) -> None:
-    for one in found:
-        assert one["exchange"]["same"] == []
-        kind, text, _ = one["exchange"]["not same"]
-        assert kind == "UserError"
-        assert text.startswith("rank 2 on ")
-        assert text.endswith(": has another b than rank 0; do something")
+def test_a_rank_with_other_facts_is_named_by_rank_0_and_ends_all(found: Found) -> None:
+    assert all(one["exchange"]["same"] == [] for one in found)
+    first, *others = (one["exchange"]["not same"] for one in found)
+    assert [kind for kind, *_ in (first, *others)] == ["UserError", *["FailedElsewhereError"] * 2]
+    assert first[1].startswith("rank 2 on ")
+    assert first[1].endswith(" b than rank 0; do something")
 
 
 ELSEWHERE = ["FailedElsewhereError", "another rank failed", None]
@@ -119,10 +127,10 @@ NO_ROOM, BY_ZERO = ["UserError", "no room", None], ["ZeroDivisionError", "by zer
         ("a signal", [TERM, TERM, TERM]),
         ("two signals", [TERM, TERM, TERM]),
         ("a mistake and a signal", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
-        ("in turn: a mistake", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
-        ("in turn: a bug", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
-        ("in turn: a signal", [TERM, TERM, TERM]),
-        ("once", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
+        ("rank 0 first: a mistake", [ELSEWHERE, NO_ROOM, ELSEWHERE]),
+        ("rank 0 first: a bug", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
+        ("rank 0 first: a signal", [TERM, TERM, TERM]),
+        ("on rank 0", [BY_ZERO, ELSEWHERE, ELSEWHERE]),
     ],
 )
 def test_what_ends_one_rank_ends_all_at_the_same_place(found: Found, case: str, expected: list[object]) -> None:
@@ -130,51 +138,49 @@ def test_what_ends_one_rank_ends_all_at_the_same_place(found: Found, case: str, 
 
 
 @pytest.mark.parametrize("count", [9, 8, 4, 2])  # 9 fill the step; of 2 one rank has none
-def test_ranks_together_take_the_step_of_one(found: Found, count: int) -> None:
+def test_ranks_take_the_step_of_one_process(found: Found, count: int) -> None:
     steps = [one["steps"][str(count)] for one in found]
-    assert sum(step["together"]["examples"] for step in steps) == count
-    assert min(step["together"]["examples"] for step in steps) == count // RANKS
+    assert sum(step["ranks"]["examples"] for step in steps) == count
+    assert min(step["ranks"]["examples"] for step in steps) == count // RANKS
     for step in steps:
-        assert {**step["together"], "examples": 0} == {**steps[0]["together"], "examples": 0}  # to the bit, on all
+        assert {**step["ranks"], "examples": 0} == {**steps[0]["ranks"], "examples": 0}  # the same bits on all
         # Float32 sums of the same addends in another order; seen 3e-7.
         assert step["difference"] < 2e-6
-        assert step["together"]["loss"] == pytest.approx(step["alone"]["loss"], rel=1e-6)
-        assert step["together"]["norm"] == pytest.approx(step["alone"]["norm"], rel=1e-6)
+        assert step["ranks"]["loss"] == pytest.approx(step["single"]["loss"], rel=1e-6)
+        assert step["ranks"]["norm"] == pytest.approx(step["single"]["norm"], rel=1e-6)
 
 
 def test_a_rank_without_an_example_scales_its_loss_as_the_others(found: Found) -> None:
     steps = [one["steps"]["scaled"] for one in found]
     assert [step["scale"] for step in steps] == [1024.0] * RANKS
     # A power of two scales float32 exactly.
-    assert all(step["weights"] == one["steps"]["2"]["together"]["weights"] for step, one in zip(steps, found))  # noqa: B905
+    assert all(step["weights"] == one["steps"]["2"]["ranks"]["weights"] for step, one in zip(steps, found))  # noqa: B905
 
 
 @pytest.mark.parametrize(("case", "scale"), [("spoiled", None), ("spoiled, scaled", 512.0)])
-def test_a_loss_that_is_no_number_on_one_rank_changes_nothing_on_any(
-    found: Found, case: str, scale: float | None
-) -> None:
+def test_a_loss_of_nan_on_one_rank_changes_nothing_on_any(found: Found, case: str, scale: float | None) -> None:
     for one in found:
         step = one["steps"][case]
         assert not step["updated"]
         assert math.isnan(step["loss"])
         assert step["scale"] == scale
-        assert step["weights"] == found[0]["steps"][case]["weights"] != one["steps"]["9"]["together"]["weights"]
+        assert step["weights"] == found[0]["steps"][case]["weights"] != one["steps"]["9"]["ranks"]["weights"]
 
 
 def test_no_two_micro_batches_of_a_step_have_the_same_dropout_mask(found: Found) -> None:
-    assert sorted(number for one in found for number in one["dropout"]) == list(range(2 * RANKS))
+    assert sorted(index for one in found for index in one["dropout"]) == list(range(2 * RANKS))
 
 
-def test_scores_are_those_of_one_process_to_the_bit(found: Found) -> None:
+def test_scores_are_the_bits_of_one_process(found: Found) -> None:
     assert [one["scores"] for one in found] == [{**found[0]["scores"], "progress": 13}] * RANKS
-    assert found[0]["scores"]["together"] == found[0]["scores"]["alone"]
+    assert found[0]["scores"]["ranks"] == found[0]["scores"]["single"]
 
 
 def test_ranks_do_not_import_the_compiler(found: Found) -> None:
     assert not any(one["compiler"] for one in found)
 
 
-def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(found: Found) -> None:
+def test_ranks_wait_for_a_late_one_until_the_timeout(found: Found) -> None:
     assert [one["waiting"][0] for one in found] == ["LostRankError"] * RANKS
     assert any("Timed out waiting 1000ms" in one["waiting"][1] for one in found)
     for one in found:
@@ -182,17 +188,7 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(found: Found) -> N
         assert "\n" not in one["waiting"][1]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_no_thread_asks_a_lost_rank_when_the_process_ends(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is within the library then aborts the process, with another status than the message's."""
-    monkeypatch.setattr(distributed, "GRACE_S", 0.1)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    before = threading.active_count()
-    assert not distributed._is_said(store, Ranks(rank, 2), LostRankError("another rank is gone"))
-    assert threading.active_count() == before
-
-
-# Whole runs, in forked processes: 44 examples are seven steps of 6 and one of 2, for which a third rank has none.
+# Whole runs, in forked processes: 44 examples are seven steps of 6 and one of 2, of which a third rank gets none.
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +237,14 @@ def adapter_of(output: Path) -> torch.Tensor:
 
 
 def lasting(output: Path) -> list[dict[str, Any]]:
-    """The log without what is measured."""
-    return [{k: v for k, v in row.items() if k not in MEASURED_KEYS} for row in read_metrics(output)]
+    """The log without its measured values."""
+    return [{k: v for k, v in entry.items() if k not in MEASURED_KEYS} for entry in read_metrics(output)]
 
 
 def assert_equal_runs(ours: Path, theirs: Path) -> None:
-    """Holds that two runs differ by rounding alone, which 16 steps of Adam have made larger."""
-    for row, expected in zip(lasting(ours), lasting(theirs), strict=True):
-        assert row == pytest.approx(expected, rel=1e-4), row["step"]
+    """Holds that two runs differ only by rounding, which 16 steps of Adam have made larger."""
+    for entry, expected in zip(lasting(ours), lasting(theirs), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4), entry["step"]
     adapter = adapter_of(theirs)
     assert (adapter_of(ours) - adapter).abs().max() < 1e-4 * adapter.abs().max()
 
@@ -260,7 +256,7 @@ def test_a_run_of_several_ranks_is_the_run_of_one(finished: dict[int, Path], cou
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_only_the_first_rank_speaks(finished: dict[int, Path], count: int) -> None:
+def test_only_rank_0_prints(finished: dict[int, Path], count: int) -> None:
     assert "16 steps" in Path(f"{finished[count]}.out").read_text("utf-8")
     for rank in range(1, count):
         assert Path(f"{finished[count]}.{rank}.out").read_text("utf-8") == ""
@@ -278,7 +274,7 @@ def test_a_run_is_finished_for_any_number_of_ranks(
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 2), (3, 1), (2, 3)])
-def test_a_run_goes_on_with_another_number_of_ranks(
+def test_a_run_resumes_with_another_number_of_ranks(
     finished: dict[int, Path], runs: Runs, keys: list[str], tmp_path: Path, before: int, now: int
 ) -> None:
     output = tmp_path / "run"
@@ -287,16 +283,16 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         shutil.rmtree(output / "checkpoints" / name, ignore_errors=True)
     assert run_together(runs, now, keys, output) == [0] * now
     printed, noted = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
-    assert f"going on from {output / 'checkpoints' / 'step-000008'}\n" in printed
+    assert f"resuming from {output / 'checkpoints' / 'step-000008'}\n" in printed
     sizes = f"train.per_device_train_batch_size: {6 // before} -> {6 // now}, processes: {before} -> {now}"
-    assert f"note: {sizes}; the rest may differ in the last bits and has other dropout masks\n" in noted
+    assert f"note: {sizes}; " in noted
     assert_equal_runs(output, finished[1])
     state = json.loads((output / "checkpoints" / "step-000016" / "state.json").read_text("utf-8"))
     assert state["machine"]["ranks"] == now
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_ranks_that_would_make_larger_steps_are_refused_once(
+def test_ranks_that_would_make_larger_steps_are_refused_by_rank_0(
     finished: dict[int, Path], runs: Runs, keys: list[str], tmp_path: Path, is_finished: bool
 ) -> None:
     output = tmp_path / "run"
@@ -306,22 +302,22 @@ def test_ranks_that_would_make_larger_steps_are_refused_once(
     pids = runs.start_ranks(2, [*keys, "train.per_device_train_batch_size=6"], output)
     assert [runs.wait(pid) for pid in pids] == [2, 2]
     errors = Path(f"{output}.err").read_text("utf-8")
-    assert errors.startswith(f"error: {output}: holds a run with another configuration; ")
-    advice = "its steps have 6 examples; so they do with train.per_device_train_batch_size=3"
-    assert errors.endswith(f"\n  processes: 1 -> 2\n  {advice}\n")
+    assert errors.startswith(f"error: {output}: ")
+    assert "processes: 1 -> 2" in errors
+    assert "train.per_device_train_batch_size=3" in errors
     assert Path(f"{output}.1.err").read_text("utf-8") == ""
 
 
-def test_a_mistake_that_all_ranks_see_is_said_once(runs: Runs, keys: list[str], tmp_path: Path) -> None:
+def test_a_mistake_of_all_ranks_is_printed_by_rank_0(runs: Runs, keys: list[str], tmp_path: Path) -> None:
     assert run_together(runs, 3, [*keys, "lora.rnak=3"], tmp_path / "run") == [2, 2, 2]
     assert "lora.rnak: unknown key" in (tmp_path / "run.err").read_text("utf-8")
     assert [(tmp_path / f"run.{rank}.err").read_text("utf-8") for rank in (1, 2)] == ["", ""]
 
 
-def test_a_mistake_of_one_rank_is_said_by_it_and_ends_all(
+def test_a_rank_with_another_base_model_ends_all(
     runs: Runs, keys: list[str], tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    """As on a machine whose copy of the base model is another one."""
+    """As on a machine with another copy of the base model."""
     pids = []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -332,50 +328,41 @@ def test_a_mistake_of_one_rank_is_said_by_it_and_ends_all(
         pids.append(runs.start(own_keys, tmp_path / "run", None, environment, tmp_path / str(rank)))
     assert [runs.wait(pid) for pid in pids] == [2, 2]
     first, second = ((tmp_path / f"{rank}.err").read_text("utf-8") for rank in (0, 1))
-    assert ": has another model.name_or_path, model.safetensors than rank 0; give all machines the same" in first
+    assert re.search("rank 1 on .*model.safetensors.* than rank 0", first)
     assert second == ""
 
 
-def test_evaluation_by_several_ranks_gives_the_figures_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
-    command = ("--model_path", finished[1] / "checkpoints" / "final", "--compare-base", "--output_dir")
-    one = run_ranks(1, SCRIPTS / "evaluate.py", *command, tmp_path / "alone")
-    assert one.returncode == 0, one.stderr
-    together = run_ranks(2, SCRIPTS / "evaluate.py", *command, tmp_path / "together")
-    assert together.returncode == 0, together.stderr
-    results, expected = (json.loads(done.stdout.splitlines()[-1]) for done in (together, one))
-    for figures in (results, expected, results["base"], expected["base"]):
-        del figures["reviews_per_s"]
+def test_evaluation_by_several_ranks_gives_the_results_of_one(found: Found) -> None:
+    several, one = (found[0]["scripts"][f"evaluate, {name}"].splitlines() for name in ("ranks", "single"))
+    results, expected = (json.loads(lines[-1]) for lines in (several, one))
+    for metrics in (results, expected, results["base"], expected["base"]):
+        del metrics["reviews_per_s"]
     assert results == expected
-    assert len(together.stdout.splitlines()) == len(one.stdout.splitlines())
-    name = "predictions.jsonl"
-    assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert len(several) == len(one)
+    assert found[0]["predictions"]["ranks"] == found[0]["predictions"]["single"] != ""
 
 
-def test_prediction_by_several_ranks_gives_the_bytes_of_one(finished: dict[int, Path], tmp_path: Path) -> None:
-    """A file and a pipe, which the first rank alone reads; 40 reviews are three windows, the last one short."""
-    reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
-    (tmp_path / "reviews.txt").write_text(reviews, "utf-8")
-    command = ("--model_path", str(finished[1] / "checkpoints" / "final"), "--max-batch-tokens", "300")
-    printed = {}
-    for name, source in (("file", ("--input", str(tmp_path / "reviews.txt"))), ("pipe", ("-",))):
-        together = run_ranks(2, SCRIPTS / "predict.py", *command, *source, stdin=reviews)
-        assert together.returncode == 0, together.stderr
-        printed[name] = together.stdout
-    one = run_ranks(1, SCRIPTS / "predict.py", *command, "--input", tmp_path / "reviews.txt")
-    assert one.returncode == 0, one.stderr
-    assert len(one.stdout.splitlines()) == 40
-    assert printed["file"] == one.stdout
-    # Where a busy machine makes the pipe pause, its windows are others: other batches, rounded otherwise.
-    for line, expected in zip(printed["pipe"].splitlines(), one.stdout.splitlines(), strict=True):
-        found, row = json.loads(line), json.loads(expected)
-        assert found.pop("probabilities") == pytest.approx(row.pop("probabilities"), rel=1e-5)
-        assert found == {**row, "probability": pytest.approx(row["probability"], rel=1e-5)}
+def test_prediction_by_several_ranks_gives_the_lines_of_one(found: Found) -> None:
+    printed = found[0]["scripts"]
+    assert len(printed["file, single"].splitlines()) == 40
+    assert printed["file, ranks"] == printed["file, single"]
+    # If a busy machine makes the pipe pause, its windows and so its batches are others, and rounded otherwise.
+    for line, expected_line in zip(
+        printed["pipe, ranks"].splitlines(), printed["file, single"].splitlines(), strict=True
+    ):
+        result, expected = json.loads(line), json.loads(expected_line)
+        assert result.pop("probabilities") == pytest.approx(expected.pop("probabilities"), rel=1e-5)
+        assert result == {**expected, "probability": pytest.approx(expected["probability"], rel=1e-5)}
+
+
+def test_only_rank_0_prints_results(found: Found) -> None:
+    assert all(text == "" for one in found[1:] for text in one["scripts"].values())
 
 
 # One process.
 
 
-def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_a_single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Ranks] = []
     for environment in ({}, {"WORLD_SIZE": "2"}, dict.fromkeys(distributed.VARIABLES, "1")):
         for name in distributed.VARIABLES:
@@ -387,7 +374,7 @@ def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> 
     assert not dist.is_initialized()
 
 
-def test_alone_all_questions_are_answered_and_errors_are_left_as_they_are() -> None:
+def test_a_single_rank_exchanges_nothing_and_leaves_errors_as_they_are() -> None:
     assert SINGLE_RANK.all_gather(3) == [3]
     assert SINGLE_RANK.run_on_rank_0(lambda: torch.Size([3])) == torch.Size([3])
     assert SINGLE_RANK.gather_in_order([1, 2]) == [1, 2]
@@ -402,24 +389,24 @@ def test_alone_all_questions_are_answered_and_errors_are_left_as_they_are() -> N
         assert caught.value is error
 
 
-def test_ranks_that_cannot_be_joined_are_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_cannot_connect_are_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
-    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: the ranks cannot be joined \(.+\); check --nnodes"):
+    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: the ranks cannot connect .+ --nnodes"):
         with_ranks(lambda _: pytest.fail("joined"))()
 
 
-def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for ranks, device in ((SINGLE_RANK, "cuda:1"), (Ranks(1, 4, 1), "cuda"), (Ranks(3, 4, 3), "cpu")):
         ranks.check_device(torch.device(device))
-    with pytest.raises(UserError, match=r"model\.device: cuda:1 is one GPU for 4 ranks; each takes its own with cuda"):
+    with pytest.raises(UserError, match=r"model\.device: cuda:1 .* 4 ranks"):
         Ranks(1, 4, 1).check_device(torch.device("cuda:1"))
-    with pytest.raises(UserError, match=r"there are 2 GPUs on .+ and more ranks; start so many with --nproc-per-node"):
+    with pytest.raises(UserError, match=r"model\.device: .* 2 GPUs.*--nproc-per-node"):
         Ranks(2, 4, 2).check_device(torch.device("cuda"))
 
 

@@ -1,0 +1,19 @@
+"""Renders the templates of this folder by jinja2: what is put into an .html template is escaped, into a .md one not."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+TEMPLATES = Environment(
+    loader=PackageLoader("minilora.reports"),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of `templates/<template>` with `values`; an unknown name in it is an error."""
+    return TEMPLATES.get_template(template).render(values)

@@ -1,0 +1,123 @@
+"""The output folder of a run: claimed for one process, with an earlier run resumed, left as finished, or set aside.
+
+outputs/
+    metrics.jsonl, loss.png, report.html, tensorboard/, wandb/
+    checkpoints/                see checkpoint.py and finish.py
+    previous-1/                 an earlier run, all of the above, after --restart
+    .lock                       who writes here
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from minilora.config import Config
+from minilora.errors import UserError
+from minilora.runs.advice import out_of_memory
+from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, step_of
+from minilora.runs.metrics_log import read_metrics
+from minilora.runs.run import Run
+from minilora.runs.setup import open_run
+from minilora.runs.trackers import check_tracker, open_tracker
+from minilora.system.console import info
+from minilora.system.distributed import Ranks
+from minilora.system.files import StorageError, lock_folder, make_folder, storage_errors
+from minilora.system.manifest import recover_folders
+from minilora.system.memory import is_out_of_memory
+from minilora.system.signals import Interrupted
+
+RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
+RESTARTING = ".restarting"
+
+
+class RunFolder:
+    """The output folder of a run, locked.
+
+    Attributes:
+        final: the final adapter's folder.
+        is_finished: whether an earlier run has come to its end there.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, stack: ExitStack):
+        """`stack` holds the lock and the tracker; whoever made it closes it."""
+        self.config, self.directory, self.ranks = config, Path(config.train.output_dir), ranks
+        self.checkpoints = self.directory / "checkpoints"
+        self.final = self.checkpoints / "final"
+        self.is_finished = False
+        self.run: Run | None = None
+        self._stack = stack
+
+    def claim(self, restart: bool) -> bool:
+        """Locks the folder and clears up what an earlier run left; returns whether that one is finished."""
+        restart = restart or (self.directory / RESTARTING).is_dir()  # a restart that was killed is ended first
+        if self.final.is_dir() and not restart:
+            return True
+        make_folder(self.checkpoints, "train.output_dir")
+        self._stack.enter_context(lock_folder(self.directory, "train.output_dir"))
+        if self.final.is_dir() and not restart:  # another process finished it while this one waited
+            return True
+        if restart:
+            set_run_aside(self.directory)
+        recover_folders(self.checkpoints)
+        # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
+        read_metrics(self.directory, max(map(step_of, list_checkpoints(self.checkpoints)), default=0))
+        check_tracker(self.config.train.report_to)
+        return False
+
+    def open_run(self, model_folder: Path) -> Run:
+        """The run at its newest checkpoint, or at its beginning, and its tracker."""
+        run = self.run = open_run(self.config, model_folder, self.ranks)
+        # What a run that was killed left to remove.
+        self.ranks.run_on_rank_0(lambda: prune_checkpoints(run.checkpoints, self.config.train.save_total_limit))
+        with self.ranks.barrier():
+            if self.ranks.is_rank_0:
+                report_to = self.config.train.report_to
+                tracker = open_tracker(report_to, run.directory, run.logged_steps, self.config.to_dict())
+                run.tracker = self._stack.enter_context(tracker)
+        return run
+
+
+@contextmanager
+def run_folder(config: Config, restart: bool, ranks: Ranks) -> Iterator[RunFolder]:
+    """Locks the output folder; of what ends the run within it says what is saved, and what to do."""
+    with ExitStack() as stack:
+        folder = RunFolder(config, ranks, stack)
+        folder.is_finished = ranks.run_on_rank_0(lambda: folder.claim(restart))
+        try:
+            yield folder
+        except Interrupted as stop:
+            if stop.is_explained or folder.run is None:
+                raise
+            newest = folder.run.newest_checkpoint
+            where = "nothing done" if newest == "none" else f"the same command resumes from {newest}"
+            raise Interrupted(stop.signum, f"{stop}: {where}") from None
+        except StorageError as error:
+            newest = "none" if folder.run is None else folder.run.newest_checkpoint
+            raise StorageError(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(out_of_memory(config, folder.run, error)) from error
+
+
+def set_run_aside(directory: Path) -> None:
+    """Moves an earlier run into `directory/previous-N`; nothing is deleted.
+
+    It goes into `RESTARTING` first. Where that is there, a restart was killed half-way, and this completes it.
+    """
+    moving = directory / RESTARTING
+    checkpoints = directory / "checkpoints"  # the one that was moved left an empty one
+    earlier = [directory / name for name in RUN_FILES if (directory / name).exists() and not (moving / name).exists()]
+    if not moving.is_dir() and earlier in ([], [checkpoints]) and not any(checkpoints.iterdir()):
+        return  # there is none
+    taken = [int(path.name[9:]) for path in directory.iterdir() if re.fullmatch(r"previous-[0-9]+", path.name)]
+    target = directory / f"previous-{1 + max(taken, default=0)}"
+    with storage_errors(target):
+        moving.mkdir(exist_ok=True)
+        for path in earlier:
+            path.rename(moving / path.name)
+        moving.rename(target)
+        checkpoints.mkdir(exist_ok=True)
+    finished = list_checkpoints(target / "checkpoints")
+    info(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")

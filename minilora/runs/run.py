@@ -1,0 +1,205 @@
+"""A run's objects and its state, what is due in it, and the micro-batches of its steps.
+
+Which training examples a step takes is a function of (seed, step), so any step's micro-batches can be made on their
+own (`batches`).
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.adapters.peft_config import BaseModel
+from minilora.build import Examples
+from minilora.config import Config, LoraConfig
+from minilora.data.prepare import epoch_order
+from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.lora import DropoutSeed
+from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.optim import Optimizer, lr_at
+from minilora.qlora.prompt import ClassificationPrompt, Example
+from minilora.qlora.step import StepSettings, TrainState
+from minilora.runs.checkpoint import RunState, list_checkpoints
+from minilora.runs.trackers import Tracker
+from minilora.system.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The training examples of one optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        examples: of all ranks.
+        records: where each of them is from, file and line.
+        micro_batches: this rank's, on its device.
+    """
+
+    step: int
+    examples: list[Example]
+    records: list[str]
+    micro_batches: list[MicroBatch]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all examples."""
+        return sum(len(example.input_ids) for example in self.examples)
+
+
+@dataclass
+class Run:
+    """A run's objects, and its state.
+
+    Attributes:
+        directory: the output folder.
+        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
+        state: as of now.
+        saved: the state of the newest checkpoint that this process has written or begun with.
+        tracker: gets the log's entries; on rank 0.
+    """
+
+    config: Config
+    directory: Path
+    device: torch.device
+    process_bytes: int | None
+    prompt: ClassificationPrompt
+    splits: dict[str, Examples]
+    model: Qwen2ForCausalLM
+    dropout_seed: DropoutSeed
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler | None
+    ranks: Ranks
+    state: RunState
+    saved: RunState = field(init=False)
+    tracker: Tracker = field(default_factory=Tracker)
+
+    def __post_init__(self) -> None:
+        self.saved = self.state
+
+    @property
+    def adapter(self) -> tuple[LoraConfig, BaseModel]:
+        """What adapter_config.json names: the adapter and its base model."""
+        return self.config.lora, BaseModel(self.config.model.name_or_path, self.config.model.revision)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.directory / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the final adapter."""
+        return self.checkpoints / "final"
+
+    @property
+    def newest_checkpoint(self) -> Path | str:
+        """For messages: "none" where there is none."""
+        return next(iter(reversed(list_checkpoints(self.checkpoints))), "none")
+
+    @property
+    def train_state(self) -> TrainState:
+        """What an optimizer step changes."""
+        return TrainState(self.model, self.optimizer, self.dropout_seed, scaler=self.scaler, ranks=self.ranks)
+
+    def learning_rate(self, step: int) -> float:
+        """Of optimizer step `step`, from 1."""
+        train = self.config.train
+        schedule, warmup = train.lr_scheduler_type, train.warmup_ratio
+        return lr_at(step, self.total_steps, peak=train.learning_rate, schedule=schedule, warmup_ratio=warmup)
+
+    def step_settings(self, batch: StepBatch) -> StepSettings:
+        """What `train_step` is told beside the micro-batches."""
+        train = self.config.train
+        return StepSettings(
+            step=batch.step,
+            learning_rate=self.learning_rate(batch.step),
+            max_grad_norm=train.max_grad_norm,
+            seed=train.seed,
+            num_supervised=sum(sum(example.supervised) for example in batch.examples),
+        )
+
+    @property
+    def samples_per_rank(self) -> int:
+        """Most training examples that one rank has in an optimizer step."""
+        train = self.config.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    @property
+    def samples_per_step(self) -> int:
+        """Training examples of a full optimizer step, of all ranks."""
+        return self.samples_per_rank * self.ranks.size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; the last one may be short."""
+        return math.ceil(len(self.splits["train"].examples) / self.samples_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        train = self.config.train
+        return train.max_steps or train.num_train_epochs * self.steps_per_epoch
+
+    @property
+    def best_by(self) -> str:
+        """The metric that decides which checkpoint is best: F1 for labelled data unless the user chose."""
+        chosen = self.config.train.metric_for_best_model
+        return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether `early_stopping_patience` validations in a row were no better."""
+        patience = self.config.train.early_stopping_patience
+        return patience is not None and self.state.evals_without_improvement >= patience
+
+    @property
+    def logged_steps(self) -> int:
+        """Steps whose entry the log has: not that of an interrupted validation."""
+        return self.state.step - (self.state.pending_entry is not None)
+
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether all optimizer steps are done."""
+        return self.state.step >= self.total_steps
+
+    @property
+    def is_done(self) -> bool:
+        """Whether neither a step nor an interrupted validation is left."""
+        return self.state.pending_entry is None and (self.is_at_the_end or self.has_stalled)
+
+    @property
+    def is_validation_due(self) -> bool:
+        """Every `eval_steps`, at the end, and where one was interrupted."""
+        is_due = self.state.step % self.config.train.eval_steps == 0
+        return self.state.pending_entry is not None or is_due or self.is_at_the_end
+
+    def is_logging_due(self, entry: dict[str, Any]) -> bool:
+        """Every `logging_steps`, and where there is a validation or a skipped step to log."""
+        return entry["step"] % self.config.train.logging_steps == 0 or "eval_loss" in entry or "skipped" in entry
+
+    @property
+    def is_save_due(self) -> bool:
+        """Every `save_steps`, or at the first step after them that was not skipped; and at the end."""
+        every, step = self.config.train.save_steps, self.state.step
+        is_due = step // every > self.saved.step // every and not self.state.skipped_in_a_row
+        return is_due or self.is_at_the_end or self.has_stalled
+
+
+def batches(run: Run, step: int) -> StepBatch:
+    """The examples of optimizer step `step`, a function of (seed, step), and this rank's micro-batches of them."""
+    train, split = run.config.train, run.splits["train"]
+    epoch, index = divmod(step - 1, run.steps_per_epoch)
+    order = epoch_order(len(split.examples), train.seed, epoch)
+    chosen = order[index * run.samples_per_step : (index + 1) * run.samples_per_step]
+    examples = [split.examples[i] for i in chosen]
+    own = split_across_ranks(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
+    parts = split_into_micro_batches(own, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
+    return StepBatch(
+        step=step,
+        examples=examples,
+        records=[split.records[i].where for i in chosen],
+        micro_batches=[pack(part).to(run.device) for part in parts],
+    )

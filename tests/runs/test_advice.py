@@ -1,0 +1,130 @@
+"""Messages name where a run stopped, what is saved, and the keys that help."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minilora.errors import UserError
+from minilora.qlora.step import StepResult, StepSettings, TrainState
+from minilora.runs.checkpoint import list_checkpoints
+from minilora.runs.metrics_log import read_metrics
+from tests.runs.conftest import Fit, change_steps, raise_at, saved_steps, spoil_steps
+
+NO_MEMORY = RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+)
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown", "hidden"),
+    [
+        (
+            {},
+            [
+                "train.gradient_checkpointing=true",
+                "resume from {newest}",
+                "--restart",
+                "train.max_tokens_per_micro_batch=320, data.max_length=256\n",
+            ],
+            "model.quantization=nf4",
+        ),
+        ({"train.gradient_checkpointing": True}, ["--restart"], "resume from"),
+        ({"model.cache_dequantized": True}, ["model.cache_dequantized=false", "resume from {newest}"], "=nf4"),
+        (
+            {"model.quantization": "none", "lora.r": 32, "train.max_tokens_per_micro_batch": 100},
+            ["train.max_tokens_per_micro_batch=50", "model.quantization=nf4, train.optim=adamw_bnb_8bit"],
+            "cache_dequantized",
+        ),
+    ],
+)
+@pytest.mark.parametrize("error", [NO_MEMORY, MemoryError()], ids=["PyTorch", "Python"])
+def test_a_lack_of_memory_says_what_the_run_takes_and_which_keys_help(
+    run: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    keys: dict[str, Any],
+    shown: list[str],
+    hidden: str,
+) -> None:
+    raise_at(monkeypatch, 2, error)
+    with pytest.raises(UserError) as caught:
+        run(**keys)
+    message = str(caught.value)
+    assert message.startswith("after step 1: memory ran out (")
+    assert "more" not in message.partition(")")[0]  # the first line of PyTorch's message is enough
+    newest = tmp_path / "run" / "checkpoints" / "step-000001"
+    for part in shown:
+        assert part.format(newest=newest) in message
+    assert hidden not in message
+    assert re.search(r"\n  projections \(.+\n  total +\d+\.\d MB$", message, re.DOTALL)
+    assert list_checkpoints(newest.parent) == [newest]
+
+
+def test_a_lack_of_memory_while_the_model_is_loaded_names_the_model(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("minilora.runs.setup.build_model", fail)
+    with pytest.raises(UserError, match=r"memory ran out .*--dry-run.*model\.quantization=nf4"):
+        run()
+
+
+def test_another_error_of_pytorch_is_not_taken_for_a_lack_of_memory(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    raise_at(monkeypatch, 1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run()
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(run: Fit, tmp_path: Path, save_steps: int) -> None:
+    keys = {"train.learning_rate": 1e30, "train.warmup_ratio": 0, "train.eval_steps": 100, "train.max_skipped_steps": 3}
+    with pytest.raises(UserError) as caught:
+        run(**keys, **{"train.max_steps": 9, "train.save_steps": save_steps})
+    message = str(caught.value)
+    entries = read_metrics(tmp_path / "run")
+    skipped = [entry.get("skipped", False) for entry in entries]
+    last_sound = len(skipped) - 3
+    assert last_sound >= 1
+    assert skipped == [False] * last_sound + [True] * 3
+    assert entries[-1]["epoch"] == pytest.approx(4 * len(entries) / 48, abs=1e-4)
+    assert message.startswith(f"step {last_sound + 3}: ")
+    for part in ("non-finite", "3 steps in a row", "--restart", "train.learning_rate (it is 1e+30)", "compute_dtype"):
+        assert part in message
+    assert f"{tmp_path / 'data' / 'train.jsonl'}:" in message
+    left = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in left][-1:] == ([f"step-{last_sound:06d}"] if save_steps == 1 else [])
+    assert message.endswith(f": {left[-1] if left else 'none'}")
+
+
+def test_of_many_records_the_first_few_are_named(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_steps(monkeypatch, 1, 2, 3)
+    with pytest.raises(UserError, match=r"train\.jsonl:\d+ and 4 more\)"):
+        run(**{"train.gradient_accumulation_steps": 3, "train.max_skipped_steps": 2})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_adapter_is_not_saved(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def spoil(state: TrainState, settings: StepSettings) -> StepResult | None:
+        if settings.step != 3:
+            return None
+        state.optimizer.param_groups[0]["params"][0].data.view(-1)[0] = value
+        return StepResult(0.5, 1.0, True)
+
+    change_steps(monkeypatch, spoil)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(UserError) as caught:
+        run()
+    for part in ("step 3: ", "non-finite", "--restart", "train.learning_rate", str(checkpoints / "step-000002")):
+        assert part in str(caught.value)
+    assert saved_steps(checkpoints / "final") == [1, 2]
+
+
+def test_a_non_finite_validation_loss_stops_the_run(run: Fit) -> None:
+    with pytest.raises(UserError, match=r"step \d: the validation loss is nan.*--restart.*train\.learning_rate"):
+        run(**{"train.learning_rate": 1e30, "train.eval_steps": 1})

@@ -1,0 +1,160 @@
+"""A run is resumed as what it is, or the difference is named."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from minilora.config import load_config
+from minilora.data.prepare import SPLITS
+from minilora.errors import UserError
+from minilora.runs import setup
+from minilora.runs.provenance import read_provenance, read_saved_config
+from minilora.system.files import json_bytes, sha256
+from tests.runs.conftest import STEPS, Fit, contents, load_no_model, read, remove_folders, rewrite
+
+
+@pytest.mark.parametrize(
+    ("report", "is_noted"),
+    [(None, False), ("[]", False), ('{"sha256_out": 3}', False), ("right", False), ("wrong", True)],
+)
+def test_a_split_that_is_not_as_it_was_prepared_is_noted(
+    run: Fit, data: Path, capsys: pytest.CaptureFixture[str], report: str | None, is_noted: bool
+) -> None:
+    digests = {f"{split}.jsonl": sha256(data / f"{split}.jsonl") for split in SPLITS}
+    if report == "wrong":
+        digests["validation.jsonl"] = "0" * 64
+    if report is not None:
+        text = json.dumps({"sha256_out": digests}) if report in ("right", "wrong") else report
+        (data / "data_report.json").write_text(text, "utf-8")
+    run()
+    assert (f"note: {data}: validation.jsonl: " in capsys.readouterr().err) == is_noted
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_on_other_data_is_refused(final: Path, run: Fit, data: Path, is_finished: bool) -> None:
+    if not is_finished:
+        remove_folders(final)
+    lines = (data / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(reversed(lines)), "utf-8")
+    with pytest.raises(UserError, match=r"another data in .+ \(SHA-256 of train\.jsonl\).+--restart"):
+        run()
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    plain = setup.describe_machine
+    monkeypatch.setattr(setup, "describe_machine", lambda device, dtype: {**plain(device, dtype), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [({"device": "cuda"}, "device: cpu -> cuda"), ({"dtype": "float16"}, "dtype: float32 -> float16")],
+)
+def test_a_run_does_not_resume_with_another_device_or_dtype(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], shown: str
+) -> None:
+    expected = contents(final)
+    remove_folders(final)
+    with monkeypatch.context() as patch:
+        on_another_machine(patch, threads=99, **changes)
+        load_no_model(patch)
+        with pytest.raises(UserError, match=rf"\({shown}\); set model\.device and model\.compute_dtype"):
+            run()
+    assert contents(run()) == expected
+
+
+def test_a_run_that_resumes_with_other_versions_or_threads_says_so_once(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    remove_folders(final, 4)
+    on_another_machine(monkeypatch, threads=99, torch="9.9")
+    capsys.readouterr()
+    run()
+    assert f"note: threads: {threads} -> 99, torch: {torch.__version__} -> 9.9" in capsys.readouterr().err
+    remove_folders(final)
+    run()  # from step 4, which was computed there
+    assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])
+def test_a_run_may_resume_with_its_steps_divided_differently(
+    final: Path, run: Fit, capsys: pytest.CaptureFixture[str], size: int, accumulation: int
+) -> None:
+    expected = read(final / "metrics.json")
+    keys = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": accumulation}
+    assert run(**keys) == final  # finished is finished
+    assert "note: " not in capsys.readouterr().err
+    remove_folders(final, 4, 3)
+    run(**keys, **{"lora.dropout": 0.05})
+    sizes = f"train.per_device_train_batch_size: 4 -> {size}, train.gradient_accumulation_steps: 1 -> {accumulation}"
+    assert f"note: {sizes}" in capsys.readouterr().err
+    found = read(final / "metrics.json")
+    assert found["test_before"] == expected["test_before"]
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=0.2)  # two of four steps' masks differ
+    run(**keys)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_does_not_resume_with_larger_steps(final: Path, run: Fit, is_finished: bool) -> None:
+    if not is_finished:
+        remove_folders(final)
+    with pytest.raises(UserError, match=r"train\.gradient_accumulation_steps: 1 -> 2\n.*_train_batch_size=2$"):
+        run(**{"train.gradient_accumulation_steps": 2})
+
+
+def test_a_checkpoint_from_before_there_were_ranks_had_one(final: Path, run: Fit) -> None:
+    remove_folders(final)
+    newest = final.with_name(f"step-{STEPS:06d}")
+    state = read(newest / "state.json")
+    assert state["machine"].pop("ranks") == 1
+    rewrite(newest, "state.json", json_bytes(state))
+    assert read_provenance(newest).ranks == 1
+    assert read(run() / "metrics.json")["machine"]["ranks"] == 1
+
+
+def test_a_run_with_another_schedule_may_not_change_its_length(final: Path, run: Fit) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"train\.max_steps: 4 -> 6  \(free with lr_scheduler_type=constant"):
+            run(**{"train.max_steps": 6})
+        if final.exists():
+            remove_folders(final)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank_pattern", "{q_proj: 1}"), ("use_dora", True), ("bias", "all"), ("layers_to_transform", 0)],
+)
+def test_a_run_does_not_resume_with_another_kind_of_adapter(final: Path, run: Fit, name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"\n  lora\.{name}: "):
+        run(**{f"lora.{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("training_args.json", "[]"),
+        ("training_args.json", '{"model": {}}'),
+        ("metrics.json", "null"),
+        ("metrics.json", '{"data_sha256": {}}'),
+    ],
+)
+def test_a_final_folder_without_provenance_is_named(tmp_path: Path, name: str, content: str) -> None:
+    folder = tmp_path / "final"
+    folder.mkdir()
+    (folder / "training_args.json").write_text(json.dumps(load_config().to_dict()), "utf-8")
+    (folder / "metrics.json").write_text('{"data_sha256": {}, "model_sha256": {}}', "utf-8")
+    read_provenance(folder)
+    (folder / name).write_text(content, "utf-8")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(folder / name))}: .+ put the file back"):
+        read_provenance(folder)
+
+
+@pytest.mark.parametrize("content", ["null", '{"config": 3}', '{"config": {"train": {}}}'])
+def test_a_checkpoint_without_a_configuration_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"state\.json: .+ expected model, lora, data, prompt, train"):
+        read_saved_config(path)
