@@ -1,7 +1,7 @@
 """What a configuration names, as objects: device, dtype, tokenizer, prompt, examples, model.
 
-Training, evaluation and inspection start here, so that they cannot differ in how a prompt is rendered or a
-model is loaded. What this module imports, but for `config.py`, takes plain values and never sees the configuration.
+Training, evaluation and inspection start here, so they cannot differ in how a prompt is rendered or a model is loaded.
+What this module imports, except `config.py`, takes plain values and never sees the configuration.
 """
 
 import json
@@ -32,9 +32,9 @@ class Examples:
     """A data file as the model sees it.
 
     Attributes:
-        rows: the records.
-        examples: one for each of them.
-        labelled: all of them have a label, so accuracy and F1 mean something.
+        records: of the file.
+        examples: one for each record.
+        labelled: all of them have a label, so accuracy and F1 are defined.
     """
 
     records: list[Record]
@@ -43,7 +43,7 @@ class Examples:
 
     @property
     def num_truncated(self) -> int:
-        """Examples whose text was cut to fit data.max_length."""
+        """Examples whose text was truncated to data.max_length."""
         return sum(example.truncated_tokens > 0 for example in self.examples)
 
     @property
@@ -71,9 +71,9 @@ def choose_device(config: Config) -> torch.device:
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 only where it is multiplied natively.
+    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 only where the hardware multiplies it.
 
-    A processor that emulates bfloat16 is slower with it than with float32.
+    Emulated bfloat16 is slower than float32.
 
     Raises:
         UserError: float16 on a CPU.
@@ -115,54 +115,57 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
 
 
 def read_split(config: Config, prompt: ClassificationPrompt, split: str) -> Examples:
-    """The examples of one file of `data.dir`, as many as `data.max_{split}_examples` allows."""
+    """The examples of one file of `data.dir`, at most `data.max_{split}_examples`."""
     limit = getattr(config.data, f"max_{split}_examples")
     path = Path(config.data.dir) / f"{split}.jsonl"
     return build_examples(read_records(path)[:limit], prompt)
 
 
-def build_examples(rows: Sequence[Record], prompt: ClassificationPrompt) -> Examples:
-    """One example for each row: a labelled text, or a conversation, which begins with the same system turn.
+def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> Examples:
+    """One example per record: a labelled text, or a conversation, whose default system turn is the prompt's.
 
     Raises:
-        UserError: a label that is neither a label word nor its index, or a conversation that teaches nothing.
+        UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
     """
-    rows = list(rows)
-    texts = [row for row in rows if row.messages is None]
-    labelled = iter(prompt.examples([row.text or "" for row in texts], _label_indices(texts, prompt.labels)))
+    texts = [record for record in records if record.messages is None]
+    labelled = iter(prompt.examples([record.text or "" for record in texts], _label_indices(texts, prompt.labels)))
     examples = [
         next(labelled)
-        if row.messages is None
+        if record.messages is None
         else chat_example(
-            prompt.tokenizer, row.messages, max_length=prompt.max_length, where=row.where, default_system=prompt.system
+            prompt.tokenizer,
+            record.messages,
+            max_length=prompt.max_length,
+            where=record.where,
+            default_system=prompt.system,
         )
-        for row in rows
+        for record in records
     ]
-    return Examples(rows, examples, labelled=len(texts) == len(rows))
+    return Examples(list(records), examples, labelled=len(texts) == len(records))
 
 
-def _label_indices(rows: Sequence[Record], labels: tuple[str, ...]) -> list[int]:
-    """Class of each row. A label word counts before an index, and where a word is a number no number is an index."""
+def _label_indices(records: Sequence[Record], labels: tuple[str, ...]) -> list[int]:
+    """Class of each record. A label word has priority over an index; if any word is a number, there are no indices."""
     words = [as_label(label) for label in labels]
     has_indices = not any(isinstance(word, int) for word in words)
     indices = []
-    for row in rows:
-        if row.label in words:
-            indices.append(words.index(row.label))
-        elif has_indices and isinstance(row.label, int) and 0 <= row.label < len(labels):
-            indices.append(row.label)
+    for record in records:
+        if record.label in words:
+            indices.append(words.index(record.label))
+        elif has_indices and isinstance(record.label, int) and 0 <= record.label < len(labels):
+            indices.append(record.label)
         else:
             nor_an_index = f" nor an index 0 to {len(labels) - 1}" if has_indices else ""
             raise UserError(
-                f"{row.where}: label {row.label!r} is not one of {list(labels)}{nor_an_index}; "
-                f"correct the file or set prompt.labels{_all_labels(rows)}"
+                f"{record.where}: label {record.label!r} is not one of {list(labels)}{nor_an_index}; "
+                f"correct the file or set prompt.labels{_all_labels(records)}"
             )
     return indices
 
 
-def _all_labels(rows: Sequence[Record]) -> str:
-    """The labels of the rows as a command line names them, nothing where they are too many to be classes."""
-    found = sorted({row.label for row in rows}, key=lambda label: (isinstance(label, str), label))
+def _all_labels(records: Sequence[Record]) -> str:
+    """All labels of the records, as a command line names them; nothing if they are too many to be classes."""
+    found = sorted({record.label for record in records}, key=lambda label: (isinstance(label, str), label))
     words = json.dumps([str(label) for label in found], ensure_ascii=False)
     return f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(words)}" if len(found) <= 20 else ""
 
@@ -170,7 +173,7 @@ def _all_labels(rows: Sequence[Record]) -> str:
 def build_model(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = SINGLE_RANK
 ) -> Qwen2ForCausalLM:
-    """The frozen base model, with a progress bar for its tensors; each of `ranks` has one of its own.
+    """The frozen base model, with a progress bar for its tensors; each rank has its own.
 
     Raises:
         UserError: a rank has no GPU, or see `load_model`.

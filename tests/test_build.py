@@ -45,9 +45,9 @@ def test_a_label_is_its_word_and_else_an_index(
 @pytest.mark.parametrize(
     ("labels", "found", "message"),
     [
-        (("负面", "正面"), "postive", r"label 'postive' is not one of \['负面', '正面'\] nor an index 0 to 1; correct"),
-        (("负面", "正面"), 2, r"label 2 is not one of \['负面', '正面'\] nor an index 0 to 1; correct the file or set"),
-        (("1", "2", "3"), 0, r"label 0 is not one of \['1', '2', '3'\]; correct the file or set prompt\.labels"),
+        (("负面", "正面"), "postive", r"label 'postive' .*\['负面', '正面'\] nor an index 0 to 1;.*prompt\.labels"),
+        (("负面", "正面"), 2, r"label 2 .*\['负面', '正面'\] nor an index 0 to 1;.*prompt\.labels"),
+        (("1", "2", "3"), 0, r"label 0 .*\['1', '2', '3'\];.*prompt\.labels"),
     ],
 )
 def test_a_label_that_is_neither_word_nor_index_is_refused(
@@ -58,12 +58,12 @@ def test_a_label_that_is_neither_word_nor_index_is_refused(
 
 
 def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them(chat_tokenizer: ChatTokenizer) -> None:
-    rows = [Record(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
+    records = [Record(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
     words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
     with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
-        build_examples(rows, prompt_with(chat_tokenizer, "负面", "正面"))
+        build_examples(records, prompt_with(chat_tokenizer, "负面", "正面"))
     many = [Record("a.csv:2", "好", f"word {number}") for number in range(21)]
-    with pytest.raises(UserError, match=r"correct the file or set prompt\.labels$"):
+    with pytest.raises(UserError, match=r"prompt\.labels$"):
         build_examples(many, prompt_with(chat_tokenizer, "负面", "正面"))
 
 
@@ -76,7 +76,5 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     (folder / "config.json").write_text(json.dumps({**content, "vocab_size": ids}), "utf-8")
     build_prompt(load_config(), ChatTokenizer(folder))  # as many are enough
     (folder / "config.json").write_text(json.dumps({**content, "vocab_size": ids - 1}), "utf-8")
-    with pytest.raises(
-        UserError, match=rf"model: tokenizer\.json has {ids} ids, config\.json vocab_size {ids - 1}; the"
-    ):
+    with pytest.raises(UserError, match=rf"model: .*{ids} ids.* vocab_size {ids - 1}"):
         build_prompt(load_config(), ChatTokenizer(folder))

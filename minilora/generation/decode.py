@@ -170,7 +170,7 @@ def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
 def use_gemv(model: Qwen2ForCausalLM) -> None:
     """Multiplies projections in 4 bits by GEMV on 4-bit weights where `gemv.py` can; those cache no dense weight then.
 
-    Layers with DoRA do not change: they need the dense weight for the norms of its rows.
+    Layers with DoRA do not change: they need the dense weight anyway, for the norms of its rows.
     """
     with_dora = {
         id(layer.base)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.adapters.attach import attach, iter_lora_layers
+from minilora.adapters.attach import attach, iter_lora_layers, merged_weight
 from minilora.adapters.init import initialize, low_rank_factors
 from minilora.config import LoraConfig
 from minilora.errors import UserError
-from minilora.qlora.lora import dense_weight, merged_weight
 from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.nf4 import dense_weight
 from minilora.weights.bnb_checkpoint import save_quantized
 from minilora.weights.load import load_model
 

@@ -165,7 +165,7 @@ def test_gemv_changes_no_answer(tiny_model: TinyModel, kind: str) -> None:
     use_gemv(model)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if make_product(layers[0].weight, torch.bfloat16) is not None:  # this processor has such a kernel
-        assert {layer.straight is not None for layer in layers} == {kind != "dora"}
+        assert {layer.gemv is not None for layer in layers} == {kind != "dora"}
     after = DecodeState(model, PROMPT).next_logits()
     # Scales and levels in bfloat16: seen 2.2 % at most; an adapter whose scale is 10 % off makes 12 %.
     assert (after - before).norm() < 0.05 * before.norm()

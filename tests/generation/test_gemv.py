@@ -125,7 +125,7 @@ def layer_with_gemv() -> tuple[Linear4bit, list[int]]:
         calls.append(len(x))
         return x.new_zeros(len(x), 96)
 
-    layer.straight = record
+    layer.gemv = record
     return layer, calls
 
 
@@ -158,21 +158,13 @@ def test_an_adapted_layer_adds_its_low_rank_product(bias: str) -> None:
             calls.append(len(x))
             return torch.nn.functional.linear(x, model[0].base.dense_weight(torch.float32), bias)
 
-        model[0].base.straight = multiply
+        model[0].base.gemv = multiply
         found = model(x)
     assert calls == [3]
     torch.testing.assert_close(found, expected)  # the same sums in another order
 
 
-def test_with_dora_the_dense_weight_is_used() -> None:
-    model = torch.nn.Sequential(Linear4bit(weight(), torch.zeros(96)))
-    attach(model, LoraConfig(r=4, alpha=8, dropout=0, target_modules=["0"], use_dora=True))
-    model[0].base.straight = lambda x, bias: pytest.fail("DoRA needs the norms of the rows")
-    with torch.inference_mode():
-        model(torch.randn(3, 128))
-
-
 def test_a_layer_that_is_moved_drops_it() -> None:
     layer, _ = layer_with_gemv()
     layer.to(torch.bfloat16)
-    assert layer.straight is None
+    assert layer.gemv is None
