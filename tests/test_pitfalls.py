@@ -274,7 +274,7 @@ def test_2_6_every_record_teaches_its_answer_and_scoring_asks_the_same_question(
             question = prompt.with_answer(example, label).input_ids[: example.answer_start]
             assert question == example.input_ids[: example.answer_start]
     assert examples[2].truncated_tokens > 0
-    with pytest.raises(UserError, match="instruction and answer alone take"):
+    with pytest.raises(UserError, match="instruction and answer take"):
         ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 10).examples(["好"], [1])
     with pytest.raises(UserError, match="no assistant turn, so nothing to learn"):
         chat_example(chat_tokenizer, [("user", "问")], max_length=128, where="f:1", default_system="s")

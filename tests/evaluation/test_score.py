@@ -122,7 +122,7 @@ def test_loss_is_the_mean_over_all_supervised_tokens(
 def test_chat_has_a_loss_and_no_probabilities(tiny_model: LoadModel, chat_tokenizer: ChatTokenizer) -> None:
     model = tiny_model()
     turns = [("user", "问"), ("assistant", "答一"), ("user", "再问"), ("assistant", "答二二")]
-    example = chat_example(chat_tokenizer, turns, 256, "f:1", "s")
+    example = chat_example(chat_tokenizer, turns, max_length=256, where="f:1", default_system="s")
     scores = score(model, [example], None, ScoringOptions(4))
     logs = log_probabilities(model, example.input_ids[:-1])
     losses = [-logs[i - 1, example.input_ids[i]].item() for i, counts in enumerate(example.supervised) if counts]
