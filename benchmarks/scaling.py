@@ -129,7 +129,8 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
             series[name].append(row)
             print(
                 f"| {name} | {row['tokens']} | {row['length']} | {row['r']} | {row['layers']} "
-                f"| {row['ms_per_token']:.2f} ({min(costs):.2f} to {max(costs):.2f}) | {row['peak_bytes'] / 1e9:.2f} GB |",
+                f"| {row['ms_per_token']:.2f} ({min(costs):.2f} to {max(costs):.2f}) "
+                f"| {row['peak_bytes'] / 1e9:.2f} GB |",
                 flush=True,
             )
     return series
