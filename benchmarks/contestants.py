@@ -239,7 +239,7 @@ def variant(run: Callable[..., None], **options: Any) -> Callable[[Workload, Met
 CONTESTANTS: dict[str, Callable[[Workload, Meter], None]] = {
     "minilora": variant(run_minilora),
     "minilora, length-sorted": variant(run_minilora, sort=True),
-    "minilora, 320 rows at a time": variant(run_minilora, max_rows=320),
+    "minilora, 320 tokens at a time": variant(run_minilora, max_rows=320),
     "minilora, checkpointing": variant(run_minilora, gradient_checkpointing=True),
     "minilora, prefix not shared": variant(run_minilora, share_prefix=False),
     "minilora, dense weights kept": variant(run_minilora, cache_dequantized=True),

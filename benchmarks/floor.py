@@ -26,7 +26,7 @@ from minilora.qlora.nf4 import quantize
 from minilora.system.cli import run_script
 from minilora.weights.hf_config import read_config
 
-ROWS = 600  # about what 8 reviews and their prompt pack into
+TOKENS = 600  # about what 8 reviews and their prompt pack into
 
 
 def projection_shapes(config: Qwen2Config) -> list[tuple[int, int]]:
@@ -36,37 +36,37 @@ def projection_shapes(config: Qwen2Config) -> list[tuple[int, int]]:
     return [(size, size), (kv_size, size), (kv_size, size), (size, size), (mlp, size), (mlp, size), (size, mlp)]
 
 
-def flop_per_row(config: Qwen2Config) -> int:
+def flop_per_token(config: Qwen2Config) -> int:
     """Floating-point operations of the frozen products of one row, forward and backward."""
     return 4 * config.num_hidden_layers * sum(out * inner for out, inner in projection_shapes(config))
 
 
-def measure_matmul(config: Qwen2Config, rows: int, dtype: torch.dtype, device: str) -> float:
-    """Seconds that one row's frozen products take, forward and backward, in a batch of `rows`."""
+def measure_matmul(config: Qwen2Config, tokens: int, dtype: torch.dtype, device: str) -> float:
+    """Seconds that one token's frozen products take, forward and backward, in a batch of `tokens`."""
     layer_s = 0.0
     for out, inner in projection_shapes(config):
         x, dy, weight = (
-            torch.randn(*size, device=device).to(dtype) for size in ((rows, inner), (rows, out), (out, inner))
+            torch.randn(*size, device=device).to(dtype) for size in ((tokens, inner), (tokens, out), (out, inner))
         )
         layer_s += seconds_of(lambda x=x, w=weight: torch.mm(x, w.T), device)
         layer_s += seconds_of(lambda dy=dy, w=weight: torch.mm(dy, w), device)
-    return layer_s * config.num_hidden_layers / rows
+    return layer_s * config.num_hidden_layers / tokens
 
 
-def measure_floor(config: Qwen2Config, dtype: torch.dtype, device: str, rows: int = ROWS) -> dict[str, Any]:
+def measure_floor(config: Qwen2Config, dtype: torch.dtype, device: str, tokens: int = TOKENS) -> dict[str, Any]:
     """The rates of this machine, as plain JSON."""
-    row_s = measure_matmul(config, rows, dtype, device)
+    token_s = measure_matmul(config, tokens, dtype, device)
     weight = torch.randn(config.intermediate_size, config.hidden_size, device=device).to(dtype)
     quantized = quantize(weight)
     big = torch.empty(1 << 26, dtype=torch.uint8, device=device)
     other = torch.empty_like(big)
     return {
-        "rows": rows,
+        "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
-        "flop_per_row": flop_per_row(config),
-        "row_s": row_s,
-        "matmul_gflop_per_s": flop_per_row(config) / row_s / 1e9,
-        "floor_tokens_per_s": 1 / row_s,
+        "flop_per_token": flop_per_token(config),
+        "token_s": token_s,
+        "matmul_gflop_per_s": flop_per_token(config) / token_s / 1e9,
+        "floor_tokens_per_s": 1 / token_s,
         "copy_gbytes_per_s": 2 * big.nbytes / seconds_of(lambda: other.copy_(big), device) / 1e9,
         "dequantize_gbytes_per_s": weight.nbytes / seconds_of(lambda: quantized.dequantize(dtype), device) / 1e9,
     }
@@ -88,17 +88,17 @@ def main() -> None:
     """Reads the command line and prints a table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, ROWS, 2048], help="rows in a product")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, TOKENS, 2048], help="tokens in a product")
     arguments = parser.parse_args()
     config = read_config(model_folder(arguments))
     results = []
-    print(f"{'dtype':10}{'rows':>6}{'GFLOP/s':>10}{'rows/s':>9}{'copy GB/s':>11}{'NF4 GB/s':>10}")
+    print(f"{'dtype':10}{'tokens':>6}{'GFLOP/s':>10}{'tokens/s':>9}{'copy GB/s':>11}{'NF4 GB/s':>10}")
     for dtype in (torch.bfloat16, torch.float32):
-        for rows in arguments.rows:
-            found = measure_floor(config, dtype, arguments.device, rows)
+        for tokens in arguments.tokens:
+            found = measure_floor(config, dtype, arguments.device, tokens)
             results.append(found)
             print(
-                f"{found['dtype']:10}{rows:>6}{found['matmul_gflop_per_s']:>10.0f}{found['floor_tokens_per_s']:>9.0f}"
+                f"{found['dtype']:10}{tokens:>6}{found['matmul_gflop_per_s']:>10.0f}{found['floor_tokens_per_s']:>9.0f}"
                 f"{found['copy_gbytes_per_s']:>11.1f}{found['dequantize_gbytes_per_s']:>10.1f}"
             )
     print(json.dumps({"floor": results, **environment()}))

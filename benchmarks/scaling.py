@@ -1,10 +1,10 @@
-"""How minilora's cost grows: rows of a micro-batch, length of its examples, rank, layers.
+"""How minilora's cost grows: tokens of a micro-batch, length of its examples, rank, layers.
 
     python benchmarks/scaling.py --model path/to/checkpoint
     python benchmarks/scaling.py --tiny
 
-One quantity moves, the others stay at 8 examples of 64 rows, rank 8, all layers. A point is a process of its own that
-takes `--steps` training steps on random ids after one that warms up. Flat is good: time per row is the work of a row,
+One quantity moves, the others stay at 8 examples of 64 tokens, rank 8, all layers. A point is a process of its own that
+takes `--steps` training steps on random ids after one that warms up. Flat is good: time per token is a token's work,
 and what does not shrink with the micro-batch (dequantising, starting kernels) shows at its small end. Memory is a
 straight line, whose slope is printed. Writes a plot into `benchmarks/results/`; the last line is JSON.
 """
@@ -37,7 +37,7 @@ from minilora.weights.load import load_model
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: `examples` of `length` rows each, nothing shared between them."""
+    """One measurement: `examples` of `length` tokens each, nothing shared between them."""
 
     model: str
     device: str
@@ -83,13 +83,13 @@ def main() -> None:
     folder = model_folder(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         series = measure_series(folder, Path(temporary), arguments)
-    rows = series["rows"]
-    slope = (rows[-1]["peak_bytes"] - rows[0]["peak_bytes"]) / (rows[-1]["rows"] - rows[0]["rows"])
-    costs = [row["ms_per_row"] for row in rows]
+    points = series["tokens"]
+    slope = (points[-1]["peak_bytes"] - points[0]["peak_bytes"]) / (points[-1]["tokens"] - points[0]["tokens"])
+    costs = [point["ms_per_token"] for point in points]
     flatness = max(costs) / min(costs) - 1
-    print(f"\nmemory: {slope / 1e3:.0f} kB a row; cost per row within {flatness:.0%} over the rows measured")
+    print(f"\nmemory: {slope / 1e3:.0f} kB a token; cost per token within {flatness:.0%} over the tokens measured")
     plot(series, arguments.output)
-    summary = {"bytes_per_row": slope, "cost_spread": flatness, "series": series, **environment()}
+    summary = {"bytes_per_token": slope, "cost_spread": flatness, "series": series, **environment()}
     print(json.dumps(summary))
 
 
@@ -105,13 +105,13 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
         else ((1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024), (6, 12, 24))
     )
     plan = {
-        "rows": [replace(start, examples=count) for count in counts],
+        "tokens": [replace(start, examples=count) for count in counts],
         "length": [replace(start, examples=1024 // length, length=length) for length in lengths],
         "r": [replace(start, adapter=str(temporary / f"r{r}")) for r in ranks],
         "layers": [replace(start, layers=count) for count in layers],
     }
     series: dict[str, list[dict[str, Any]]] = {}
-    print("| series | rows | length | r | layers | ms per row (fastest to slowest) | peak |")
+    print("| series | tokens | length | r | layers | ms per token (fastest to slowest) | peak |")
     print("|---|---|---|---|---|---|---|")
     for name, points in plan.items():
         series[name] = []
@@ -119,17 +119,18 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
             found = run_child("scaling.py", json.dumps(asdict(point)))
             costs = [1e3 * row["seconds"] / row["computed_tokens"] for row in found["steps"][1:]]
             row = {
-                "rows": point.examples * point.length,
+                "tokens": point.examples * point.length,
                 "length": point.length,
                 "r": int(Path(point.adapter).name[1:]),
                 "layers": point.layers or "all",
-                "ms_per_row": statistics.median(costs),
+                "ms_per_token": statistics.median(costs),
                 "peak_bytes": found["train_peak_bytes"],
             }
             series[name].append(row)
             print(
-                f"| {name} | {row['rows']} | {row['length']} | {row['r']} | {row['layers']} | {row['ms_per_row']:.2f} "
-                f"({min(costs):.2f} to {max(costs):.2f}) | {row['peak_bytes'] / 1e9:.2f} GB |",
+                f"| {name} | {row['tokens']} | {row['length']} | {row['r']} | {row['layers']} "
+                f"| {row['ms_per_token']:.2f} ({min(costs):.2f} to {max(costs):.2f}) "
+                f"| {row['peak_bytes'] / 1e9:.2f} GB |",
                 flush=True,
             )
     return series
@@ -147,7 +148,7 @@ def plot(series: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     figure, axes = pyplot.subplots(2, len(series), figsize=(3.5 * len(series), 6), squeeze=False)
     for column, (name, points) in enumerate(series.items()):
         places = [str(point[name]) for point in points]
-        axes[0][column].plot(places, [point["ms_per_row"] for point in points], marker="o")
+        axes[0][column].plot(places, [point["ms_per_token"] for point in points], marker="o")
         axes[1][column].plot(places, [point["peak_bytes"] / 1e9 for point in points], marker="o", color="tab:orange")
         for axis in (axes[0][column], axes[1][column]):
             axis.set_ylim(bottom=0)
