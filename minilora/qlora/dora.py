@@ -58,7 +58,7 @@ class _Magnitude(torch.autograd.Function):
 
 
 def apply_magnitude(z: torch.Tensor, w: AdapterWeights, dense: torch.Tensor) -> torch.Tensor:
-    """y = m / |W + s B A| * z, in the memory of z, (T, out): the layer's product without its bias; dense is W, (out, in)."""
+    """y = m / |W + s B A| * z, in the memory of z (T, out), the product without its bias; dense is W (out, in)."""
     m = w.lora_magnitude_vector
     assert m is not None
     with torch.no_grad():
