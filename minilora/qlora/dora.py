@@ -18,14 +18,21 @@ Source: arXiv 2402.09353.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from minilora.qlora.lora import LoRAWeights
-
 BLOCK_TOKENS = 256  # on a CPU PyTorch multiplies and sums across dtypes by wide copies: of so many tokens, not of all
+
+
+class AdapterWeights(Protocol):
+    """What is read of `lora.LoRAWeights`."""
+
+    lora_magnitude_vector: torch.nn.Parameter | None
+    base_squares: torch.Tensor | None
+    scaling: float
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]: ...  # A and B
 
 
 class _Magnitude(torch.autograd.Function):
@@ -50,14 +57,8 @@ class _Magnitude(torch.autograd.Function):
         return dz, dm / m, None  # m is as good as never 0, where that row of W would be 0 too
 
 
-def apply_magnitude(z: torch.Tensor, w: "LoRAWeights", dense: torch.Tensor) -> torch.Tensor:
-    """y = m / |W + s B A| * z, in the memory of z.
-
-    Args:
-        z: (T, out) compute dtype, the layer's product without its bias.
-        w: with a magnitude.
-        dense: (out, in) W in the compute dtype.
-    """
+def apply_magnitude(z: torch.Tensor, w: AdapterWeights, dense: torch.Tensor) -> torch.Tensor:
+    """y = m / |W + s B A| * z, in the memory of z (T, out), the product without its bias; dense is W (out, in)."""
     m = w.lora_magnitude_vector
     assert m is not None
     with torch.no_grad():
@@ -71,10 +72,10 @@ def apply_magnitude(z: torch.Tensor, w: "LoRAWeights", dense: torch.Tensor) -> t
     return y
 
 
-def base_squares(w: "LoRAWeights", dense: torch.Tensor) -> torch.Tensor:
+def base_squares(w: AdapterWeights, dense: torch.Tensor) -> torch.Tensor:
     """|W|^2 by output, (out,) float32 or wider, computed from the `dense` weight when it is first asked for."""
     if w.base_squares is None or w.base_squares.device != dense.device:
-        wide = torch.promote_types(dense.dtype, w.lora_A.dtype)
+        wide = torch.promote_types(dense.dtype, w.factors()[0].dtype)
         w.base_squares = torch.linalg.vector_norm(dense, dim=1, dtype=wide).square_()
     return w.base_squares
 
