@@ -31,7 +31,7 @@ from tqdm import tqdm
 from workload import Workload, add_workload_arguments, model_folder, write_adapter
 
 from minilora.errors import UserError
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.weights.hf_config import read_config
 
 HERE = Path(__file__).parent
@@ -72,9 +72,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, smaller numbers for --tiny."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="reviews in a step")
+    parser.add_argument("--batch_size", type=int, default=8, help="reviews in a step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a process; one more before them warms up")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each contestant")
     parser.add_argument("--r", type=int, default=8, help="rank")

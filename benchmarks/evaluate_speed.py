@@ -6,7 +6,6 @@ Each side runs in a process of its own, in turn, on the same prompts with the sa
 label probabilities agree with minilora's, and no figure is shown where they do not. The last line is one JSON object.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -24,7 +23,7 @@ from workload import Workload, add_workload_arguments, model_folder, pad
 from minilora.errors import UserError
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.prompt import Example
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
@@ -122,10 +121,10 @@ def main() -> None:
         meter.finish()
         print(json.dumps({**meter.results, "name": sys.argv[1], "probabilities": probabilities}))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
     parser.add_argument("--reviews", type=int, default=96, help="reviews to score")
-    parser.add_argument("--batch-size", type=int, default=32, help="reviews in a forward pass")
+    parser.add_argument("--batch_size", type=int, default=32, help="reviews in a forward pass")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each way")
     arguments = parser.parse_args()
     if arguments.tiny:

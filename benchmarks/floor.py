@@ -10,7 +10,6 @@ Also measured: copying memory, and dequantising NF4, which bounds how small a mi
     python benchmarks/floor.py --model path/to/checkpoint
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -23,7 +22,7 @@ from workload import add_workload_arguments, model_folder
 
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.nf4 import quantize
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.weights.hf_config import read_config
 
 TOKENS = 600  # about what 8 reviews and their prompt pack into
@@ -86,7 +85,7 @@ def seconds_of(call: Callable[[], object], device: str, repeats: int = 7) -> flo
 
 def main() -> None:
     """Reads the command line and prints a table and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, TOKENS, 2048], help="tokens in a product")
     arguments = parser.parse_args()

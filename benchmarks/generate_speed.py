@@ -8,7 +8,6 @@ of all, finds minilora's answers as probable as those of transformers with the s
 where it does not. The adapter is an initial one, which changes no answer. The last line is one JSON object.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -30,7 +29,7 @@ from minilora.errors import UserError
 from minilora.generation.decode import DecodeState, GenerationConfig, generate, use_gemv
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
@@ -174,7 +173,7 @@ def main() -> None:
         meter.finish()
         print(json.dumps({**meter.results, "name": sys.argv[1], "answers": answers}))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help=f"1 to {len(QUESTIONS)}")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer, 3 or more")

@@ -8,7 +8,6 @@ lengths differ, the first one the largest. On a CPU the peak is the resident mem
 PyTorch has allocated, compared with the estimate without CUDA's context. The last line is JSON.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -30,7 +29,7 @@ from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.system.memory import peak_memory_bytes, trim_heap
 from minilora.system.process import tuned_process
 from minilora.weights.hf_config import read_config
@@ -121,7 +120,7 @@ def main() -> None:
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
         print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
     parser.add_argument("--steps", type=int, default=10, help="training steps of a case")
     arguments = parser.parse_args()

@@ -30,7 +30,7 @@ from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
-from minilora.system.cli import run_script
+from minilora.system.cli import build_parser, run_script
 from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
@@ -75,7 +75,7 @@ def main() -> None:
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
         print(json.dumps(measure(Point(**json.loads(sys.argv[1])))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__, "")
     add_workload_arguments(parser)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a point")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for the plot")

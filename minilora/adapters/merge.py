@@ -233,7 +233,7 @@ def refuse_output(output: Path) -> None:
         return
     problem = _other_content(output) if output.is_dir() else "is not a folder"
     if problem is not None:
-        raise UserError(f"{output}: {problem}; choose another --output, or move that away")
+        raise UserError(f"{output}: {problem}; choose another --output_dir, or move that away")
 
 
 def _other_content(folder: Path) -> str | None:
@@ -256,5 +256,5 @@ def refuse_full_disk(output: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise StorageError(
             f"{output}: {num_bytes:,} bytes are to be written, {free:,} are free in {folder}; make room, or choose "
-            "another --output or --dtype"
+            "another --output_dir or --dtype"
         )

@@ -123,7 +123,7 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
         if foreign:  # two data sets in one folder would be taken for one
             raise UserError(
                 f"{directory}: holds {capped(', '.join(foreign))} of another download; remove them or choose another "
-                "--output"
+                "--output_dir"
             )
         _copy(found, directory)
         return downloaded_files(directory)
@@ -175,7 +175,7 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
             shutil.copyfile(path, directory / f"{WRITING}{name}")
             (directory / f"{WRITING}{name}").replace(directory / name)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output") from None
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
 
 
 def download_snapshot(

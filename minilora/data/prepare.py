@@ -190,7 +190,7 @@ def prepare(
     written = {(directory / f"{name}.jsonl").resolve() for name in SPLITS}
     for path in files:
         if path.resolve() in written:
-            raise UserError(f"{path}: the output would replace this input; choose another --output")
+            raise UserError(f"{path}: the output would replace this input; choose another --output_dir")
         if any(path.resolve() == Path(earlier).resolve() for earlier in records):
             raise UserError(f"{path}: given twice; name each file once")
         records[str(path)] = read_records(path, text_column, label_column, encoding)
