@@ -95,13 +95,14 @@ class SafePoints:
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         """Sets the handlers. Python drops what is raised in a finaliser or a weak reference's callback, and prints a
-        traceback: an Interrupted that is dropped waits for the next check, or without one ends the process."""
+        traceback. After a signal it does not: an Interrupted that is dropped waits for the next check, or without one
+        ends the process, and other errors come of what it interrupted."""
         plain = sys.unraisablehook
 
         def hook(dropped: "sys.UnraisableHookArgs") -> None:
-            if not isinstance(dropped.exc_value, Interrupted):
+            if self._signum is None:
                 plain(dropped)
-            elif self._everywhere and self._signum is not None:
+            elif self._everywhere and isinstance(dropped.exc_value, Interrupted):
                 exit_now(self._signum, f"{dropped.exc_value}\n")
 
         sys.unraisablehook = hook
