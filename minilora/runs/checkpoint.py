@@ -42,6 +42,9 @@ from minilora.weights.safetensors_io import read_header, read_tensor
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
 
+RENAMED_FIELDS = {"unfinished_row": "pending_entry"}  # as earlier versions wrote them in state.json
+
+
 @dataclass(frozen=True)
 class RunState:
     """A run's state beside weights and moments.
@@ -195,8 +198,8 @@ def read_state(folder: Path) -> RunState:
     path = folder / "state.json"
     content = read_json(path)
     try:
-        return RunState(**content)
-    except TypeError as error:
+        return RunState(**{RENAMED_FIELDS.get(name, name): value for name, value in content.items()})
+    except (AttributeError, TypeError) as error:
         raise UserError(f"{path}: is not a run's state ({error}); start anew with --restart") from None
 
 

@@ -332,6 +332,15 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path, change: str) -> N
         read_state(tmp_path)
 
 
+def test_a_state_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Before 2026-11-29 a step whose validation was interrupted was called unfinished_row."""
+    entry = {"step": 1, "train_loss": 0.5}
+    content = dataclasses.asdict(dataclasses.replace(state_at(1), pending_entry=entry))
+    content["unfinished_row"] = content.pop("pending_entry")
+    (tmp_path / "state.json").write_text(json.dumps(content), "utf-8")
+    assert read_state(tmp_path) == dataclasses.replace(state_at(1), pending_entry=entry)
+
+
 def test_a_cut_off_or_missing_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"state\.json: cannot be read \(.+\); check the path"):
         read_state(tmp_path)
