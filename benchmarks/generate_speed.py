@@ -165,7 +165,7 @@ def judge(work: Workload, ids: list[list[int]], answers: Sequence[list[list[int]
 
 
 def main() -> None:
-    """ScoredExamples as a child, or runs all ways and reports."""
+    """Answers as a child, or runs all ways and reports."""
     if len(sys.argv) == 4 and sys.argv[1] in WAYS:
         work = Workload.from_json(sys.argv[2])
         meter = Meter(work.device)
