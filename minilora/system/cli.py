@@ -12,7 +12,6 @@ change or files are written, a second or so: see signals.py.
 """
 
 import argparse
-import contextlib
 import errno
 import io
 import os
@@ -22,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from minilora.errors import UserError
 from minilora.system.console import set_quiet
@@ -145,12 +144,12 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit(128 + signal.SIGINT, "interrupted")
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         raise SystemExit(141) from None
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _discard_output()
+        _discard(sys.stdout)
         where = error.filename or "the output"
         _exit(2, f"error: {where}: cannot be read or written ({error.strerror}); check path, room and rights")
 
@@ -160,15 +159,17 @@ def _exit(status: int, message: str) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        _discard_output()
-    with contextlib.suppress(OSError):
+        _discard(sys.stdout)
+    try:
         print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
     raise SystemExit(status) from None
 
 
-def _discard_output() -> None:
-    """Sends what is still in standard output's buffer nowhere: the interpreter's own flush would fail as well."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(stream: TextIO) -> None:
+    """Sends what is still in a stream's buffer nowhere: the interpreter's own flush would fail too, with status 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run_command() -> None:
