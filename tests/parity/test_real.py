@@ -55,7 +55,7 @@ def real_examples(count: int) -> list[Example]:
 
 @torch.no_grad()
 def test_logits_of_twenty_real_prompts_equal_transformers() -> None:
-    """All rows of all prompts, ours packed behind one shared prefix; one model in memory at a time."""
+    """All positions of all prompts, ours packed behind one shared prefix; one model in memory at a time."""
     examples = real_examples(20)
     ours = load_model(Path(MODEL or ""), torch.float32, "none")
     batch = pack(examples)
@@ -65,18 +65,18 @@ def test_logits_of_twenty_real_prompts_equal_transformers() -> None:
 
     reference = load_reference(Path(MODEL or ""))
     worst = largest = 0.0
-    num_logits = same_choice = num_rows = 0
+    num_logits = same_choice = num_positions = 0
     for example, rows in zip(examples, example_rows(batch, examples), strict=True):
         expected = reference(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
         found = head_logits(hidden[rows], head)
         worst = max(worst, (found - expected).abs().max().item())
         largest = max(largest, expected.abs().max().item())
         num_logits += expected.numel()
-        num_rows += len(rows)
+        num_positions += len(rows)
         same_choice += int((found.argmax(-1) == expected.argmax(-1)).sum())
     print(
-        f"\n{len(examples)} prompts, {num_rows} rows, {num_logits} logits up to {largest:.1f}: "
-        f"largest difference {worst:.2e}, same first choice in {same_choice} rows"
+        f"\n{len(examples)} prompts, {num_positions} positions, {num_logits} logits up to {largest:.1f}: "
+        f"largest difference {worst:.2e}, same first choice at {same_choice}"
     )
     # 24 layers of float32 products over 4,864 numbers; two runs of transformers with other thread counts or
     # attention kernels differ as much.
