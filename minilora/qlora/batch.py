@@ -34,6 +34,8 @@ from minilora.qlora.prompt import Example
 MAX_GROUP_PADDING = 0.25
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
+# Elements of an attention mask that is made once for all layers; a larger one is made in each layer.
+MAX_MASK = 1 << 20
 # From this many keys on, PyTorch's fused attention is faster than two products and a softmax (`ops.attention`).
 FUSED_KEYS = 512
 
@@ -99,8 +101,15 @@ class HeadGroup:
     padding: torch.Tensor  # int64, which of `queries` are padding
     keys: torch.Tensor  # (n * K * (P + L),) int64, indices into (T * K, D), prefix first
     own: torch.Tensor  # (n * K * L,) int64, those of the segment itself
-    last_key: torch.Tensor  # (n * Q or Q,) int64, as in `SegmentGroup`
-    key_index: torch.Tensor  # (P + L,) int64, 0, 1, ...
+    last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
+    mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
+
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
+        if self.mask is not None:
+            return self.mask
+        masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
+        return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -308,7 +317,13 @@ def split_heads(
     tensors = [tensor for table in tables for tensor in table.values()]
     moved = iter(_move(tensors, like.device) if tensors else [])
     on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
-    return tuple(replace(group, **table) for group, table in zip(split, on_device, strict=True))
+    split = [replace(group, **table) for group, table in zip(split, on_device, strict=True)]
+    return tuple(_keep_mask(group, like.dtype) if isinstance(group, HeadGroup) else group for group in split)
+
+
+def _keep_mask(group: HeadGroup, dtype: torch.dtype) -> HeadGroup:
+    small = group.last_key.numel() * group.shape[-1] <= MAX_MASK
+    return replace(group, mask=group.additive_mask(dtype)) if small else group
 
 
 def _fuse(group: SegmentGroup) -> FusedGroup:
@@ -331,6 +346,5 @@ def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: in
         padding=padding,
         keys=keys.flatten(),
         own=keys[:, :, group.prefix :].flatten(),
-        last_key=group.last_key.flatten(),
-        key_index=torch.arange(group.num_keys),
+        last_key=group.last_key[:, None, None, :, None],
     )
