@@ -31,7 +31,7 @@ def functional() -> ModuleType | None:
     except Exception as error:  # a broken installation fails with whatever its loader meets
         logging.getLogger("minilora").warning(
             "nf4: bitsandbytes cannot be used (%s); equal but slower PyTorch code takes over; "
-            "for speed: pip install --upgrade bitsandbytes, and see python -m bitsandbytes",
+            "for speed: pip install bitsandbytes; python -m bitsandbytes says what it lacks",
             str(error).strip().split("\n")[0],
         )
         return None
