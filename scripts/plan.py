@@ -30,9 +30,8 @@ from minilora.planning.budget import (
     read_bytes,
     shapes_of_records,
     train_command,
-    uniform_shapes,
 )
-from minilora.planning.plan import SIZES, hub_name, size_of
+from minilora.planning.plan import SIZES, hub_name, size_of, uniform_batch
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.console import info
@@ -75,7 +74,7 @@ def main() -> None:
     setup = Setup(
         config=config,
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
-        shape_of=uniform_shapes if tokenizer is None else shapes_of_records(records, tokenizer),
+        shape_of=uniform_batch if tokenizer is None else shapes_of_records(records, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),

@@ -1,8 +1,8 @@
 """A memory budget in, what fits it out: the largest micro-batches, and the options that would save most.
 
-Every answer evaluates the memory estimate (`plan.estimate_config_memory`). It only grows with the tokens of a
-micro-batch, so the largest that fits is found by bisection, exactly. Where real examples are split into micro-batches,
-a larger batch size may happen to have a smaller largest micro-batch: then the result fits and one more does not.
+The memory estimate only grows with the tokens of a micro-batch, so the largest that fits is found by bisection,
+exactly. Where real examples are split into micro-batches, a larger batch size may happen to have a smaller largest
+micro-batch: then the result fits and one more does not.
 
 Options are ordered by cost: first those that leave the result as it is, by the time they take, then those that change
 it. A combination is found backwards: all options are taken, then dropped again, the most expensive first, wherever the
@@ -23,18 +23,15 @@ from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.planning.memory import BatchShape, MemoryEstimate, ParameterCounts
-from minilora.planning.plan import (
-    ANSWER_TOKENS,
-    LONGEST_TOKENS,
-    SIZES,
-    count_config,
-    estimate_config_memory,
-    hub_name,
-    largest_batch,
-    next_smaller,
-    uniform_batch,
+from minilora.planning.memory import (
+    BatchShape,
+    Machine,
+    MemoryEstimate,
+    ParameterCounts,
+    count_parameters,
+    estimate_memory,
 )
+from minilora.planning.plan import ANSWER_TOKENS, LONGEST_TOKENS, SIZES, hub_name, largest_batch, next_smaller
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -58,42 +55,32 @@ def read_bytes(text: str, where: str) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a memory estimate is computed from: a configuration, a model, and the examples that it trains on.
-
-    Attributes:
-        config: of the run.
-        architecture: of the model.
-        shape_of: the micro-batches of the examples under a configuration.
-        device_type: "cpu" or "cuda".
-        process_bytes: see `MemorySettings`.
-        folder: with the model's weights, where they are local.
-        counted: a cache of `count_config`, which takes a while.
-    """
+    """What a memory estimate is computed from: a configuration, a model, a machine, and the examples to train on."""
 
     config: Config
     architecture: Qwen2Config
-    shape_of: Callable[[Config], BatchShape]
-    device_type: str
-    process_bytes: int | None
-    folder: Path | None = None
-    counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)
+    shape_of: Callable[[Config], BatchShape]  # the micro-batches of the examples under a configuration
+    device_type: str  # "cpu" or "cuda"
+    process_bytes: int | None  # see `Machine`
+    folder: Path | None = None  # with the model's weights, where they are local
+    counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)  # a cache: counting takes a while
 
     def with_keys(self, keys: Sequence[str]) -> "Setup":
         """A copy with other `section.key=value`."""
         return replace(self, config=config_from_dict(self.config.to_dict(), keys, "the configuration"))
 
     def with_size(self, size: str) -> "Setup":
-        """A copy with another model."""
+        """A copy with another model, which is not local."""
         return replace(self, architecture=SIZES[size], folder=None)
 
     @cached_property
     def shape(self) -> BatchShape:
-        """Its micro-batches."""
+        """The shape of its micro-batches."""
         return self.shape_of(self.config)
 
     @cached_property
     def total_bytes(self) -> int:
-        """Of the whole estimate."""
+        """The whole estimate."""
         return self.estimate().total_bytes
 
     @property
@@ -104,23 +91,12 @@ class Setup:
         return choose_dtype(self.config, torch.device(self.device_type))
 
     def estimate(self, shape: BatchShape | None = None) -> MemoryEstimate:
-        """With its own micro-batches or with others."""
+        """With its own micro-batches, or with others."""
         key = (self.architecture, self.folder, repr(self.config.lora))
         if key not in self.counted:
-            self.counted[key] = count_config(self.config, self.architecture, self.folder)
-        return estimate_config_memory(
-            self.config,
-            self.counted[key],
-            shape or self.shape,
-            dtype=self.dtype,
-            device_type=self.device_type,
-            process_bytes=self.process_bytes,
-        )
-
-
-def uniform_shapes(config: Config) -> BatchShape:
-    """`Setup.shape_of` without data: every example is as long as data.max_length allows."""
-    return uniform_batch(config, config.data.max_length)
+            self.counted[key] = count_parameters(self.architecture, self.config.lora, self.folder)
+        machine = Machine(self.device_type, self.dtype, self.process_bytes)
+        return estimate_memory(self.config, self.counted[key], shape or self.shape, machine)
 
 
 def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
@@ -193,17 +169,11 @@ def longest_example(setup: Setup, budget_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Option:
-    """A change of the configuration that takes less memory.
+    """A change of the configuration that takes less memory."""
 
-    Attributes:
-        keys: to set, as `section.key=value`; the last is the one that names the option.
-        cost: as text.
-        total_bytes: of the run with only this option.
-    """
-
-    keys: tuple[str, ...]
-    cost: str
-    total_bytes: int
+    keys: tuple[str, ...]  # as `section.key=value`; the last one names the option
+    cost: str  # as text
+    total_bytes: int  # of the run with only this option
 
 
 def list_options(setup: Setup) -> list[Option]:
@@ -268,29 +238,17 @@ def cheapest_that_fits(setup: Setup, options: Sequence[Option], budget_bytes: in
 
 @dataclass(frozen=True)
 class Advice:
-    """What fits a budget.
-
-    Attributes:
-        setup: as given.
-        budget_bytes: as given.
-        batch_size: largest train.per_device_train_batch_size that fits; 0 for none.
-        micro_batch_tokens: largest train.max_tokens_per_micro_batch that fits; 0 for none.
-        example_tokens: longest single example that fits; 0 for none.
-        options: that save memory, the one that saves most first.
-        combination: keys that make it fit, empty where it fits already; None where nothing does.
-        least: the estimate with all options.
-        fitting_sizes: where this model does not fit in any way, those that do with all options.
-    """
+    """What fits a budget; 0 is for none."""
 
     setup: Setup
     budget_bytes: int
-    batch_size: int
-    micro_batch_tokens: int
-    example_tokens: int
-    options: list[Option]
-    combination: list[str] | None
-    least: MemoryEstimate
-    fitting_sizes: list[str]
+    batch_size: int  # largest train.per_device_train_batch_size
+    micro_batch_tokens: int  # largest train.max_tokens_per_micro_batch
+    example_tokens: int  # longest single example
+    options: list[Option]  # that save memory, the one that saves most first
+    combination: list[str] | None  # keys that make it fit; empty where it fits already, None where nothing does
+    least: MemoryEstimate  # with all options
+    fitting_sizes: list[str]  # where nothing makes it fit, the sizes that do with all options
 
     @property
     def fits(self) -> bool:
@@ -334,6 +292,7 @@ def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
     if (smaller := next_smaller(setup.architecture)) is not None:
         total = setup.with_size(smaller).total_bytes
         shown.append(Option((f"model.name_or_path={hub_name(smaller)}",), "a less able model", total))
+    sizes = [] if combination is not None else SIZES
     return Advice(
         setup=setup,
         budget_bytes=budget_bytes,
@@ -343,9 +302,7 @@ def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
         options=sorted(shown, key=lambda option: option.total_bytes),
         combination=combination,
         least=least_memory_estimate(setup),
-        fitting_sizes=[]
-        if combination is not None
-        else [s for s in SIZES if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
+        fitting_sizes=[s for s in sizes if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
     )
 
 

@@ -31,10 +31,9 @@ from minilora.planning.budget import (
     read_bytes,
     shapes_of_records,
     train_command,
-    uniform_shapes,
 )
 from minilora.planning.memory import BatchShape, ParameterCounts
-from minilora.planning.plan import LONGEST_TOKENS, SIZES
+from minilora.planning.plan import LONGEST_TOKENS, SIZES, uniform_batch
 from minilora.qlora.prompt import ChatTokenizer
 
 GB = 10**9
@@ -45,7 +44,7 @@ def setup_of(size: str, *keys: str, device_type: str = "cuda", process_bytes: in
     return Setup(
         config=load_config(None, keys),
         architecture=SIZES[size],
-        shape_of=uniform_shapes,
+        shape_of=uniform_batch,
         device_type=device_type,
         process_bytes=process_bytes,
         counted=COUNTED,
