@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_layers, merged_weight
@@ -29,12 +27,11 @@ from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
+from minilora.system.files import StorageError, json_bytes, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
-from minilora.weights.bnb_checkpoint import COMPANIONS
-from minilora.weights.hf_config import read_config
+from minilora.weights.hf_config import copy_config, read_config
 from minilora.weights.load import BaseWeights, LoadSettings, is_finite, open_weights
-from minilora.weights.safetensors_io import dtype_name
+from minilora.weights.safetensors_io import dtype_name, write_tensors
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -177,14 +174,7 @@ def write_merged(
         UserError: see `Merge.tensor`.
         StorageError: the disk is full or fails.
     """
-    config = read_json(merge.base / "config.json")
-    config.pop("quantization_config", None)
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
-    write_file(folder / "config.json", json_bytes(config))
-    with storage_errors(folder):
-        for name in COMPANIONS:
-            if (merge.base / name).is_file():
-                shutil.copyfile(merge.base / name, folder / name)
+    copy_config(merge.base, folder, dtype_name(dtype))
     shards = plan_shards(merge.shapes, dtype, max_shard_bytes)
     file_of: dict[str, str] = {}
     for index, names in enumerate(shards, start=1):
@@ -195,7 +185,7 @@ def write_merged(
             tensors[name] = merge.tensor(name, into, dtype)
             if on_progress is not None:
                 on_progress(1)
-        _save(tensors, folder / file)
+        write_tensors(tensors, folder / file)
         file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": merge.num_bytes(dtype)}, "weight_map": file_of}
@@ -214,17 +204,6 @@ def plan_shards(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes:
         shards[-1].append(name)
         filled += num_bytes
     return shards
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
-            save_file(tensors, path, metadata={"format": "pt"})
-            shutil.copymode(path.with_name("config.json"), path)  # safetensors makes it readable for the owner only
-    except SafetensorError as error:  # the library's wrapper of an OSError
-        raise StorageError(
-            f"{path}: cannot be written ({error}); make room or mend the disk, and run the same command again"
-        ) from None
 
 
 def refuse_output(output: Path) -> None:

@@ -46,7 +46,11 @@ def import_gguf() -> Any:
 def check_gguf(checkpoint: Path) -> None:
     """Raises UserError for what `write_gguf` would lack, before anything is computed."""
     import_gguf()
-    _context_length(checkpoint)
+    if read_config(checkpoint).max_position_embeddings is None:
+        raise UserError(
+            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
+            "tokens; put it in, as the base model's config.json has it"
+        )
 
 
 def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
@@ -55,18 +59,19 @@ def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
 
 
 def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
-    """Writes `path` from a checkpoint's weights, configuration and tokenizer, one tensor at a time.
+    """Writes `path` from a dense checkpoint's weights, configuration and tokenizer, one tensor at a time.
 
     Args:
-        checkpoint: folder with a dense Qwen2.5 model.
+        checkpoint: folder, for which `check_gguf` passes.
         path: of the file.
         kind: one of KINDS.
         name: what llama.cpp calls the model.
 
     Raises:
-        UserError: the gguf package is missing, or the checkpoint lacks what llama.cpp needs.
+        UserError: see `check_gguf`, or values that float16 cannot hold.
         StorageError: the disk is full or fails.
     """
+    check_gguf(checkpoint)
     gguf = import_gguf()
     entries = read_checkpoint_entries(checkpoint)
     config = read_config(checkpoint)
@@ -77,9 +82,8 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
             for key, entry in entries.items():
                 tensor_type = _type_of(entry.shape, kind)
                 shape = _byte_shape(entry.shape, tensor_type)
-                short = names.get_name(key, try_suffixes=(".weight", ".bias"))
                 writer.add_tensor_info(
-                    name=short,
+                    name=names.get_name(key, try_suffixes=(".weight", ".bias")),
                     tensor_shape=shape,
                     tensor_dtype=np.dtype(np.uint8),
                     tensor_nbytes=math.prod(shape),
@@ -98,14 +102,14 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
 def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     """What llama.cpp reads of a qwen2 model beside its tensors."""
     gguf = import_gguf()
-    config, context_length = read_config(checkpoint), _context_length(checkpoint)
+    config = read_config(checkpoint)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(context_length)
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -120,16 +124,6 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     special = gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=config.vocab_size)
     special.add_special_token["bos"] = False  # Qwen's tokenizer puts no token before a text
     special.add_to_gguf(writer, quiet=True)  # merges, ids of eos, bos and pad, chat template
-
-
-def _context_length(checkpoint: Path) -> int:
-    length = read_config(checkpoint).max_position_embeddings
-    if length is None:
-        raise UserError(
-            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
-            "tokens; put it in, as the base model's config.json has it"
-        )
-    return length
 
 
 def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:

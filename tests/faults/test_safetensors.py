@@ -24,7 +24,7 @@ HEADER = {
     "__metadata__": {"format": "pt"},
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
-    "c": {"dtype": "BOOL", "shape": [2], "data_offsets": [32, 34]},
+    "c": {"dtype": "U8", "shape": [2], "data_offsets": [32, 34]},
     "d": {"dtype": "F32", "shape": [0], "data_offsets": [34, 34]},
 }
 DATA = bytes(range(32)) + b"\x00\x01"
@@ -110,7 +110,6 @@ BAD = {
     "an unknown dtype": changed(a=entry("F33")),
     "a dtype in a list": changed(a=entry(["F32"])),
     "a missing field": changed(a={"dtype": "F32", "shape": [2, 3]}),
-    "an extra field": changed(a=entry(more=1)),
     "three offsets": changed(a=entry(offsets=[0, 12, 24])),
     "backwards": changed(a=entry(offsets=[24, 0])),
     "negative": changed(a=entry(shape=[-2, -3])),
@@ -118,11 +117,9 @@ BAD = {
     "1.0 for 1": changed(b=entry("BF16", [4, 1.0], [24, 32])),
     "-0 for 0": file_of(json.dumps(HEADER).replace("[0, 24]", "[-0, 24]")),
     "a shape beyond 64 bits": changed(d=entry(shape=[2**40, 2**40, 0], offsets=[34, 34])),
-    "an empty name": changed(**{"": entry(shape=[0], offsets=[34, 34])}),
-    "a control character in a name": changed(**{"x\0": entry(shape=[0], offsets=[34, 34])}),
     "half a character": file_of(json.dumps({"\ud83d": entry("U8", [1], [0, 1])}), b"1"),
     "NaN": changed(a=entry(shape=[float("nan")])),
-    "a truth value of 2": file_of(json.dumps(HEADER), DATA[:-1] + b"\x02"),
+    "a dtype that no model here has": changed(c=entry("BOOL", [2], [32, 34])),
     "nested deep": file_of("[" * 100_000, b""),
 }
 
@@ -231,7 +228,7 @@ def test_a_header_as_long_as_it_may_be_takes_no_more_than_twice_the_file(path: P
             file.truncate(length * FILE_BYTES_PER_HEADER_BYTE)  # zeros that take no room
         tracemalloc.start()
         try:
-            with pytest.raises(UserError, match="header: holds a list"):
+            with pytest.raises(UserError, match="is not a complete safetensors file"):
                 read_header(path)
             _, peak = tracemalloc.get_traced_memory()
         finally:
