@@ -40,13 +40,9 @@ def initialize(
     init_lora_weights: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Gives the active adapter its initial values.
+    """Gives the active adapter, attached for the same `init_lora_weights`, one of BY_WEIGHTS, its initial values.
 
-    Args:
-        model: with an adapter that was attached for the same `init_lora_weights`.
-        folder: the base model's files; LoftQ reads the original weights.
-        init_lora_weights: one of BY_WEIGHTS.
-        on_progress: called with (layers done, all layers).
+    LoftQ reads the original weights in `folder`. `on_progress` is called with (layers done, all layers).
 
     Raises:
         UserError: LoftQ, and the files have no original weights.

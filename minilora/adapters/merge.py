@@ -14,6 +14,7 @@ The layout is Hugging Face's: model.safetensors, or model-00001-of-00004.safeten
 head is not a tensor of its own, so it stays tied.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,21 +41,13 @@ FACT = "merged_into"  # in the manifest of a folder that holds a merged model
 
 @dataclass(frozen=True)
 class Merge:
-    """A base model and an adapter, whose tensors are merged one by one on request.
+    """A base model and an adapter, whose tensors are merged one by one on request."""
 
-    Attributes:
-        base: the base model's folder.
-        config: its architecture.
-        weights: its tensors.
-        layers: of the adapter, on the CPU, by path.
-        shapes: of the merged model's tensors, by name, in the model's order.
-    """
-
-    base: Path
-    config: Qwen2Config
-    weights: BaseWeights
-    layers: Mapping[str, LoRALinear]
-    shapes: Mapping[str, torch.Size]
+    base: Path  # the base model's folder
+    config: Qwen2Config  # its architecture
+    weights: BaseWeights  # its tensors
+    layers: Mapping[str, LoRALinear]  # of the adapter, on the CPU, by path
+    shapes: Mapping[str, torch.Size]  # of the merged model's tensors, by name, in the model's order
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -74,12 +67,7 @@ class Merge:
         return dtype.itemsize * sum(shape.numel() for shape in self.shapes.values())
 
     def tensor(self, name: str, into: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor of the merged model, on the CPU.
-
-        Args:
-            name: one of `shapes`.
-            into: one of `variants`.
-            dtype: of the result.
+        """One tensor of the merged model, on the CPU; `name` is one of `shapes`, `into` one of `variants`.
 
         Raises:
             UserError: the base's file is damaged, or the merged values do not fit into `dtype`.
@@ -117,7 +105,7 @@ class Merge:
 
 
 def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: bool = False) -> Merge:
-    """Base and adapter, checked against each other; no weight of the base is read yet.
+    """Two folders, checked against each other; no weight of the base is read yet.
 
     Args:
         base: folder of the base model.
@@ -160,14 +148,14 @@ def write_merged(
     max_shard_bytes: int,
     on_progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes the merged model, with configuration and tokenizer, in Hugging Face's layout.
+    """Writes the merged model, with configuration and tokenizer, into an empty folder.
 
     Args:
         merge: base and adapter.
         into: one of its variants.
         dtype: of all tensors.
         folder: exists and is empty.
-        max_shard_bytes: of the tensors in one file; a tensor that is larger has a file of its own.
+        max_shard_bytes: see `plan_shards`.
         on_progress: called with the number of tensors written.
 
     Raises:
@@ -210,22 +198,17 @@ def refuse_output(output: Path) -> None:
     """Raises UserError where `output` is anything except a new or empty folder or an earlier merged model."""
     if not output.exists() and not output.is_symlink():
         return
-    problem = _other_content(output) if output.is_dir() else "is not a folder"
-    if problem is not None:
-        raise UserError(f"{output}: {problem}; choose another --output_dir, or move that away")
-
-
-def _other_content(folder: Path) -> str | None:
-    """What a folder holds beside a merged model, or None."""
-    names = {path.name for path in folder.iterdir()}
-    try:
-        manifest = read_manifest(folder)
-    except UserError:
-        return "is not empty, and not an earlier merge" if names else None
-    if FACT not in manifest["facts"]:
-        return "is not empty, and not an earlier merge"
-    others = sorted(names - manifest["files"].keys() - {MANIFEST})
-    return f"holds {', '.join(others[:3])} beside an earlier merge" if others else None
+    problem = "is not a folder"
+    if output.is_dir():
+        others = {path.name for path in output.iterdir()}
+        with contextlib.suppress(UserError):  # no manifest, or a damaged one
+            manifest = read_manifest(output)
+            if FACT in manifest["facts"]:
+                others -= {MANIFEST, *manifest["files"]}
+        if not others:
+            return
+        problem = f"holds {', '.join(sorted(others)[:3])}, which is no earlier merge"
+    raise UserError(f"{output}: {problem}; choose another --output_dir, or move that away")
 
 
 def refuse_full_disk(output: Path, num_bytes: int) -> None:

@@ -14,7 +14,7 @@ Left out: exclude_modules, target_parameters.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minilora.config import LoraConfig
@@ -67,8 +67,7 @@ def _choose_paths(candidates: Sequence[str], target_modules: str | Sequence[str]
         matched = [path for path in candidates if expression.fullmatch(path)]
         if matched:
             return matched
-        # A single name is also a regular expression that matches no whole path: use it as a name.
-        target_modules = [target_modules]
+        target_modules = [target_modules]  # a single name
     missing = [t for t in target_modules if not any(_is_named(path, t) for path in candidates)]
     if missing or not target_modules:
         head = {"lm_head", "embed_tokens"} & set(missing)
@@ -88,19 +87,13 @@ def _in_layers(
     wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
     called = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     numbered = re.compile(rf"(?:.*?\.)?({'|'.join(map(re.escape, called)) or '[^.]*'})\.(\d+)\.")
-    found: dict[int, list[str]] = {}
-    for path in paths:
-        match = numbered.match(path)
-        if match is not None:
-            found.setdefault(int(match[2]), []).append(path)
-    missing = sorted(wanted - set(found))
+    found = {path: int(match[2]) for path in paths if (match := numbered.match(path)) is not None}
+    missing = sorted(wanted - set(found.values()))
     if missing or not wanted:
-        expected = (
-            f"expected indices from {min(found)} to {max(found)}" if found else "no target is in a list of layers"
-        )
-        raise UserError(f"lora.layers_to_transform: no target is in layers {missing}; {expected}")
-    chosen = {path for number in wanted for path in found[number]}
-    return [path for path in paths if path in chosen]
+        numbers = sorted(found.values())
+        known = f"indices from {numbers[0]} to {numbers[-1]}" if numbers else "targets in a list of layers"
+        raise UserError(f"lora.layers_to_transform: no target is in layers {missing}; expected {known}")
+    return [path for path in paths if found.get(path) in wanted]
 
 
 def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[str]) -> dict[str, float]:
@@ -115,10 +108,9 @@ def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[
     return values
 
 
-def _name_starts(path: str) -> Iterator[int]:
+def _name_starts(path: str) -> list[int]:
     """Where the path and each name in it begin."""
-    yield 0
-    yield from (index + 1 for index, character in enumerate(path) if character == ".")
+    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
 
 
 def _compile(key: str, expression: str) -> re.Pattern[str]:

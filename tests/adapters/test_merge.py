@@ -342,9 +342,9 @@ def test_only_an_earlier_merge_is_replaced(tmp_path: Path) -> None:
     [
         ("file", "is not a folder"),
         ("link to nothing", "is not a folder"),
-        ("checkpoint", "is not empty, and not an earlier merge"),
-        ("adapter", "is not empty, and not an earlier merge"),
-        ("merge and notes", "holds notes.txt beside an earlier merge"),
+        ("checkpoint", "holds model.safetensors"),
+        ("adapter", "holds manifest.json, model.safetensors"),
+        ("merge and notes", "holds notes.txt"),
     ],
 )
 def test_whatever_else_is_there_stays(tmp_path: Path, content: str, problem: str) -> None:
