@@ -172,11 +172,7 @@ def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Makes an adapter the active one, or none.
-
-    Raises:
-        ValueError: there is no adapter of that name, or one is merged.
-    """
+    """Makes an adapter the active one, or none. ValueError where there is none of that name, or one is merged."""
     layers = _unmerged_layers(model)
     names = sorted({known for layer in layers for known in layer.adapters})
     if name is not None and name not in names:

@@ -18,8 +18,7 @@ Qwen2.5-0.5B at R = 8, and one that is exact enough took longer there than the e
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,12 +39,13 @@ def initialize(
     init_lora_weights: str,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Gives the active adapter, attached for the same `init_lora_weights`, one of BY_WEIGHTS, its initial values.
+    """Gives the active adapter its initial values.
 
-    LoftQ reads the original weights in `folder`. `on_progress` is called with (layers done, all layers).
-
-    Raises:
-        UserError: LoftQ, and the files have no original weights.
+    Args:
+        model: with an adapter that was attached for the same `init_lora_weights`, one of BY_WEIGHTS.
+        folder: the base model's files; LoftQ reads the original weights, UserError where they are in 4 bits.
+        init_lora_weights: "pissa" or "loftq".
+        on_progress: called with (layers done, all layers).
     """
     layers = [(path, layer, w) for path, layer in iter_lora_layers(model) if (w := layer.weights) is not None and w.r]
     originals, quantized = split_entries(read_checkpoint_entries(folder)) if init_lora_weights == "loftq" else ({}, {})
@@ -73,35 +73,20 @@ def initialize(
 
 
 def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) float64: B A is the best approximation of rank R of `matrix` (out, in).
-
-    Raises:
-        UserError: R is larger than the matrix.
-    """
+    """A (R, in) and B (out, R) float64: B A is the best approximation of rank R of `matrix` (out, in)."""
     if r > min(matrix.shape):
         raise UserError(f"lora.r: {r} is more than the rank of a weight of shape {tuple(matrix.shape)}; lower it")
     wide = matrix.double()
     is_tall = wide.shape[0] > wide.shape[1]
     if is_tall:
         wide = wide.T
-    square = wide @ wide.T
-    with _one_thread():
+    square, threads = wide @ wide.T, torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other programs eigenvectors took twenty times as long on two threads
+    try:
         squares, vectors = torch.linalg.eigh(square)
+    finally:
+        torch.set_num_threads(threads)
     u = vectors[:, -r:].flip(1)
     root = squares[-r:].flip(0).clamp(min=0).pow(0.25)  # sqrt of a singular value
     left, right = u * root, (u.T @ wide) / root.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     return (left.T, right.T) if is_tall else (right, left)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For work of thousands of small parts, after each of which all threads wait for the slowest.
-
-    Beside other programs, eigenvectors took twenty times as long on two threads as on one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

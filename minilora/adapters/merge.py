@@ -67,11 +67,7 @@ class Merge:
         return dtype.itemsize * sum(shape.numel() for shape in self.shapes.values())
 
     def tensor(self, name: str, into: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor of the merged model, on the CPU; `name` is one of `shapes`, `into` one of `variants`.
-
-        Raises:
-            UserError: the base's file is damaged, or the merged values do not fit into `dtype`.
-        """
+        """One tensor of the merged model, on the CPU. UserError for values that `dtype` cannot represent."""
         path, _, kind = name.rpartition(".")
         quantized = self.weights.in_4bit(name) if into == DEQUANTIZED else None
         if quantized is None:
@@ -107,14 +103,7 @@ class Merge:
 def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: bool = False) -> Merge:
     """Two folders, checked against each other; no weight of the base is read yet.
 
-    Args:
-        base: folder of the base model.
-        adapter: folder of the adapter.
-        settings: those of the run that trained it, which decide the 4-bit weights.
-        allow_bin: see `load_adapter`.
-
-    Raises:
-        UserError: see `load_model` and `load_adapter`.
+    `settings` are those of the run that trained the adapter, which decide the 4-bit weights.
     """
     config = read_config(base)
     with torch.device("meta"):
@@ -148,19 +137,9 @@ def write_merged(
     max_shard_bytes: int,
     on_progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes the merged model, with configuration and tokenizer, into an empty folder.
+    """Writes the merged model, with configuration and tokenizer, into the empty `folder`.
 
-    Args:
-        merge: base and adapter.
-        into: one of its variants.
-        dtype: of all tensors.
-        folder: exists and is empty.
-        max_shard_bytes: see `plan_shards`.
-        on_progress: called with the number of tensors written.
-
-    Raises:
-        UserError: see `Merge.tensor`.
-        StorageError: the disk is full or fails.
+    `on_progress` is called with the number of tensors written. UserError: see `Merge.tensor`; StorageError for a disk.
     """
     copy_config(merge.base, folder, dtype_name(dtype))
     shards = plan_shards(merge.shapes, dtype, max_shard_bytes)

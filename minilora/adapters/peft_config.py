@@ -25,20 +25,18 @@ from minilora.system.files import read_json
 from minilora.system.schema import coerce
 
 # Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.
-NEUTRAL_KEYS = frozenset(
-    (
-        "auto_mapping",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-        "task_type",
-    )
-)
+NEUTRAL_KEYS = {
+    "auto_mapping",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "task_type",
+}
 # What other keys may hold when they are not empty. The other initialisations (pissa, olora, corda, loftq, lora_ga)
 # change the base model's weights, so on the unchanged base model their adapter is wrong.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
@@ -114,11 +112,7 @@ def _target_names(target_modules: str | list[str], matched_paths: list[str]) -> 
 
 
 def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
-    """What adapter_config.json says, written by minilora or by peft.
-
-    Raises:
-        UserError: a key is missing or impossible, or the adapter is of a kind that cannot be applied exactly.
-    """
+    """What adapter_config.json says, written by minilora or by peft. UserError for what cannot be applied exactly."""
     path = folder / "adapter_config.json"
     content = read_json(path)
     if not isinstance(content, dict):

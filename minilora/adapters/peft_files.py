@@ -131,9 +131,6 @@ def load_adapter(
         device: see `attach`. A base on the meta device can have an adapter on the CPU.
         name: of the adapter in the model; one of the same name is replaced.
         is_verified: the caller has compared the folder with its manifest.
-
-    Raises:
-        UserError: see `read_adapter_config` and `load_adapter_weights`.
     """
     lora_config, _ = read_adapter_config(folder)
     path, tensors = read_adapter_tensors(folder, allow_bin, is_verified)
@@ -161,11 +158,7 @@ def damage_of_adapter(folder: Path) -> str | None:
 
 
 def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: bool = False) -> None:
-    """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
-
-    Raises:
-        UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
-    """
+    """Fills the model's LoRA layers from `folder`: all of them and all of the file, or nothing and a UserError."""
     _fill(model, *read_adapter_tensors(folder, is_verified=is_verified))
 
 

@@ -38,11 +38,7 @@ class Target:
 
 
 def choose_targets(candidates: Sequence[str], lora_config: LoraConfig) -> list[Target]:
-    """The chosen ones of `candidates`, the paths of all linear layers that may have an adapter, in their order.
-
-    Raises:
-        UserError: something that matches no linear layer, or no regular expression.
-    """
+    """The chosen ones of `candidates`, the paths of all linear layers that may have an adapter, in their order."""
     target_modules = lora_config.target_modules
     paths = _choose_paths(candidates, target_modules)
     if lora_config.layers_to_transform is not None:

@@ -42,11 +42,7 @@ MOST = 1 << 24  # tokens or examples: beyond any budget
 
 
 def read_bytes(text: str, where: str) -> int:
-    """The bytes in "12GB", "24564 MiB" or "8e9": GB are 10^9, GiB 2^30.
-
-    Raises:
-        UserError: it is not an amount of memory.
-    """
+    """The bytes in "12GB", "24564 MiB" or "8e9": GB are 10^9, GiB 2^30. UserError names `where`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in UNITS or not 0 < float(match[1]) < 1e15:
         raise UserError(f"{where}: got {text!r}, expected an amount of memory, such as 12GB, 24564MiB or 0.5GB")

@@ -57,11 +57,7 @@ class QuantizedEntry:
     parts: Mapping[str, TensorEntry]  # "packed", and those of PARTS that it has
 
     def read(self) -> QuantizedTensor:
-        """The weight, in memory of its own.
-
-        Raises:
-            UserError: its levels are not those of its type, or its scales are not finite.
-        """
+        """The weight, in memory of its own. UserError for other levels than its type's, or non-finite scales."""
         found = {part: read_tensor(entry) for part, entry in self.parts.items()}
         where = f"{self.parts['packed'].path}: {self.name}"
         if not torch.equal(found["quant_map"], torch.tensor(LEVELS[self.quant_type])):
@@ -89,11 +85,7 @@ def unquantized_projections(folder: Path) -> list[str]:
 
 
 def split_entries(entries: Mapping[str, TensorEntry]) -> tuple[dict[str, TensorEntry], dict[str, QuantizedEntry]]:
-    """A checkpoint's unquantised tensors and its 4-bit weights, by name.
-
-    Raises:
-        UserError: a 4-bit weight is incomplete, or of a kind that `nf4.py` does not compute with.
-    """
+    """A checkpoint's unquantised tensors and its 4-bit weights, by name. UserError for one that `nf4.py` cannot use."""
     dense, quantized = dict(entries), {}
     for state_name, state_entry in entries.items():
         match = STATE_NAME.fullmatch(state_name)
@@ -153,30 +145,27 @@ def _quantized_entry(
 
 
 def write_quantized(model: Qwen2ForCausalLM, source: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """`save_quantized` as an atomic write that replaces `target`; `facts` are entries of its manifest.
+    """Writes a base model in 4 bits as a checkpoint that transformers opens too, atomically and with a manifest.
 
-    Raises:
-        StorageError: it could not be written.
+    Args:
+        model: loaded in 4 bits, without an adapter.
+        source: the checkpoint that it was loaded from; its configuration and tokenizer are copied.
+        target: folder, which is replaced.
+        facts: entries of the manifest.
     """
     temporary = target.with_name(WRITING + target.name)
     try:
         with storage_errors(temporary):
             remove(temporary)
-        save_quantized(model, source, temporary)
+            temporary.mkdir(parents=True)
+        _write_files(model, source, temporary)
         finish_folder(temporary, target, facts)
     finally:
         with contextlib.suppress(OSError):
             remove(temporary)
 
 
-def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
-    """Writes a base model as a checkpoint that this program and transformers open.
-
-    Args:
-        model: loaded in 4 bits, without an adapter.
-        source: the checkpoint that it was loaded from; its configuration and tokenizer are copied.
-        folder: made, and filled.
-    """
+def _write_files(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
     compute_dtype = dtype_name(model.head_weight.dtype)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear4bit)}
     dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
@@ -196,8 +185,6 @@ def save_quantized(model: Qwen2ForCausalLM, source: Path, folder: Path) -> None:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head", *dense] if dense else None,  # null: only the head
     }
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     copy_config(source, folder, compute_dtype, quantization_config)
     write_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 

@@ -31,11 +31,7 @@ CHUNK = 1 << 24  # values that are converted at a time
 
 
 def import_gguf() -> Any:
-    """The `gguf` package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The `gguf` package. UserError where it is not installed."""
     try:
         import gguf
     except ImportError:

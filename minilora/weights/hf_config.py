@@ -44,11 +44,7 @@ def read_config(folder: Path) -> Qwen2Config:
 
 
 def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
-    """The architecture that the content of a config.json describes; `where` is its path, for messages.
-
-    Raises:
-        UserError: another architecture, a missing or impossible field, or a feature that the model does not have.
-    """
+    """The architecture in a config.json, whose path is `where`. UserError for another one, or what the model lacks."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
     if content.get("model_type") != "qwen2":
@@ -105,11 +101,7 @@ def _check_sizes(config: Qwen2Config, where: str) -> None:
 def copy_config(
     source: Path, folder: Path, dtype_name: str, quantization_config: Mapping[str, Any] | None = None
 ) -> None:
-    """Copies config.json, with the dtype and the quantisation of the weights that are written, and the COMPANIONS.
-
-    Raises:
-        StorageError: the disk is full or fails.
-    """
+    """Copies config.json, with the dtype and the quantisation of the weights that are written, and the COMPANIONS."""
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     if quantization_config is not None:

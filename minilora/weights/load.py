@@ -80,11 +80,7 @@ class BaseWeights:
     settings: LoadSettings  # `quantization` is "none" where the checkpoint is in 4 bits already
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as its file has it, one in 4 bits dequantised as in the model.
-
-        Raises:
-            UserError: it holds NaN or infinite values.
-        """
+        """A tensor as its file has it, one in 4 bits dequantised as in the model. UserError for NaN or inf."""
         entry = self.quantized[name].parts["packed"] if name in self.quantized else self.entries[name]
         if entry.num_bytes >= LARGE_BYTES:
             trim_heap()  # copies of the tensor before
@@ -121,11 +117,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def open_weights(model: Qwen2ForCausalLM, folder: Path, settings: LoadSettings) -> BaseWeights:
-    """The tensors in `folder`, checked against `model` before any of them is read.
-
-    Raises:
-        UserError: missing, unexpected or misshapen tensors, all of them in one message.
-    """
+    """The tensors in `folder`, of which none is read yet. UserError with all that do not correspond to `model`."""
     _refuse_other_formats(folder)
     entries, quantized = split_entries(read_checkpoint_entries(folder))
     _check_quantization(quantized, settings, folder)

@@ -58,11 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file by name.
-
-    Raises:
-        UserError: the file is truncated or otherwise not a valid safetensors file.
-    """
+    """The tensors of one safetensors file by name. UserError for a file that is truncated or otherwise invalid."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -89,11 +85,7 @@ def _entry(path: Path, name: str, value: dict[str, Any], start: int) -> TensorEn
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """One tensor, in memory of its own.
-
-    Raises:
-        UserError: the file ends before the tensor does, or cannot be read.
-    """
+    """One tensor, in memory of its own. UserError where the file ends before the tensor, or cannot be read."""
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     try:
         with entry.path.open("rb", buffering=0) as file:
@@ -110,11 +102,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint folder by name, from one file or from shards with an index.
-
-    Raises:
-        UserError: no weights, a missing shard, or an index that disagrees with the shards.
-    """
+    """All tensors of a checkpoint folder by name. UserError for no weights, missing shards, an index that disagrees."""
     index_path = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -172,11 +160,7 @@ def show_problems(problems: Sequence[str]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Writes one file of a checkpoint, beside its config.json.
-
-    Raises:
-        StorageError: the disk is full or fails.
-    """
+    """Writes one file of a checkpoint, beside its config.json. StorageError for a full or failing disk."""
     try:
         with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
             save_file(dict(tensors), path, metadata={"format": "pt"})

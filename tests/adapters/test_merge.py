@@ -40,7 +40,7 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.files import StorageError
 from minilora.system.manifest import write_folder
 from minilora.weights import safetensors_io
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import LoadSettings, load_model
 from tests.conftest import make_reviews
 
@@ -175,7 +175,7 @@ def test_a_model_built_in_memory_is_the_one_that_the_files_make(
 @pytest.fixture
 def base_in_4bit(tiny_checkpoint: Checkpoint, tmp_path: Path) -> Path:
     source = tiny_checkpoint()
-    save_quantized(load_model(source, torch.float32), source, tmp_path / "quantized")
+    write_quantized(load_model(source, torch.float32), source, tmp_path / "quantized", {})
     return tmp_path / "quantized"
 
 

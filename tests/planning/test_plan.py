@@ -30,7 +30,7 @@ from minilora.planning.plan import (
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 
 
@@ -169,7 +169,7 @@ def test_projections_that_a_4_bit_checkpoint_holds_unquantised_are_counted_so(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, folder = tiny_checkpoint(), tmp_path / "quantized"
-    save_quantized(load_model(source, torch.bfloat16), source, folder)
+    write_quantized(load_model(source, torch.bfloat16), source, folder, {})
     assert count_parameters(SIZES["0.5B"], LoraConfig(), folder).unquantized == 0
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")

@@ -21,7 +21,7 @@ from minilora.errors import UserError
 from minilora.runs.train import fit
 from minilora.system.files import WRITING, StorageError
 from minilora.system.manifest import read_manifest, verify_folder
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 from tests.scripts.conftest import SCRIPTS, load_script
 
@@ -275,7 +275,7 @@ def test_a_base_in_4_bits_is_merged_dequantized_and_never_called_original(
     merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base-bnb-4bit"
-    save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base)
+    write_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base, {})
     with pytest.raises(UserError, match=r"base-bnb-4bit: .*--into dequantized"):
         merge("--base", base)
     results = merge("--base", base, "--into", "dequantized")

@@ -16,7 +16,7 @@ from minilora.qlora.nf4 import Linear4bit
 from minilora.system.files import StorageError
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights import safetensors_io
-from minilora.weights.bnb_checkpoint import is_quantized, save_quantized, write_quantized
+from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model, open_weights
 
@@ -27,7 +27,7 @@ STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 @pytest.fixture
 def quantized(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     source, folder = tiny_checkpoint(), tmp_path / "quantized"
-    save_quantized(load_model(source, torch.bfloat16), source, folder)
+    write_quantized(load_model(source, torch.bfloat16), source, folder, {})
     return folder
 
 
@@ -39,12 +39,13 @@ def test_a_written_checkpoint_is_read_as_it_was(
 ) -> None:
     source = tiny_checkpoint(tie=tie, sharded=True)
     model = load_model(source, torch.bfloat16, quant_type, double)
-    save_quantized(model, source, tmp_path / "q")
+    write_quantized(model, source, tmp_path / "q", {})
     found, expected = load_model(tmp_path / "q", torch.bfloat16, quant_type, double).state_dict(), model.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in found)
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -80,7 +81,7 @@ def test_a_projection_in_full_is_named_in_what_is_written(
     model = load_model(tiny_checkpoint(), torch.bfloat16)
     dense = load_model(tiny_checkpoint(), torch.bfloat16, "none").model.layers[0].self_attn.q_proj
     model.model.layers[0].self_attn.q_proj = dense
-    save_quantized(model, tiny_checkpoint(), tmp_path / "mixed")
+    write_quantized(model, tiny_checkpoint(), tmp_path / "mixed", {})
     how = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (tmp_path / "mixed", quantized)]
     assert [h["llm_int8_skip_modules"] for h in how] == [["lm_head", "model.layers.0.self_attn.q_proj"], None]
 
@@ -93,7 +94,7 @@ def test_the_type_that_config_json_names_is_that_of_the_tensors(
     config = json.loads((source / "config.json").read_text())
     del config["torch_dtype"]
     (source / "config.json").write_text(json.dumps({**config, key: "float32"}))
-    save_quantized(load_model(source, torch.bfloat16), source, tmp_path / "q")
+    write_quantized(load_model(source, torch.bfloat16), source, tmp_path / "q", {})
     written = json.loads((tmp_path / "q" / "config.json").read_text())
     assert written[key] == "bfloat16"
     assert other not in written

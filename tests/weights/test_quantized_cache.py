@@ -18,7 +18,7 @@ from minilora.system.files import lock_folder
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights import quantized_cache as cache_module
 from minilora.weights import safetensors_io
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
 
@@ -151,7 +151,7 @@ def test_a_damaged_copy_is_made_anew(
 def test_what_is_not_quantised_here_is_not_copied(source: Path, tmp_path: Path, loads: list[Path]) -> None:
     load_through_cache(source, tmp_path / "cache", LoadSettings(torch.float32, "none"))
     ready = tmp_path / "ready"
-    save_quantized(load_model(source, torch.bfloat16), source, ready)
+    write_quantized(load_model(source, torch.bfloat16), source, ready, {})
     load_through_cache(ready, tmp_path / "cache", NF4)
     assert loads == [source, ready]
     assert not (tmp_path / "cache").exists()
