@@ -27,7 +27,7 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.system.files import json_bytes, write_file
+from minilora.system.files import json_bytes
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.weights.load import is_finite
 from minilora.weights.safetensors_io import find_mismatches, read_header, read_tensor, show_problems
@@ -49,7 +49,7 @@ def adapter_files(
         model: with LoRA layers.
         lora_config: how they were attached.
         base: what they belong to.
-        save_format: "safetensors", or "bin" for tools that read adapter_model.bin only.
+        save_format: "bin" is for tools that read adapter_model.bin only.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
         portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
             alpha_pattern.
@@ -74,43 +74,24 @@ def adapter_tensors(
     """
     tensors = {}
     for path, w in iter_lora_weights(model):
-        for key, value in _named_tensors(path, w).items():
+        for key, (parts, dim) in _slots(path, w).items():
+            value = torch.cat(parts, dim)
             if portable_alpha is not None and key.endswith("lora_B.weight"):
                 value = value * (w.scaling * value.shape[1] / portable_alpha)
             tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
     return dict(sorted(tensors.items()))
 
 
-def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
-    """Tensors of one layer by their key in the file."""
-    a, b = w.factors()
-    named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
-    if w.lora_magnitude_vector is not None:
-        named[f"{path}.lora_magnitude_vector"] = w.lora_magnitude_vector
-    if w.bias is not None:
-        named[f"{path}.base_layer.bias" if w.r else f"{path}.bias"] = w.bias
-    return {KEY_PREFIX + name: tensor for name, tensor in named.items()}
-
-
-def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
-    """Copies one tensor of the file into the layer; of a PiSSA adapter's A and B the second half is the frozen one."""
-    if key.endswith((".lora_A.weight", ".lora_B.weight")):
-        name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
-        halves = value.split(w.r, dim=dim)
-        slots = (getattr(w, f"lora_{name}"), getattr(w, f"initial_{name}"))
-        for slot, half in zip(slots, halves, strict=False):
-            slot.copy_(half)
-    else:
-        slot = w.lora_magnitude_vector if key.endswith("lora_magnitude_vector") else w.bias
-        assert slot is not None  # `_named_tensors` gave its key
-        slot.copy_(value)
-
-
-def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
-    """Writes `adapter_files` into `folder`, which is created if needed, not atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(model, lora_config, base):
-        write_file(folder / name, content)
+def _slots(path: str, w: LoRAWeights) -> dict[str, tuple[list[torch.Tensor], int]]:
+    """By key of the file, the parts of a tensor, and along which axis: PiSSA's A and B have a frozen half behind."""
+    found: dict[str, tuple[list[torch.Tensor | None], int]] = {
+        "lora_A.weight": ([w.lora_A, w.initial_A] if w.r else [], 0),
+        "lora_B.weight": ([w.lora_B, w.initial_B] if w.r else [], 1),
+        "lora_magnitude_vector": ([w.lora_magnitude_vector], 0),
+        "base_layer.bias" if w.r else "bias": ([w.bias], 0),
+    }
+    slots = {name: ([part for part in parts if part is not None], dim) for name, (parts, dim) in found.items()}
+    return {f"{KEY_PREFIX}{path}.{name}": slot for name, slot in slots.items() if slot[0]}
 
 
 def load_adapter(
@@ -164,8 +145,8 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: boo
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Copies the tensors of the file `path` into the LoRA layers, all of them or none."""
-    owners = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
-    problems = find_mismatches({key: slot.shape for key, (_, slot) in owners.items()}, tensors)
+    slots = {key: slot for name, w in iter_lora_weights(model) for key, slot in _slots(name, w).items()}
+    problems = find_mismatches({key: torch.cat(*slot).shape for key, slot in slots.items()}, tensors)
     if not problems:
         problems = [f"{name}: holds NaN or infinite values" for name in sorted(tensors) if not is_finite(tensors[name])]
     if problems:
@@ -173,8 +154,9 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
             f"{path}: does not fit the base model; check --base and adapter_config.json{show_problems(problems)}"
         )
     with torch.no_grad():
-        for name, (w, _) in owners.items():
-            _put(w, name, tensors[name])
+        for name, (parts, dim) in slots.items():
+            for part, value in zip(parts, tensors[name].chunk(len(parts), dim), strict=True):
+                part.copy_(value)
 
 
 def read_adapter_tensors(

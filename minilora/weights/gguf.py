@@ -12,6 +12,8 @@ Norms and biases stay in float32, as llama.cpp expects them. A tied head is left
 Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2.
 """
 
+import contextlib
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,22 +28,18 @@ from minilora.system.files import storage_errors
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
+gguf: Any = None
+with contextlib.suppress(ImportError):  # `check_gguf` says so
+    gguf = importlib.import_module("gguf")
+
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
 CHUNK = 1 << 24  # values that are converted at a time
 
 
-def import_gguf() -> Any:
-    """The `gguf` package. UserError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'") from None
-    return gguf
-
-
 def check_gguf(checkpoint: Path) -> None:
     """Raises UserError for what `write_gguf` would lack, before anything is computed."""
-    import_gguf()
+    if gguf is None:
+        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'")
     if read_config(checkpoint).max_position_embeddings is None:
         raise UserError(
             f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
@@ -68,7 +66,6 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
         StorageError: the disk is full or fails.
     """
     check_gguf(checkpoint)
-    gguf = import_gguf()
     entries = read_checkpoint_entries(checkpoint)
     config = read_config(checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
@@ -97,7 +94,6 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
 
 def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     """What llama.cpp reads of a qwen2 model beside its tensors."""
-    gguf = import_gguf()
     config = read_config(checkpoint)
     writer.add_type("model")
     writer.add_name(name)
@@ -124,7 +120,7 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
 
 def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:
     """Text and type of every id, in order; an id of the embedding without a token is an unused one."""
-    kinds = import_gguf().TokenType
+    kinds = gguf.TokenType
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     by_id = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
     added = tokenizer.get_added_tokens_decoder()
@@ -141,7 +137,6 @@ def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]
 
 def _type_of(shape: torch.Size, kind: str) -> Any:
     """The type that a tensor is written in: float32 with one axis, float16 where blocks do not divide a row."""
-    gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
     chosen = gguf.GGMLQuantizationType[kind.upper()]
@@ -150,12 +145,11 @@ def _type_of(shape: torch.Size, kind: str) -> Any:
 
 def _byte_shape(shape: torch.Size, tensor_type: Any) -> tuple[int, ...]:
     """`shape`, its last axis counted in bytes."""
-    return tuple(import_gguf().quant_shape_to_byte_shape(shape, tensor_type))
+    return tuple(gguf.quant_shape_to_byte_shape(shape, tensor_type))
 
 
 def _convert(key: str, tensor: torch.Tensor, tensor_type: Any) -> np.ndarray:
     """The tensor in `tensor_type`: (rows, bytes of a row) uint8."""
-    gguf = import_gguf()
     matrix = tensor.view(-1, tensor.shape[-1])
     data = np.empty(_byte_shape(matrix.shape, tensor_type), np.uint8)
     step = max(1, CHUNK // matrix.shape[1])

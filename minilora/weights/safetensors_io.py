@@ -142,7 +142,7 @@ def find_mismatches(
     """Why the tensors of a file cannot be parameters of these shapes: they must correspond, and be floating-point."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = [f"{name}: missing from the file, expected {tuple(expected[name])}" for name in missing]
-    problems += [f"{name}: in the file, unknown to the model" for name in unknown]
+    problems += [f"{name}: unknown to the model" for name in unknown]
     for name in sorted(expected.keys() & found.keys()):
         if found[name].shape != expected[name]:
             problems.append(f"{name}: file has {tuple(found[name].shape)}, expected {tuple(expected[name])}")

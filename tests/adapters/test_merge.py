@@ -30,7 +30,7 @@ from minilora.adapters.merge import (
     write_merged,
 )
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
@@ -42,7 +42,7 @@ from minilora.system.manifest import write_folder
 from minilora.weights import safetensors_io
 from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import LoadSettings, load_model
-from tests.conftest import make_reviews
+from tests.conftest import make_reviews, save_adapter
 
 Checkpoint = Callable[..., Path]
 # Float32: a sum of 64 to 128 products in another order, through two layers. Without the adapter logits move by more

@@ -19,12 +19,12 @@ from minilora.adapters.peft_files import (
     damage_of_adapter,
     load_adapter,
     load_adapter_weights,
-    save_adapter,
 )
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.manifest import write_folder
+from tests.conftest import save_adapter
 
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0.1)
 LoadModel = Callable[..., Qwen2ForCausalLM]
