@@ -232,74 +232,45 @@ def cheapest_that_fits(setup: Setup, options: Sequence[Option], budget_bytes: in
     return keys
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What fits a budget; 0 is for none."""
-
-    setup: Setup
-    budget_bytes: int
-    batch_size: int  # largest train.per_device_train_batch_size
-    micro_batch_tokens: int  # largest train.max_tokens_per_micro_batch
-    example_tokens: int  # longest single example
-    options: list[Option]  # that save memory, the one that saves most first
-    combination: list[str] | None  # keys that make it fit; empty where it fits already, None where nothing does
-    least: MemoryEstimate  # with all options
-    fitting_sizes: list[str]  # where nothing makes it fit, the sizes that do with all options
-
-    @property
-    def fits(self) -> bool:
-        """Whether the configuration fits as it is."""
-        return self.setup.total_bytes <= self.budget_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; the keys are those of earlier versions."""
-        total = self.setup.total_bytes
-        return {
-            "model": self.setup.config.model.name_or_path,
-            "device": self.setup.device_type,
-            "budget_bytes": self.budget_bytes,
-            "ledger": self.setup.estimate().parts,
-            "total_bytes": total,
-            "fits": self.fits,
-            "per_device_train_batch_size": self.batch_size,
-            "max_tokens_per_micro_batch": self.micro_batch_tokens,
-            "longest_example_tokens": self.example_tokens,
-            "knobs": [
-                {"keys": o.keys, "total_bytes": o.total_bytes, "saves_bytes": total - o.total_bytes, "costs": o.cost}
-                for o in self.options
-            ],
-            "combination": self.combination,
-            "least_bytes": self.least.total_bytes,
-            "least_weight_bytes": self.least.weight_bytes,
-            "fitting_sizes": self.fitting_sizes,
-        }
-
-
 def least_memory_estimate(setup: Setup) -> MemoryEstimate:
     """With all options."""
     return setup.with_keys(merge_keys(list_options(setup))).estimate()
 
 
-def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
-    """What fits `budget_bytes`; `num_examples`, of the data, bounds the batch size."""
-    options = list_options(setup)
-    combination = [] if setup.total_bytes <= budget_bytes else cheapest_that_fits(setup, options, budget_bytes)
-    shown = list(options)
-    if (smaller := next_smaller(setup.architecture)) is not None:
-        total = setup.with_size(smaller).total_bytes
-        shown.append(Option((f"model.name_or_path={hub_name(smaller)}",), "a less able model", total))
+def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> dict[str, Any]:
+    """What fits `budget_bytes`, as --json prints it; `num_examples`, of the data, bounds the batch size.
+
+    What is the largest that fits is 0 where nothing does. `knobs` begin with the option that saves most. `combination`
+    are the keys that make it fit, None where nothing does; then `fitting_sizes` are those that do with all options, as
+    `least_bytes` is with all options.
+    """
+    total, options = setup.total_bytes, list_options(setup)
+    combination = [] if total <= budget_bytes else cheapest_that_fits(setup, options, budget_bytes)
+    shown, smaller = list(options), next_smaller(setup.architecture)
+    if smaller is not None:
+        key = f"model.name_or_path={hub_name(smaller)}"
+        shown.append(Option((key,), "a less able model", setup.with_size(smaller).total_bytes))
+    least = least_memory_estimate(setup)
     sizes = [] if combination is not None else SIZES
-    return Advice(
-        setup=setup,
-        budget_bytes=budget_bytes,
-        batch_size=largest_batch_size(setup, budget_bytes, num_examples),
-        micro_batch_tokens=largest_micro_batch(setup, budget_bytes),
-        example_tokens=longest_example(setup, budget_bytes),
-        options=sorted(shown, key=lambda option: option.total_bytes),
-        combination=combination,
-        least=least_memory_estimate(setup),
-        fitting_sizes=[s for s in sizes if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
-    )
+    return {
+        "model": setup.config.model.name_or_path,
+        "device": setup.device_type,
+        "budget_bytes": budget_bytes,
+        "ledger": setup.estimate().parts,
+        "total_bytes": total,
+        "fits": total <= budget_bytes,
+        "per_device_train_batch_size": largest_batch_size(setup, budget_bytes, num_examples),
+        "max_tokens_per_micro_batch": largest_micro_batch(setup, budget_bytes),
+        "longest_example_tokens": longest_example(setup, budget_bytes),
+        "knobs": [
+            {"keys": o.keys, "total_bytes": o.total_bytes, "saves_bytes": total - o.total_bytes, "costs": o.cost}
+            for o in sorted(shown, key=lambda option: option.total_bytes)
+        ],
+        "combination": combination,
+        "least_bytes": least.total_bytes,
+        "least_weight_bytes": least.weight_bytes,
+        "fitting_sizes": [s for s in sizes if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
+    }
 
 
 def train_command(config_path: str, overrides: Sequence[str], keys: Sequence[str]) -> str:
