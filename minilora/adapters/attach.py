@@ -36,7 +36,7 @@ def attach(
     """Gives every chosen linear layer the weights of a new adapter, which becomes the active one, and freezes the base.
 
     Args:
-        model: changed in place.
+        model: changed in place; ValueError where an adapter is merged.
         lora_config: of the adapter; for "pissa" and "loftq" `init.initialize` does the rest.
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
         device: by default that of each layer.
@@ -44,10 +44,6 @@ def attach(
 
     Returns:
         The seed of dropout, which training sets before each micro-batch.
-
-    Raises:
-        UserError: a target that matches no linear layer.
-        ValueError: an adapter is merged.
     """
     remove_adapter(model, name)
     for parameter in model.parameters():

@@ -7,11 +7,9 @@ The adapter was trained beside Q(W), so only the second is the model whose accur
 the base, and often as good. Neither is quantised again: that would round away much of the small product. Sums are
 float32, rounded once to the dtype of the files.
 
-Memory: one shard, and a few float32 copies of one weight, for a model of any size. Tensors are read, merged and added
-to a shard one by one, and a shard is written before the next begins.
+Memory: one shard, and a few float32 copies of one weight, for a model of any size.
 
-The layout is Hugging Face's: model.safetensors, or model-00001-of-00004.safetensors and so on with an index. A tied
-head is not a tensor of its own, so it stays tied.
+The layout is Hugging Face's: one file, or shards with an index. A tied head is no tensor of its own, so it stays tied.
 """
 
 import contextlib

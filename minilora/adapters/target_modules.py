@@ -22,6 +22,7 @@ from minilora.errors import UserError
 
 MAX_WAYS = 300_000
 WAYS_OF_REPETITION = 16  # four `.*` split a path of 33 characters in 16^4 ways
+NAME_START = re.compile(r"^|\.")  # ends where the path or a name in it begins
 # An escape, a class, the beginning of a group, a quantifier, or a single character.
 TOKENS = re.compile(
     r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?:#|[a-zA-Z-]*))?|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL
@@ -64,16 +65,13 @@ def _choose_paths(candidates: Sequence[str], target_modules: str | Sequence[str]
         if matched:
             return matched
         target_modules = [target_modules]  # a single name
-    missing = [t for t in target_modules if not any(_is_named(path, t) for path in candidates)]
+    named = {name: [path for path in candidates if f".{path}".endswith(f".{name}")] for name in target_modules}
+    missing = [name for name, found in named.items() if not found]
     if missing or not target_modules:
         head = {"lm_head", "embed_tokens"} & set(missing)
         reason = "; head and embedding cannot be adapted (they are one matrix in tied models)" if head else ""
         raise UserError(f"lora.target_modules: {missing} match no linear layer; {choices}{reason}")
-    return [path for path in candidates if any(_is_named(path, t) for t in target_modules)]
-
-
-def _is_named(path: str, target: str) -> bool:
-    return path == target or path.endswith(f".{target}")
+    return [path for path in candidates if any(path in found for found in named.values())]
 
 
 def _in_layers(
@@ -97,16 +95,13 @@ def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[
     values: dict[str, float] = {}
     for expression, value in pattern.items():
         compiled = _compile(f"lora.{name}", expression)
-        matched = [path for path in candidates if any(compiled.fullmatch(path, start) for start in _name_starts(path))]
+        matched = [
+            path for path in candidates if any(compiled.fullmatch(path, m.end()) for m in NAME_START.finditer(path))
+        ]
         if not matched:
             raise UserError(f"lora.{name}: {expression!r} matches no linear layer; correct or remove it")
         values = dict.fromkeys(matched, value) | values
     return values
-
-
-def _name_starts(path: str) -> list[int]:
-    """Where the path and each name in it begin."""
-    return [0, *(dot.end() for dot in re.finditer(r"\.", path))]
 
 
 def _compile(key: str, expression: str) -> re.Pattern[str]:
@@ -147,8 +142,7 @@ class _Group:
 def count_ways(expression: str) -> int:
     """In how many ways a valid regular expression may match a path: an estimate, by its repetitions and alternatives.
 
-    Raises:
-        ValueError: MAX_WAYS is exceeded, or a repetition is nested in another, which makes the ways exponential.
+    ValueError for more than MAX_WAYS, and for a repetition in another, which makes the ways exponential.
     """
     groups = [_Group()]
     for token in TOKENS.findall(expression):

@@ -3,8 +3,7 @@
     <|im_start|>system\\n{system}<|im_end|>\\n                                   before the first turn
     <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}      each turn; <|im_end|>\\n before the next
 
-`prompt.ChatTokenizer` renders the turns, so typed text never becomes a control token. One `decode.DecodeState` holds
-the conversation: a turn costs its own tokens and those of its answer.
+`prompt.ChatTokenizer` renders the turns, so typed text never becomes a control token.
 
 The model's generation_config.json decides how tokens are sampled. For what it leaves out, `GenerationConfig` has the
 defaults of Qwen2.5's larger Instruct models.

@@ -9,6 +9,7 @@ it. A combination is found backwards: all options are taken, then dropped again,
 budget allows it. So none is taken where a cheaper one is enough.
 """
 
+import bisect
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -114,14 +115,7 @@ def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Ca
 
 def largest_that_fits(fits: Callable[[int], bool], most: int = MOST) -> int:
     """The largest number up to `most` that fits, 0 if 1 does not; `fits` must be monotonic."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))
 
 
 def largest_batch_size(setup: Setup, budget_bytes: int, most: int = MOST) -> int:

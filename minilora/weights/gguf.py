@@ -49,21 +49,14 @@ def check_gguf(checkpoint: Path) -> None:
 
 def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
     """Size of the tensors in a GGUF file of `kind`; the vocabulary adds some megabytes."""
-    return sum(math.prod(_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
+    return sum(math.prod(gguf.quant_shape_to_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
 
 
 def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
     """Writes `path` from a dense checkpoint's weights, configuration and tokenizer, one tensor at a time.
 
-    Args:
-        checkpoint: folder, for which `check_gguf` passes.
-        path: of the file.
-        kind: one of KINDS.
-        name: what llama.cpp calls the model.
-
-    Raises:
-        UserError: see `check_gguf`, or values that float16 cannot hold.
-        StorageError: the disk is full or fails.
+    `kind` is one of KINDS, `name` what llama.cpp calls the model. UserError as `check_gguf`, and for values that float16
+    cannot hold; StorageError for a full or failing disk.
     """
     check_gguf(checkpoint)
     entries = read_checkpoint_entries(checkpoint)
@@ -74,7 +67,7 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
         try:
             for key, entry in entries.items():
                 tensor_type = _type_of(entry.shape, kind)
-                shape = _byte_shape(entry.shape, tensor_type)
+                shape = gguf.quant_shape_to_byte_shape(entry.shape, tensor_type)
                 writer.add_tensor_info(
                     name=names.get_name(key, try_suffixes=(".weight", ".bias")),
                     tensor_shape=shape,
@@ -143,15 +136,10 @@ def _type_of(shape: torch.Size, kind: str) -> Any:
     return chosen if shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _byte_shape(shape: torch.Size, tensor_type: Any) -> tuple[int, ...]:
-    """`shape`, its last axis counted in bytes."""
-    return tuple(gguf.quant_shape_to_byte_shape(shape, tensor_type))
-
-
 def _convert(key: str, tensor: torch.Tensor, tensor_type: Any) -> np.ndarray:
     """The tensor in `tensor_type`: (rows, bytes of a row) uint8."""
     matrix = tensor.view(-1, tensor.shape[-1])
-    data = np.empty(_byte_shape(matrix.shape, tensor_type), np.uint8)
+    data = np.empty(gguf.quant_shape_to_byte_shape(matrix.shape, tensor_type), np.uint8)
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, len(matrix), step):
         piece = matrix[start : start + step].float()

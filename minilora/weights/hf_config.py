@@ -47,11 +47,6 @@ def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
     """The architecture in a config.json, whose path is `where`. UserError for another one, or what the model lacks."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
-    if content.get("model_type") != "qwen2":
-        raise UserError(
-            f"{where}: model_type is {content.get('model_type')!r}, expected 'qwen2'; "
-            "minilora trains the dense Qwen2.5 models"
-        )
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope scaling is {rope!r}, expected an object; download it again")
@@ -62,15 +57,16 @@ def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
 
 
 def _refuse_features(content: dict[str, Any], rope: dict[str, Any], where: str) -> None:
-    """Raises UserError for sliding windows, another activation or scaled rotary embeddings."""
+    """Raises UserError for another architecture, sliding windows, another activation or scaled rotary embeddings."""
     found = {
+        "model_type": (content.get("model_type"), "qwen2"),
         "use_sliding_window": (content.get("use_sliding_window", False), False),
         "hidden_act": (content.get("hidden_act", "silu"), "silu"),
         "rope scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     for name, (value, expected) in found.items():
         if value != expected:
-            raise UserError(f"{where}: {name} is {value!r}, only {expected!r} is supported; use a model without it")
+            raise UserError(f"{where}: {name} is {value!r}, only {expected!r} is supported; use a dense Qwen2.5 model")
     layer_types = content.get("layer_types") or []
     if not isinstance(layer_types, list) or any(name != "full_attention" for name in layer_types):
         raise UserError(
