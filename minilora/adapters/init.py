@@ -11,9 +11,8 @@ A frozen product subtracts PiSSA's principal part (`qlora/lora.py`), so the base
 it. LoftQ is its first iteration, as in peft's `replace_lora_weights_loftq`, except that peft leaves s out.
 
 The singular directions come from the eigenvectors of M M^T (of the smaller side) in float64: squaring costs half of the
-digits, and float64 has twice as many as the result needs. They are exact. A weight's singular values fall so slowly
-that a randomised decomposition (peft's pissa_niter_16) is off by 2 to 43 % of the principal part's norm in a
-Qwen2.5-0.5B at R = 8, and one that is exact enough took longer there than the exact one.
+digits, and float64 has twice as many as the result needs. A randomised decomposition (peft's pissa_niter_16) is off by
+2 to 43 % of the principal part's norm in a Qwen2.5-0.5B at R = 8, because a weight's singular values fall slowly.
 
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """

@@ -95,9 +95,7 @@ def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[
     values: dict[str, float] = {}
     for expression, value in pattern.items():
         compiled = _compile(f"lora.{name}", expression)
-        matched = [
-            path for path in candidates if any(compiled.fullmatch(path, m.end()) for m in NAME_START.finditer(path))
-        ]
+        matched = [p for p in candidates if any(compiled.fullmatch(p, start.end()) for start in NAME_START.finditer(p))]
         if not matched:
             raise UserError(f"lora.{name}: {expression!r} matches no linear layer; correct or remove it")
         values = dict.fromkeys(matched, value) | values

@@ -55,8 +55,8 @@ def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
 def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
     """Writes `path` from a dense checkpoint's weights, configuration and tokenizer, one tensor at a time.
 
-    `kind` is one of KINDS, `name` what llama.cpp calls the model. UserError as `check_gguf`, and for values that float16
-    cannot hold; StorageError for a full or failing disk.
+    `kind` is one of KINDS, `name` what llama.cpp calls the model. UserError as `check_gguf`, and for values that
+    float16 cannot hold; StorageError for a full or failing disk.
     """
     check_gguf(checkpoint)
     entries = read_checkpoint_entries(checkpoint)
