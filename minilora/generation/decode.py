@@ -57,11 +57,6 @@ class DecodeState:
         self._caches = [KVCache() for _ in model.model.layers]
         self._num_cached = 0  # tokens in every layer's cache; after an interruption some layers have more
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._model.head_weight.device
-
     def truncate(self, length: int) -> None:
         """Keeps the first `length` ids."""
         del self.ids[length:]
@@ -77,11 +72,12 @@ class DecodeState:
         self._num_cached = min(self._num_cached, len(self.ids) - 1)  # the last hidden state is not cached
         for layer in self._caches:
             layer.truncate(self._num_cached)
+        head = self._model.head_weight
         for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
-            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=self.device)
+            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=head.device)
             hidden = self._model.prefill(piece, self._caches)
         self._num_cached = len(self.ids)
-        return head_logits(hidden, self._model.head_weight)[0]
+        return head_logits(hidden, head)[0]
 
 
 @torch.inference_mode()
@@ -94,7 +90,7 @@ def generate(
 ) -> Iterator[int]:
     """The tokens after `state.ids`, one at least, each appended to them before it is yielded.
 
-    Ends before the first of `stop_ids`, which is neither yielded nor appended. `generator` is on the state's device:
+    Ends before the first of `stop_ids`, which is neither yielded nor appended. `generator` is on the model's device:
     the same seed gives the same tokens. FloatingPointError for a logit that is NaN.
     """
     temperature = config.temperature if config.do_sample else 0.0
