@@ -62,8 +62,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
+            length = int.from_bytes(file.read(8), "little")
             longest = min(max(SHORT_HEADER_BYTES, size // FILE_BYTES_PER_HEADER_BYTE), MAX_HEADER_BYTES, size - 8)
             if not 2 <= length <= longest:  # before it is read
                 raise ValueError(f"header of {length} bytes in a file of {size}")
