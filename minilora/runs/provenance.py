@@ -20,7 +20,7 @@ from minilora.config import CUTS, Config, changed_keys, drop_removed_keys
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
-from minilora.system.files import read_json, sha256, sha256_once
+from minilora.system.files import read_json, sha256
 from minilora.weights.safetensors_io import dtype_name
 
 
@@ -97,7 +97,7 @@ def model_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that define a base model, by name."""
     names = ("config.json", "tokenizer.json")
     return {
-        path.name: sha256_once(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])
+        path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])
     }
 
 

@@ -58,12 +58,14 @@ def test_a_resumed_run_hashes_each_checkpoint_that_it_reads_once(
     monkeypatch.setattr(manifest, "hash_file", count)
     run()
     files = ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json")
-    for folder in ("step-000003", "step-000004"):  # that the run resumes from, and that it writes and reads back
+    # That the run resumes from, and that it writes and reads back.
+    for folder in ("step-000003", ".writing-step-000004"):
         assert [hashed[f"{folder}/{name}"] for name in files] == [1] * 4
+    assert hashed["step-000004/adapter_model.safetensors"] == 0
     # The best one when the run begins, so that a loss shows before hours of computing, and when it is loaded.
     assert [hashed[f"step-000002/{name}"] for name in files] == [2] * 4
-    assert hashed["final/adapter_model.safetensors"] == 1
-    assert hashed[".writing-final/adapter_model.safetensors"] == 0
+    assert hashed[".writing-final/adapter_model.safetensors"] == 1
+    assert hashed["final/adapter_model.safetensors"] == 0
 
 
 @pytest.mark.parametrize("name", ["state.json", "adapter_model.safetensors", "optimizer.safetensors", "manifest.json"])

@@ -28,7 +28,6 @@ from minilora.system.files import (
     remove,
     replace_file,
     sha256,
-    sha256_once,
     storage_errors,
     write_file,
 )
@@ -79,14 +78,14 @@ def test_a_digest_is_taken_once_while_the_file_is_the_same_by_any_name(
     read = counting_hashes(monkeypatch)
     write_long_ago(tmp_path / "a", b"abc", 60)
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert sha256_once(tmp_path / "a") == sha256_once(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
     assert read == [tmp_path / "a"]
     write_long_ago(tmp_path / "a", b"abd", 50)  # as long as before
-    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
     (tmp_path / "b").write_bytes(b"abe")
     os.utime(tmp_path / "b", ns=(0, (tmp_path / "a").stat().st_mtime_ns))
     (tmp_path / "b").replace(tmp_path / "a")  # another file as old as the one before
-    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
 
 
 @pytest.mark.parametrize("seconds", [0, -60], ids=["just now", "in the future"])
@@ -96,13 +95,8 @@ def test_a_digest_of_a_file_whose_next_change_the_clock_may_not_tell_is_taken_ag
     read = counting_hashes(monkeypatch)
     write_long_ago(tmp_path / "a", b"abc", seconds)
     for _ in range(2):
-        sha256_once(tmp_path / "a")
+        sha256(tmp_path / "a")
     assert read == [tmp_path / "a"] * 2
-
-
-def test_a_digest_of_what_is_not_there_is_asked_for_in_vain(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
-        sha256_once(tmp_path / "nowhere")
 
 
 def test_json_is_the_same_bytes_for_the_same_content() -> None:
