@@ -96,9 +96,7 @@ def _note_changed_splits(directory: Path, digests: dict[str, str]) -> None:
 def model_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that define a base model, by name."""
     names = ("config.json", "tokenizer.json")
-    return {
-        path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])
-    }
+    return {path.name: sha256(path) for path in sorted([*(folder / n for n in names), *folder.glob("*.safetensors")])}
 
 
 def read_provenance(folder: Path) -> Provenance:
