@@ -53,7 +53,7 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
         )
-    before, now = read_provenance(final), current_provenance(config, model_folder, ranks)
+    before, now = read_provenance(final), current_provenance(config, model_folder, {"ranks": ranks})
     refuse_other_run(before, now, config, final.parent.parent)
     for name in (*FINAL_KEYS, *LENGTHS):
         old, new = before.config["train"].get(name), now.config["train"][name]

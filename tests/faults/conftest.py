@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import MEASURED_KEYS
 from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
@@ -144,7 +144,7 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finish
         checkpoints = output / "checkpoints"
         is_finished = (checkpoints / "final").is_dir()
         recover_folders(checkpoints)
-        newest = next((path for path in reversed(list_checkpoints(checkpoints)) if damage_of(path) is None), None)
+        newest = next((path for path in reversed(list_checkpoints(checkpoints)) if verify_folder(path) is None), None)
         status = runs.run(keys, output)
         printed, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
         assert status == 0, errors

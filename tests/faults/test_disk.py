@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import list_checkpoints
 from minilora.system.files import LOCK
+from minilora.system.manifest import verify_folder
 from tests.faults.conftest import Count, Finishes, HowMany
 from tests.faults.runner import Runs
 
@@ -42,7 +43,7 @@ def test_every_write_may_fail(
             assert str(output) in errors
             assert "No space left on device" in errors or "Input/output error" in errors
             kept = list_checkpoints(output / "checkpoints") if output.is_dir() else []
-            assert all(damage_of(path) is None for path in kept)
+            assert all(verify_folder(path) is None for path in kept)
             if "trainable parameters" in printed:  # the run had begun
                 assert "bytes are free there" in errors
                 assert f"the newest checkpoint: {kept[-1] if kept else 'none'}" in errors

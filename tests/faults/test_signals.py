@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import list_checkpoints
+from minilora.system.manifest import verify_folder
 from tests.faults.conftest import Count, Finishes, HowMany
 from tests.faults.runner import Runs
 
@@ -82,6 +83,6 @@ def test_a_second_signal_within_a_save_tears_nothing(
         assert "stopped at once" in Path(f"{output}.err").read_text("utf-8")
         kept = list_checkpoints(output / "checkpoints")
         assert kept
-        assert all(damage_of(path) is None for path in kept)
+        assert all(verify_folder(path) is None for path in kept)
         finishes(output)
     count(f"a second SIGTERM at {len(chosen)} of {len(saving)} operations of a save: lost: 0")
