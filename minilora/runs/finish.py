@@ -8,6 +8,7 @@ checkpoints/final/
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,7 +34,7 @@ from minilora.planning.plan import estimate_run_memory
 from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
-from minilora.runs.advice import check_finite
+from minilora.runs.advice import non_finite
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
@@ -237,7 +238,8 @@ def score_split(
     size = run.config.train.per_device_eval_batch_size
     options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
     scores = score(run.model, split.examples, prompt, options)
-    check_finite(run, f"{name} loss", scores.loss)
+    if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
+        raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number")
     # On rank 0 only: all ranks have to agree on which checkpoint is best.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
 

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minilora.config import Config
-from minilora.errors import UserError
 from minilora.runs.advice import out_of_memory
 from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, step_of
 from minilora.runs.metrics_log import read_metrics
@@ -98,7 +97,7 @@ def run_folder(config: Config, restart: bool, ranks: Ranks) -> Iterator[RunFolde
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError(out_of_memory(config, folder.run, error)) from error
+            raise out_of_memory(config, folder.run, error) from error
 
 
 def set_run_aside(directory: Path) -> None:

@@ -17,8 +17,6 @@ from minilora.errors import UserError
 from minilora.system.console import info, warn
 from minilora.system.files import make_folder, replace_file
 
-PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
-
 
 class Tracker:
     """Where entries go beside metrics.jsonl; this one sends them nowhere. A context manager around the run.
@@ -102,7 +100,7 @@ class WeightsAndBiases(Tracker):
             replace_file(path, secrets.token_hex(4).encode())
         try:
             self._run: Any = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or PROJECT,
+                project=os.environ.get("WANDB_PROJECT") or "minilora",
                 id=path.read_text("utf-8"),
                 resume="allow",
                 dir=str(directory),
@@ -134,13 +132,7 @@ def check_tracker(report_to: str) -> None:
 
 
 def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, Any]) -> Tracker:
-    """The tracker that `train.report_to` names.
-
-    Args:
-        report_to: "none", "tensorboard" or "wandb".
-        directory: the run's output folder.
-        step: steps that are done.
-        config: the resolved configuration, which Weights & Biases shows beside the curves.
+    """The tracker that `train.report_to` names, for a run in `directory` with `step` steps done.
 
     Raises:
         UserError: Weights & Biases cannot begin a run, or the folder for the files cannot be made.

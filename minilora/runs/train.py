@@ -30,13 +30,12 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.config import Config
-from minilora.errors import UserError
 from minilora.qlora.step import StepResult, train_step
-from minilora.runs.advice import non_finite_adapter, too_many_skipped
+from minilora.runs.advice import non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
 from minilora.runs.finish import check_finished, finish, score_split, score_test_set
 from minilora.runs.folder import run_folder
-from minilora.runs.metrics_log import NoLog, RunLog, format_metrics
+from minilora.runs.metrics_log import RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
@@ -118,7 +117,7 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         )
         if in_a_row >= run.config.train.max_skipped_steps:
             log.write(entry)
-            raise UserError(too_many_skipped(run, batch, in_a_row))
+            raise too_many_skipped(run, batch, in_a_row)
     scaler = run.scaler.state_dict() if run.scaler is not None else {}
     run.state = replace(
         state,
@@ -164,7 +163,7 @@ def save(run: Run, log: RunLog) -> None:
         StorageError: see `save_checkpoint`.
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
-        raise UserError(non_finite_adapter(run))
+        raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved")
     if run.ranks.size > 1:
         remedy = f"run the same command on machines that are alike, it resumes from {run.newest_checkpoint}"
         run.ranks.require_same(state_digests(run.model, run.optimizer), f"step {run.state.step} is not saved; {remedy}")
@@ -189,11 +188,8 @@ def saving_on_exit(run: Run) -> Iterator[tuple[RunLog, SafePoints]]:
     """
     with ExitStack() as stack:
         with run.ranks.barrier():
-            log = (
-                RunLog(run.directory, run.total_steps, run.logged_steps, run.tracker)
-                if run.ranks.is_rank_0
-                else NoLog()
-            )
+            directory = run.directory if run.ranks.is_rank_0 else None
+            log = RunLog(directory, run.total_steps, run.logged_steps, run.tracker)
             stack.callback(log.close)
         safe_points = stack.enter_context(SafePoints())
         run.saved = run.state
