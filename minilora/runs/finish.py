@@ -25,7 +25,7 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import Examples, choose_dtype
+from minilora.build import DTYPES, Examples, choose_dtype
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
@@ -66,38 +66,29 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
 
 
 def finish(run: Run) -> Path:
-    """Writes the final folder, of the best checkpoint if so configured, and beside the log its plot and the report.
-
-    Returns:
-        The final folder.
-    """
+    """Writes the final folder, of the best checkpoint if so configured, and beside the log its plot and the report."""
     if run.has_stalled:
         info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
-    train = run.config.train
-    step = run.state.step
-    if train.load_best_model_at_end and run.state.best_step != step:
-        step = run.state.best_step
-        run.ranks.run_on_rank_0(lambda: _load_best(run))
-        share_adapter(run.model, run.ranks)
-    after, probabilities = score_test_set(run, "test after training") if train.do_predict else (None, None)
+    step = run.ranks.run_on_rank_0(lambda: _load_best(run))
+    share_adapter(run.model, run.ranks)
+    after, probabilities = score_test_set(run, "test after training") if run.config.train.do_predict else (None, None)
     run.ranks.run_on_rank_0(lambda: _write_final(run, step, after, probabilities))
     return run.final
 
 
-def _load_best(run: Run) -> None:
+def _load_best(run: Run) -> int:
+    """Loads the best checkpoint's adapter if so configured; returns the step whose adapter the model has."""
     best = check_best(run.config, run.checkpoints, run.state)
-    assert best is not None  # `finish` asked for another step than the last
+    if best is None:
+        return run.state.step
     load_adapter_weights(run.model, best, is_verified=True)
+    return run.state.best_step
 
 
 def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilities: np.ndarray | None) -> None:
     """The final folder, the report and the plot.
 
-    Args:
-        run: with all its steps done.
-        step: whose adapter the model has.
-        after: metrics of the test set with it.
-        probabilities: (N, labels) behind them.
+    `step` is the one whose adapter the model has, `after` its metrics on the test set, from (N, labels) probabilities.
     """
     train = run.config.train
     base = run.prompt.tokenizer.folder
@@ -113,7 +104,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         "machine": run.state.machine,
         "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
     }
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
+    dtype = DTYPES[train.save_dtype]
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield from adapter_files(
@@ -151,11 +142,8 @@ def _report_of(
 ) -> Report:
     """What the report of a run shows.
 
-    Args:
-        run: with all its steps done.
-        results: content of metrics.json.
-        probabilities: (N, labels) of the test set; None where it has no labels or was not scored.
-        log: entries of metrics.jsonl.
+    `results` is the content of metrics.json, `log` that of metrics.jsonl; the (N, labels) probabilities of the test set
+    are None where it has no labels or was not scored.
     """
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
     test = splits["test"]
@@ -205,11 +193,7 @@ def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
     expected_config = to_peft(*run.adapter, model=run.model, portable=train.portable)
     _, found = read_adapter_tensors(folder, allow_bin=True, is_verified=True)  # just written by this process
     expected = adapter_tensors(run.model, dtype, expected_config["lora_alpha"] if train.portable else None)
-    different = [
-        name
-        for name in sorted({*found, *expected})
-        if name not in found or name not in expected or not _is_same(found[name], expected[name])
-    ]
+    different = [name for name in sorted({*found, *expected}) if not _is_same(found.get(name), expected.get(name))]
     if read_json(folder / "adapter_config.json") != json.loads(json_bytes(expected_config)):
         different.append("adapter_config.json")
     if different:
@@ -219,7 +203,9 @@ def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
         )
 
 
-def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    if found is None or expected is None:
+        return False
     return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
