@@ -31,36 +31,28 @@ RESTARTING = ".restarting"
 
 
 class RunFolder:
-    """The output folder of a run, locked.
+    """The output folder of a run, locked; `is_finished` says whether an earlier run has come to its end there."""
 
-    Attributes:
-        final: the final adapter's folder.
-        is_finished: whether an earlier run has come to its end there.
-    """
-
-    def __init__(self, config: Config, ranks: Ranks, stack: ExitStack):
+    def __init__(self, config: Config, restart: bool, ranks: Ranks, stack: ExitStack):
         """`stack` holds the lock and the tracker; whoever made it closes it."""
-        self.config, self.directory, self.ranks = config, Path(config.train.output_dir), ranks
-        self.checkpoints = self.directory / "checkpoints"
-        self.final = self.checkpoints / "final"
-        self.is_finished = False
+        self.config, self.ranks, self._stack = config, ranks, stack
+        self.final = Path(config.train.output_dir) / "checkpoints" / "final"
         self.run: Run | None = None
-        self._stack = stack
+        self.is_finished = ranks.run_on_rank_0(lambda: self._claim(restart))
 
-    def claim(self, restart: bool) -> bool:
+    def _claim(self, restart: bool) -> bool:
         """Locks the folder and clears up what an earlier run left; returns whether that one is finished."""
-        restart = restart or (self.directory / RESTARTING).is_dir()  # a restart that was killed is ended first
+        directory, checkpoints = self.final.parent.parent, self.final.parent
+        restart = restart or (directory / RESTARTING).is_dir()  # a restart that was killed is ended first
         if self.final.is_dir() and not restart:
             return True
-        make_folder(self.checkpoints, "train.output_dir")
-        self._stack.enter_context(lock_folder(self.directory, "train.output_dir"))
-        if self.final.is_dir() and not restart:  # another process finished it while this one waited
-            return True
+        make_folder(checkpoints, "train.output_dir")
+        self._stack.enter_context(lock_folder(directory, "train.output_dir"))
         if restart:
-            set_run_aside(self.directory)
-        recover_folders(self.checkpoints)
+            set_run_aside(directory)
+        recover_folders(checkpoints)
         # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
-        read_metrics(self.directory, max(map(step_of, list_checkpoints(self.checkpoints)), default=0))
+        read_metrics(directory, max(map(step_of, list_checkpoints(checkpoints)), default=0))
         check_tracker(self.config.train.report_to)
         return False
 
@@ -81,8 +73,7 @@ class RunFolder:
 def run_folder(config: Config, restart: bool, ranks: Ranks) -> Iterator[RunFolder]:
     """Locks the output folder; of what ends the run within it says what is saved, and what to do."""
     with ExitStack() as stack:
-        folder = RunFolder(config, ranks, stack)
-        folder.is_finished = ranks.run_on_rank_0(lambda: folder.claim(restart))
+        folder = RunFolder(config, restart, ranks, stack)
         try:
             yield folder
         except Interrupted as stop:

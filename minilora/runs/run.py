@@ -29,19 +29,12 @@ from minilora.system.distributed import Ranks
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The training examples of one optimizer step.
+    """The training examples of one optimizer step."""
 
-    Attributes:
-        step: its number, from 1.
-        examples: of all ranks.
-        records: where each of them is from, file and line.
-        micro_batches: this rank's, on its device.
-    """
-
-    step: int
-    examples: list[Example]
-    records: list[str]
-    micro_batches: list[MicroBatch]
+    step: int  # from 1
+    examples: list[Example]  # of all ranks
+    records: list[str]  # where each of them is from, file and line
+    micro_batches: list[MicroBatch]  # this rank's, on its device
 
     @property
     def num_tokens(self) -> int:
@@ -51,20 +44,12 @@ class StepBatch:
 
 @dataclass
 class Run:
-    """A run's objects, and its state.
-
-    Attributes:
-        directory: the output folder.
-        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
-        state: as of now.
-        saved: the state of the newest checkpoint that this process has written or begun with.
-        tracker: gets the log's entries; on rank 0.
-    """
+    """A run's objects, and its state."""
 
     config: Config
-    directory: Path
+    directory: Path  # the output folder
     device: torch.device
-    process_bytes: int | None
+    process_bytes: int | None  # what the process took before anything was loaded; None where it cannot be measured
     prompt: ClassificationPrompt
     splits: dict[str, Examples]
     model: Qwen2ForCausalLM
@@ -72,9 +57,9 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     ranks: Ranks
-    state: RunState
-    saved: RunState = field(init=False)
-    tracker: Tracker = field(default_factory=Tracker)
+    state: RunState  # as of now
+    saved: RunState = field(init=False)  # of the newest checkpoint that this process has written or begun with
+    tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:
         self.saved = self.state
@@ -86,12 +71,10 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
         return self.directory / "checkpoints"
 
     @property
     def final(self) -> Path:
-        """Folder of the final adapter."""
         return self.checkpoints / "final"
 
     @property

@@ -11,11 +11,6 @@ and what to do. `saving_on_exit` saves the steps done, however the loop ends, an
 
 Several ranks go through the loop in step (`system/distributed.py`). Only rank 0 writes to the output folder; work that
 one rank can fail in is within `ranks.barrier()` or `ranks.run_on_rank_0()`, so that all ranks stop together.
-
-    outputs/
-        metrics.jsonl, loss.png, report.html
-        checkpoints/step-000100/    see checkpoint.py
-        checkpoints/final/          see finish.py
 """
 
 import math
@@ -44,21 +39,11 @@ from minilora.system.signals import Interrupted, SafePoints
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:
-    """Trains, resumes training, or finds it done.
-
-    Args:
-        config: the resolved configuration; `data.dir` holds the three splits.
-        model_folder: the base model's files.
-        restart: sets an earlier run in the output folder aside and begins anew.
-        ranks: that train together.
-
-    Returns:
-        The folder of the final adapter.
+    """Trains, resumes training, or finds it done; returns the final adapter's folder. `restart` sets an old run aside.
 
     Raises:
-        UserError: the output folder belongs to another run, is in use or cannot be written, something in the input is
-            wrong, too many steps in a row were non-finite, memory or disk ran out, a rank is lost, or the final adapter
-            cannot be read back as it was.
+        UserError: the output folder is another run's, in use or not writable, something in the input is wrong, losses
+            are non-finite, memory, disk or a rank is lost, or the final adapter cannot be read back as it was.
         Interrupted: a signal came; the steps done by then are saved.
     """
     with run_folder(config, restart, ranks) as folder:
