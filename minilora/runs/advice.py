@@ -1,9 +1,8 @@
 """What went wrong in a run, and the mildest remedy: the messages that need the run's own figures."""
 
-from minilora.build import choose_dtype
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.planning.plan import estimate_run_memory
+from minilora.runs.checkpoint import newest_checkpoint
 from minilora.runs.run import Run, StepBatch
 
 SHOWN_RECORDS = 8
@@ -31,18 +30,14 @@ def out_of_memory(config: Config, run: Run | None, error: BaseException) -> User
     if config.model.cache_dequantized:
         harmless.append("model.cache_dequantized=false")
     resuming = (
-        f"set {', '.join(harmless)} and run the same command to resume from {run.newest_checkpoint}; or "
+        f"set {', '.join(harmless)} and run the same command to resume from {newest_checkpoint(run.checkpoints)}; or "
         if harmless
         else ""
-    )
-    folder, examples = run.prompt.tokenizer.folder, run.splits["train"].examples
-    estimate = estimate_run_memory(
-        config, folder, examples, dtype=choose_dtype(config, run.device), process_bytes=run.process_bytes
     )
     return UserError(
         f"after step {run.state.step}: memory ran out ({reason}); {resuming}begin anew with --restart and, what helps "
         f"most first, {', '.join(keys)}\n  what this configuration takes, by the largest micro-batch of an epoch:\n"
-        f"{estimate}"
+        f"{run.memory_estimate}"
     )
 
 
@@ -61,5 +56,5 @@ def non_finite(run: Run, step: int, what: str) -> UserError:
     return UserError(
         f"step {step}: {what}; begin anew with --restart and a lower train.learning_rate (it is "
         f"{train.learning_rate:g}) or another model.compute_dtype (it is {model.compute_dtype}). The newest "
-        f"checkpoint: {run.newest_checkpoint}"
+        f"checkpoint: {newest_checkpoint(run.checkpoints)}"
     )

@@ -148,6 +148,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(directory: Path) -> Path | str:
+    """For messages: "none" where there is none."""
+    return next(reversed(list_checkpoints(directory)), "none")
+
+
 def checkpoint_path(directory: Path, step: int) -> Path:
     """The folder of the checkpoint of a step."""
     return directory / f"step-{step:06d}"

@@ -25,12 +25,11 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import DTYPES, Examples, choose_dtype
+from minilora.build import DTYPES, Examples
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, ScoringOptions, score
-from minilora.planning.plan import estimate_run_memory
 from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
@@ -153,7 +152,6 @@ def _report_of(
         scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
     elif probabilities is None:
         remark += " Conversations have no labels to be right in: the loss is all there is."
-    dtype = choose_dtype(config, run.device)
     return Report(
         title="Training report",
         remark=remark,
@@ -162,9 +160,7 @@ def _report_of(
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        memory_estimate=estimate_run_memory(
-            config, folder, splits["train"].examples, dtype=dtype, process_bytes=run.process_bytes
-        ).parts,
+        memory_estimate=run.memory_estimate.parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from minilora.adapters.peft_config import BaseModel
-from minilora.build import Examples
+from minilora.build import Examples, choose_dtype
 from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.planning.memory import MemoryEstimate
+from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, lr_at
 from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.qlora.step import StepSettings, TrainState
-from minilora.runs.checkpoint import RunState, list_checkpoints
+from minilora.runs.checkpoint import RunState
 from minilora.runs.trackers import Tracker
 from minilora.system.distributed import Ranks
 
@@ -78,9 +80,11 @@ class Run:
         return self.checkpoints / "final"
 
     @property
-    def newest_checkpoint(self) -> Path | str:
-        """For messages: "none" where there is none."""
-        return next(iter(reversed(list_checkpoints(self.checkpoints))), "none")
+    def memory_estimate(self) -> MemoryEstimate:
+        """What the run takes, by part."""
+        folder, examples = self.prompt.tokenizer.folder, self.splits["train"].examples
+        dtype = choose_dtype(self.config, self.device)
+        return estimate_run_memory(self.config, folder, examples, dtype=dtype, process_bytes=self.process_bytes)
 
     @property
     def train_state(self) -> TrainState:

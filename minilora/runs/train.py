@@ -46,12 +46,12 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
             are non-finite, memory, disk or a rank is lost, or the final adapter cannot be read back as it was.
         Interrupted: a signal came; the steps done by then are saved.
     """
-    with run_folder(config, restart, ranks) as folder:
-        if folder.is_finished:
-            ranks.run_on_rank_0(lambda: check_finished(folder.final, config, model_folder, ranks.size))
-            info(f"{folder.final}: this run is finished; --restart begins anew")
-            return folder.final
-        run = folder.open_run(model_folder)
+    with run_folder(config, model_folder, restart, ranks) as run:
+        if run is None:
+            final = Path(config.train.output_dir) / "checkpoints" / "final"
+            ranks.run_on_rank_0(lambda: check_finished(final, config, model_folder, ranks.size))
+            info(f"{final}: this run is finished; --restart begins anew")
+            return final
         score_before_training(run)
         with saving_on_exit(run) as (log, safe_points):
             while not run.is_done:
@@ -150,8 +150,8 @@ def save(run: Run, log: RunLog) -> None:
     if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
         raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved")
     if run.ranks.size > 1:
-        remedy = f"run the same command on machines that are alike, it resumes from {run.newest_checkpoint}"
-        run.ranks.require_same(state_digests(run.model, run.optimizer), f"step {run.state.step} is not saved; {remedy}")
+        remedy = f"step {run.state.step} is not saved; run the same command on machines that are alike"
+        run.ranks.require_same(state_digests(run.model, run.optimizer), remedy)
 
     def write() -> None:
         log.sync()

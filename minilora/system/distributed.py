@@ -148,9 +148,8 @@ class Ranks:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _lost_rank_errors():
             dist.all_gather(lengths, torch.tensor([len(content)]))
-        longest = max(int(length) for length in lengths)
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        with _lost_rank_errors():
+            longest = max(int(length) for length in lengths)
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(parts, _bytes_tensor(content.ljust(longest)))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 

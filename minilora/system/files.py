@@ -205,11 +205,8 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UserError: another process has it; with its id, host and start.
     """
-    path = folder / LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {key}") from None
+    with storage_errors(folder / LOCK):
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, folder, key)
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"

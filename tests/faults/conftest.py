@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finish
         recover_folders(checkpoints)
         newest = next((path for path in reversed(list_checkpoints(checkpoints)) if verify_folder(path) is None), None)
         status = runs.run(keys, output)
-        printed, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
+        printed, errors = printed_by(output)
         assert status == 0, errors
         if is_finished:
             assert "this run is finished" in printed
@@ -161,3 +162,48 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finish
         shutil.rmtree(output)
 
     return check
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What breaks runs of `keys` and counts what came of it: the fixtures above, for tests that need most of them."""
+
+    runs: Runs
+    keys: list[str]
+    operations: list[dict[str, Any]]
+    seconds: float  # that an undisturbed run takes
+    finishes: Finishes
+    count: Count
+    how_many: HowMany
+    is_small: bool
+
+    def run(self, output: Path, fault: dict[str, Any] | None = None) -> int:
+        """The exit status of a run in `output`."""
+        return self.runs.run(self.keys, output, fault)
+
+    def begin(self, output: Path) -> int:
+        """The process id of a run that has made its folder `output`."""
+        pid = self.runs.start(self.keys, output)
+        while not output.exists():
+            time.sleep(0.001)
+        return pid
+
+
+@pytest.fixture
+def harness(
+    runs: Runs,
+    keys: list[str],
+    operations: list[dict[str, Any]],
+    undisturbed: dict[str, Any],
+    finishes: Finishes,
+    count: Count,
+    how_many: HowMany,
+    is_small: bool,
+) -> Harness:
+    return Harness(runs, keys, operations, undisturbed["seconds"], finishes, count, how_many, is_small)
+
+
+def printed_by(output: Path) -> tuple[str, str]:
+    """What a run in `output` has printed, and its errors."""
+    out, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
+    return out, errors

@@ -51,7 +51,7 @@ def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                         monkeypatch.setattr(module, "next_token_nll", next_token_nll)
 
             def __exit__(self, *_: Any) -> None:
-                self._handling.__exit__(None, None, None)
+                self._listening.__exit__(None, None, None)
 
         def counted(*arguments: Any) -> StepResult:
             result = step_module.train_step(*arguments)

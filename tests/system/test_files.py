@@ -266,7 +266,7 @@ def test_a_holder_that_could_not_write_its_name_holds_the_folder_all_the_same(
 def test_a_folder_that_cannot_be_locked_because_it_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("a file", "utf-8")
     with (
-        pytest.raises(UserError, match=rf"{place}/\.lock: cannot be written \(.+\); choose another train\.output_dir"),
+        pytest.raises(StorageError, match=rf"{place}/\.lock: cannot be written \(.+\); .*make room or mend the disk"),
         lock_folder(tmp_path / place, "train.output_dir"),
     ):
         pytest.fail("locked")
