@@ -8,7 +8,7 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
-from minilora.build import Examples, build_model, build_prompt, choose_device, choose_dtype, read_split
+from minilora.build import build_model, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
@@ -84,7 +84,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
-    _check_splits(config, splits)
+    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
+        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
@@ -172,18 +173,3 @@ def share_adapter(model: Qwen2ForCausalLM, ranks: Ranks) -> None:
     if not ranks.is_rank_0:
         for index, tensor in enumerate(tensors):
             tensor.copy_(first[str(index)])
-
-
-def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
-    for name, split in splits.items():
-        if not split.examples:
-            raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
-        empty = [
-            record.where
-            for record, example in zip(split.records, split.examples, strict=True)
-            if True not in example.supervised
-        ]
-        if empty:
-            raise UserError(f"{', '.join(empty[:8])}: {len(empty)} records without a supervised token; remove them")
-    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
-        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
