@@ -72,8 +72,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `directory/step-NNNNNN`, verified, and returns it; an earlier one of the same step is replaced.
 
-    Raises:
-        StorageError: it could not be written; nothing else in `directory` has changed.
+    After a StorageError everything in `directory` is as before.
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
@@ -98,8 +97,7 @@ def state_digests(model: Qwen2ForCausalLM, optimizer: Optimizer) -> dict[str, st
 def find_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; damaged newer ones are reported and set aside.
 
-    Raises:
-        UserError: there are checkpoints, and none is sound.
+    UserError where there are checkpoints, and none is sound.
     """
     for path in reversed(list_checkpoints(directory)):
         problem = verify_folder(path)
@@ -116,11 +114,7 @@ def find_checkpoint(directory: Path) -> Path | None:
 
 
 def load_checkpoint(checkpoint: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> None:
-    """Puts the weights and moments of a verified checkpoint back into `model` and `optimizer`.
-
-    Raises:
-        UserError: they do not fit the model.
-    """
+    """Loads the weights and moments of a verified checkpoint; UserError where they do not fit the model."""
     path = checkpoint / "optimizer.safetensors"
     entries = read_header(path)
     # No moments at all: saved before the first update, because every step so far was skipped.
@@ -154,7 +148,6 @@ def newest_checkpoint(directory: Path) -> Path | str:
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
     return directory / f"step-{step:06d}"
 
 
@@ -164,12 +157,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the best ones that they know of.
+    """Removes all but the newest `keep` checkpoints and the best ones that they know of; StorageError if it cannot.
 
     Each kept one is complete with its best: should the newest be damaged, the one before it still has both.
-
-    Raises:
-        StorageError: one cannot be removed.
     """
     checkpoints = list_checkpoints(directory)
     kept = set(checkpoints[-keep:])

@@ -180,10 +180,9 @@ def _report_of(
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """Reads the adapter's files back and compares them with the adapter in memory, rounded to `dtype`: to the bit.
+    """Reads the adapter's files back; UserError if one bit is not as in memory, rounded to `dtype`.
 
-    Raises:
-        UserError: they differ. Used elsewhere, a damaged adapter would only be a model that does worse.
+    Used elsewhere, a damaged adapter would only be a model that does worse.
     """
     train = run.config.train
     expected_config = to_peft(*run.adapter, model=run.model, portable=train.portable)

@@ -59,11 +59,7 @@ class LoadedRun:
     prompt: ClassificationPrompt
 
     def load(self, allow_bin: bool = False, ranks: Ranks = SINGLE_RANK) -> Qwen2ForCausalLM:
-        """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`.
-
-        Raises:
-            UserError: see `load_model` and `load_adapter`.
-        """
+        """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`."""
         device = choose_device(self.config)
         model = build_model(self.config, self.model_folder, device, choose_dtype(self.config, device), ranks=ranks)
         if self.path is not None:
@@ -83,11 +79,7 @@ class LoadedRun:
         return choose_dtype(self.config, choose_device(self.config))
 
     def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
-        """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run.
-
-        Raises:
-            UserError: the file is missing, or holds no review or one without a label.
-        """
+        """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
         config, prompt = self.config, self.prompt
         if data is None:
             path = Path(config.data.dir) / "test.jsonl"
@@ -104,12 +96,9 @@ class LoadedRun:
     def score(
         self, model: Qwen2ForCausalLM, reviews: Examples, title: str, ranks: Ranks = SINGLE_RANK
     ) -> tuple[float, np.ndarray]:
-        """Loss and (N, labels) probabilities of N labelled reviews, on all ranks; `title` is the progress bar's.
+        """Loss and (N, labels) probabilities of N labelled reviews, on all ranks; UserError for a non-finite loss.
 
-        `model` has the adapter, or is one to compare with it.
-
-        Raises:
-            UserError: the loss is non-finite.
+        `model` has the adapter, or is one to compare with it; `title` is the progress bar's.
         """
         size = self.config.train.per_device_eval_batch_size
         with progress(title, len(reviews.examples), "review") as bar:
@@ -135,9 +124,6 @@ def load_run(
         overrides: `section.key=value` from the command line.
         other_data: the run's test split is not what is scored, so the run's limit on its size does not apply.
         keys_read: beginnings of the keys that the caller reads; it warns of other overrides.
-
-    Raises:
-        UserError: the folder is damaged, names no base model, or was trained on another one.
     """
     if not path.is_dir():
         raise UserError(f"{path}: is not a folder; give the one that training wrote, as checkpoints/final")
@@ -194,11 +180,7 @@ def warn_of_another_test_set(model_path: Path, data: Path) -> None:
 
 
 def _refuse_another_base(path: Path, before: dict[str, str], model_folder: Path, is_asked_for: bool) -> None:
-    """Warns if a base model is not the one that the adapter was trained on, where its run is known.
-
-    Raises:
-        UserError: it is another one, and was not given with --base.
-    """
+    """UserError if a base model is not the one that the adapter was trained on; a warning if --base asked for it."""
     changed = changed_names(before, model_digests(model_folder)) if before else []
     if changed:
         problem = f"{path}: was trained on another base model than {model_folder} (SHA-256 of {', '.join(changed)})"

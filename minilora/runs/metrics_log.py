@@ -29,13 +29,9 @@ class RunLog:
     """Writer of metrics.jsonl and owner of the progress bar."""
 
     def __init__(self, directory: Path | None, total_steps: int, step: int, tracker: Tracker | None = None):
-        """Opens the log of a run that is at `step` of `total_steps`, and removes later lines.
+        """Opens the log of a run that has done `step` of `total_steps`, and removes later lines.
 
-        Args:
-            directory: of metrics.jsonl; None on a rank that writes nothing.
-            total_steps: length of the progress bar.
-            step: steps that are done.
-            tracker: gets the entries as well; whoever opened it closes it.
+        `directory` is None on a rank that writes nothing. `tracker`, which its opener closes, gets the entries as well.
         """
         self._descriptor: int | None = None
         if directory is not None:
@@ -76,7 +72,6 @@ class RunLog:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the bar and closes the file."""
         self._bar.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -94,12 +89,9 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl; a last line that was cut off in writing is left out.
+    """The entries of metrics.jsonl without a last line that was cut off in writing; UserError if another is damaged.
 
     Lines behind `step`, the checkpoint to resume from, are written anew, so they may be damaged.
-
-    Raises:
-        UserError: another line is not an entry, or the file cannot be read.
     """
     path = directory / "metrics.jsonl"
     try:

@@ -86,11 +86,7 @@ def describe_machine(device: torch.device, dtype: torch.dtype, ranks: int) -> di
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """What the run that wrote a final adapter or a checkpoint was made from; empty where the folder does not say.
-
-    Raises:
-        UserError: a file has other content.
-    """
+    """What the run that wrote a final adapter or a checkpoint was made from; empty where the folder does not say."""
     found: dict[str, Any] = {}
     for name in ("state.json", "metrics.json", "training_args.json"):
         path = folder / name
@@ -145,11 +141,7 @@ def refuse_other_run(before: Provenance, now: Provenance, config: Config, direct
 
 
 def refuse_other_machine(before: Provenance, now: Provenance, directory: Path) -> None:
-    """Warns of what may change the last bits of the rest of the run in `directory`: another machine, divided steps.
-
-    Raises:
-        UserError: another kind of device or dtype, with which the results differ by more.
-    """
+    """UserError for another kind of device or dtype; a warning of what may change only the last bits of the rest."""
     changes = {
         name: f"{name}: {before.machine.get(name)} -> {value}"
         for name, value in now.machine.items()

@@ -40,7 +40,6 @@ class StepBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples."""
         return sum(len(example.input_ids) for example in self.examples)
 
 
@@ -126,7 +125,6 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
         train = self.config.train
         return train.max_steps or train.num_train_epochs * self.steps_per_epoch
 
@@ -149,7 +147,6 @@ class Run:
 
     @property
     def is_at_the_end(self) -> bool:
-        """Whether all optimizer steps are done."""
         return self.state.step >= self.total_steps
 
     @property

@@ -35,8 +35,7 @@ from minilora.weights.safetensors_io import dtype_name
 def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
     """The best checkpoint, verified; None where it is the run's last state anyway, or none is to be loaded.
 
-    Raises:
-        UserError: it is lost. A run asks at its beginning, before it computes for hours.
+    UserError if it is lost: a run asks at its beginning, before it computes for hours.
     """
     if state.best_step in (0, state.step) or not config.train.load_best_model_at_end:
         return None
@@ -51,11 +50,7 @@ def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
 
 
 def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) -> dict[str, Any] | None:
-    """The path and state of the checkpoint to resume from, as JSON; None where the run begins.
-
-    Raises:
-        UserError: it is another run's, or another machine's, or the best one so far is lost.
-    """
+    """The path and state of the checkpoint to resume from, as JSON; None where the run begins."""
     checkpoint = find_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         return None
@@ -70,9 +65,6 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
 
     Rank 0 reads the checkpoint, which the others need not see, and broadcasts what is in it.
-
-    Raises:
-        UserError: another run's folder, a lost checkpoint, or something in the input is wrong.
     """
     process_bytes = peak_memory_bytes(torch.device("cpu"))
     directory = Path(config.train.output_dir)
@@ -124,11 +116,7 @@ def _build_optimizer(config: Config, model: Qwen2ForCausalLM) -> Optimizer:
 
 
 def _resume(run: Run, checkpoint: Path, state: RunState) -> None:
-    """Puts the run where the checkpoint is.
-
-    Raises:
-        UserError: the checkpoint does not fit, or has more steps than the configuration asks for.
-    """
+    """Puts the run where the checkpoint is; UserError if that has more steps than the configuration asks for."""
     run.ranks.run_on_rank_0(lambda: load_checkpoint(checkpoint, run.model, run.optimizer))
     run.state = run.saved = replace(state, config=run.state.config, machine=run.state.machine)
     if run.scaler is not None:

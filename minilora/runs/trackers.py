@@ -118,11 +118,7 @@ def check_tracker(report_to: str) -> None:
 
 
 def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, Any]) -> Tracker:
-    """The tracker that `train.report_to` names, for a run in `directory` with `step` steps done.
-
-    Raises:
-        UserError: Weights & Biases cannot begin a run, or the folder for the files cannot be made.
-    """
+    """The tracker that `train.report_to` names, for a run in `directory` with `step` steps done."""
     if report_to == "tensorboard":
         return _open_tensorboard(directory, step)
     if report_to == "wandb":

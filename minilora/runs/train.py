@@ -76,10 +76,9 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
 
 
 def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, log: RunLog) -> dict[str, Any]:
-    """Counts a step, which may have been skipped, into the run's state, and returns its entry for the log.
+    """Counts a step, which may have been skipped, into the run's state; returns its entry for the log.
 
-    Raises:
-        UserError: `train.max_skipped_steps` steps in a row were non-finite.
+    UserError after `train.max_skipped_steps` non-finite steps in a row.
     """
     state = run.state
     samples, skipped, in_a_row = state.samples_seen + len(batch.examples), state.skipped_steps, 0
@@ -143,9 +142,7 @@ def validate(run: Run, entry: dict[str, Any], safe_points: SafePoints) -> bool:
 def save(run: Run, log: RunLog) -> None:
     """Writes a checkpoint and removes those that are no longer kept.
 
-    Raises:
-        UserError: the adapter is non-finite, or the ranks no longer have the same one.
-        StorageError: see `save_checkpoint`.
+    UserError if the adapter is non-finite, or the ranks no longer have the same one.
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
         raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved")
@@ -166,10 +163,7 @@ def save(run: Run, log: RunLog) -> None:
 def saving_on_exit(run: Run) -> Iterator[tuple[RunLog, SafePoints]]:
     """Opens the log, and saves what was done however the block ends, unless it was the saving that failed.
 
-    Within it a signal waits for the next safe point.
-
-    Raises:
-        Interrupted, LostRankError: with the step that is saved.
+    Within it a signal waits for the next safe point. Interrupted and LostRankError then name the step that is saved.
     """
     with ExitStack() as stack:
         with run.ranks.barrier():

@@ -38,7 +38,6 @@ def is_silent() -> bool:
 
 
 def is_quiet() -> bool:
-    """Whether `info` and `progress` print nothing."""
     return _is_quiet or _is_silent
 
 
@@ -48,7 +47,6 @@ def uses_colour() -> bool:
 
 
 def info(text: str) -> None:
-    """Prints a line about what the program does."""
     if not is_quiet():
         print(text)
 
@@ -63,7 +61,6 @@ def write_results(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a warning."""
     if not _is_silent:
         print(text, file=sys.stderr)
 
@@ -71,12 +68,7 @@ def warn(text: str) -> None:
 def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
     """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
 
-    Args:
-        desc: a word or two.
-        total: units in all, None if unknown.
-        unit: in the singular.
-        initial: units that are done already.
-        leave: keeps the bar on the screen when it is done.
+    `total` is None if unknown, `initial` what is done already; `leave` keeps the bar on the screen when it is done.
     """
     from tqdm import tqdm  # here: a script answers signals before this slow import
 

@@ -71,7 +71,7 @@ class Ranks:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this rank writes and prints."""
+        """The rank that writes and prints."""
         return self.rank == 0
 
     def detached(self) -> "Ranks":
@@ -163,11 +163,7 @@ class Ranks:
         return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def require_same(self, facts: dict[str, Any], remedy: str) -> None:
-        """Refuses ranks whose facts, by name, differ from those of rank 0.
-
-        Raises:
-            UserError: on rank 0, with the names that differ and the remedy; FailedElsewhereError on the others.
-        """
+        """UserError on rank 0, with the names that differ and the remedy, if a rank has other facts by name."""
         for rank, (host, other) in enumerate(self.all_gather([platform.node(), facts])):
             if rank == 0:
                 first = other
@@ -253,8 +249,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
 
 
 def without_ranks(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` for `run_script` that runs in one process: under torchrun, several would write the same files,
-    so rank 0 refuses."""
+    """A script's `main` for `run_script` in one process: under torchrun several would write the same files."""
 
     def alone() -> None:
         count = _num_started()

@@ -49,10 +49,7 @@ def sha256(path: Path) -> str:
 
     A file is known by device, inode, size and modification time. One that changed within the last second is hashed
     again, because its next change could have the same time. A disk that loses bits changes none of these, so files that
-    this process writes are read back by `hash_file`.
-
-    Raises:
-        UserError: it cannot be read.
+    this process writes are read back by `hash_file`. UserError if the file cannot be read.
     """
     try:
         found = path.stat()
@@ -106,11 +103,7 @@ def parse_json(text: str) -> Any:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Creates `folder`, which the option `key` names, and tests that it can be written, before hours of computing.
-
-    Raises:
-        UserError: it is not a folder, or nothing can be written there.
-    """
+    """Creates `folder`, which the option `key` names; UserError, before hours of computing, if it cannot be written."""
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +116,7 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder or a file, if there is one."""
+    """Removes a folder, a file or a link, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -202,8 +195,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def lock_folder(folder: Path, key: str) -> Iterator[None]:
     """Locks `folder`, which the key `key` names; the system unlocks it when the process ends, however it ends.
 
-    Raises:
-        UserError: another process has it; with its id, host and start.
+    UserError with id, host and start of another process that has it.
     """
     with storage_errors(folder / LOCK):
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

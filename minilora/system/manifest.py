@@ -54,8 +54,7 @@ def write_folder(
         facts: further content of the manifest.
         check: called with the temporary folder before it is renamed; an exception cancels the write.
 
-    Raises:
-        StorageError: a write failed, or the files read back differ. An existing `target` stays.
+    An existing `target` stays if a write fails or the files read back differ, a StorageError.
     """
     temporary = target.with_name(WRITING + target.name)
     try:
@@ -112,9 +111,6 @@ def recover_folders(directory: Path) -> None:
     """Cleans up after an interrupted `write_folder` in `directory`, and restores a folder that was not replaced yet.
 
     Only the holder of the folder's lock may call it: it removes unfinished folders.
-
-    Raises:
-        StorageError: something cannot be renamed or removed.
     """
     with storage_errors(directory):
         for replaced in directory.glob(REPLACED + "*"):
@@ -142,10 +138,7 @@ def set_aside(path: Path) -> Path:
 def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """The first difference between a folder and its manifest; None if there is none.
 
-    Only `names` are looked at, by default all that the manifest lists.
-
-    Raises:
-        StorageError: a file exists but cannot be read, so it may be sound.
+    Only `names` are looked at, by default all that the manifest lists. StorageError if one cannot be read now.
     """
     try:
         entries = read_manifest(folder)["files"]
@@ -165,11 +158,7 @@ def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | Non
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, byte for byte as it was written.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A folder's manifest, byte for byte as it was written; UserError if it is missing or damaged."""
     path = folder / MANIFEST
     text = _read(path, Path.read_bytes)
     try:
@@ -184,12 +173,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """What `read` returns.
-
-    Raises:
-        UserError: the file is missing, or the disk has lost it.
-        StorageError: it cannot be read now, so it may be sound.
-    """
+    """What `read` returns; UserError if the disk has lost the file, StorageError if it may be sound, but not now."""
     try:
         return read(path)
     except FileNotFoundError:

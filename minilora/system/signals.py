@@ -59,7 +59,6 @@ class SafePoints:
             self.check()  # one that came after the last check, or that a library's C code made another error of
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
