@@ -89,15 +89,14 @@ class Ranks:
             FailedElsewhereError: another rank failed.
             LostRankError: another rank is gone.
         """
+        if self.long_timeout_group is None:
+            yield
+            return
         failure: BaseException | None = None
         try:
             yield
         except BaseException as error:
-            if self.long_timeout_group is None:
-                raise
             failure = error
-        if self.long_timeout_group is None:
-            return
         own = 0 if failure is None else failure.signum if isinstance(failure, Interrupted) else FAILED
         code = torch.tensor([own])
         try:
@@ -121,15 +120,11 @@ class Ranks:
         Each finds the files of those before it, whether machines share a disk or not. An error that all ranks would
         have is raised on rank 0 only. Raises as `barrier` does.
         """
-        turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
+        own_turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
             with self.barrier(is_long=True):
-                pass
-        with self.barrier(is_long=True):
-            yield
-        for _ in range(2 - turn):
-            with self.barrier(is_long=True):
-                pass
+                if turn == own_turn:
+                    yield
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0; the other ranks get it as JSON. Raises as `barrier` does."""
