@@ -60,16 +60,16 @@ def default_of(item: "dataclasses.Field[Any]") -> Any:
 def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: str) -> T:
     """The dataclass `kind` from a JSON object with its fields and possibly others; null counts as absent.
 
-    UserError, with `where` and the remedy `advice`, names all missing fields, or all values of a wrong type or range.
+    UserError, with `where` and the remedy `advice`, names every field that is missing, or of a wrong type or range.
     """
-    given = {item: content.get(item.name) for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {item: default_of(item) if value is None else value for item, value in given.items()}
-    missing = [item.name for item, value in given.items() if value is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{where}: has no {', '.join(missing)}; {advice}")
     values: dict[str, Any] = {}
     problems = []
-    for item, value in given.items():
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = content.get(item.name)
+        value = default_of(item) if value is None else value
+        if value is dataclasses.MISSING:
+            problems.append(f"has no {item.name}")
+            continue
         try:
             values[item.name] = coerce(value, item)
         except ValueError as error:
