@@ -33,6 +33,7 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
+from minilora.runs.provenance import Provenance
 from minilora.system.console import warn
 from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
 from minilora.system.manifest import DAMAGED, set_aside, verify_folder, write_folder
@@ -43,13 +44,9 @@ RENAMED_FIELDS = {"unfinished_row": "pending_entry"}  # as earlier versions wrot
 
 
 @dataclass(frozen=True)
-class RunState:
-    """A run's state beside weights and moments, and its `Provenance`, as state.json holds them."""
+class RunState(Provenance):
+    """A run's state beside weights and moments, and what it was made from, as state.json holds them."""
 
-    config: dict[str, dict[str, Any]]
-    data_sha256: dict[str, str]
-    model_sha256: dict[str, str]
-    machine: dict[str, Any]
     step: int = 0  # optimizer steps done
     samples_seen: int = 0  # training examples done, over all epochs: the position in the data
     pending_entry: dict[str, Any] | None = None  # of the log, for a step whose validation was interrupted

@@ -20,7 +20,6 @@ from minilora.runs.provenance import (
     Provenance,
     current_provenance,
     describe_machine,
-    read_provenance,
     refuse_other_machine,
     refuse_other_run,
 )
@@ -54,10 +53,10 @@ def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) 
     checkpoint = find_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         return None
-    state, before = read_state(checkpoint), read_provenance(checkpoint)
-    refuse_other_run(before, provenance, config, directory)
+    state = read_state(checkpoint)
+    refuse_other_run(state, provenance, config, directory)
     check_best(config, directory / "checkpoints", state)
-    refuse_other_machine(before, provenance, directory)
+    refuse_other_machine(state, provenance, directory)
     return {"path": str(checkpoint), "state": asdict(state)}
 
 
