@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from minilora.runs.checkpoint import list_checkpoints
-from minilora.runs.metrics_log import MEASURED_KEYS
 from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
+from tests.runs.conftest import lasting
 
 Count = Callable[[str], None]
 Finishes = Callable[[Path], None]
@@ -113,11 +113,7 @@ def outcome(output: Path) -> dict[str, Any]:
             ("step-000006", "optimizer.safetensors"),
         )
     }
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    for entry in log:
-        for name in MEASURED_KEYS:
-            entry.pop(name)
-    return {**files, "log": log}
+    return {**files, "log": lasting(output)}
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -31,17 +29,7 @@ from minilora.system.files import (
     storage_errors,
     write_file,
 )
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def function(*_: object) -> None:
-        raise error
-
-    return function
+from tests.system.conftest import names_in, raising
 
 
 def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:

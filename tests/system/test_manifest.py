@@ -24,6 +24,7 @@ from minilora.system.manifest import (
     verify_folder,
     write_folder,
 )
+from tests.system.conftest import names_in, raising
 
 OLD = {"a": b"old", "b": b"older"}
 NEW = {"a": b"new", "c": b"newer\n"}
@@ -51,17 +52,6 @@ BOTH = pytest.mark.parametrize("make", [write, finish])
 def read(folder: Path) -> dict[str, bytes]:
     """Contents of a folder's files but the manifest."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def function(*_: object) -> None:
-        raise error
-
-    return function
 
 
 @BOTH
