@@ -207,6 +207,7 @@ def write_all(
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
+            output.sync()
             output.close()
     except Interrupted as stop:
         raise Interrupted(stop.signum, f"{stop}: {summarize(predictor, num_written, arguments.output)}") from None

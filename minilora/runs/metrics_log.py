@@ -13,14 +13,13 @@ to the bit, except tokens_per_s and peak_memory_bytes, which are measured.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
 from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
-from minilora.system.files import replace_file, storage_errors, write_all
+from minilora.system.files import GrowingFile, replace_file
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -33,22 +32,19 @@ class RunLog:
 
         `directory` is None on a rank that writes nothing. `tracker`, which its opener closes, gets the entries as well.
         """
-        self._descriptor: int | None = None
+        self._file: GrowingFile | None = None
         if directory is not None:
-            self._path = directory / "metrics.jsonl"
+            path = directory / "metrics.jsonl"
             kept = [entry for entry in read_metrics(directory, step) if entry["step"] <= step]
-            replace_file(self._path, b"".join(map(_line, kept)))
-            with storage_errors(self._path):
-                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+            replace_file(path, b"".join(map(_line, kept)))
+            self._file = GrowingFile(path, replaces=False)
         self._bar = progress("train", total_steps, "step", initial=step, leave=True)
         self._tracker = tracker or Tracker()
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends a line, which survives the end of this process."""
-        if self._descriptor is not None:
-            line = _line(entry)
-            with storage_errors(self._path, len(line)):
-                write_all(self._descriptor, line)
+        if self._file is not None:
+            self._file.append(_line(entry))
             self._tracker.write(entry)
 
     def show(self, entry: dict[str, Any], improved: bool = False) -> None:
@@ -62,9 +58,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Makes the lines so far survive a loss of power: the checkpoint that is written next counts on them."""
-        if self._descriptor is not None:
-            with storage_errors(self._path):
-                os.fsync(self._descriptor)
+        if self._file is not None:
+            self._file.sync()
 
     def info(self, text: str) -> None:
         """A line of text above the progress bar."""
@@ -73,8 +68,8 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if self._file is not None:
+            self._file.close()
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:

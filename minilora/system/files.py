@@ -142,18 +142,23 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 class GrowingFile:
-    """A file that grows piece by piece and holds whole pieces only; SIGKILL or a loss of power may cut the last one."""
+    """A file that grows piece by piece and holds whole pieces only; SIGKILL or a loss of power may cut the last one.
 
-    def __init__(self, path: Path):
-        self.path = path
+    The first piece opens it: until then an existing file stays, and then it is replaced, or continued.
+    """
+
+    def __init__(self, path: Path, replaces: bool = True):
+        self._path = path
+        self._flags = os.O_APPEND | (NEW_FILE if replaces else NEW_FILE & ~os.O_TRUNC)
         self._descriptor: int | None = None
         self._end = 0
 
     def append(self, content: bytes) -> None:
-        """Writes at the end; the first call replaces an existing file. After a StorageError the file ends as before."""
-        with storage_errors(self.path, len(content)):
+        """Writes at the end; after a StorageError the file ends as before."""
+        with storage_errors(self._path, len(content)):
             if self._descriptor is None:
-                self._descriptor = os.open(self.path, NEW_FILE | os.O_APPEND, 0o666)
+                self._descriptor = os.open(self._path, self._flags, 0o666)
+                self._end = os.fstat(self._descriptor).st_size
             try:
                 write_all(self._descriptor, content)
             except OSError:
@@ -162,19 +167,20 @@ class GrowingFile:
                 raise
             self._end += len(content)
 
+    def sync(self) -> None:
+        """Makes the pieces so far survive a loss of power."""
+        if self._descriptor is not None:
+            with storage_errors(self._path):
+                try:
+                    os.fsync(self._descriptor)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
+                        raise
+
     def close(self) -> None:
-        """Syncs the file and closes it; StorageError where that fails."""
-        if self._descriptor is None:
-            return
-        descriptor, self._descriptor = self._descriptor, None
-        with storage_errors(self.path):
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
-                    raise
-            finally:
-                os.close(descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def replace_file(path: Path, content: bytes) -> None:

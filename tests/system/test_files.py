@@ -367,9 +367,14 @@ def test_a_growing_file_that_gets_nothing_is_not_made(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["a"]
 
 
-def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_continued", [False, True])
+def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_continued: bool
+) -> None:
     file = GrowingFile(tmp_path / "a")
     file.append(b"one\n")
+    if is_continued:
+        file = GrowingFile(tmp_path / "a", replaces=False)
     plain, calls = os.write, []
 
     def fill(descriptor: int, content: bytes) -> int:
@@ -399,14 +404,14 @@ def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(
     file.append(b"x")
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(StorageError, match=r"a: cannot be written \(Input/output error\)"):
-        file.close()
+        file.sync()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a device of POSIX")
 def test_what_has_no_disk_need_not_wait_for_one() -> None:
     file = GrowingFile(Path(os.devnull))
     file.append(b"x")
-    file.close()
+    file.sync()
 
 
 @pytest.mark.parametrize("name", ["write", "fsync", "replace"])
