@@ -47,7 +47,7 @@ def too_many_skipped(run: Run, batch: StepBatch, in_a_row: int) -> UserError:
     records = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
     limit = f"train.max_skipped_steps is {run.config.train.max_skipped_steps}"
     what = f"the loss or its gradient is non-finite (NaN or inf), {in_a_row} steps in a row"
-    return non_finite(run, batch.step, f"{what} ({limit}; records of the last one: {records})")
+    return non_finite(run, batch.settings.step, f"{what} ({limit}; records of the last one: {records})")
 
 
 def non_finite(run: Run, step: int, what: str) -> UserError:

@@ -33,14 +33,10 @@ from minilora.system.distributed import Ranks
 class StepBatch:
     """The training examples of one optimizer step."""
 
-    step: int  # from 1
+    settings: StepSettings
     examples: list[Example]  # of all ranks
     records: list[str]  # where each of them is from, file and line
     micro_batches: list[MicroBatch]  # this rank's, on its device
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(example.input_ids) for example in self.examples)
 
 
 @dataclass
@@ -89,23 +85,6 @@ class Run:
     def train_state(self) -> TrainState:
         """What an optimizer step changes."""
         return TrainState(self.model, self.optimizer, self.dropout_seed, scaler=self.scaler, ranks=self.ranks)
-
-    def learning_rate(self, step: int) -> float:
-        """Of optimizer step `step`, from 1."""
-        train = self.config.train
-        schedule, warmup = train.lr_scheduler_type, train.warmup_ratio
-        return lr_at(step, self.total_steps, peak=train.learning_rate, schedule=schedule, warmup_ratio=warmup)
-
-    def step_settings(self, batch: StepBatch) -> StepSettings:
-        """What `train_step` is told beside the micro-batches."""
-        train = self.config.train
-        return StepSettings(
-            step=batch.step,
-            learning_rate=self.learning_rate(batch.step),
-            max_grad_norm=train.max_grad_norm,
-            seed=train.seed,
-            num_supervised=sum(sum(example.supervised) for example in batch.examples),
-        )
 
     @property
     def samples_per_rank(self) -> int:
@@ -181,9 +160,13 @@ def batches(run: Run, step: int) -> StepBatch:
     examples = [split.examples[i] for i in chosen]
     own = split_across_ranks(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
     parts = split_into_micro_batches(own, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
-    return StepBatch(
+    peak, schedule, warmup = train.learning_rate, train.lr_scheduler_type, train.warmup_ratio
+    settings = StepSettings(
         step=step,
-        examples=examples,
-        records=[split.records[i].where for i in chosen],
-        micro_batches=[pack(part).to(run.device) for part in parts],
+        learning_rate=lr_at(step, run.total_steps, peak=peak, schedule=schedule, warmup_ratio=warmup),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        num_supervised=sum(sum(example.supervised) for example in examples),
     )
+    records = [split.records[i].where for i in chosen]
+    return StepBatch(settings, examples, records, [pack(part).to(run.device) for part in parts])

@@ -59,9 +59,8 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
                 if entry is None:  # otherwise that of a step whose validation was interrupted
                     started = time.perf_counter()
                     batch = batches(run, run.state.step + 1)
-                    settings = run.step_settings(batch)
                     run.model.train()
-                    result = train_step(run.train_state, batch.micro_batches, settings, safe_points.anywhere)
+                    result = train_step(run.train_state, batch.micro_batches, batch.settings, safe_points.anywhere)
                     entry = count_step(run, batch, result, time.perf_counter() - started, log=log)
                 if run.is_validation_due:
                     improved = validate(run, entry, safe_points)
@@ -80,15 +79,15 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
 
     UserError after `train.max_skipped_steps` non-finite steps in a row.
     """
-    state = run.state
+    state, step = run.state, batch.settings.step
     samples, skipped, in_a_row = state.samples_seen + len(batch.examples), state.skipped_steps, 0
     entry: dict[str, Any] = {
-        "step": batch.step,
+        "step": step,
         "epoch": round(samples / len(run.splits["train"].examples), 4),
         "train_loss": result.loss if math.isfinite(result.loss) else None,
-        "learning_rate": run.learning_rate(batch.step),
+        "learning_rate": batch.settings.learning_rate,
         "grad_norm": result.grad_norm if result.updated else None,
-        "tokens_per_s": round(batch.num_tokens / seconds, 1),
+        "tokens_per_s": round(sum(len(example.input_ids) for example in batch.examples) / seconds, 1),
     }
     if not result.updated:
         # With float16 an overflow of only the gradient is how the loss scale is found.
@@ -96,7 +95,7 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         skipped, in_a_row = skipped + 1, state.skipped_in_a_row + (not is_search)
         entry |= {"skipped": True, "rows": batch.records}
         log.info(
-            f"step {batch.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: skipped, it changed nothing "
+            f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: skipped, it changed nothing "
             f"({skipped} skipped so far)"
         )
         if in_a_row >= run.config.train.max_skipped_steps:
@@ -105,7 +104,7 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
     scaler = run.scaler.state_dict() if run.scaler is not None else {}
     run.state = replace(
         state,
-        step=batch.step,
+        step=step,
         samples_seen=samples,
         scaler=scaler,
         skipped_steps=skipped,
