@@ -117,7 +117,7 @@ def _build_optimizer(config: Config, model: Qwen2ForCausalLM) -> Optimizer:
 def _resume(run: Run, checkpoint: Path, state: RunState) -> None:
     """Puts the run where the checkpoint is; UserError if that has more steps than the configuration asks for."""
     run.ranks.run_on_rank_0(lambda: load_checkpoint(checkpoint, run.model, run.optimizer))
-    run.state = run.saved = replace(state, config=run.state.config, machine=run.state.machine)
+    run.state = replace(state, config=run.state.config, machine=run.state.machine)
     if run.scaler is not None:
         run.scaler.load_state_dict(state.scaler)
     is_validated = state.step == state.validated_step or state.pending_entry is not None

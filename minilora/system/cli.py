@@ -121,14 +121,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _exit(status: int, message: str) -> NoReturn:
     """Prints and exits; an output that cannot be written does not change the status."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard(sys.stdout)
-    try:
-        print(message, file=sys.stderr, flush=True)
-    except OSError:
-        _discard(sys.stderr)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            _discard(stream)
     raise SystemExit(status) from None
 
 
