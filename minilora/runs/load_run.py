@@ -146,9 +146,13 @@ def load_run(
     return replace(run, path=path)
 
 
-def load_base_run(name_or_path: str, overrides: list[str], keys_read: tuple[str, ...] = KEYS_READ) -> LoadedRun:
-    """A base model without an adapter, a folder or a name on the hub, with the default prompt; see `load_run`."""
-    return _open({"model": {"name_or_path": name_or_path}}, overrides, "--model_path", keys_read)
+def load_run_or_base(path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...]) -> LoadedRun:
+    """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
+    if not _is_base(path):
+        return load_run(path, base, overrides, keys_read=keys_read)
+    if base is not None:
+        raise UserError(f"{path}: is a base model itself; leave out --base, or give an adapter")
+    return _open({"model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)
 
 
 def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: tuple[str, ...]) -> LoadedRun:
@@ -161,8 +165,8 @@ def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: 
     return LoadedRun(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 
-def is_base(path: Path) -> bool:
-    """Whether --model_path names a base model: a folder with a model and no adapter, or a name on the hub."""
+def _is_base(path: Path) -> bool:
+    """Whether `path` is a folder with a model and no adapter, or a name on the hub."""
     if path.is_dir():
         return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
     is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
