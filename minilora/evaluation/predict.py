@@ -63,7 +63,6 @@ class Predictor:
 
     Attributes:
         prompt: turns a review into a question.
-        max_batch_tokens: of a forward pass.
         num_records: records seen.
         num_cut: those of them that were cut to data.max_length.
         num_empty: those of them that hold only white space and get no prediction.
@@ -76,9 +75,9 @@ class Predictor:
         """Puts the model into evaluation mode and computes the prompts' shared prefix."""
         self._model = model.eval()
         self._ranks = ranks
-        self.prompt = prompt
-        self.max_batch_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
+        self.prompt = prompt
         self.num_records = self.num_cut = self.num_empty = 0
         self.first_empty: str | None = None
 
@@ -97,9 +96,9 @@ class Predictor:
         predictions = []
         if filled:
             texts = [records[index].content for index in filled]
-            examples = self.prompt.examples(texts, [0] * len(texts))  # with any answer; the labels replace it
+            examples = self.prompt.examples(texts, [0] * len(texts))  # any answer will do
             options = ScoringOptions(
-                max_tokens=self.max_batch_tokens,
+                max_tokens=self._max_batch_tokens,
                 on_progress=on_progress,
                 ranks=self._ranks,
                 interruptible=interruptible,
@@ -122,8 +121,8 @@ class Predictor:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"{where}: out of memory in the window that begins here; lower --max-batch-tokens (it is "
-                f"{self.max_batch_tokens}) or data.max_length (it is {self.prompt.max_length})"
+                f"{where}: out of memory in the window that begins here; lower --max_batch_tokens (it is "
+                f"{options.max_tokens}) or data.max_length (it is {self.prompt.max_length})"
             ) from error
         if not np.isfinite(found).all():
             raise UserError(
@@ -143,17 +142,15 @@ def iter_windows(records: Iterable[Record | None], max_wait_s: float = math.inf)
     size = FIRST_WINDOW
     window: list[Record] = []
     started = 0.0
-    num_characters = 0
     try:
         for record in records:
             if record is not None:
                 started = started if window else time.monotonic()
                 window.append(record)
-                num_characters += len(record.content)
-            is_full = len(window) >= size or num_characters >= WINDOW_CHARACTERS
+            is_full = len(window) >= size or sum(len(record.content) for record in window) >= WINDOW_CHARACTERS
             if window and (is_full or record is None or time.monotonic() - started > max_wait_s):
                 yield window
-                window, num_characters = [], 0
+                window = []
                 size = min(2 * size, LAST_WINDOW) if is_full else size
     except UserError:
         if window:

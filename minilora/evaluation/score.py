@@ -60,12 +60,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model makes of N examples.
-
-    Attributes:
-        loss: mean negative log-likelihood of the supervised tokens, in nats.
-        probabilities: (N, labels) float64, rows sum to 1; None for conversations.
-    """
+    """Loss: nats per supervised token. Probabilities: (N, labels) float64, rows sum to 1; None for conversations."""
 
     loss: float
     probabilities: np.ndarray | None
@@ -73,12 +68,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all examples begin with, computed once.
-
-    Attributes:
-        num_tokens: its length; 0 with a single example.
-        cache: its KV cache by layer.
-    """
+    """What all examples begin with, possibly nothing, and its KV cache by layer."""
 
     num_tokens: int
     cache: Sequence[KVCache] | None
@@ -86,7 +76,7 @@ class Prefix:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Qwen2ForCausalLM, input_ids: Sequence[int]) -> "Prefix":
-        """Prefills with the ids that all examples begin with, which may be none."""
+        """Prefills with the ids."""
         if not input_ids:
             return cls(0, None)
         return cls(len(input_ids), model.build_prefix_cache(torch.tensor(input_ids, device=model.head_weight.device)))
@@ -116,19 +106,19 @@ def score(
     was_training = model.training
     model.eval()
     prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-    batches = list(_iter_batches(examples, options))
 
     def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
         """Summed loss, supervised tokens, and the labels' scores."""
         batch, hidden = prefix.run(model, chosen)
         nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-        scores: list[list[float]] = []
+        scores = torch.empty(0)
         if prompt is not None and _are_single_tokens(prompt):
-            scores = _single_token_scores(model, prompt, batch, hidden).tolist()
+            scores = _single_token_scores(model, prompt, batch, hidden)
         elif prompt is not None:
-            scores = _label_scores(model, prefix, chosen, prompt).tolist()
-        return nll.item(), count, scores
+            scores = _label_scores(model, prefix, chosen, prompt)
+        return nll.item(), count, scores.tolist()
 
+    batches = list(_iter_batches(examples, options))
     try:
         parts = _divide(batches, examples, score_batch, options)
     finally:
@@ -145,19 +135,13 @@ def label_probabilities(
     prompt: ClassificationPrompt,
     options: ScoringOptions,
 ) -> np.ndarray:
-    """(N, labels) float64, rows sum to 1: what `score` finds of the same examples, to rounding, without the loss.
+    """`score` to rounding, without the loss: of a model in evaluation mode, the answers of `examples` playing no part.
 
-    Args:
-        model: in evaluation mode.
-        prefix: begins all examples.
-        examples: at least one; the answers that they carry have no effect.
-        prompt: whose labels are scored.
-        options: how the work is divided.
+    `prefix` begins all examples.
     """
 
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
-        scores: list[list[float]] = _label_scores(model, prefix, chosen, prompt).tolist()
-        return scores
+        return _label_scores(model, prefix, chosen, prompt).tolist()
 
     batches = list(_iter_batches(examples, options))
     return _softmax(batches, _divide(batches, examples, score_batch, options))
