@@ -45,14 +45,10 @@ class ModelSection:
         "auto", "type of activations; auto is bfloat16 where the device multiplies it natively, else float32"
     )
     quantized_cache: str | None = key(
-        None,
-        "folder for a 4-bit copy of the base model, checked by SHA-256: the next run loads it in a second",
-        is_free=True,
+        None, "folder for a 4-bit copy of the base, verified by SHA-256: the next run loads in a second", is_free=True
     )
     cache_dequantized: bool = key(
-        False,
-        "keep a dequantised copy of each projection beside its 4 bits: faster, for 2 bytes per parameter",
-        is_free=True,
+        False, "keep projections dequantised beside their 4 bits: faster, for 2 bytes per parameter", is_free=True
     )
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -77,8 +73,7 @@ class LoraConfig:
     bias: Literal["none", "lora_only", "all"] = key("none", "also train the biases of adapted, or of all linear layers")
     use_dora: bool = key(False, "train magnitude and direction of each output's weights apart (DoRA)")
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = key(
-        "kaiming",
-        "first values: random, the weights' principal directions (PiSSA), or those of the 4-bit error (LoftQ)",
+        "kaiming", "first values: random, principal directions of the weights (PiSSA) or of the 4-bit error (LoftQ)"
     )
 
 
@@ -128,12 +123,8 @@ class TrainSection:
     max_tokens_per_micro_batch: int | None = key(
         None, "cut a step into even micro-batches of at most N tokens, instead of by examples: memory", minimum=16
     )
-    gradient_checkpointing: bool = key(
-        False, "recompute activations in backward: less memory, 50 % more work", is_free=True
-    )
-    offload_checkpoints: bool = key(
-        False, "on a GPU: what gradient_checkpointing keeps waits in the computer's memory", is_free=True
-    )
+    gradient_checkpointing: bool = key(False, "recompute in backward: less memory, 50 % more work", is_free=True)
+    offload_checkpoints: bool = key(False, "what checkpointing keeps on a GPU waits in the CPU's memory", is_free=True)
     optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
         "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"
     )
@@ -151,15 +142,10 @@ class TrainSection:
     metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
         "auto", "decides which checkpoint is best; auto is eval_f1 for labelled data, else eval_loss"
     )
-    load_best_model_at_end: bool = key(
-        True, "the final adapter is the best checkpoint's, not the last one's", is_free=True
-    )
+    load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last", is_free=True)
     early_stopping_patience: int | None = key(None, "stop after N validations in a row without a better one", minimum=1)
     max_skipped_steps: int = key(
-        10,
-        "stop after N steps in a row whose loss or gradient is NaN or inf; such a step changes nothing",
-        minimum=1,
-        is_free=True,
+        10, "stop after N steps in a row with a NaN or inf; such a step changes nothing", minimum=1, is_free=True
     )
     do_predict: bool = key(True, "score the test set before and after training", is_free=True)
     save_format: Literal["safetensors", "bin"] = key(
@@ -167,9 +153,7 @@ class TrainSection:
     )
     save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors", is_free=True)
     portable: bool = key(
-        False,
-        "the final adapter's scale is part of B, for readers that know no rsLoRA and no alpha_pattern",
-        is_free=True,
+        False, "the final adapter's scale is part of B, for readers without rsLoRA and alpha_pattern", is_free=True
     )
     report_to: Literal["none", "tensorboard", "wandb"] = key(
         "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well", is_free=True

@@ -291,17 +291,17 @@ def _explain(error: Exception, kind: str, name: str, local: str) -> str:
     for type_, message in by_type.items():
         if isinstance(cause, type_):
             return message
-    if status in by_status:
-        return by_status[status]
-    if status is None and isinstance(error, OSError) and (error.errno in DISK_ERRORS or isinstance(error, NO_FOLDER)):
+    failed = f"download failed ({reason}); run it again, {MIRROR}, or {local}"
+    if status is not None:
+        return by_status.get(status, failed)
+    if isinstance(error, OSError) and (error.errno in DISK_ERRORS or isinstance(error, NO_FOLDER)):
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
     bad_answer = (errors.FileMetadataError, ValueError, AssertionError, AttributeError, LookupError, TypeError)
-    if status is None and (isinstance(cause, bad_answer) or not endpoint.startswith("http")):
+    if isinstance(cause, bad_answer) or not endpoint.startswith("http"):
         return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
-    if status is None and isinstance(error, errors.LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
-    xet = "set HF_HUB_DISABLE_XET=1, " if isinstance(error, RuntimeError) else ""  # hf-xet raises nothing better
-    return f"download failed ({reason}); run it again, {xet}{MIRROR}, or {local}"
+    return f"{failed}, or set HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else failed  # hf-xet's error
 
 
 def _cause_of(error: Exception) -> BaseException:

@@ -26,6 +26,7 @@ TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
 ENCODINGS = ("utf-8", "gb18030", "utf-16")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
 ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
 
 Fields = tuple[str, dict[str, Any]]  # file and line, value by column
@@ -231,17 +232,15 @@ def _guess_encoding(error: UnicodeDecodeError) -> str | None:
     Almost any bytes are valid GB18030, so more than nine tenths of what it decodes to must be Chinese text and
     punctuation. A line that began as UTF-8 beyond ASCII is damaged, and not in another encoding.
     """
-    if error.object.startswith(UTF16_MARKS):
+    line = error.object
+    if line.startswith(UTF16_MARKS):
         return "utf-16"
     try:
-        text = error.object.decode("gb18030")
+        foreign = [character for character in line.decode("gb18030") if character > "\x7f"]
     except UnicodeDecodeError:
         return None
-    foreign = [character for character in text if character > "\x7f"]
-    usual = (("\u4e00", "\u9fff"), ("\u2010", "\u2027"), ("\u3000", "\u303f"), ("\uff00", "\uffef"))
-    common = sum(any(first <= character <= last for first, last in usual) for character in foreign)
-    is_ascii_before = error.object[: error.start].isascii()
-    return "gb18030" if is_ascii_before and common > 0.9 * len(foreign) else None
+    is_chinese = len(CHINESE.findall("".join(foreign))) > 0.9 * len(foreign)
+    return "gb18030" if is_chinese and line[: error.start].isascii() else None
 
 
 def count_lines(path: Path) -> int:
