@@ -106,13 +106,7 @@ def split_records(
 ) -> dict[str, list[Record]]:
     """Train, validation and test 8:1:1, each label in the same proportion; a function of records and seed.
 
-    Args:
-        records: without duplicates.
-        seed: of the split.
-        held_out: the splits that get a tenth each; train gets the rest.
-
-    Raises:
-        UserError: a label has fewer records than there are splits.
+    Each split of `held_out` gets a tenth, train the rest. UserError: a label has fewer records than there are splits.
     """
     by_label: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
@@ -135,10 +129,15 @@ def split_records(
     return splits
 
 
-def find_leaks(train: Sequence[Record], other: Sequence[Record]) -> list[int]:
-    """Indices of the training records whose normalised text is in `other` too; empty texts are never equal."""
-    held_out = {normalized(record.content) for record in other} - {""}
-    return [index for index, record in enumerate(train) if normalized(record.content) in held_out]
+def find_leaks(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:
+    """The records whose normalised text is in `other` too; empty texts are never equal."""
+    texts = {normalized(record.content) for record in other} - {""}
+    return [record for record in records if normalized(record.content) in texts]
+
+
+def _without(records: Sequence[Record], excluded: Sequence[Record]) -> list[Record]:
+    gone = set(excluded)
+    return [record for record in records if record not in gone]
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
@@ -214,8 +213,8 @@ def _prepare_records(
     leaks: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
     num_clean = len(splits["train"])
     if options.drop_leaks:
-        leaking = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
-        splits["train"] = [record for index, record in enumerate(splits["train"]) if index not in leaking]
+        held_out = [*splits["validation"], *splits["test"]]
+        splits["train"] = _without(splits["train"], find_leaks(splits["train"], held_out))
         if not splits["train"]:
             raise UserError("--drop_leaks: every training record is in another split; give other files")
     leaks["dropped_from_train"] = num_clean - len(splits["train"])
@@ -260,13 +259,11 @@ def _carve_missing_splits(splits: dict[str, list[Record]], seed: int) -> tuple[d
     which decides which checkpoint is best.
     """
     missing = [name for name in SPLITS if name not in splits]
-    leaks = set(find_leaks(splits["train"], [record for name in splits if name != "train" for record in splits[name]]))
-    candidates = [record for index, record in enumerate(splits["train"]) if index not in leaks]
-    carved = split_records(candidates, seed, missing)
-    taken = {record for name in missing for record in carved[name]}
+    train, given = splits["train"], [record for name, part in splits.items() if name != "train" for record in part]
+    carved = split_records(_without(train, find_leaks(train, given)), seed, missing)
+    taken = [record for name in missing for record in carved[name]]
     splits = {name: carved[name] if name in missing else splits[name] for name in SPLITS}
-    splits["train"] = [record for record in splits["train"] if record not in taken]
-    return splits, {name: len(splits[name]) for name in missing}
+    return {**splits, "train": _without(train, taken)}, {name: len(carved[name]) for name in missing}
 
 
 def _count_leaks(train: Sequence[Record], held_out: Sequence[Record]) -> dict[str, int]:
