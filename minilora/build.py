@@ -65,12 +65,9 @@ def choose_device(config: Config) -> torch.device:
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 only where the hardware multiplies it.
+    """The dtype that `model.compute_dtype` names. UserError: float16 on a CPU.
 
-    Emulated bfloat16 is slower than float32.
-
-    Raises:
-        UserError: float16 on a CPU.
+    "auto" is bfloat16 only where the hardware multiplies it: emulated, it is slower than float32.
     """
     name = config.model.compute_dtype
     if name == "auto":
@@ -169,11 +166,7 @@ def _all_labels(records: Sequence[Record]) -> str:
 def build_model(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = SINGLE_RANK
 ) -> Qwen2ForCausalLM:
-    """The frozen base model, with a progress bar for its tensors; each rank has its own.
-
-    Raises:
-        UserError: a rank has no GPU, or see `load_model`.
-    """
+    """The frozen base model, with a progress bar for its tensors; each rank has its own. Errors: see `load_model`."""
     ranks.check_device(device)
     makes_copy = config.model.quantized_cache is not None
     with ranks.rank_0_first() if makes_copy else ranks.barrier(), progress("load model", None, "tensor") as bar:

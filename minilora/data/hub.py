@@ -5,14 +5,11 @@
     owner/name             a snapshot in the hub's cache: downloaded where files are missing, and verified
 
 huggingface-hub downloads: its cache (HF_HOME), a mirror (HF_ENDPOINT), HF_TOKEN and HF_HUB_OFFLINE work as everywhere,
-and a download that breaks is resumed: complete files stay, and a file whose connection is closed continues where it
-was. (With huggingface-hub 2.4, a file whose connection is reset or whose process is killed is downloaded from its
-beginning.) Two things are added.
+and a download that breaks is resumed. Two things are added.
 
-Every file that is read is hashed. huggingface-hub compares the size of what it downloads, and nothing of what is in
-the cache already. The cache stores a file under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of
-a blob for the others; a file that differs is downloaded once more. Where the system has no symbolic links, as on some
-Windows, the cache does not keep the hash and nothing is compared.
+Every file that is read is hashed: huggingface-hub compares only the size of what it downloads. The cache stores a file
+under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of a blob for the others; a file that differs
+is downloaded once more. Where the system has no symbolic links, as on some Windows, nothing is compared.
 
 Every error becomes one message with its remedy, after a server's passing error was retried.
 
@@ -167,16 +164,10 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
 
 
 def download_snapshot(kind: str, name: str, revision: str | None, **patterns: Any) -> Path:
-    """Folder with the files of `name` that match, each verified against the hub's hash.
+    """Folder with the files of a "model" or "dataset" that match, each verified against the hub's hash.
 
-    Args:
-        kind: "model" or "dataset".
-        name: owner/name.
-        revision: branch, tag or commit; the main branch by default.
-        patterns: allow_patterns and ignore_patterns, as `snapshot_download` takes them.
-
-    Raises:
-        UserError: a file was not downloaded, or is damaged after a second download.
+    `patterns` are allow_patterns and ignore_patterns of `snapshot_download`. UserError: a file was not downloaded, or
+    is damaged after a second download.
     """
     try:
         from huggingface_hub import constants  # here: a run on local files does not wait for huggingface-hub

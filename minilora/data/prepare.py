@@ -46,11 +46,9 @@ SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "va
 class SplitOptions:
     """How records become train, validation and test.
 
-    Attributes:
-        seed: of the split.
-        keep_splits: the files are the splits, named as `split_of` reads them; several files of one split are its parts.
-            A split without a file is carved out of train.
-        drop_leaks: with keep_splits, drops training records whose text is in another split.
+    With `keep_splits` the files are the splits, named as `split_of` reads them; several files of one split are its
+    parts, and a split without a file is carved out of train. `drop_leaks` drops training records whose text is in
+    another split.
     """
 
     seed: int = SPLIT_SEED

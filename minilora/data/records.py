@@ -34,19 +34,12 @@ Fields = tuple[str, dict[str, Any]]  # file and line, value by column
 
 @dataclass(frozen=True)
 class Record:
-    """One record: a labelled text, or a conversation.
+    """One record: a labelled text, or a conversation, with `messages` in place of text and label."""
 
-    Attributes:
-        where: file and line ("data/x.tsv:17"), for messages.
-        text: the review.
-        label: as found; an integer becomes int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal.
-        messages: (role, content) pairs, in place of text and label.
-    """
-
-    where: str
+    where: str  # file and line ("data/x.tsv:17"), for messages
     text: str | None = None
-    label: str | int | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
+    label: str | int | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content) pairs
 
     @property
     def content(self) -> str:

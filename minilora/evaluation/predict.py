@@ -35,17 +35,11 @@ MAX_WAIT_S = 0.5  # how long a record from a pipe waits for others; up to twice 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one review.
+    """What the model makes of one review."""
 
-    Attributes:
-        index: of the review in the input, from 0; empty ones count too.
-        text: the review.
-        probabilities: by label word, in the order of the prompt's labels; their sum is 1.
-    """
-
-    index: int
+    index: int  # of the review in the input, from 0; empty ones count too
     text: str
-    probabilities: dict[str, float]
+    probabilities: dict[str, float]  # by label word, in the order of the prompt's labels; their sum is 1
 
     @property
     def label(self) -> str:
@@ -59,14 +53,10 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts window after window, and counts. The ranks get the same windows, share the work, and all get the result.
+    """Predicts window after window, and counts records: seen, cut to data.max_length, and empty ones.
 
-    Attributes:
-        prompt: turns a review into a question.
-        num_records: records seen.
-        num_cut: those of them that were cut to data.max_length.
-        num_empty: those of them that hold only white space and get no prediction.
-        first_empty: where the first of these is.
+    A record that holds only white space is empty and gets no prediction. The ranks get the same windows, share the
+    work, and all get the result.
     """
 
     def __init__(
@@ -79,7 +69,7 @@ class Predictor:
         self._prefix = Prefix.of(model, prompt.prefix)
         self.prompt = prompt
         self.num_records = self.num_cut = self.num_empty = 0
-        self.first_empty: str | None = None
+        self.first_empty: str | None = None  # file and line
 
     def predict(
         self,

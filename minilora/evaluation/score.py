@@ -41,21 +41,13 @@ MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How the work is divided.
+    """How the work is divided."""
 
-    Attributes:
-        batch_size: examples in a forward pass, at most; None for no limit except `max_tokens`.
-        max_tokens: of a forward pass; a longer example has one of its own.
-        on_progress: called with the number of examples finished; the other ranks' are assumed to be as far.
-        ranks: that share the work; each of them gets the whole result.
-        interruptible: entered around the work of this rank.
-    """
-
-    batch_size: int | None = None
-    max_tokens: int = MAX_TOKENS
-    on_progress: Callable[[int], object] | None = None
-    ranks: Ranks = SINGLE_RANK
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    batch_size: int | None = None  # most examples in a forward pass
+    max_tokens: int = MAX_TOKENS  # of a forward pass; a longer example has one of its own
+    on_progress: Callable[[int], object] | None = None  # called with the number of examples finished
+    ranks: Ranks = SINGLE_RANK  # share the work, and all get the whole result
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around the work of this rank
 
 
 @dataclass(frozen=True)
@@ -94,14 +86,10 @@ def score(
     prompt: ClassificationPrompt | None,
     options: ScoringOptions,
 ) -> Scores:
-    """Loss and label probabilities of all examples, in their order.
+    """Loss and label probabilities of all examples, in their order; without a prompt (conversations) the loss only.
 
-    Args:
-        model: put into evaluation mode for the time of the call.
-        examples: at least one, each with its true answer. Examples of similar length share a pass, whatever their
-            order.
-        prompt: whose labels are scored; None for conversations.
-        options: how the work is divided.
+    There is at least one, each with its true answer. Examples of similar length share a pass, whatever their order.
+    The model is in evaluation mode for the time of the call.
     """
     was_training = model.training
     model.eval()

@@ -42,48 +42,28 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ScoredExamples:
-    """N labelled texts and a model's probabilities for them.
-
-    Attributes:
-        records: the texts, and where they are.
-        labels: (N,) int, the true classes.
-        probabilities: (N, K) float64, rows sum to one.
-        names: the K label words.
-    """
+    """N labelled texts and a model's probabilities for them."""
 
     records: Sequence[Record]
-    labels: np.ndarray
-    probabilities: np.ndarray
-    names: Sequence[str]
+    labels: np.ndarray  # (N,) int, the true classes
+    probabilities: np.ndarray  # (N, K) float64, rows sum to one
+    names: Sequence[str]  # the K label words
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows.
-
-    Attributes:
-        title: its heading.
-        remark: a sentence on the results, or on why there are none.
-        results: metrics by what was scored ("before training", "after training"); the last one is the headline.
-        examples: behind the last results; None for conversations, and where nothing was scored.
-        log: lines of metrics.jsonl; none for an evaluation.
-        memory_estimate: predicted bytes by part, None where nothing was trained.
-        peak_bytes: the measured peak, None where it cannot be measured.
-        config: values by section and key.
-        defaults: the same of the default configuration.
-        facts: its provenance by name; a value may itself be a mapping.
-    """
+    """All that a page shows."""
 
     title: str
-    remark: str
-    results: Mapping[str, Values]
-    examples: ScoredExamples | None
-    log: Sequence[dict[str, Any]]
-    memory_estimate: Mapping[str, int] | None
-    peak_bytes: int | None
-    config: Mapping[str, Values]
-    defaults: Mapping[str, Values]
-    facts: Values
+    remark: str  # a sentence on the results, or on why there are none
+    results: Mapping[str, Values]  # metrics by what was scored ("before training"); the last one is the headline
+    examples: ScoredExamples | None  # behind the last results; None for conversations, and where nothing was scored
+    log: Sequence[dict[str, Any]]  # lines of metrics.jsonl; none for an evaluation
+    memory_estimate: Mapping[str, int] | None  # predicted bytes by part, None where nothing was trained
+    peak_bytes: int | None  # measured, None where it cannot be
+    config: Mapping[str, Values]  # values by section and key
+    defaults: Mapping[str, Values]  # the same of the default configuration
+    facts: Values  # its provenance by name; a value may itself be a mapping
 
 
 def render_report(report: Report) -> str:
