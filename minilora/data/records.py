@@ -22,8 +22,10 @@ from typing import Any, BinaryIO
 from minilora.errors import UserError
 from minilora.qlora.prompt import check_turns
 
-TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
+USUAL_COLUMNS = {  # of several that a record has, the first counts
+    "text": ("text", "text_a", "review", "sentence", "content"),
+    "label": ("label", "labels", "sentiment", "target"),
+}
 ENCODINGS = ("utf-8", "gb18030", "utf-16")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
@@ -60,8 +62,8 @@ def read_records(
 
     Args:
         path: the file.
-        text_column: by default the first of TEXT_COLUMNS that a record has.
-        label_column: by default the first of LABEL_COLUMNS.
+        text_column: by default the first of USUAL_COLUMNS that a record has.
+        label_column: likewise.
         encoding: one of ENCODINGS, for a text file.
 
     Raises:
@@ -145,7 +147,7 @@ def _text(where: str, fields: dict[str, Any], column: str | None) -> str:
 
 def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | None) -> str:
     """The chosen column, or the first of the usual names for `what` ("text" or "label") that the record has."""
-    names = (chosen,) if chosen else TEXT_COLUMNS if what == "text" else LABEL_COLUMNS
+    names = (chosen,) if chosen else USUAL_COLUMNS[what]
     for name in names:
         if name in fields:
             return name

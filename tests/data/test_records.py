@@ -18,8 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.data.records import (
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
+    USUAL_COLUMNS,
     Record,
     count_lines,
     iter_file_lines,
@@ -138,8 +137,8 @@ def test_a_quoted_csv_field_may_hold_newlines_and_commas(tmp_path: Path) -> None
     assert [record.where for record in records] == [f"{path}:2", f"{path}:4"]
 
 
-@pytest.mark.parametrize("text_column", TEXT_COLUMNS)
-@pytest.mark.parametrize("label_column", LABEL_COLUMNS)
+@pytest.mark.parametrize("text_column", USUAL_COLUMNS["text"])
+@pytest.mark.parametrize("label_column", USUAL_COLUMNS["label"])
 def test_the_usual_column_names_are_found(text_column: str, label_column: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", f"id,{text_column},{label_column}\n7,好,1\n")
     assert read_records(path) == [Record(f"{path}:2", "好", 1)]
