@@ -42,7 +42,7 @@ class ModelSection:
     quantization: Literal["nf4", "fp4", "none"] = key("nf4", "4-bit type of the frozen weights; none is plain LoRA")
     double_quantization: bool = key(True, "store the scales of the 4-bit blocks in 8 bits")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "auto", "type of activations; auto is bfloat16 where the device multiplies it natively, else float32"
+        "auto", "type of activations; auto is bfloat16 where the hardware has it, else float16 on a GPU, else float32"
     )
     quantized_cache: str | None = key(
         None, "folder for a 4-bit copy of the base, verified by SHA-256: the next run loads in a second", is_free=True

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from minilora.build import build_examples, build_prompt
-from minilora.config import load_config
+from minilora.build import build_examples, build_prompt, choose_dtype
+from minilora.config import Config, load_config
 from minilora.data.records import Record, as_label
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
@@ -78,3 +79,20 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     (folder / "config.json").write_text(json.dumps({**content, "vocab_size": ids - 1}), "utf-8")
     with pytest.raises(UserError, match=rf"model: .*{ids} ids.* vocab_size {ids - 1}"):
         build_prompt(load_config(), ChatTokenizer(folder))
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bfloat16", "expected"),
+    [
+        ((8, 6), True, torch.bfloat16),  # RTX 30
+        ((7, 5), False, torch.float16),  # T4, RTX 20
+        ((7, 0), False, torch.float16),  # V100
+        ((6, 1), False, torch.float32),  # GTX 10, whose float16 is slower than its float32
+    ],
+)
+def test_auto_is_what_the_gpu_multiplies_fast(
+    capability: tuple[int, int], has_bfloat16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_dtype(Config(), torch.device("cuda")) == expected

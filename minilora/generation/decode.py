@@ -32,6 +32,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.system.schema import limits
 
+MOST_TIES = 64  # with the last of the top k
 PREFILL_TOKENS = 2048  # of a forward pass: a longer prompt is prefilled in pieces, which bounds its activations
 
 
@@ -130,8 +131,9 @@ def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: floa
     """The tokens to sample from and their logits, (n,) each, -inf where top-p excludes; `logits` (V,) float32."""
     logits = logits / temperature
     if 0 < top_k < len(logits):
-        tokens = (~(logits < logits.topk(top_k).values[-1])).nonzero().squeeze(1)  # NaN is kept: `generate` refuses it
-        logits = logits[tokens]
+        # With the last one's ties, a fixed number of them: to count them a GPU would be waited for.
+        logits, tokens = logits.topk(min(top_k + MOST_TIES, len(logits)))
+        logits = logits.masked_fill(logits < logits[top_k - 1], -torch.inf)  # NaN is kept: `generate` refuses it
     else:
         tokens = torch.arange(len(logits), device=logits.device)
     if top_p < 1:  # after top-k a few are sorted, instead of the vocabulary's 152k, which takes 16 ms

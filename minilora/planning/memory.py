@@ -242,7 +242,7 @@ def _token_elements(model: Qwen2Config) -> int:
 def _mlp_backward(counts: ParameterCounts, shape: BatchShape) -> int:
     """Elements that the backward pass of a layer's MLP takes."""
     model = counts.config
-    return shape.tokens * (2 * model.hidden_size + (3 if counts.dora_in_mlp else 2) * model.intermediate_size)
+    return shape.tokens * (2 * model.hidden_size + (4 if counts.dora_in_mlp else 3) * model.intermediate_size)
 
 
 # ---- Attention: all that the estimate says of it, except what `_token_elements` keeps

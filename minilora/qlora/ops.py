@@ -74,8 +74,7 @@ class _SwiGLU(torch.autograd.Function):
     """h = silu(gate) * up.
 
     dup = dh * silu(gate);  dgate = dh * up * s * (1 + gate * (1 - s)), which is PyTorch's silu_backward.
-    Keeps gate and up; silu(gate) is cheaper to recompute than to keep. dgate is written over dh, which nobody else
-    reads: two buffers of (T, F) in backward, and not three.
+    Keeps gate and up; silu(gate) is cheaper to recompute than to keep.
     """
 
     @staticmethod
@@ -87,8 +86,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (dh,) = grads
         gate, up = ctx.saved_tensors
-        dup = F.silu(gate).mul_(dh)
-        return torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dh), dup
+        dgate = dh * up
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        return dgate, F.silu(gate).mul_(dh)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Provenance:
     config: dict[str, dict[str, Any]]  # values by section and key
     data_sha256: dict[str, str]  # of the split files, by name
     model_sha256: dict[str, str]  # of the base model's files, by name
-    machine: dict[str, Any]  # device, dtype, threads, library versions, number of ranks
+    machine: dict[str, Any]  # device, dtype, threads, GPU, library versions, number of ranks
 
     @property
     def step_factors(self) -> dict[str, int]:
@@ -82,6 +82,9 @@ def describe_machine(device: torch.device, dtype: torch.dtype, ranks: int) -> di
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "none"
     kind = {"device": device.type, "dtype": dtype_name(dtype), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        kind |= {"gpu": f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}", "cuda": torch.version.cuda}
     return {**kind, **versions, "ranks": ranks}
 
 

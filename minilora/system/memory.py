@@ -12,16 +12,19 @@ import torch
 from minilora.system.process import call_glibc
 
 STATUS = Path("/proc/self/status")
+# fmt: off
+OUT_OF_MEMORY = (
+    "not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive",  # on a CPU
+    "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",  # pinned memory, bitsandbytes, cuBLAS, cuDNN
+)
+# fmt: on
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is PyTorch's or Python's way to say that memory ran out; on a CPU PyTorch has no type for it."""
+    """Whether an error is PyTorch's or Python's way to say that memory ran out; PyTorch has no one type for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in ("not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive")
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -11,7 +11,7 @@ from minilora.config import load_config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.runs import setup
-from minilora.runs.provenance import Provenance, read_provenance
+from minilora.runs.provenance import Provenance, describe_machine, read_provenance
 from minilora.system.files import json_bytes, sha256
 from tests.runs.conftest import STEPS, Fit, contents, load_no_model, read, remove_folders, rewrite
 
@@ -155,3 +155,12 @@ def test_a_file_that_does_not_say_what_a_run_was_made_from_is_named(tmp_path: Pa
 
 def test_of_another_programs_adapter_nothing_is_known(tmp_path: Path) -> None:
     assert read_provenance(tmp_path) == Provenance({}, {}, {}, {})
+
+
+def test_a_gpu_is_known_by_its_name_and_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3060")
+    machine = describe_machine(torch.device("cuda"), torch.bfloat16, 1)
+    assert machine["gpu"] == "NVIDIA GeForce RTX 3060, sm_86"
+    assert machine["cuda"] == torch.version.cuda
+    assert "gpu" not in describe_machine(torch.device("cpu"), torch.bfloat16, 1)
