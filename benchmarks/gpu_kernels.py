@@ -62,16 +62,16 @@ class Operation:
     Attributes:
         name: in the table.
         inputs: float32 tensors on the CPU, what gradients are taken of.
-        run: on the device, in the dtype of its inputs.
+        run: of inputs and constants on the device, in one dtype.
         reference: the same of float64 tensors on the CPU.
-        limits: of the relative error, by dtype.
+        constants: float32 tensors on the CPU that no gradient is taken of.
     """
 
     name: str
     inputs: Sequence[torch.Tensor]
     run: Function
     reference: Function
-    limits: dict[torch.dtype, float]
+    constants: Sequence[torch.Tensor] = ()
 
 
 def check_kernels(options: Options, findings: Findings) -> None:
@@ -81,7 +81,7 @@ def check_kernels(options: Options, findings: Findings) -> None:
             check_quantization(options, findings, quant_type)
     with findings.attempt("rotary table"):
         check_rotary_table(options, findings)
-    for operation in [*elementwise_operations(), *attention_operations(options), *loss_operations(options)]:
+    for operation in [*elementwise_operations(), *attention_operations(options), loss_operation(options)]:
         with findings.attempt(operation.name):
             check_operation(operation, options.device, findings)
     for use_dora in (False, True):
@@ -95,8 +95,8 @@ def check_kernels(options: Options, findings: Findings) -> None:
 
 def check_operation(operation: Operation, device: str, findings: Findings) -> None:
     """Output and gradients in all dtypes; the largest error of each is compared with the limit."""
-    detail = {_name(dtype): operation_errors(operation, dtype, device) for dtype in operation.limits}
-    report_errors(operation.name, detail, operation.limits, findings)
+    detail = {_name(dtype): operation_errors(operation, dtype, device) for dtype in LIMITS}
+    report_errors(operation.name, detail, LIMITS, findings)
 
 
 def report_errors(
@@ -110,13 +110,13 @@ def report_errors(
 
 def operation_errors(operation: Operation, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Relative errors of the output, y, and of the gradient of each input, d0, d1..."""
-    rounded = [tensor.to(dtype) for tensor in operation.inputs]
+    rounded, constants = ([t.to(dtype) for t in tensors] for tensors in (operation.inputs, operation.constants))
     exact = [tensor.double().requires_grad_() for tensor in rounded]
-    y_exact = operation.reference(*exact)
+    y_exact = operation.reference(*exact, *(tensor.double() for tensor in constants))
     dy = torch.randn(y_exact.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     y_exact.backward(dy.double())
     given = [tensor.to(device, copy=True).requires_grad_() for tensor in rounded]
-    y = operation.run(*given)
+    y = operation.run(*given, *(tensor.to(device) for tensor in constants))
     y.backward(dy.to(y))
     errors = {"y": relative_error(y, y_exact)}
     for index, (found, right) in enumerate(zip(given, exact, strict=True)):
@@ -198,32 +198,22 @@ def elementwise_operations() -> list[Operation]:
     hidden[:, 7] *= 1e4  # a few channels of real hidden states are this large
     weight = 1 + 0.1 * _normal(size, seed=1)
     positions = torch.randint(LONGEST_POSITION, (tokens,), generator=torch.Generator().manual_seed(3))
-    cos, sin = ops.rotary_table(positions, HEAD_DIM, 1e6, torch.float32)
-
-    def rotate(function: Function) -> Function:
-        return lambda x: function(x, *(table.to(x.device, torch.bfloat16).to(x.dtype) for table in (cos, sin)))
-
     return [
         Operation(
             "RMSNorm, hidden states of 1e4",
             (hidden, weight),
             run=lambda x, w: ops.rms_norm(x, w, EPS),
             reference=lambda x, w: ops.rms_norm_reference(x, w, EPS),
-            limits=LIMITS,
         ),
         Operation(
-            "SwiGLU",
-            (3 * hidden.clamp(-5, 5), _normal(tokens, size, seed=4)),
-            ops.swiglu,
-            ops.swiglu_reference,
-            limits=LIMITS,
+            "SwiGLU", (3 * _normal(tokens, size), _normal(tokens, size, seed=4)), ops.swiglu, ops.swiglu_reference
         ),
         Operation(
             "rotary embedding, positions to 30,000",
             (_normal(tokens, HEADS, HEAD_DIM),),
-            run=rotate(ops.rotary),
-            reference=rotate(ops.rotary_reference),
-            limits=LIMITS,
+            run=ops.rotary,
+            reference=ops.rotary_reference,
+            constants=ops.rotary_table(positions, HEAD_DIM, 1e6, torch.float32),
         ),
     ]
 
@@ -267,7 +257,7 @@ def _attention(
         return ops.attention_reference(q, k, v, mask[chosen])[:real]
 
     keys = f"keys of {KEY_BIAS:.0f}" if large_keys else "plain keys"
-    return Operation(f"attention, {name}, {keys}", (q, k, v), run, reference, limits=LIMITS)
+    return Operation(f"attention, {name}, {keys}", (q, k, v), run, reference)
 
 
 def packed_attention(batch: MicroBatch, qkv: Sequence[torch.Tensor], only_supervised: bool = False) -> torch.Tensor:
@@ -327,29 +317,17 @@ def _cost_of_attention(batch: MicroBatch, function: Callable[..., torch.Tensor])
 # ---- Loss and linear layers
 
 
-def loss_operations(options: Options) -> list[Operation]:
-    """The summed loss of more positions than one chunk has."""
+def loss_operation(options: Options) -> Operation:
+    """The mean loss of more positions than one chunk has."""
     positions, size, vocab = 100, 896, 2_000 if options.small else 20_000
     targets = torch.randint(vocab, (positions,), generator=torch.Generator().manual_seed(5))
-    head = _normal(vocab, size, seed=6) * 0.17  # logits up to 20, as a trained model's
-
-    def run(hidden: torch.Tensor) -> torch.Tensor:
-        return next_token_nll(hidden, targets.to(hidden.device), head.to(hidden.device, hidden.dtype))[0] / positions
-
-    # Each dtype has its own rounded head, and the reference must have the same.
-    operations = []
-    for dtype, limit in LIMITS.items():
-        rounded = head.to(dtype).double()
-        operations.append(
-            Operation(
-                f"loss, {_name(dtype)}",
-                (_normal(positions, size),),
-                run=run,
-                reference=lambda hidden, rounded=rounded: F.cross_entropy(hidden @ rounded.T, targets),
-                limits={dtype: limit},
-            )
-        )
-    return operations
+    return Operation(
+        "loss",
+        (_normal(positions, size),),
+        run=lambda hidden, head: next_token_nll(hidden, targets.to(hidden.device), head)[0] / positions,
+        reference=lambda hidden, head: F.cross_entropy(hidden @ head.T, targets),
+        constants=(_normal(vocab, size, seed=6) * 0.17,),  # logits up to 20, as a trained model's
+    )
 
 
 def check_linear_layers(options: Options, findings: Findings, use_dora: bool) -> None:

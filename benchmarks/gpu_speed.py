@@ -102,7 +102,7 @@ def measure_floors(options: Options, findings: Findings, token_counts: Sequence[
     for size in ("0.5B", "7B"):
         config = options.sizes(size)
         for tokens in token_counts:
-            name = f"floor of {size}, {tokens} tokens"
+            name = f"floor of {size}{', tiny' if options.small else ''}, {tokens} tokens"
             with findings.attempt(name):
                 token_s = measure_matmul(config, tokens, torch.bfloat16, options.device)
                 tflop_per_s = flop_per_token(config) / token_s / 1e12
@@ -170,6 +170,8 @@ CASES = (
 def measure_shapes(options: Options, findings: Findings) -> None:
     """All cases in turn; where a GPU has too little memory by the estimate, a line says so."""
     for case in CASES:
+        if options.small:
+            case = replace(case, name=f"{case.name}, tiny")
         with findings.attempt(case.name):
             measure_case(case, options, findings)
         _free_cache(options)
@@ -250,7 +252,8 @@ def profile_steps(options: Options, findings: Findings) -> None:
         sizes = options.sizes(size, layers)
         with findings.attempt(name):
             batch = pack(case.examples(1, options.small, sizes.vocab_size))
-            profile_step(f"{name}, {sizes.num_hidden_layers} layers", sizes, batch, options=options, findings=findings)
+            name = f"{name}, {sizes.num_hidden_layers}{' tiny' if options.small else ''} layers"
+            profile_step(name, sizes, batch, options=options, findings=findings)
 
 
 def profile_step(name: str, sizes: Qwen2Config, batch: MicroBatch, *, options: Options, findings: Findings) -> None:
@@ -271,7 +274,7 @@ def profile_step(name: str, sizes: Qwen2Config, batch: MicroBatch, *, options: O
     with profile(activities=activities) as profiler:
         take_step()
     events = profiler.key_averages()
-    log = Path(options.output_dir) / f"profile-{sizes.num_hidden_layers}-layers.txt"
+    log = Path(options.output_dir) / f"profile-{name.partition(',')[0]}.txt"
     log.write_text(events.table(sort_by="self_cpu_time_total", row_limit=60), "utf-8")
     operators = sorted(events, key=lambda event: -event.self_cpu_time_total)[:SHOWN_KERNELS]
     if not options.is_gpu:
