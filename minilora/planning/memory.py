@@ -16,7 +16,8 @@ gradient checkpointing a layer keeps only its input, and one layer at a time is 
 offloaded to the computer's memory.
 
 The backward pass of a layer peaks in its MLP, at 2 C + 3 F elements a token and 2 C + 4 F with DoRA, or, from some
-hundred tokens an example on, in its attention, which holds its weights three times. Layers below the first adapted one
+hundred tokens an example on, in its attention, which holds its weights three times; PyTorch's fused attention of long
+examples holds none. Layers below the first adapted one
 keep nothing. What PyTorch's allocator hands out agrees with all this within 5 % (tests/planning/test_memory.py). The
 process' own part is measured on Linux (benchmarks/memory_estimate.py), and on a GPU not yet.
 """
@@ -28,8 +29,8 @@ import torch
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_weights, lora_parameters
-from minilora.qlora.batch import MAX_GROUP_SCORES
-from minilora.qlora.loss import CHUNK_POSITIONS
+from minilora.qlora.batch import FUSED_KEYS, MAX_SCORES_BYTES
+from minilora.qlora.loss import chunk_positions
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.system.process import LARGEST_IN_HEAP
@@ -216,8 +217,9 @@ def estimate_memory(counts: ParameterCounts, shape: BatchShape, settings: Memory
     dequantizes = settings.is_quantized and not settings.cache_dequantized
     dense_weight = counts.config.intermediate_size * counts.config.hidden_size * width if dequantizes else 0
     in_mlp = _mlp_backward(counts, shape) * width
-    backward = dense_weight + max(in_mlp, _attention_backward(counts.config, shape) * width)
-    logits = 2 * min(shape.supervised_positions, CHUNK_POSITIONS) * counts.config.vocab_size * 4
+    backward = dense_weight + max(in_mlp, _attention_backward(counts.config, shape, width) * width)
+    vocab_size = counts.config.vocab_size
+    logits = 2 * min(shape.supervised_positions, chunk_positions(vocab_size, settings.device_type)) * vocab_size * 4
     gradients = (sum(counts.trainable) + counts.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": all_layers, "logits": logits},
@@ -226,7 +228,7 @@ def estimate_memory(counts: ParameterCounts, shape: BatchShape, settings: Memory
     )
     peak = max(moments_of_a_step, key=lambda moment: sum(moment.values()))
     in_step = {
-        f"activations of {shape.tokens} tokens": peak["activations"] + shape.longest**2,  # and masks, a byte a pair
+        f"activations of {shape.tokens} tokens": peak["activations"],
         "one chunk of logits (float32)": peak.get("logits", 0),
         "one layer's backward pass": peak.get("backward", 0),
         "gradients of the adapter": peak.get("gradients", 0),
@@ -286,9 +288,13 @@ def _mlp_backward(counts: ParameterCounts, shape: BatchShape) -> int:
     return shape.tokens * (2 * config.hidden_size + (4 if counts.dora_in_mlp else 3) * config.intermediate_size)
 
 
-def _attention_backward(config: Qwen2Config, shape: BatchShape) -> int:
+def _attention_backward(config: Qwen2Config, shape: BatchShape, width: int) -> int:
     """Elements that the backward pass of a layer's attention takes, less gate and up, which are freed by then."""
-    scores = min(shape.tokens * shape.longest, MAX_GROUP_SCORES) * config.num_attention_heads
+    is_fused = (
+        shape.longest >= FUSED_KEYS
+    )  # the longest example's scores are not kept; shorter ones may be packed with it
+    tokens, keys = (shape.tokens - shape.longest, FUSED_KEYS) if is_fused else (shape.tokens, shape.longest)
+    scores = min(tokens * keys * config.num_attention_heads, MAX_SCORES_BYTES // width)
     return ATTENTION_COPIES * scores - shape.tokens * (2 * config.intermediate_size - 3 * config.hidden_size)
 
 

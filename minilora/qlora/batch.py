@@ -20,7 +20,7 @@ supervised token reach the head (`supervised_positions`), and of the others the 
 (`last_groups`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -32,39 +32,62 @@ from minilora.qlora.prompt import Example
 # Segments of one attention call are padded to the longest of them. A new group starts where that padding would exceed
 # this share of the group: fewer groups mean fewer small kernels, more padding means more work.
 MAX_GROUP_PADDING = 0.25
-# Largest queries * keys of one attention call: times H heads these are the scores, 120 MB in bfloat16 for H = 14. A
-# longer segment is cut into blocks of queries.
-MAX_GROUP_SCORES = 1 << 22
+# Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
+MAX_SCORES_BYTES = 120_000_000
+# Elements of an attention mask that is made once for all layers; a larger one is made in each layer.
+MAX_MASK = 1 << 20
+# From this many keys on, PyTorch's fused attention is faster than two products and a softmax (`ops.attention`).
+FUSED_KEYS = 512
 
 Span = tuple[int, int]  # first token of a segment and the one behind its last
 
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """n segments of similar length that attention computes together, padded to the longest.
+    """n segments of similar length that attention computes together, padded to the longest; all tensors on the CPU.
 
     Attributes:
         prefix: P, the tokens 0..P-1 that every segment of the group attends to.
         keys: (n, L) int64, packed tokens of the segments; padding repeats a segment's first.
         queries: (n, Q) int64, tokens that attend to them; `keys` itself where every token of a segment does. Counted
             from the first token of a forward pass; keys from that of a cached prefix, if there is one.
-        padding: (M, 2) int64, which queries are padding: segment, and index in it.
-        mask: (1, Q, P + L) or (n, Q, P + L) bool, the attention mask: True = masked, what is behind a query.
+        padding: (n, Q) bool, which queries are padding.
+        last_key: (1 or n, Q) int64, the last of the P + L keys that a query attends to, which is itself. All behind it
+            are masked: that is the whole attention mask.
     """
 
     prefix: int
     keys: torch.Tensor
     queries: torch.Tensor
     padding: torch.Tensor
-    mask: torch.Tensor
+    last_key: torch.Tensor
 
-    def to(self, device: torch.device) -> "SegmentGroup":
-        """The same group on `device`."""
-        keys = _move(self.keys, device)
-        queries = keys if self.queries is self.keys else _move(self.queries, device)
-        return SegmentGroup(
-            self.prefix, keys, queries, padding=_move(self.padding, device), mask=_move(self.mask, device)
-        )
+    @property
+    def num_keys(self) -> int:
+        """P + L."""
+        return self.prefix + self.keys.shape[1]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether PyTorch's fused attention computes it: long, and most tokens are queries, as its causal mask asks."""
+        return self.num_keys >= FUSED_KEYS and 2 * self.queries.shape[1] > self.num_keys
+
+    def seen(self) -> torch.Tensor:
+        """(n, P + L) int64, the keys of each segment as tokens, prefix first."""
+        return torch.cat((torch.arange(self.prefix).expand(len(self.keys), -1), self.keys), dim=1)
+
+    def cut(self, max_scores: int) -> Iterator["SegmentGroup"]:
+        """The group in pieces of at most `max_scores` queries * keys, or of one query."""
+        block = max(1, max_scores // self.num_keys)  # queries
+        segments = max(1, block // self.queries.shape[1])
+        for first in range(0, len(self.keys), segments):
+            rows = slice(first, first + segments)
+            for start in range(0, self.queries.shape[1], block):
+                columns = slice(start, start + block)
+                last_key = self.last_key[rows if len(self.last_key) > 1 else slice(None), columns]
+                end = int(last_key.max()) + 1 - self.prefix  # what is behind a piece's last query is not attended to
+                keys, queries = self.keys[rows, :end], self.queries[rows, columns]
+                yield SegmentGroup(self.prefix, keys, queries, self.padding[rows, columns], last_key=last_key)
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,32 @@ class HeadGroup:
     padding: torch.Tensor  # int64, which of `queries` are padding
     keys: torch.Tensor  # (n * K * (P + L),) int64, indices into (T * K, D), prefix first
     own: torch.Tensor  # (n * K * L,) int64, those of the segment itself
-    mask: torch.Tensor  # (1 or n, 1, 1, Q, P + L) bool, True = masked
+    last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
+    mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
+
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
+        if self.mask is not None:
+            return self.mask
+        masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
+        return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """A `SegmentGroup` for fused attention: a padded batch of n sequences of P + L tokens, each causal.
+
+    The prefix's tokens take part as queries too, whose result nothing reads: so the mask stays causal. Without indices
+    it is all T tokens in their order, the micro-batch's padding behind them, which nothing reads either.
+    """
+
+    shape: tuple[int, int]  # n, P + L
+    keys: torch.Tensor | None = None  # (n * (P + L),) int64, tokens of k and v
+    queries: torch.Tensor | None = None  # (M,) int64, tokens of q, without padding
+    entries: torch.Tensor | None = None  # (M,) int64, where these are in the batch of n * (P + L)
+
+
+AttentionGroup = HeadGroup | FusedGroup
 
 
 @dataclass(frozen=True)
@@ -113,17 +161,19 @@ class MicroBatch:
         return int(self.targets.shape[0])
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on `device`."""
+        """The same micro-batch on `device`; groups stay on the CPU, where `split_heads` makes tables of them."""
         names = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices")
-        moved: dict[str, Any] = {name: _move(getattr(self, name), device) for name in names}
-        for name in ("groups", "last_groups"):
-            moved[name] = tuple(group.to(device) for group in getattr(self, name))
+        moved: dict[str, Any] = dict(zip(names, _move([getattr(self, name) for name in names], device), strict=True))
         return replace(self, **moved)
 
 
-def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To a GPU from pinned memory, so that the processor prepares the next micro-batch and does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _move(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """int64 tensors to a device: as one buffer of pinned memory, so that one copy runs beside the processor's work."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    buffer = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = buffer.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: int = 0) -> MicroBatch:
@@ -208,8 +258,7 @@ def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
         count = len(pending) + 1
         real = sum(end - start for start, end in pending) + length
         too_padded = real < (1 - MAX_GROUP_PADDING) * count * length
-        too_large = count * length * (prefix + length) > MAX_GROUP_SCORES
-        if pending and (too_padded or too_large):
+        if pending and too_padded:
             groups.append(pending)
             pending = []
         pending.append(span)
@@ -221,18 +270,10 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
     groups = []
     prefixes = [(0, [(0, prefix)])] if prefix > cached else []
     for seen, group in [*prefixes, *((prefix, group) for group in spans)]:
-        longest = max(end - start for start, end in group)
-        block = longest if len(group) > 1 else max(1, MAX_GROUP_SCORES // (seen + longest))
-        for begin in range(0, longest, block):
-            end = min(begin + block, longest)  # what is behind a block's last query need not be attended to
-            keys, padding = _pad([range(start, min(stop, start + end)) for start, stop in group])
-            queries = keys
-            if block < longest:
-                queries, padding = _pad([range(group[0][0] + begin, group[0][0] + end)])
-            if cached:
-                queries = queries - cached
-            mask = torch.ones(1, end - begin, seen + end, dtype=torch.bool).triu(seen + begin + 1)
-            groups.append(SegmentGroup(seen, keys, queries, padding=padding, mask=mask))
+        keys, padding = _pad([range(*span) for span in group])
+        queries = keys - cached if cached else keys
+        last_key = torch.arange(seen, seen + keys.shape[1])[None]
+        groups.append(SegmentGroup(seen, keys, queries, padding, last_key=last_key))
     return tuple(groups)
 
 
@@ -241,48 +282,69 @@ def _build_last_group(prefix: int, spans: Sequence[Span], supervised_positions: 
     chosen = [[i for i, token in enumerate(supervised_positions) if start <= token < end] for start, end in spans]
     queries, padding = _pad(chosen)
     keys, _ = _pad([range(*span) for span in spans])
-    query_place = torch.tensor(supervised_positions)[queries] - torch.tensor([[start] for start, _ in spans])
-    behind = torch.arange(keys.shape[1]) > query_place[:, :, None]
-    seen = torch.zeros(len(spans), queries.shape[1], prefix, dtype=torch.bool)
-    return SegmentGroup(prefix, keys, queries, padding=padding, mask=torch.cat((seen, behind), dim=2))
+    last_key = torch.tensor(supervised_positions)[queries] + prefix - torch.tensor([[start] for start, _ in spans])
+    return SegmentGroup(prefix, keys, queries, padding, last_key=last_key)
 
 
 def _pad(segments: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Segments of one token or more side by side, (n, L), padded with their first token; where padding is, (M, 2)."""
+    """Segments of one token or more side by side, (n, L), padded with their first token; where padding is, (n, L)."""
     longest = max(map(len, segments))
     padded = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
-    return padded, (torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])).nonzero()
+    return padded, torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])
 
 
 def split_heads(
-    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int
-) -> tuple[HeadGroup, ...]:
-    """What all layers' attention needs to know of a micro-batch, computed once.
+    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
+) -> tuple[AttentionGroup, ...]:
+    """What all layers' attention needs to know of a micro-batch, computed once, on the CPU.
 
     Args:
         groups: every query that is no padding is in exactly one of them.
         heads: H.
         kv_heads: K.
         num_queries: tokens of q.
+        like: q's dtype and the device that the tables go to.
     """
-    return tuple(_split_group(group, heads, kv_heads, num_queries) for group in groups)
+    max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
+    split: list[AttentionGroup] = []
+    for group in groups:
+        if group.is_fused:
+            whole = len(groups) == 1 and group.prefix == 0 and group.queries.numel() == group.num_keys
+            split.append(FusedGroup((1, num_queries)) if whole else _fuse(group))
+        else:
+            split += [_split_group(piece, heads, kv_heads, num_queries) for piece in group.cut(max_scores)]
+    tables = [{name: x for name, x in vars(group).items() if isinstance(x, torch.Tensor)} for group in split]
+    tensors = [tensor for table in tables for tensor in table.values()]
+    moved = iter(_move(tensors, like.device) if tensors else [])
+    on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
+    split = [replace(group, **table) for group, table in zip(split, on_device, strict=True)]
+    return tuple(_keep_mask(group, like.dtype) if isinstance(group, HeadGroup) else group for group in split)
+
+
+def _keep_mask(group: HeadGroup, dtype: torch.dtype) -> HeadGroup:
+    small = group.last_key.numel() * group.shape[-1] <= MAX_MASK
+    return replace(group, mask=group.additive_mask(dtype)) if small else group
+
+
+def _fuse(group: SegmentGroup) -> FusedGroup:
+    n, num_keys = len(group.keys), group.num_keys
+    entries = (torch.arange(n)[:, None] * num_keys + group.last_key)[~group.padding]
+    return FusedGroup((n, num_keys), group.seen().flatten(), group.queries[~group.padding], entries)
 
 
 def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int) -> HeadGroup:
-    device, (n, num_keys), per_segment = group.keys.device, group.keys.shape, group.queries.shape[1]
-    head = torch.arange(heads, device=device)
+    n, per_segment = group.queries.shape
+    head = torch.arange(heads)
     queries = (group.queries[:, None, None, :] * heads + head.view(1, kv_heads, -1, 1)).flatten()
-    segment, index = group.padding.T[:, :, None]
-    padding = ((segment * heads + head) * per_segment + index).flatten()
-    seen = torch.cat((torch.arange(group.prefix, device=device).expand(n, -1), group.keys), dim=1)
-    keys = seen[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]
+    padding = group.padding[:, None].expand(n, heads, per_segment).flatten().nonzero().flatten()
+    keys = group.seen()[:, None, :] * kv_heads + torch.arange(kv_heads)[:, None]
     return HeadGroup(
         prefix=group.prefix,
-        shape=(n, kv_heads, heads // kv_heads, per_segment, group.prefix + num_keys),
+        shape=(n, kv_heads, heads // kv_heads, per_segment, group.num_keys),
         queries=queries,
         outputs=queries.index_fill(0, padding, num_queries * heads),
         padding=padding,
         keys=keys.flatten(),
         own=keys[:, :, group.prefix :].flatten(),
-        mask=group.mask[:, None, None],
+        last_key=group.last_key[:, None, None, :, None],
     )

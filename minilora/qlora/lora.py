@@ -236,15 +236,12 @@ class _LoRA(torch.autograd.Function):
     def forward(
         ctx: Any, group: _Group, sources: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor, *bs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        a = a.to(x.dtype)
+        a, bs = a.to(x.dtype), tuple(b.to(x.dtype) for b in bs)
         u = F.linear(group.mask.zero(x), a)
         us = u.split([b.shape[1] for b in bs], dim=1)
         ys = []
         for (base, bias, s), u_i, b in zip(group.parts, us, bs, strict=True):
-            if bias is None:
-                y = x.new_empty(len(x), len(b)).addmm_(u_i, b.to(x.dtype).T, alpha=s, beta=0)
-            else:
-                y = torch.addmm(bias, u_i, b.to(x.dtype).T, alpha=s)
+            y = _product(u_i, b.T, s) if bias is None else torch.addmm(bias, u_i, b.T, alpha=s)
             ys.append(y.addmm_(x, dense_weight(base, x.dtype).T))  # last, or y would be read once more
         ctx.group = group
         # Sources go through `save_for_backward`: an attribute would keep them from being freed layer by layer.
@@ -258,19 +255,25 @@ class _LoRA(torch.autograd.Function):
         bs, sources = saved[: len(dys)], saved[len(dys) :]
         x = sources[0] if group.recompute is None else group.recompute(*sources)
         us = u.split([b.shape[1] for b in bs], dim=1)
+        wide = torch.promote_types(a.dtype, torch.float32)
         dus, dbs = [], []
         for dy, (_, _, s), u_i, b in zip(dys, group.parts, us, bs, strict=True):
-            dus.append((dy @ b.to(dy.dtype)).mul_(s))
+            dus.append(_product(dy, b, s))
             # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
-            dbs.append((u_i.T @ dy).T.to(b.dtype, memory_format=torch.contiguous_format).mul_(s))
-        du = torch.cat(dus, dim=1)
-        da = (du.T @ group.mask.zero(x)).to(torch.promote_types(a.dtype, torch.float32))
+            dbs.append(_product(u_i.T, dy, s).T.to(wide, memory_format=torch.contiguous_format))
+        du = torch.cat(dus, dim=1) if len(dus) > 1 else dus[0]
+        da = (du.T @ group.mask.zero(x)).to(wide)
         dx = None
         if ctx.needs_input_grad[2]:  # nothing below the first layer is trained, so its x needs none
             dx = group.mask.zero(du @ a)
             for dy, (base, _, _) in zip(dys, group.parts, strict=True):
                 dx.addmm_(dy, dense_weight(base, dy.dtype))
         return None, None, dx, da, *dbs
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * left @ right, scaled before it is rounded."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, alpha=scale, beta=0)
 
 
 # ---- Which of the two

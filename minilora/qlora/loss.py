@@ -5,7 +5,7 @@
 
 The head is frozen, so dh is all the gradient there is. It is computed in forward, chunk by chunk, while the chunk's
 logits are there: the (S, V) logits never exist as a whole. In Qwen2.5 one position has 152k logits, 0.6 MB in float32,
-so 64 positions at a time are 39 MB in place of gigabytes.
+and a chat has thousands of positions.
 
 Source: the idea of cut cross-entropy (arXiv 2411.09009) and of trl's chunked loss, in plain PyTorch.
 """
@@ -14,7 +14,19 @@ from typing import Any
 
 import torch
 
-CHUNK_POSITIONS = 64
+# float32 logits of a chunk: 65 positions of a Qwen2.5 on a CPU, where more are no faster, 526 on a GPU, where fewer
+# kernels are.
+LOGITS_BYTES = {"cpu": 40_000_000, "cuda": 320_000_000}
+
+
+# float16 ends at 6e-8, and a confident model's dz is smaller than that: dz and dh are held this many times as large, a
+# power of 2, until the gradient from above, which holds the loss scale, is multiplied with in float32.
+FLOAT16_SCALE = 1024
+
+
+def chunk_positions(vocab_size: int, device_type: str) -> int:
+    """Positions of a chunk."""
+    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"]) // (4 * vocab_size))
 
 
 def head_logits(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
@@ -31,8 +43,10 @@ class _NextTokenNLL(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], CHUNK_POSITIONS):
-            chunk = slice(start, start + CHUNK_POSITIONS)
+        ctx.scale = FLOAT16_SCALE if hidden.dtype == torch.float16 else 1
+        size = chunk_positions(len(head_weight), hidden.device.type)
+        for start in range(0, hidden.shape[0], size):
+            chunk = slice(start, start + size)
             logits = head_logits(hidden[chunk], head_weight)
             chosen = targets[chunk, None]
             log_norm = logits.logsumexp(-1, keepdim=True)
@@ -40,6 +54,8 @@ class _NextTokenNLL(torch.autograd.Function):
             if dhidden is not None:
                 dlogits = logits.sub_(log_norm).exp_()
                 dlogits.scatter_add_(1, chosen, -torch.ones_like(log_norm))
+                if ctx.scale != 1:
+                    dlogits.mul_(ctx.scale)
                 dhidden[chunk] = dlogits.to(hidden.dtype) @ head_weight
                 del dlogits  # the logits' memory: free before the next chunk's are computed
             del logits
@@ -49,7 +65,8 @@ class _NextTokenNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * grads[0].to(dhidden.dtype), None, None
+        wide = dhidden.to(grads[0].dtype) * (grads[0] / ctx.scale)
+        return wide.to(dhidden.dtype), None, None
 
 
 def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -71,9 +88,9 @@ def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: tor
 
 def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
     """log p(target) at each position: (S,) float32 or wider, for scoring; no gradient is kept."""
-    chunks = []
-    for start in range(0, hidden.shape[0], CHUNK_POSITIONS):
-        chunk = slice(start, start + CHUNK_POSITIONS)
+    chunks, size = [], chunk_positions(len(head_weight), hidden.device.type)
+    for start in range(0, hidden.shape[0], size):
+        chunk = slice(start, start + size)
         logits = head_logits(hidden[chunk], head_weight)
         chunks.append(logits.gather(1, targets[chunk, None]).squeeze(1) - logits.logsumexp(-1))
     return torch.cat(chunks)

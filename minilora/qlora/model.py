@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora.qlora import ops
-from minilora.qlora.batch import HeadGroup, MicroBatch, SegmentGroup, pack_segments, split_heads
+from minilora.qlora.batch import AttentionGroup, MicroBatch, SegmentGroup, pack_segments, split_heads
 from minilora.qlora.checkpointing import checkpoint_layer
 from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.lora import Recompute, linear_layers
@@ -99,7 +99,7 @@ class LayerInputs:
 
     cos: torch.Tensor
     sin: torch.Tensor
-    groups: tuple[HeadGroup, ...] | None
+    groups: tuple[AttentionGroup, ...] | None
     positions: torch.Tensor | None = None
     kv_cache: KVCache | None = None
 
@@ -205,11 +205,12 @@ class Qwen2Model(nn.Module):
         """
         hidden = F.embedding(input_ids, self.embed_tokens.weight)
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
-        heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        seen = None if groups is None else split_heads(groups, *heads, num_queries=len(hidden))
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        split = partial(split_heads, heads=heads, kv_heads=kv_heads, like=hidden)
+        seen = None if groups is None else split(groups, num_queries=len(hidden))
         last_seen = seen
         if positions is not None:
-            last_seen = None if last_groups is None else split_heads(last_groups, *heads, num_queries=len(positions))
+            last_seen = None if last_groups is None else split(last_groups, num_queries=len(positions))
         caches: Sequence[KVCache | None] = [None] * len(self.layers) if kv_cache is None else kv_cache
         for layer, cache in zip(self.layers[:-1], caches, strict=False):
             hidden = self._run(layer, hidden, LayerInputs(cos, sin, seen, kv_cache=cache))
@@ -276,7 +277,7 @@ class Qwen2ForCausalLM(nn.Module):
         if count == 1:
             hidden: torch.Tensor = self.model(input_ids, positions, None, kv_cache=kv_cache)
             return hidden
-        groups = tuple(group.to(device) for group in pack_segments([count], start))
+        groups = pack_segments([count], start)
         last = torch.arange(count - 1, count, device=device)
         hidden = self.model(input_ids, positions, groups, positions=last, kv_cache=kv_cache)
         return hidden

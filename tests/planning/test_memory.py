@@ -138,8 +138,10 @@ def test_on_a_gpu_the_context_is_counted_and_no_heap() -> None:
     assert part(estimate(process_bytes=10**9), "Python and PyTorch") == 10**9
 
 
-def test_long_examples_take_more_than_short_ones_of_as_many_tokens() -> None:
-    assert estimate(4096, longest=4096).total_bytes > estimate(4096, longest=512).total_bytes + 150_000_000
+def test_long_examples_take_what_short_ones_of_as_many_tokens_take() -> None:
+    assert estimate(4096, longest=4096).total_bytes == estimate(4096, longest=64).total_bytes
+    at_32k, at_16k, at_8k = (estimate(tokens, longest=tokens).total_bytes for tokens in (32768, 16384, 8192))
+    assert at_32k - at_16k == pytest.approx(2 * (at_16k - at_8k), rel=0.01)
 
 
 def test_memory_grows_with_the_tokens() -> None:

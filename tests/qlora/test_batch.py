@@ -13,6 +13,7 @@ from minilora.qlora.batch import (
     pack,
     pack_segments,
     round_up_tokens,
+    split_heads,
 )
 from minilora.qlora.prompt import ChatTokenizer, Example, chat_example
 
@@ -32,7 +33,7 @@ EXAMPLES = [
 
 def real_queries(group: SegmentGroup) -> list[tuple[int, int, int]]:
     """(segment, index, token) of all queries that are no padding."""
-    padding = {tuple(index) for index in group.padding.tolist()}
+    padding = {tuple(index) for index in group.padding.nonzero().tolist()}
     everything = ((s, i, token) for s, tokens in enumerate(group.queries.tolist()) for i, token in enumerate(tokens))
     return [(s, i, token) for s, i, token in everything if (s, i) not in padding]
 
@@ -42,8 +43,7 @@ def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
     found = {}
     for segment, query, token in real_queries(group):
         keys = [*range(group.prefix), *group.keys[segment].tolist()]
-        mask = group.mask.expand(len(group.keys), -1, -1)[segment, query].tolist()
-        found[token] = [key for key, masked in zip(keys, mask, strict=True) if not masked]
+        found[token] = keys[: int(group.last_key.expand(len(group.keys), -1)[segment, query]) + 1]
     return found
 
 
@@ -156,19 +156,33 @@ def test_the_last_layers_queries_are_the_supervised_tokens_and_see_what_they_saw
     assert found == {place: seen[token] for place, token in enumerate(packed.supervised_positions.tolist())}
 
 
-def test_a_group_of_too_many_scores_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(pack_segments([10] * 8)) == 1
-    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 10 * 10 * 4)
-    groups = pack_segments([10] * 8)
-    assert [group.keys.shape for group in groups] == [(4, 10)] * 2
+def test_a_group_of_too_many_scores_is_cut_along_its_segments() -> None:
+    (group,) = pack_segments([10] * 8)
+    assert [piece.keys.shape for piece in group.cut(10 * 10 * 4)] == [(4, 10)] * 2
 
 
-def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = seen_tokens(pack(EXAMPLES))
-    monkeypatch.setattr(batch, "MAX_GROUP_SCORES", 8)
-    packed = pack(EXAMPLES)
-    assert all(group.mask[0].numel() <= 8 for group in packed.groups)
-    assert seen_tokens(packed) == whole
+@pytest.mark.parametrize("groups", [pack(EXAMPLES).groups, pack(EXAMPLES).last_groups, pack_segments([9, 3, 8])])
+def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(groups: tuple[SegmentGroup, ...]) -> None:
+    for group in groups:
+        pieces = list(group.cut(12))
+        assert all(piece.queries.numel() * piece.num_keys <= 12 or piece.queries.numel() == 1 for piece in pieces)
+        found: dict[int, list[int]] = {}
+        for piece in pieces:
+            found |= seen_by_queries(piece)
+        assert found == seen_by_queries(group)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "length", "supervised", "is_fused"),
+    [(0, 511, 1, False), (0, 512, 1, True), (100, 412, 1, True), (400, 200, 1, False)],
+)
+def test_long_groups_are_fused_where_most_tokens_are_queries(
+    prefix: int, length: int, supervised: int, is_fused: bool
+) -> None:
+    examples = [answered([*range(prefix), 1000 + n, *[7] * length], supervised) for n in range(2)]
+    packed = pack(examples)
+    assert [group.is_fused for group in packed.groups if group.prefix == prefix][-1] == is_fused
+    assert not any(group.is_fused for group in packed.last_groups)  # one query
 
 
 def test_tokens_behind_a_cached_prefix_see_what_they_saw_behind_a_computed_one() -> None:
@@ -198,21 +212,16 @@ def test_token_counts_repeat_and_little_is_added() -> None:
 def test_padding_repeats_the_first_token_of_its_segment() -> None:
     (group,) = pack_segments([3, 4])
     assert group.keys.tolist() == [[0, 1, 2, 0], [3, 4, 5, 6]]
-    assert group.padding.tolist() == [[0, 3]]
+    assert group.padding.nonzero().tolist() == [[0, 3]]
 
 
-def test_moving_a_batch_moves_every_tensor_and_keeps_every_number() -> None:
+def test_moving_a_batch_moves_what_the_model_reads_and_keeps_every_number() -> None:
     packed = pack(EXAMPLES)
     moved = packed.to(torch.device("meta"))
-
-    def tensors(item: object) -> list[torch.Tensor]:
-        if isinstance(item, torch.Tensor):
-            return [item]
-        parts = item if isinstance(item, tuple) else vars(item).values() if hasattr(item, "__dict__") else ()
-        return [tensor for part in parts for tensor in tensors(part)]
-
-    everything = tensors(moved)
-    assert len(everything) == len(tensors(packed)) == 5 + 4 * (len(packed.groups) + len(packed.last_groups))
-    assert all(tensor.device.type == "meta" for tensor in everything)
+    names = [name for name, value in vars(packed).items() if isinstance(value, torch.Tensor)]
+    assert len(names) == 5
+    assert all(getattr(moved, name).device.type == "meta" for name in names)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
-    assert [group.prefix for group in moved.groups] == [group.prefix for group in packed.groups]
+    assert moved.groups is packed.groups
+    split = split_heads(moved.groups, 4, 2, num_queries=12, like=torch.empty(0, device="meta"))
+    assert all(tensor.device.type == "meta" for g in split for tensor in vars(g).values() if hasattr(tensor, "device"))

@@ -7,8 +7,9 @@ from minilora.qlora import loss
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 150])
-def test_sum_and_gradient_equal_full_cross_entropy(rows: int) -> None:
+def test_sum_and_gradient_equal_full_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 64 * 4 * 30})  # chunks of 64 positions
     hidden = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
     head = torch.randn(30, 8, dtype=torch.float64)
     targets = torch.randint(30, (rows,))
@@ -39,8 +40,27 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     torch.testing.assert_close(total, expected)
 
 
-def test_token_log_probabilities_equal_log_softmax() -> None:
+@pytest.mark.parametrize("certainty", [0, 40])  # at 40 the answers have probability 1 - 1e-8
+def test_float16_gradients_survive_a_large_loss_scale_and_a_confident_model(certainty: float) -> None:
     torch.manual_seed(0)
+    head, targets = torch.randn(30, 64).half() / 8, torch.tensor([1, 2, 3])
+    hidden = (torch.randn(3, 64) / 8 + certainty * head[targets].float()).half()
+    found, exact = (
+        torch.autograd.grad(loss.next_token_nll(h, targets, head.to(h.dtype))[0] * 2.0**17, h)[0]
+        for h in (hidden.clone().requires_grad_(), hidden.double().requires_grad_())
+    )
+    assert ((found.double() - exact).norm() / exact.norm()).item() < 0.02  # logits near 40 are rounded by 1 / 64
+
+
+def test_a_vocabulary_decides_how_many_positions_are_a_chunk() -> None:
+    assert loss.chunk_positions(151936, "cpu") == 65
+    assert loss.chunk_positions(151936, "cuda") == 526
+    assert loss.chunk_positions(10**9, "cpu") == 1
+
+
+def test_token_log_probabilities_equal_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 64 * 4 * 30})
     hidden, head = torch.randn(70, 8), torch.randn(30, 8)
     targets = torch.randint(30, (70,))
     expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
