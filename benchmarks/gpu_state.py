@@ -45,9 +45,8 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 
 LAYERS = 4  # of a 0.5B: one layer's kernels are all layers' kernels
 RATE = 1e-3
-# Of all gradients in float32, the norm of their difference from float64: the attention of each of the two layers over
-# keys of 145 may add 3e-5, and what a wrong kernel does is a thousand times as large. A single tensor may be further
-# off, where its gradient nearly cancels.
+# Of all gradients in float32, the norm of their difference from float64: ten times the limit of one operation, which
+# two layers pass through some twenty of. A single tensor may be further off, where its gradient nearly cancels.
 FLOAT32_LIMIT = 1e-4
 MOST_WAITS = 2  # `step.py`: loss and norm are read at its end, one behind the other
 FIRST_SCALE = 2.0**26  # of float16's loss: too large, so that it has to be found; each step that overflows halves it
