@@ -139,6 +139,22 @@ def test_a_dropout_mask_is_a_function_of_its_seed() -> None:
     assert not torch.equal(first, other)
 
 
+def test_a_dropout_mask_is_the_same_on_every_machine() -> None:
+    """These entries are written down: a run that moves to another device or version draws them again."""
+    mask = DropoutMask(0.5, 12345 * 4096 + 7).draw(torch.Size((2, 7)), torch.device("cpu"))
+    assert mask.int().tolist() == [[0, 1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 896, 4864, 65536])
+def test_entries_of_a_dropout_mask_are_unrelated(lag: int) -> None:
+    count, probability = 2_000_000, 0.1
+    for seed in range(3):
+        mask = DropoutMask(probability, seed * 4096 + lag).draw(torch.Size((count,)), torch.device("cpu"))
+        both = (mask[lag:] & mask[:-lag]).sum().item()
+        expected = (count - lag) * probability**2
+        assert abs(both - expected) < 5 * math.sqrt(expected)
+
+
 @pytest.mark.parametrize("probability", [0.05, 0.5])
 def test_dropout_meets_its_probability_and_keeps_the_mean(probability: float) -> None:
     count = 400_000
