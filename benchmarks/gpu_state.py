@@ -37,18 +37,21 @@ from torch import nn
 from minilora.adapters.attach import iter_lora_layers, lora_parameters, parameter_groups
 from minilora.config import LoraConfig
 from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.lora import DropoutMask
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, build_optimizer
-from minilora.qlora.step import StepSettings, TrainState, train_step
+from minilora.qlora.step import StepSettings, TrainState, deterministic_kernels, train_step
 
 LAYERS = 4  # of a 0.5B: one layer's kernels are all layers' kernels
 RATE = 1e-3
+LENGTHS = (*review_lengths(7), 700)  # the last is long enough for PyTorch's fused attention
 # Of all gradients in float32, the norm of their difference from float64: ten times the limit of one operation, which
 # two layers pass through some twenty of. A single tensor may be further off, where its gradient nearly cancels.
 FLOAT32_LIMIT = 1e-4
 MOST_WAITS = 2  # `step.py`: loss and norm are read at its end, one behind the other
+MASK_SHARE = 0.002  # 448,000 draws: six standard deviations
 FIRST_SCALE = 2.0**26  # of float16's loss: too large, so that it has to be found; each step that overflows halves it
 SCALE_STEPS = 24
 INTERRUPTED = 128 + signal.SIGTERM
@@ -72,8 +75,10 @@ def run_tests(options: Options, findings: Findings) -> None:
 
 def check_state(options: Options, findings: Findings) -> None:
     """The whole stage."""
-    batch = pack(review_examples(review_lengths(8), options.sizes("0.5B").vocab_size))
+    batch = pack(review_examples(LENGTHS, options.sizes("0.5B").vocab_size))
     on_device = batch.to(torch.device(options.device))
+    with findings.attempt("dropout masks"):
+        check_masks(options, findings)
     for dropout in (0.0, 0.05):
         with findings.attempt(f"gradients, dropout {dropout}"):
             check_repeats(options, findings, on_device, dropout)
@@ -87,6 +92,15 @@ def check_state(options: Options, findings: Findings) -> None:
         check_float16(options, findings, on_device)
     with findings.attempt("waits for the device in a step"):
         check_waits(options, findings, batch)
+
+
+def check_masks(options: Options, findings: Findings) -> None:
+    """The same masks as on a CPU, so that a run may move, with the right share of zeros."""
+    mask, shape = DropoutMask(0.05, seed=1234567), torch.Size((500, 896))
+    found = mask.draw(shape, torch.device(options.device)).cpu()
+    share = found.double().mean().item()
+    same = torch.equal(found, mask.draw(shape, torch.device("cpu")))
+    findings.check("dropout masks as on a CPU, 5 % of zeros", same and abs(share - 0.05) < MASK_SHARE, share=share)
 
 
 def check_repeats(options: Options, findings: Findings, batch: MicroBatch, dropout: float) -> None:
@@ -206,7 +220,8 @@ def _model(options: Options, lora: LoraConfig, dtype: torch.dtype = torch.bfloat
 def _gradients(model: Qwen2ForCausalLM, batch: MicroBatch) -> list[torch.Tensor]:
     parameters = lora_parameters(model)
     nll, count = next_token_nll(model(batch), batch.targets, model.head_weight)
-    return list(torch.autograd.grad(nll / count, parameters))
+    with deterministic_kernels(nll.device):  # as `train_step`
+        return list(torch.autograd.grad(nll / count, parameters))
 
 
 # ---- Resume
