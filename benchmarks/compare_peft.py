@@ -57,7 +57,7 @@ def main() -> None:
         write_adapter(folder, start, arguments.r, b_size=0.0)
         write_adapter(folder, trained, arguments.r, b_size=0.01)
         data = str(Path(arguments.data).resolve()) if arguments.data else ""
-        sizes = (arguments.batch_size, arguments.steps, arguments.device, arguments.r)
+        sizes = (arguments.batch_size, arguments.steps, arguments.device, arguments.r, arguments.chat_tokens)
         gate = run_child("gate.py", Workload(str(folder), data, str(trained), *sizes).to_json())
         if not gate["passed"]:
             raise UserError(f"the gate did not open, both sides train different things: {json.dumps(gate)}")
@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="timed steps a process; one more before them warms up")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each contestant")
     parser.add_argument("--r", type=int, default=8, help="rank")
+    parser.add_argument("--chat_tokens", type=int, default=0, help="conversations of this length, not reviews")
     parser.add_argument("--only", nargs="+", metavar="PART", help="contestants with one of these in their names")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for .jsonl and .png")
     arguments = parser.parse_args()

@@ -23,8 +23,7 @@ from workload import add_workload_arguments, model_folder
 from minilora.adapters.attach import attach, parameter_groups
 from minilora.build import build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
-from minilora.planning.memory import CONTEXT_BYTES, BatchShape
-from minilora.planning.plan import count_config, estimate_config_memory
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.qlora.batch import pack
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
@@ -97,10 +96,8 @@ def measure(case: Case) -> dict[str, Any]:
             longest=max(shape.longest, *(len(example.input_ids) - 1 for example in examples)),
         )
         train_step(TrainState(model, optimizer, dropout_seed), [batch], StepSettings(step, 0.0001, 1.0))
-    counts = count_config(config, read_config(Path(case.model)))
-    estimate = estimate_config_memory(
-        config, counts, shape, dtype=dtype, device_type=device.type, process_bytes=process_bytes
-    )
+    counts = count_parameters(read_config(Path(case.model)), config.lora)
+    estimate = estimate_memory(config, counts, shape, Machine(device.type, dtype, process_bytes))
     predicted = estimate.total_bytes - (CONTEXT_BYTES if device.type == "cuda" else 0)
     return {"predicted": predicted, "measured": peak_memory_bytes(device), "parts": estimate.parts}
 

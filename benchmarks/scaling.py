@@ -102,11 +102,11 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
     counts, lengths, layers = (
         ((1, 4), (64, 128), (1, 3))
         if arguments.tiny
-        else ((1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024), (6, 12, 24))
+        else ((1, 2, 4, 8, 16, 32), (64, 128, 256, 512, 1024, 2048, 4096), (6, 12, 24))
     )
     plan = {
         "tokens": [replace(start, examples=count) for count in counts],
-        "length": [replace(start, examples=1024 // length, length=length) for length in lengths],
+        "length": [replace(start, examples=max(1, 1024 // length), length=length) for length in lengths],
         "r": [replace(start, adapter=str(temporary / f"r{r}")) for r in ranks],
         "layers": [replace(start, layers=count) for count in layers],
     }
@@ -137,7 +137,7 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
 
 
 def plot(series: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """scaling.png: cost per row above, peak memory below, a column a series."""
+    """scaling.png: cost per token above, peak memory below, a column a series."""
     try:
         import matplotlib
     except ImportError:
@@ -154,7 +154,7 @@ def plot(series: dict[str, list[dict[str, Any]]], folder: Path) -> None:
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
         axes[1][column].set_xlabel(name)
-    axes[0][0].set_ylabel("ms per row")
+    axes[0][0].set_ylabel("ms per token")
     axes[1][0].set_ylabel("peak, GB")
     figure.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from minilora.data.hub import fetch_model
 from minilora.data.records import read_demo_records, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.weights.hf_config import read_config
 
 IGNORED = -100  # transformers' label of a position that does not count
@@ -42,6 +42,7 @@ class Workload:
         steps: steps that are timed; one more before them warms up.
         device: "cpu" or "cuda".
         r: rank of the adapter.
+        chat_tokens: examples are conversations of about so many tokens, and not reviews; 0 for reviews.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Workload:
     steps: int
     device: str
     r: int
+    chat_tokens: int = 0
 
     def to_json(self) -> str:
         """For the command line of a child process."""
@@ -73,12 +75,34 @@ class Workload:
         return ClassificationPrompt(tokenizer, section.system, section.instruction, tuple(section.labels), 512)
 
     def examples(self, count: int) -> list[Example]:
-        """The first `count` reviews of the data."""
+        """The first `count` reviews of the data, or conversations made of them."""
         rows = read_records(Path(self.data)) if self.data else read_demo_records()
+        if self.chat_tokens:
+            return self._conversations([row.text or "" for row in rows], count)
         if len(rows) < count:
             raise UserError(f"{self.data}: holds {len(rows)} reviews, {count} are needed; ask for fewer steps")
         prompt = self.prompt()
         return build_examples(rows[:count], prompt).examples
+
+    def _conversations(self, texts: list[str], count: int) -> list[Example]:
+        """Reviews as the turns of a user and an assistant, whose turns are supervised, until the tokens are reached."""
+        tokenizer = ChatTokenizer(Path(self.model))
+        remaining = iter(zip(texts[::2], texts[1::2], strict=False))
+        conversations = []
+        for number in range(count):
+            messages: list[tuple[str, str]] = []
+            tokens = 0
+            for said, answered in remaining:
+                messages += [("user", said), ("assistant", answered)]
+                tokens += len(tokenizer.encode(said)) + len(tokenizer.encode(answered)) + 10  # of the turns' marks
+                if tokens > self.chat_tokens:
+                    break
+            else:
+                raise UserError(f"{self.data}: {len(texts)} reviews make {number} conversations, {count} are needed")
+            where = f"conversation {number + 1}"
+            limit = 2 * self.chat_tokens + 4096
+            conversations.append(chat_example(tokenizer, messages, max_length=limit, where=where, default_system=""))
+        return conversations
 
     def batches(self, sort: bool) -> list[list[Example]]:
         """One batch for each step, the warm-up's first; longest first, or in the file's order.

@@ -26,7 +26,7 @@ from minilora.errors import UserError
 from minilora.generation.chat import Conversation, read_generation_config
 from minilora.generation.decode import GenerationConfig, use_gemv
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
+from minilora.runs.load_run import LoadedRun, load_run_or_base
 from minilora.system.console import info, uses_colour, warn
 from minilora.system.distributed import without_ranks
 from minilora.system.process import tuned_process
@@ -64,7 +64,8 @@ def main() -> None:
         prompt = "\n".join(iter_lines(sys.stdin.buffer, "standard input"))
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt: is empty; give a text, or leave out --prompt to talk in turns")
-    trained = open_model(arguments)
+    overrides = [CACHED, *arguments.overrides]
+    trained = load_run_or_base(arguments.model_path, arguments.base, overrides, KEYS_READ)
     settings = choose_settings(arguments, read_generation_config(trained.model_folder))
     model = trained.load(arguments.allow_bin)
     use_gemv(model)
@@ -102,16 +103,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.seed is not None and not 0 <= arguments.seed <= MAX_SEED:
         parser.error(f"--seed: expected 0 to {MAX_SEED}")
     return arguments
-
-
-def open_model(arguments: argparse.Namespace) -> LoadedRun:
-    """The adapter with its base, or the base model that --model_path names."""
-    overrides = [CACHED, *arguments.overrides]
-    if not is_base(arguments.model_path):
-        return load_run(arguments.model_path, arguments.base, overrides, keys_read=KEYS_READ)
-    if arguments.base is not None:
-        raise UserError(f"{arguments.model_path}: is a base model itself; leave out --base, or give an adapter")
-    return load_base_run(arguments.model_path.as_posix(), overrides, KEYS_READ)
 
 
 def choose_settings(arguments: argparse.Namespace, settings: GenerationConfig) -> GenerationConfig:

@@ -22,7 +22,6 @@ from minilora.data.records import ENCODINGS, Record, read_records
 from minilora.errors import UserError
 from minilora.planning.budget import (
     MOST,
-    Advice,
     Setup,
     advise,
     largest_micro_batch,
@@ -30,9 +29,8 @@ from minilora.planning.budget import (
     read_bytes,
     shapes_of_records,
     train_command,
-    uniform_shapes,
 )
-from minilora.planning.plan import SIZES, hub_name, size_of
+from minilora.planning.plan import SIZES, hub_name, size_of, uniform_batch
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.console import info
@@ -75,7 +73,7 @@ def main() -> None:
     setup = Setup(
         config=config,
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
-        shape_of=uniform_shapes if tokenizer is None else shapes_of_records(records, tokenizer),
+        shape_of=uniform_batch if tokenizer is None else shapes_of_records(records, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
@@ -90,11 +88,10 @@ def main() -> None:
         results: Any = compare_sizes(setup, budget_bytes)
         print_sizes(results, budget_bytes)
     else:
-        advice = advise(setup, budget_bytes, len(records) or MOST)
-        print_advice(advice)
-        results = advice.to_dict()
-        if advice.combination:
-            results["command"] = train_command(shown_path(arguments.config), overrides, advice.combination)
+        results = advise(setup, budget_bytes, len(records) or MOST)
+        print_advice(setup, results)
+        if results["combination"]:
+            results["command"] = train_command(shown_path(arguments.config), overrides, results["combination"])
             print(f"\nthe cheapest way to fit:\n  {results['command']}")
     if arguments.json:
         print(json.dumps(results, ensure_ascii=False))
@@ -160,30 +157,30 @@ def print_sizes(rows: list[dict[str, Any]], budget_bytes: int) -> None:
         print(f"{row['size']:>6}{in_gb(row['total_bytes']):>12}  {fits:<14}{most:>13}{in_gb(row['least_bytes']):>14}")
 
 
-def print_advice(advice: Advice) -> None:
+def print_advice(setup: Setup, advice: dict[str, Any]) -> None:
     """Everything except the command."""
-    setup, budget = advice.setup, advice.budget_bytes
+    budget = advice["budget_bytes"]
     print(f"{setup.estimate()}\n")
-    difference = in_gb(abs(budget - setup.total_bytes))
-    print(f"fits {in_gb(budget)}, {difference} to spare" if advice.fits else f"is {difference} over {in_gb(budget)}")
+    difference = in_gb(abs(budget - advice["total_bytes"]))
+    print(f"fits {in_gb(budget)}, {difference} to spare" if advice["fits"] else f"is {difference} over {in_gb(budget)}")
     print("\nthe most that fits:")
     answers = {
-        "train.per_device_train_batch_size": advice.batch_size,
-        "train.max_tokens_per_micro_batch": advice.micro_batch_tokens,
-        "a single example, in tokens": advice.example_tokens,
+        "train.per_device_train_batch_size": advice["per_device_train_batch_size"],
+        "train.max_tokens_per_micro_batch": advice["max_tokens_per_micro_batch"],
+        "a single example, in tokens": advice["longest_example_tokens"],
     }
     for name, answer in answers.items():
         print(f"  {name:<44}{f'{answer:,}' if answer else 'none':>10}")
-    if advice.options:
+    if advice["knobs"]:
         print(f"\nwhat would help, each by itself:{'takes':>29}{'saves':>10}")
-    for option in advice.options:
-        takes, saves = in_gb(option.total_bytes), in_gb(setup.total_bytes - option.total_bytes)
-        print(f"  {option.keys[-1]:<50}{takes:>9}{saves:>10}  {option.cost}")
-    if advice.combination is None:
-        sizes = ", ".join(advice.fitting_sizes) or "none"
+    for option in advice["knobs"]:
+        takes, saves = in_gb(option["total_bytes"]), in_gb(option["saves_bytes"])
+        print(f"  {option['keys'][-1]:<50}{takes:>9}{saves:>10}  {option['costs']}")
+    if advice["combination"] is None:
+        sizes = ", ".join(advice["fitting_sizes"]) or "none"
         print(
-            f"\nnothing makes it fit: all of that together takes {in_gb(advice.least.total_bytes)}, only its weights "
-            f"{in_gb(advice.least.weight_bytes)}; sizes that fit: {sizes}"
+            f"\nnothing makes it fit: all of that together takes {in_gb(advice['least_bytes'])}, only its weights "
+            f"{in_gb(advice['least_weight_bytes'])}; sizes that fit: {sizes}"
         )
 
 

@@ -26,7 +26,7 @@ from minilora.data.records import ENCODINGS, Record, count_lines, iter_line_reco
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
-from minilora.runs.load_run import LoadedRun, is_base, load_base_run, load_run
+from minilora.runs.load_run import load_run_or_base
 from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
@@ -67,7 +67,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         windows = iter_windows(iter_line_records(reviews, "command line"))
 
     with ranks.rank_0_first():
-        trained = open_model(arguments)
+        trained = load_run_or_base(arguments.model_path, arguments.base, arguments.overrides, KEYS_READ)
     total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
     predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
     write_all(windows, predictor, arguments, total, ranks=ranks)
@@ -158,15 +158,6 @@ def read_first(records: Iterator[Record], path: Path) -> Iterator[Record]:
     return itertools.chain([first], records)
 
 
-def open_model(arguments: argparse.Namespace) -> LoadedRun:
-    """The adapter with its base and prompt, or the base model that --model_path names."""
-    if not is_base(arguments.model_path):
-        return load_run(arguments.model_path, arguments.base, arguments.overrides, keys_read=KEYS_READ)
-    if arguments.base is not None:
-        raise UserError(f"{arguments.model_path}: is a base model itself; leave out --base, or give an adapter")
-    return load_base_run(arguments.model_path.as_posix(), arguments.overrides, KEYS_READ)
-
-
 def write_all(
     windows: Iterator[list[Record]],
     predictor: Predictor,
@@ -207,6 +198,7 @@ def write_all(
                 num_written, header = num_written + len(predictions), ""
             bar.total = bar.n
         if output is not None:
+            output.sync()
             output.close()
     except Interrupted as stop:
         raise Interrupted(stop.signum, f"{stop}: {summarize(predictor, num_written, arguments.output)}") from None

@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from minilora.adapters.peft_config import BaseModel
+from minilora.adapters.peft_files import adapter_files
+from minilora.config import LoraConfig
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.hf_config import parse_config
@@ -204,3 +207,10 @@ def processed_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
     return folder
+
+
+def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
+    """The two files of the model's adapter in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(model, lora_config, base):
+        (folder / name).write_bytes(content)

@@ -21,7 +21,7 @@ from minilora.config import (
     load_config,
 )
 from minilora.errors import UserError
-from minilora.runs.provenance import Provenance, read_provenance, read_saved_config, refuse_other_run
+from minilora.runs.provenance import Provenance, read_provenance, refuse_other_run
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -416,8 +416,8 @@ def test_a_run_of_a_version_that_had_a_removed_key_is_read_and_continued(name: s
     (folder / file).write_text(json.dumps(saved if is_final else {"config": saved, **facts}), "utf-8")
     if is_final:
         (folder / "metrics.json").write_text(json.dumps(facts), "utf-8")
-    assert config_from_dict(read_saved_config(folder / file), [], file) == config
-    now = Provenance(config.to_dict(), ranks=1, **facts)
+    assert config_from_dict(read_provenance(folder).config, [], file) == config
+    now = Provenance(config.to_dict(), machine={}, **facts)
     refuse_other_run(read_provenance(folder), now, config, tmp_path)
     with pytest.raises(UserError, match=r"lora\.r: 3 -> 4"):
         refuse_other_run(read_provenance(folder), now, load_config(None, ["lora.r=4"]), tmp_path)

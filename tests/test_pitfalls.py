@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.config import Config, LoraConfig, load_config
 from minilora.errors import UserError
 from minilora.qlora import loss
@@ -31,6 +31,7 @@ from minilora.qlora.step import StepResult, StepSettings, TrainState, train_step
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.runs.train import fit
 from minilora.weights.load import LoadSettings
+from tests.conftest import save_adapter
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)

@@ -36,18 +36,14 @@ def attach(
     """Gives every chosen linear layer the weights of a new adapter, which becomes the active one, and freezes the base.
 
     Args:
-        model: changed in place.
+        model: changed in place; ValueError where an adapter is merged.
         lora_config: of the adapter; for "pissa" and "loftq" `init.initialize` does the rest.
         seed: of A's initial values, drawn on the CPU so that every device starts alike.
-        device: of the adapter; by default that of each layer.
+        device: by default that of each layer.
         name: of the adapter; one of the same name is replaced.
 
     Returns:
-        The seed that training sets before each micro-batch.
-
-    Raises:
-        UserError: a target that matches no linear layer.
-        ValueError: an adapter is merged.
+        The seed of dropout, which training sets before each micro-batch.
     """
     remove_adapter(model, name)
     for parameter in model.parameters():
@@ -58,7 +54,8 @@ def attach(
         layer = _adaptable(model, target.path)
         base = layer.base
         scaling = lora_scaling(target.r, target.alpha, lora_config.use_rslora) if target.r else 0.0
-        size, where = (base.out_features, base.in_features), device or _device_of(base)
+        base_device = base.device if isinstance(base, Linear4bit) else base.weight.device
+        size, where = (base.out_features, base.in_features), device or base_device
         dropout = Dropout(lora_config.dropout, index, dropout_seed)
         w = LoRAWeights(size, target.r, target.alpha, scaling=scaling, dropout=dropout, device=where)
         _draw(w, lora_config.init_lora_weights, generator)
@@ -81,8 +78,10 @@ def _choose_layers(model: nn.Module, lora_config: LoraConfig) -> list[Target]:
     targets = choose_targets(list(candidates), lora_config)
     if lora_config.bias == "all":
         chosen = {target.path for target in targets}
-        others = [path for path, layer in candidates.items() if path not in chosen and _bias_of(layer) is not None]
-        targets += [Target(path, 0, 0.0) for path in others]
+        for path, layer in candidates.items():
+            base = layer.base if isinstance(layer, LoRALinear) else layer
+            if path not in chosen and base.bias is not None:
+                targets.append(Target(path, 0, 0.0))
     return targets
 
 
@@ -95,14 +94,6 @@ def _adaptable(model: nn.Module, path: str) -> LoRALinear:
         layer = LoRALinear(layer).train(layer.training)
         setattr(parent, name, layer)
     return layer
-
-
-def _device_of(base: nn.Linear | Linear4bit) -> torch.device:
-    return base.device if isinstance(base, Linear4bit) else base.weight.device
-
-
-def _bias_of(layer: nn.Linear | Linear4bit | LoRALinear) -> torch.Tensor | None:
-    return layer.base.bias if isinstance(layer, LoRALinear) else layer.bias
 
 
 def _draw(w: LoRAWeights, init_lora_weights: str, generator: torch.Generator) -> None:
@@ -141,8 +132,8 @@ def iter_lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 def iter_lora_weights(model: nn.Module) -> Iterator[tuple[str, LoRAWeights]]:
     """(path, weights) of the active adapter, in the model's order."""
     for path, layer in iter_lora_layers(model):
-        if layer.weights is not None:
-            yield path, layer.weights
+        assert layer.weights is not None
+        yield path, layer.weights
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -159,16 +150,25 @@ def parameter_groups(model: nn.Module, lr_ratio: float = 1.0) -> list[tuple[list
     if lr_ratio == 1.0:
         return [(lora_parameters(model), 1.0)]
     slow = [w.lora_A for _, w in iter_lora_weights(model) if w.r]
-    is_slow = {id(parameter) for parameter in slow}
-    return [(slow, 1.0), ([p for p in lora_parameters(model) if id(p) not in is_slow], lr_ratio)]
+    slow_ids = set(map(id, slow))
+    return [(slow, 1.0), ([p for p in lora_parameters(model) if id(p) not in slow_ids], lr_ratio)]
+
+
+def adapted_layers(model: nn.Module) -> list[LoRALinear]:
+    """All layers that have an adapter, active or not."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
+    """`adapted_layers`; ValueError if one is merged, whose weight would not follow a change of its adapter."""
+    layers = adapted_layers(model)
+    if any(layer.merged is not None for layer in layers):
+        raise ValueError("an adapter is merged; unmerge_adapter comes first")
+    return layers
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Makes an adapter the active one, or none.
-
-    Raises:
-        ValueError: there is no adapter of that name, or one is merged.
-    """
+    """Makes an adapter the active one, or none. ValueError where there is none of that name, or one is merged."""
     layers = _unmerged_layers(model)
     names = sorted({known for layer in layers for known in layer.adapters})
     if name is not None and name not in names:
@@ -177,25 +177,13 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         layer.active = name
 
 
-def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
-    """All adapted layers; a merged weight would not follow a change of its adapter."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    if any(layer.merged is not None for layer in layers):
-        raise ValueError("an adapter is merged; unmerge_adapter comes first")
-    return layers
-
-
 def active_adapter(model: nn.Module) -> str | None:
     """Name of the active adapter, or None."""
-    return next((m.active for m in model.modules() if isinstance(m, LoRALinear) and m.active is not None), None)
+    return next((layer.active for layer in adapted_layers(model) if layer.active is not None), None)
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Removes an adapter; if it was the active one, none is active then.
-
-    Raises:
-        ValueError: one is merged.
-    """
+    """Removes an adapter; if it was the active one, none is active then. ValueError if one is merged."""
     for layer in _unmerged_layers(model):
         if name in layer.adapters:
             del layer.adapters[name]
@@ -206,47 +194,33 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """The model without its adapter, inside the block."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [(layer.active, layer.merged) for layer in layers]
+    before = [(layer, layer.active, layer.merged) for layer in adapted_layers(model)]
     try:
-        for layer in layers:
+        for layer, _, _ in before:
             layer.active = layer.merged = None
         yield
     finally:
-        for layer, (active, merged) in zip(layers, before, strict=True):
+        for layer, active, merged in before:
             layer.active, layer.merged = active, merged
 
 
 @contextmanager
 def adapter_scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The active adapter's scaling times `factor`, inside the block.
-
-    Raises:
-        ValueError: it is merged.
-    """
+    """The active adapter's scaling times `factor`, inside the block. ValueError if it is merged."""
     _unmerged_layers(model)
-    weights = [w for _, w in iter_lora_weights(model)]
-    before = [w.scaling for w in weights]
+    before = [(w, w.scaling) for _, w in iter_lora_weights(model)]
     try:
-        for w in weights:
-            w.scaling *= factor
+        for w, scaling in before:
+            w.scaling = scaling * factor
         yield
     finally:
-        for w, scaling in zip(weights, before, strict=True):
+        for w, scaling in before:
             w.scaling = scaling
 
 
 @torch.no_grad()
 def merged_weight(layer: LoRALinear, weight: torch.Tensor) -> torch.Tensor:
-    """The one weight that does what `layer` does with its active adapter, without dropout; its bias stays.
-
-    Args:
-        layer: its adapter on the device of `weight`; its own base is not looked at.
-        weight: (out, in) of any floating-point dtype.
-
-    Returns:
-        (out, in) float32: W + s B A, with DoRA its rows scaled to norm m.
-    """
+    """(out, in) float32: W + s B A, with DoRA its rows scaled to norm m; `weight` (out, in) is W in any dtype."""
     w = layer.weights
     if w is None:
         return weight.float()
@@ -270,6 +244,5 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Drops the merged weights: base and adapter are separate again, bit for bit."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.merged = None
+    for layer in adapted_layers(model):
+        layer.merged = None

@@ -11,15 +11,13 @@ A frozen product subtracts PiSSA's principal part (`qlora/lora.py`), so the base
 it. LoftQ is its first iteration, as in peft's `replace_lora_weights_loftq`, except that peft leaves s out.
 
 The singular directions come from the eigenvectors of M M^T (of the smaller side) in float64: squaring costs half of the
-digits, and float64 has twice as many as the result needs. They are exact. A weight's singular values fall so slowly
-that a randomised decomposition (peft's pissa_niter_16) is off by 2 to 43 % of the principal part's norm in a
-Qwen2.5-0.5B at R = 8, and one that is exact enough took longer there than the exact one.
+digits, and float64 has twice as many as the result needs. A randomised decomposition (peft's pissa_niter_16) is off by
+2 to 43 % of the principal part's norm in a Qwen2.5-0.5B at R = 8, because a weight's singular values fall slowly.
 
 Source: arXiv 2404.02948 (PiSSA), 2310.08659 (LoftQ).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,13 +41,10 @@ def initialize(
     """Gives the active adapter its initial values.
 
     Args:
-        model: with an adapter that was attached for the same `init_lora_weights`.
-        folder: the base model's files; LoftQ reads the original weights.
-        init_lora_weights: one of BY_WEIGHTS.
+        model: with an adapter that was attached for the same `init_lora_weights`, one of BY_WEIGHTS.
+        folder: the base model's files; LoftQ reads the original weights, UserError where they are in 4 bits.
+        init_lora_weights: "pissa" or "loftq".
         on_progress: called with (layers done, all layers).
-
-    Raises:
-        UserError: LoftQ, and the files have no original weights.
     """
     layers = [(path, layer, w) for path, layer in iter_lora_layers(model) if (w := layer.weights) is not None and w.r]
     originals, quantized = split_entries(read_checkpoint_entries(folder)) if init_lora_weights == "loftq" else ({}, {})
@@ -77,35 +72,20 @@ def initialize(
 
 
 def low_rank_factors(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R, in) and B (out, R) float64: B A is the best approximation of rank R of `matrix` (out, in).
-
-    Raises:
-        UserError: R is larger than the matrix.
-    """
+    """A (R, in) and B (out, R) float64: B A is the best approximation of rank R of `matrix` (out, in)."""
     if r > min(matrix.shape):
         raise UserError(f"lora.r: {r} is more than the rank of a weight of shape {tuple(matrix.shape)}; lower it")
     wide = matrix.double()
     is_tall = wide.shape[0] > wide.shape[1]
     if is_tall:
         wide = wide.T
-    square = wide @ wide.T
-    with _one_thread():
+    square, threads = wide @ wide.T, torch.get_num_threads()
+    torch.set_num_threads(1)  # beside other programs eigenvectors took twenty times as long on two threads
+    try:
         squares, vectors = torch.linalg.eigh(square)
+    finally:
+        torch.set_num_threads(threads)
     u = vectors[:, -r:].flip(1)
     root = squares[-r:].flip(0).clamp(min=0).pow(0.25)  # sqrt of a singular value
     left, right = u * root, (u.T @ wide) / root.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     return (left.T, right.T) if is_tall else (right, left)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """For work of thousands of small parts, after each of which all threads wait for the slowest.
-
-    Beside other programs, eigenvectors took twenty times as long on two threads as on one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

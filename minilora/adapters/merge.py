@@ -7,21 +7,18 @@ The adapter was trained beside Q(W), so only the second is the model whose accur
 the base, and often as good. Neither is quantised again: that would round away much of the small product. Sums are
 float32, rounded once to the dtype of the files.
 
-Memory: one shard, and a few float32 copies of one weight, for a model of any size. Tensors are read, merged and added
-to a shard one by one, and a shard is written before the next begins.
+Memory: one shard, and a few float32 copies of one weight, for a model of any size.
 
-The layout is Hugging Face's: model.safetensors, or model-00001-of-00004.safetensors and so on with an index. A tied
-head is not a tensor of its own, so it stays tied.
+The layout is Hugging Face's: one file, or shards with an index. A tied head is no tensor of its own, so it stays tied.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_layers, merged_weight
@@ -29,12 +26,11 @@ from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.system.files import StorageError, json_bytes, read_json, storage_errors, write_file
+from minilora.system.files import StorageError, json_bytes, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
-from minilora.weights.bnb_checkpoint import COMPANIONS
-from minilora.weights.hf_config import read_config
+from minilora.weights.hf_config import copy_config, read_config
 from minilora.weights.load import BaseWeights, LoadSettings, is_finite, open_weights
-from minilora.weights.safetensors_io import dtype_name
+from minilora.weights.safetensors_io import dtype_name, write_tensors
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -43,21 +39,13 @@ FACT = "merged_into"  # in the manifest of a folder that holds a merged model
 
 @dataclass(frozen=True)
 class Merge:
-    """A base model and an adapter, whose tensors are merged one by one on request.
+    """A base model and an adapter, whose tensors are merged one by one on request."""
 
-    Attributes:
-        base: the base model's folder.
-        config: its architecture.
-        weights: its tensors.
-        layers: of the adapter, on the CPU, by path.
-        shapes: of the merged model's tensors, by name, in the model's order.
-    """
-
-    base: Path
-    config: Qwen2Config
-    weights: BaseWeights
-    layers: Mapping[str, LoRALinear]
-    shapes: Mapping[str, torch.Size]
+    base: Path  # the base model's folder
+    config: Qwen2Config  # its architecture
+    weights: BaseWeights  # its tensors
+    layers: Mapping[str, LoRALinear]  # of the adapter, on the CPU, by path
+    shapes: Mapping[str, torch.Size]  # of the merged model's tensors, by name, in the model's order
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -77,16 +65,7 @@ class Merge:
         return dtype.itemsize * sum(shape.numel() for shape in self.shapes.values())
 
     def tensor(self, name: str, into: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor of the merged model, on the CPU.
-
-        Args:
-            name: one of `shapes`.
-            into: one of `variants`.
-            dtype: of the result.
-
-        Raises:
-            UserError: the base's file is damaged, or the merged values do not fit into `dtype`.
-        """
+        """One tensor of the merged model, on the CPU. UserError for values that `dtype` cannot represent."""
         path, _, kind = name.rpartition(".")
         quantized = self.weights.in_4bit(name) if into == DEQUANTIZED else None
         if quantized is None:
@@ -120,16 +99,9 @@ class Merge:
 
 
 def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: bool = False) -> Merge:
-    """Base and adapter, checked against each other; no weight of the base is read yet.
+    """Two folders, checked against each other; no weight of the base is read yet.
 
-    Args:
-        base: folder of the base model.
-        adapter: folder of the adapter.
-        settings: those of the run that trained it, which decide the 4-bit weights.
-        allow_bin: see `load_adapter`.
-
-    Raises:
-        UserError: see `load_model` and `load_adapter`.
+    `settings` are those of the run that trained the adapter, which decide the 4-bit weights.
     """
     config = read_config(base)
     with torch.device("meta"):
@@ -163,28 +135,11 @@ def write_merged(
     max_shard_bytes: int,
     on_progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Writes the merged model, with configuration and tokenizer, in Hugging Face's layout.
+    """Writes the merged model, with configuration and tokenizer, into the empty `folder`.
 
-    Args:
-        merge: base and adapter.
-        into: one of its variants.
-        dtype: of all tensors.
-        folder: exists and is empty.
-        max_shard_bytes: of the tensors in one file; a tensor that is larger has a file of its own.
-        on_progress: called with the number of tensors written.
-
-    Raises:
-        UserError: see `Merge.tensor`.
-        StorageError: the disk is full or fails.
+    `on_progress` is called with the number of tensors written. UserError: see `Merge.tensor`; StorageError for a disk.
     """
-    config = read_json(merge.base / "config.json")
-    config.pop("quantization_config", None)
-    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(dtype)
-    write_file(folder / "config.json", json_bytes(config))
-    with storage_errors(folder):
-        for name in COMPANIONS:
-            if (merge.base / name).is_file():
-                shutil.copyfile(merge.base / name, folder / name)
+    copy_config(merge.base, folder, dtype_name(dtype))
     shards = plan_shards(merge.shapes, dtype, max_shard_bytes)
     file_of: dict[str, str] = {}
     for index, names in enumerate(shards, start=1):
@@ -195,7 +150,7 @@ def write_merged(
             tensors[name] = merge.tensor(name, into, dtype)
             if on_progress is not None:
                 on_progress(1)
-        _save(tensors, folder / file)
+        write_tensors(tensors, folder / file)
         file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": merge.num_bytes(dtype)}, "weight_map": file_of}
@@ -216,37 +171,21 @@ def plan_shards(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes:
     return shards
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
-            save_file(tensors, path, metadata={"format": "pt"})
-            shutil.copymode(path.with_name("config.json"), path)  # safetensors makes it readable for the owner only
-    except SafetensorError as error:  # the library's wrapper of an OSError
-        raise StorageError(
-            f"{path}: cannot be written ({error}); make room or mend the disk, and run the same command again"
-        ) from None
-
-
 def refuse_output(output: Path) -> None:
     """Raises UserError where `output` is anything except a new or empty folder or an earlier merged model."""
     if not output.exists() and not output.is_symlink():
         return
-    problem = _other_content(output) if output.is_dir() else "is not a folder"
-    if problem is not None:
-        raise UserError(f"{output}: {problem}; choose another --output_dir, or move that away")
-
-
-def _other_content(folder: Path) -> str | None:
-    """What a folder holds beside a merged model, or None."""
-    names = {path.name for path in folder.iterdir()}
-    try:
-        manifest = read_manifest(folder)
-    except UserError:
-        return "is not empty, and not an earlier merge" if names else None
-    if FACT not in manifest["facts"]:
-        return "is not empty, and not an earlier merge"
-    others = sorted(names - manifest["files"].keys() - {MANIFEST})
-    return f"holds {', '.join(others[:3])} beside an earlier merge" if others else None
+    problem = "is not a folder"
+    if output.is_dir():
+        others = {path.name for path in output.iterdir()}
+        with contextlib.suppress(UserError):  # no manifest, or a damaged one
+            manifest = read_manifest(output)
+            if FACT in manifest["facts"]:
+                others -= {MANIFEST, *manifest["files"]}
+        if not others:
+            return
+        problem = f"holds {', '.join(sorted(others)[:3])}, which is no earlier merge"
+    raise UserError(f"{output}: {problem}; choose another --output_dir, or move that away")
 
 
 def refuse_full_disk(output: Path, num_bytes: int) -> None:

@@ -7,8 +7,8 @@ Reading is strict where peft warns or is silent. A key that changes what the ada
 8 / r.
 
 Source: peft 0.21, src/peft/tuners/lora/config.py.
-Left out: modules_to_save, and what else peft adds to LoRA. They are refused by name, as is every key that is not known
-to leave the forward pass unchanged: peft adds some with every release.
+Left out: modules_to_save, and what else peft adds to LoRA. Every key that is not known to leave the forward pass
+unchanged is refused by name: peft adds some with every release.
 """
 
 import math
@@ -25,27 +25,25 @@ from minilora.system.files import read_json
 from minilora.system.schema import coerce
 
 # Keys that never change what an adapter does; ensure_weight_tying needs another, which is refused.
-NEUTRAL_KEYS = frozenset(
-    (
-        "auto_mapping",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "runtime_config",
-        "task_type",
-    )
-)
+NEUTRAL_KEYS = {
+    "auto_mapping",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+    "task_type",
+}
 # What other keys may hold when they are not empty. The other initialisations (pissa, olora, corda, loftq, lora_ga)
 # change the base model's weights, so on the unchanged base model their adapter is wrong.
 PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
 }
-REQUIRED_KEYS = ("r", "lora_alpha", "target_modules")
+REQUIRED_KEYS = ("peft_type", "r", "lora_alpha", "target_modules")
 ADVICE = "without it the adapter would be applied wrongly, so take the file that was written with the weights"
 
 
@@ -114,41 +112,25 @@ def _target_names(target_modules: str | list[str], matched_paths: list[str]) -> 
 
 
 def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
-    """What adapter_config.json says, written by minilora or by peft.
-
-    Raises:
-        UserError: a key is missing or impossible, or the adapter is of a kind that cannot be applied exactly.
-    """
+    """What adapter_config.json says, written by minilora or by peft. UserError for what cannot be applied exactly."""
     path = folder / "adapter_config.json"
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
-    _refuse_other_kinds(content, path)
-    given = {"lora_dropout": 0.0}
-    given |= {name: value for name, value in content.items() if value is not None and name not in PLAIN_VALUES}
-    missing = [name for name in REQUIRED_KEYS if name not in given]
-    if missing:
-        raise UserError(f"{path}: has no {', '.join(missing)}; {ADVICE}")
-    return _take(LoraConfig, given, path), _take(BaseModel, given, path)
-
-
-def _refuse_other_kinds(content: Mapping[str, Any], path: Path) -> None:
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {content.get('peft_type')!r}, expected 'LORA'; give a LoRA adapter")
-    if content.get("modules_to_save"):
-        raise UserError(
-            f"{path}: modules_to_save is {content['modules_to_save']!r}, whole modules trained beside the adapter; the "
-            "base is frozen here, also head and embedding, which in small models are one matrix; train without it, or "
-            "merge the adapter with peft and use the merged model"
-        )
     known = {PEFT_KEYS.get(item.name, item.name) for kind in (LoraConfig, BaseModel) for item in fields(kind)}
     for name in sorted(set(content) - (known - PLAIN_VALUES.keys()) - NEUTRAL_KEYS):
         value = content[name]
         if value and value not in PLAIN_VALUES.get(name, ()):
             raise UserError(
                 f"{path}: {name} is {value!r}, which is more than plain LoRA and would be applied wrongly; train "
-                "without it, or convert the adapter with peft"
+                "without it, or merge the adapter with peft and use the merged model"
             )
+    given = {"lora_dropout": 0.0} | {name: value for name, value in content.items() if value is not None}
+    missing = [name for name in REQUIRED_KEYS if name not in given]
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(missing)}; {ADVICE}")
+    given.pop("init_lora_weights", None)  # its values are others in `LoraConfig`
+    return _take(LoraConfig, given, path), _take(BaseModel, given, path)
 
 
 def _take(kind: type[T], given: Mapping[str, Any], path: Path) -> T:

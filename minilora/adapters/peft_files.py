@@ -7,9 +7,9 @@
                                 base_model.model.{path}.base_layer.bias         (out,)   with a trained bias
                                 base_model.model.{path}.bias                    (out,)   of a layer without A and B
 
-The file holds trained parameters only: no head, no embedding, no base weight. A PiSSA adapter is plain LoRA of twice
-the rank (`qlora/lora.py`) and is written so, which fits the unchanged base model. Keys and target modules are sorted,
-so equal runs give equal bytes. Reading is strict where peft only warns: tensors and parameters must correspond.
+A PiSSA adapter is plain LoRA of twice the rank (`qlora/lora.py`) and is written so, which fits the unchanged base
+model. Keys and target modules are sorted, so equal runs give equal bytes. Reading is strict where peft only warns:
+tensors and parameters must correspond.
 
 Source: peft 0.21, src/peft/utils/save_and_load.py (behaviour, tests/parity/test_adapter.py).
 """
@@ -27,9 +27,10 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.system.files import json_bytes, write_file
+from minilora.system.files import json_bytes
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
-from minilora.weights.safetensors_io import read_header, read_tensor
+from minilora.weights.load import is_finite
+from minilora.weights.safetensors_io import find_mismatches, read_header, read_tensor, show_problems
 
 KEY_PREFIX = "base_model.model."
 
@@ -42,13 +43,13 @@ def adapter_files(
     save_dtype: torch.dtype = torch.float32,
     portable: bool = False,
 ) -> Iterator[tuple[str, bytes]]:
-    """The adapter's two files, as (name, content).
+    """The active adapter's two files, as (name, content).
 
     Args:
         model: with LoRA layers.
-        lora_config: how it was attached.
-        base: what it belongs to.
-        save_format: "safetensors", or "bin" for tools that read adapter_model.bin only.
+        lora_config: how they were attached.
+        base: what they belong to.
+        save_format: "bin" is for tools that read adapter_model.bin only.
         save_dtype: of the tensors; float32 keeps every bit, bfloat16 halves the file.
         portable: multiply the scale into B, so that lora_alpha / r is 1: llama.cpp knows neither use_rslora nor
             alpha_pattern.
@@ -69,50 +70,28 @@ def adapter_tensors(
 ) -> dict[str, torch.Tensor]:
     """The adapter's tensors as the file has them, by sorted key, on the CPU.
 
-    Args:
-        model: with LoRA layers.
-        save_dtype: of the tensors.
-        portable_alpha: `lora_alpha` of a portable adapter, whose B has the rest of the scale in it.
+    `portable_alpha` is the `lora_alpha` of a portable adapter, whose B has the rest of the scale in it.
     """
     tensors = {}
     for path, w in iter_lora_weights(model):
-        for key, value in _named_tensors(path, w).items():
+        for key, (parts, dim) in _slots(path, w).items():
+            value = torch.cat(parts, dim)
             if portable_alpha is not None and key.endswith("lora_B.weight"):
                 value = value * (w.scaling * value.shape[1] / portable_alpha)
             tensors[key] = value.detach().to("cpu", save_dtype).contiguous()
     return dict(sorted(tensors.items()))
 
 
-def _named_tensors(path: str, w: LoRAWeights) -> dict[str, torch.Tensor]:
-    """Tensors of one layer by their key in the file."""
-    a, b = w.factors()
-    named = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b} if w.r else {}
-    if w.lora_magnitude_vector is not None:
-        named[f"{path}.lora_magnitude_vector"] = w.lora_magnitude_vector
-    if w.bias is not None:
-        named[f"{path}.base_layer.bias" if w.r else f"{path}.bias"] = w.bias
-    return {KEY_PREFIX + name: tensor for name, tensor in named.items()}
-
-
-def _put(w: LoRAWeights, key: str, value: torch.Tensor) -> None:
-    """Copies one tensor of the file into the layer; of a PiSSA adapter's A and B the second half is the frozen one."""
-    if key.endswith((".lora_A.weight", ".lora_B.weight")):
-        name, dim = ("A", 0) if key.endswith(".lora_A.weight") else ("B", 1)
-        halves = value.split(w.r, dim=dim)
-        slots = (getattr(w, f"lora_{name}"), getattr(w, f"initial_{name}"))
-        for slot, half in zip(slots, halves, strict=False):
-            slot.copy_(half)
-    else:
-        slot = w.lora_magnitude_vector if key.endswith("lora_magnitude_vector") else w.bias
-        assert slot is not None  # `_named_tensors` gave its key
-        slot.copy_(value)
-
-
-def save_adapter(model: Qwen2ForCausalLM, folder: Path, lora_config: LoraConfig, base: BaseModel) -> None:
-    """Writes `adapter_files` into `folder`, which is created if needed; a run uses `write_folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(model, lora_config, base):
-        write_file(folder / name, content)
+def _slots(path: str, w: LoRAWeights) -> dict[str, tuple[list[torch.Tensor], int]]:
+    """By key of the file, the parts of a tensor, and along which axis: PiSSA's A and B have a frozen half behind."""
+    found: dict[str, tuple[list[torch.Tensor | None], int]] = {
+        "lora_A.weight": ([w.lora_A, w.initial_A] if w.r else [], 0),
+        "lora_B.weight": ([w.lora_B, w.initial_B] if w.r else [], 1),
+        "lora_magnitude_vector": ([w.lora_magnitude_vector], 0),
+        "base_layer.bias" if w.r else "bias": ([w.bias], 0),
+    }
+    slots = {name: ([part for part in parts if part is not None], dim) for name, (parts, dim) in found.items()}
+    return {f"{KEY_PREFIX}{path}.{name}": slot for name, slot in slots.items() if slot[0]}
 
 
 def load_adapter(
@@ -130,12 +109,9 @@ def load_adapter(
         folder: with the adapter's two files, verified where there is a manifest.
         allow_bin: read adapter_model.bin where there is no adapter_model.safetensors. That is a pickle, which PyTorch
             reads with `weights_only`; ways around that have been found (CVE-2025-32434, CVE-2026-24747).
-        device: of the adapter; by default the model's. A base on the meta device can have an adapter on the CPU.
+        device: see `attach`. A base on the meta device can have an adapter on the CPU.
         name: of the adapter in the model; one of the same name is replaced.
-        is_verified: the caller has compared the folder with its manifest, which hashes it.
-
-    Raises:
-        UserError: see `read_adapter_config` and `load_adapter_weights`.
+        is_verified: the caller has compared the folder with its manifest.
     """
     lora_config, _ = read_adapter_config(folder)
     path, tensors = read_adapter_tensors(folder, allow_bin, is_verified)
@@ -163,45 +139,24 @@ def damage_of_adapter(folder: Path) -> str | None:
 
 
 def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: bool = False) -> None:
-    """Fills the model's LoRA layers from `folder`; all of them and all of the file, or nothing.
-
-    Args:
-        model: with LoRA layers.
-        folder: with the adapter's two files; where it has a manifest, they are verified first.
-        is_verified: the caller has done that, and nothing is hashed.
-
-    Raises:
-        UserError: damaged files; missing, unexpected, misshapen, integer or non-finite tensors, named.
-    """
+    """Fills the model's LoRA layers from `folder`: all of them and all of the file, or nothing and a UserError."""
     _fill(model, *read_adapter_tensors(folder, is_verified=is_verified))
 
 
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Copies the tensors of the file `path` into the LoRA layers, all of them or none."""
-    owners = {key: (w, slot) for name, w in iter_lora_weights(model) for key, slot in _named_tensors(name, w).items()}
-    slots = {key: slot for key, (_, slot) in owners.items()}
-    problems = [f"{name}: missing from the file" for name in sorted(set(slots) - set(tensors))]
-    problems += [f"{name}: unknown to the model" for name in sorted(set(tensors) - set(slots))]
-    for name in sorted(set(tensors) & set(slots)):
-        if tensors[name].shape != slots[name].shape:
-            expected = tuple(slots[name].shape)
-            problems.append(
-                f"{name}: file has {tuple(tensors[name].shape)}, model and adapter_config.json ask {expected}"
-            )
-        elif not tensors[name].is_floating_point():
-            problems.append(f"{name}: file has {tensors[name].dtype}, expected a floating-point type")
-        elif not torch.isfinite(tensors[name]).all():
-            problems.append(f"{name}: holds NaN or infinite values")
+    slots = {key: slot for name, w in iter_lora_weights(model) for key, slot in _slots(name, w).items()}
+    problems = find_mismatches({key: torch.cat(*slot).shape for key, slot in slots.items()}, tensors)
+    if not problems:
+        problems = [f"{name}: holds NaN or infinite values" for name in sorted(tensors) if not is_finite(tensors[name])]
     if problems:
-        # The first and the last few: with a wrong prefix all are missing, and only the unknown names show it.
-        shown = (
-            problems if len(problems) <= 10 else [*problems[:5], f"... {len(problems) - 10} more ...", *problems[-5:]]
+        raise UserError(
+            f"{path}: does not fit the base model; check --base and adapter_config.json{show_problems(problems)}"
         )
-        lines = "\n  ".join(shown)
-        raise UserError(f"{path}: does not fit the base model; check --base and adapter_config.json\n  {lines}")
     with torch.no_grad():
-        for name, (w, _) in owners.items():
-            _put(w, name, tensors[name])
+        for name, (parts, dim) in slots.items():
+            for part, value in zip(parts, tensors[name].chunk(len(parts), dim), strict=True):
+                part.copy_(value)
 
 
 def read_adapter_tensors(
@@ -229,8 +184,9 @@ def read_adapter_tensors(
     except Exception as error:  # torch.load raises half a dozen types for a bad or hostile file
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: refused, it is not a file of plain tensors ({reason}); use safetensors") from None
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise UserError(f"{path}: refused, it is not a table of named tensors; use safetensors")
-    if not all(isinstance(v, torch.Tensor) and v.layout is torch.strided for v in tensors.values()):
-        raise UserError(f"{path}: refused, it holds something else than dense tensors; use safetensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
+        for name, value in tensors.items()
+    ):
+        raise UserError(f"{path}: refused, it is not a table of named dense tensors; use safetensors")
     return path, tensors

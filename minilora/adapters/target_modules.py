@@ -14,7 +14,7 @@ Left out: exclude_modules, target_parameters.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minilora.config import LoraConfig
@@ -22,6 +22,7 @@ from minilora.errors import UserError
 
 MAX_WAYS = 300_000
 WAYS_OF_REPETITION = 16  # four `.*` split a path of 33 characters in 16^4 ways
+NAME_START = re.compile(r"^|\.")  # ends where the path or a name in it begins
 # An escape, a class, the beginning of a group, a quantifier, or a single character.
 TOKENS = re.compile(
     r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?:#|[a-zA-Z-]*))?|(?:[*+?]|\{\d*,?\d*\})[?+]?|.", re.DOTALL
@@ -38,11 +39,7 @@ class Target:
 
 
 def choose_targets(candidates: Sequence[str], lora_config: LoraConfig) -> list[Target]:
-    """The chosen ones of `candidates`, the paths of all linear layers that may have an adapter, in their order.
-
-    Raises:
-        UserError: something that matches no linear layer, or no regular expression.
-    """
+    """The chosen ones of `candidates`, the paths of all linear layers that may have an adapter, in their order."""
     target_modules = lora_config.target_modules
     paths = _choose_paths(candidates, target_modules)
     if lora_config.layers_to_transform is not None:
@@ -67,18 +64,14 @@ def _choose_paths(candidates: Sequence[str], target_modules: str | Sequence[str]
         matched = [path for path in candidates if expression.fullmatch(path)]
         if matched:
             return matched
-        # A single name is also a regular expression that matches no whole path: use it as a name.
-        target_modules = [target_modules]
-    missing = [t for t in target_modules if not any(_is_named(path, t) for path in candidates)]
+        target_modules = [target_modules]  # a single name
+    named = {name: [path for path in candidates if f".{path}".endswith(f".{name}")] for name in target_modules}
+    missing = [name for name, found in named.items() if not found]
     if missing or not target_modules:
         head = {"lm_head", "embed_tokens"} & set(missing)
         reason = "; head and embedding cannot be adapted (they are one matrix in tied models)" if head else ""
         raise UserError(f"lora.target_modules: {missing} match no linear layer; {choices}{reason}")
-    return [path for path in candidates if any(_is_named(path, t) for t in target_modules)]
-
-
-def _is_named(path: str, target: str) -> bool:
-    return path == target or path.endswith(f".{target}")
+    return [path for path in candidates if any(path in found for found in named.values())]
 
 
 def _in_layers(
@@ -88,19 +81,13 @@ def _in_layers(
     wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
     called = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
     numbered = re.compile(rf"(?:.*?\.)?({'|'.join(map(re.escape, called)) or '[^.]*'})\.(\d+)\.")
-    found: dict[int, list[str]] = {}
-    for path in paths:
-        match = numbered.match(path)
-        if match is not None:
-            found.setdefault(int(match[2]), []).append(path)
-    missing = sorted(wanted - set(found))
+    found = {path: int(match[2]) for path in paths if (match := numbered.match(path)) is not None}
+    missing = sorted(wanted - set(found.values()))
     if missing or not wanted:
-        expected = (
-            f"expected indices from {min(found)} to {max(found)}" if found else "no target is in a list of layers"
-        )
-        raise UserError(f"lora.layers_to_transform: no target is in layers {missing}; {expected}")
-    chosen = {path for number in wanted for path in found[number]}
-    return [path for path in paths if path in chosen]
+        numbers = sorted(found.values())
+        known = f"indices from {numbers[0]} to {numbers[-1]}" if numbers else "targets in a list of layers"
+        raise UserError(f"lora.layers_to_transform: no target is in layers {missing}; expected {known}")
+    return [path for path in paths if found.get(path) in wanted]
 
 
 def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[str]) -> dict[str, float]:
@@ -108,17 +95,11 @@ def _read_pattern(name: str, pattern: Mapping[str, float], candidates: Sequence[
     values: dict[str, float] = {}
     for expression, value in pattern.items():
         compiled = _compile(f"lora.{name}", expression)
-        matched = [path for path in candidates if any(compiled.fullmatch(path, start) for start in _name_starts(path))]
+        matched = [p for p in candidates if any(compiled.fullmatch(p, start.end()) for start in NAME_START.finditer(p))]
         if not matched:
             raise UserError(f"lora.{name}: {expression!r} matches no linear layer; correct or remove it")
         values = dict.fromkeys(matched, value) | values
     return values
-
-
-def _name_starts(path: str) -> Iterator[int]:
-    """Where the path and each name in it begin."""
-    yield 0
-    yield from (index + 1 for index, character in enumerate(path) if character == ".")
 
 
 def _compile(key: str, expression: str) -> re.Pattern[str]:
@@ -159,8 +140,7 @@ class _Group:
 def count_ways(expression: str) -> int:
     """In how many ways a valid regular expression may match a path: an estimate, by its repetitions and alternatives.
 
-    Raises:
-        ValueError: MAX_WAYS is exceeded, or a repetition is nested in another, which makes the ways exponential.
+    ValueError for more than MAX_WAYS, and for a repetition in another, which makes the ways exponential.
     """
     groups = [_Group()]
     for token in TOKENS.findall(expression):

@@ -36,7 +36,7 @@ from minilora.data.records import capped
 from minilora.errors import UserError
 from minilora.system.cli import DISK_ERRORS
 from minilora.system.console import is_quiet, warn
-from minilora.system.files import WRITING, sha256_once
+from minilora.system.files import WRITING, sha256
 from minilora.system.signals import nothing_at_stake
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
@@ -269,7 +269,7 @@ def _damaged_files(snapshot: Path, allow_patterns: list[str], ignore_patterns: l
             damaged[path] = "it is missing"
         elif not SHA256.fullmatch(expected) and not GIT_SHA1.fullmatch(expected):
             unverified.append(name)
-        elif (found := sha256_once(path) if SHA256.fullmatch(expected) else _git_sha1(path)) != expected:
+        elif (found := sha256(path) if SHA256.fullmatch(expected) else _git_sha1(path)) != expected:
             damaged[path] = f"its hash is {found}, expected {expected}"
     if unverified:
         warn(f"{snapshot}: {', '.join(unverified)}: not verified, because {constants.ENDPOINT} gave no hash for it")

@@ -3,8 +3,7 @@
     <|im_start|>system\\n{system}<|im_end|>\\n                                   before the first turn
     <|im_start|>user\\n{text}<|im_end|>\\n<|im_start|>assistant\\n{answer}      each turn; <|im_end|>\\n before the next
 
-`prompt.ChatTokenizer` renders the turns, so typed text never becomes a control token. One `decode.DecodeState` holds
-the conversation: a turn costs its own tokens and those of its answer.
+`prompt.ChatTokenizer` renders the turns, so typed text never becomes a control token.
 
 The model's generation_config.json decides how tokens are sampled. For what it leaves out, `GenerationConfig` has the
 defaults of Qwen2.5's larger Instruct models.
@@ -24,16 +23,10 @@ from minilora.system.files import read_json
 from minilora.system.memory import is_out_of_memory
 from minilora.system.schema import read_fields
 
-GENERATION_CONFIG = "generation_config.json"
-
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """generation_config.json of a model's folder; the defaults where there is none.
-
-    Raises:
-        UserError: the file is damaged, or holds an impossible value.
-    """
-    path = folder / GENERATION_CONFIG
+    """generation_config.json of a model's folder; the defaults where there is none."""
+    path = folder / "generation_config.json"
     if not path.is_file():
         return GenerationConfig()
     content = read_json(path)
@@ -43,13 +36,7 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 class Conversation:
-    """Turns of a user and a model.
-
-    Attributes:
-        system: text of the system turn; a change takes effect with the next `reset`.
-        cut_off: why the last answer is not complete, None if it is.
-        num_tokens: of the last answer so far.
-    """
+    """Turns of a user and a model."""
 
     def __init__(
         self,
@@ -59,18 +46,10 @@ class Conversation:
         config: GenerationConfig,
         generator: torch.Generator | None = None,
     ):
-        """An empty conversation.
-
-        Args:
-            model: in evaluation mode.
-            tokenizer: the model's.
-            system: text of the system turn.
-            config: how tokens are sampled.
-            generator: on the model's device; the same seed gives the same answers.
-        """
-        self.system = system
-        self.cut_off: str | None = None
-        self.num_tokens = 0
+        """An empty conversation with a model in evaluation mode; `generator` is on its device."""
+        self.system = system  # text of the system turn; a change takes effect with the next `reset`
+        self.cut_off: str | None = None  # why the last answer is not complete
+        self.num_tokens = 0  # of the last answer so far
         self._model = model
         self._tokenizer = tokenizer
         self._config = config
@@ -90,9 +69,7 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer to `text` in pieces; an interrupted answer is kept as far as it came.
 
-        Raises:
-            UserError: the conversation is too long, memory ran out, or the model computes NaN; the turns before it
-                are kept.
+        UserError where the conversation is too long, memory ran out, or a logit is NaN; the turns before it are kept.
         """
         state, before = self._state, len(self._state.ids)
         turn = self._render(text)
@@ -126,26 +103,20 @@ class Conversation:
     def _max_new_tokens(self, length: int) -> int:
         """How long an answer may be after `length` tokens."""
         most = self._model.config.max_position_embeddings
-        if most is None:
-            return self._config.max_new_tokens
-        if length >= most:
+        if most is not None and length >= most:
             raise UserError(
                 f"conversation: {length:,} tokens with this turn, the model takes {most:,} with its answer; say less, "
                 "or start a new one (/reset)"
             )
-        return min(self._config.max_new_tokens, most - length)
+        own = self._config.max_new_tokens
+        return own if most is None else min(own, most - length)
 
     def _render(self, text: str) -> list[int]:
         """Ids from the end of the conversation to the beginning of the answer."""
         tokenizer = self._tokenizer
         begin = [] if self._state.ids else tokenizer.open_turn("system", self.system)
-        return [
-            *begin,
-            *tokenizer.close_turn(),
-            *tokenizer.open_turn("user", text),
-            *tokenizer.close_turn(),
-            *tokenizer.open_turn("assistant"),
-        ]
+        turn = [*tokenizer.close_turn(), *tokenizer.open_turn("user", text)]
+        return [*begin, *turn, *tokenizer.close_turn(), *tokenizer.open_turn("assistant")]
 
     def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
         for token in tokens:

@@ -37,44 +37,25 @@ PREFILL_TOKENS = 2048  # of a forward pass: a longer prompt is prefilled in piec
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The fields of generation_config.json that are read, under their own names.
+    """The fields of generation_config.json that are read, under their own names."""
 
-    Attributes:
-        do_sample: False takes the most probable token, as temperature 0 does.
-        temperature: see above.
-        top_p: 1 keeps all.
-        top_k: 0 keeps all.
-        repetition_penalty: 1 is none.
-        max_new_tokens: of an answer.
-        eos_token_id: ends an answer.
-    """
-
-    do_sample: bool = True
+    do_sample: bool = True  # False takes the most probable token, as temperature 0 does
     temperature: float = field(default=0.7, metadata=limits(minimum=0, maximum=100))
-    top_p: float = field(default=0.8, metadata=limits(above=0, maximum=1))
-    top_k: int = field(default=20, metadata=limits(minimum=0))
-    repetition_penalty: float = field(default=1.05, metadata=limits(above=0, maximum=100))
+    top_p: float = field(default=0.8, metadata=limits(above=0, maximum=1))  # 1 keeps all
+    top_k: int = field(default=20, metadata=limits(minimum=0))  # 0 keeps all
+    repetition_penalty: float = field(default=1.05, metadata=limits(above=0, maximum=100))  # 1 is none
     max_new_tokens: int = field(default=1024, metadata=limits(minimum=1))
-    eos_token_id: list[int] | int | None = None
+    eos_token_id: list[int] | int | None = None  # read by `chat.py`
 
 
 class DecodeState:
-    """Token ids and the KV cache of those that the model has processed.
-
-    Attributes:
-        ids: all of them, prompts and answers. They may be appended to; `truncate` removes.
-    """
+    """Token ids and the KV cache of those that the model has processed."""
 
     def __init__(self, model: Qwen2ForCausalLM, ids: Sequence[int] = ()):
-        self.ids = list(ids)
+        self.ids = list(ids)  # prompts and answers; may be appended to, `truncate` removes
         self._model = model
         self._caches = [KVCache() for _ in model.model.layers]
         self._num_cached = 0  # tokens in every layer's cache; after an interruption some layers have more
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._model.head_weight.device
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` ids."""
@@ -91,11 +72,12 @@ class DecodeState:
         self._num_cached = min(self._num_cached, len(self.ids) - 1)  # the last hidden state is not cached
         for layer in self._caches:
             layer.truncate(self._num_cached)
+        head = self._model.head_weight
         for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
-            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=self.device)
+            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=head.device)
             hidden = self._model.prefill(piece, self._caches)
         self._num_cached = len(self.ids)
-        return head_logits(hidden, self._model.head_weight)[0]
+        return head_logits(hidden, head)[0]
 
 
 @torch.inference_mode()
@@ -106,16 +88,10 @@ def generate(
     stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """The tokens after `state.ids`, each appended to them before it is yielded.
+    """The tokens after `state.ids`, one at least, each appended to them before it is yielded.
 
-    Args:
-        state: with one id at least.
-        config: how a token is chosen; `eos_token_id` is not read.
-        stop_ids: generation ends before the first of these, which is neither yielded nor appended.
-        generator: on the state's device; the same seed gives the same tokens.
-
-    Raises:
-        FloatingPointError: a logit is NaN.
+    Ends before the first of `stop_ids`, which is neither yielded nor appended. `generator` is on the model's device:
+    the same seed gives the same tokens. FloatingPointError for a logit that is NaN.
     """
     temperature = config.temperature if config.do_sample else 0.0
     seen = None

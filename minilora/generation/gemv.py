@@ -36,11 +36,9 @@ OUTPUTS = 32  # interleaved
 
 
 def make_product(weight: QuantizedTensor, dtype: torch.dtype) -> Product | None:
-    """A function (x, bias) -> y for `weight`, None where its shape, device and `dtype` have no kernel.
+    """A function for x (T, in) and bias (out,) of `dtype`, None where there is no kernel.
 
-    Args:
-        weight: (out, in); the function holds it, or a reordered copy.
-        dtype: of x (T, in), of bias (out,) and of y (T, out).
+    It holds `weight` (out, in), or a reordered copy.
     """
     if not bnb.is_available() or weight.shape[1] % BLOCK_SIZE:
         return None

@@ -1,14 +1,15 @@
 """A memory budget in, what fits it out: the largest micro-batches, and the options that would save most.
 
-Every answer evaluates the memory estimate (`plan.estimate_config_memory`). It only grows with the tokens of a
-micro-batch, so the largest that fits is found by bisection, exactly. Where real examples are split into micro-batches,
-a larger batch size may happen to have a smaller largest micro-batch: then the result fits and one more does not.
+The memory estimate only grows with the tokens of a micro-batch, so the largest that fits is found by bisection,
+exactly. Where real examples are split into micro-batches, a larger batch size may happen to have a smaller largest
+micro-batch: then the result fits and one more does not.
 
 Options are ordered by cost: first those that leave the result as it is, by the time they take, then those that change
 it. A combination is found backwards: all options are taken, then dropped again, the most expensive first, wherever the
 budget allows it. So none is taken where a cheaper one is enough.
 """
 
+import bisect
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -23,18 +24,15 @@ from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.planning.memory import BatchShape, MemoryEstimate, ParameterCounts
-from minilora.planning.plan import (
-    ANSWER_TOKENS,
-    LONGEST_TOKENS,
-    SIZES,
-    count_config,
-    estimate_config_memory,
-    hub_name,
-    largest_batch,
-    next_smaller,
-    uniform_batch,
+from minilora.planning.memory import (
+    BatchShape,
+    Machine,
+    MemoryEstimate,
+    ParameterCounts,
+    count_parameters,
+    estimate_memory,
 )
+from minilora.planning.plan import ANSWER_TOKENS, LONGEST_TOKENS, SIZES, hub_name, largest_batch, next_smaller
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -45,11 +43,7 @@ MOST = 1 << 24  # tokens or examples: beyond any budget
 
 
 def read_bytes(text: str, where: str) -> int:
-    """The bytes in "12GB", "24564 MiB" or "8e9": GB are 10^9, GiB 2^30.
-
-    Raises:
-        UserError: it is not an amount of memory.
-    """
+    """The bytes in "12GB", "24564 MiB" or "8e9": GB are 10^9, GiB 2^30. UserError names `where`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in UNITS or not 0 < float(match[1]) < 1e15:
         raise UserError(f"{where}: got {text!r}, expected an amount of memory, such as 12GB, 24564MiB or 0.5GB")
@@ -58,42 +52,32 @@ def read_bytes(text: str, where: str) -> int:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a memory estimate is computed from: a configuration, a model, and the examples that it trains on.
-
-    Attributes:
-        config: of the run.
-        architecture: of the model.
-        shape_of: the micro-batches of the examples under a configuration.
-        device_type: "cpu" or "cuda".
-        process_bytes: see `MemorySettings`.
-        folder: with the model's weights, where they are local.
-        counted: a cache of `count_config`, which takes a while.
-    """
+    """What a memory estimate is computed from: a configuration, a model, a machine, and the examples to train on."""
 
     config: Config
     architecture: Qwen2Config
-    shape_of: Callable[[Config], BatchShape]
-    device_type: str
-    process_bytes: int | None
-    folder: Path | None = None
-    counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)
+    shape_of: Callable[[Config], BatchShape]  # the micro-batches of the examples under a configuration
+    device_type: str  # "cpu" or "cuda"
+    process_bytes: int | None  # see `Machine`
+    folder: Path | None = None  # with the model's weights, where they are local
+    counted: dict[tuple[Any, ...], ParameterCounts] = field(default_factory=dict)  # a cache: counting takes a while
 
     def with_keys(self, keys: Sequence[str]) -> "Setup":
         """A copy with other `section.key=value`."""
         return replace(self, config=config_from_dict(self.config.to_dict(), keys, "the configuration"))
 
     def with_size(self, size: str) -> "Setup":
-        """A copy with another model."""
+        """A copy with another model, which is not local."""
         return replace(self, architecture=SIZES[size], folder=None)
 
     @cached_property
     def shape(self) -> BatchShape:
-        """Its micro-batches."""
+        """The shape of its micro-batches."""
         return self.shape_of(self.config)
 
     @cached_property
     def total_bytes(self) -> int:
-        """Of the whole estimate."""
+        """The whole estimate."""
         return self.estimate().total_bytes
 
     @property
@@ -104,23 +88,12 @@ class Setup:
         return choose_dtype(self.config, torch.device(self.device_type))
 
     def estimate(self, shape: BatchShape | None = None) -> MemoryEstimate:
-        """With its own micro-batches or with others."""
+        """With its own micro-batches, or with others."""
         key = (self.architecture, self.folder, repr(self.config.lora))
         if key not in self.counted:
-            self.counted[key] = count_config(self.config, self.architecture, self.folder)
-        return estimate_config_memory(
-            self.config,
-            self.counted[key],
-            shape or self.shape,
-            dtype=self.dtype,
-            device_type=self.device_type,
-            process_bytes=self.process_bytes,
-        )
-
-
-def uniform_shapes(config: Config) -> BatchShape:
-    """`Setup.shape_of` without data: every example is as long as data.max_length allows."""
-    return uniform_batch(config, config.data.max_length)
+            self.counted[key] = count_parameters(self.architecture, self.config.lora, self.folder)
+        machine = Machine(self.device_type, self.dtype, self.process_bytes)
+        return estimate_memory(self.config, self.counted[key], shape or self.shape, machine)
 
 
 def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
@@ -142,14 +115,7 @@ def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Ca
 
 def largest_that_fits(fits: Callable[[int], bool], most: int = MOST) -> int:
     """The largest number up to `most` that fits, 0 if 1 does not; `fits` must be monotonic."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda number: not fits(number))
 
 
 def largest_batch_size(setup: Setup, budget_bytes: int, most: int = MOST) -> int:
@@ -193,17 +159,11 @@ def longest_example(setup: Setup, budget_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Option:
-    """A change of the configuration that takes less memory.
+    """A change of the configuration that takes less memory."""
 
-    Attributes:
-        keys: to set, as `section.key=value`; the last is the one that names the option.
-        cost: as text.
-        total_bytes: of the run with only this option.
-    """
-
-    keys: tuple[str, ...]
-    cost: str
-    total_bytes: int
+    keys: tuple[str, ...]  # as `section.key=value`; the last one names the option
+    cost: str  # as text
+    total_bytes: int  # of the run with only this option
 
 
 def list_options(setup: Setup) -> list[Option]:
@@ -266,87 +226,45 @@ def cheapest_that_fits(setup: Setup, options: Sequence[Option], budget_bytes: in
     return keys
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What fits a budget.
-
-    Attributes:
-        setup: as given.
-        budget_bytes: as given.
-        batch_size: largest train.per_device_train_batch_size that fits; 0 for none.
-        micro_batch_tokens: largest train.max_tokens_per_micro_batch that fits; 0 for none.
-        example_tokens: longest single example that fits; 0 for none.
-        options: that save memory, the one that saves most first.
-        combination: keys that make it fit, empty where it fits already; None where nothing does.
-        least: the estimate with all options.
-        fitting_sizes: where this model does not fit in any way, those that do with all options.
-    """
-
-    setup: Setup
-    budget_bytes: int
-    batch_size: int
-    micro_batch_tokens: int
-    example_tokens: int
-    options: list[Option]
-    combination: list[str] | None
-    least: MemoryEstimate
-    fitting_sizes: list[str]
-
-    @property
-    def fits(self) -> bool:
-        """Whether the configuration fits as it is."""
-        return self.setup.total_bytes <= self.budget_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; the keys are those of earlier versions."""
-        total = self.setup.total_bytes
-        return {
-            "model": self.setup.config.model.name_or_path,
-            "device": self.setup.device_type,
-            "budget_bytes": self.budget_bytes,
-            "ledger": self.setup.estimate().parts,
-            "total_bytes": total,
-            "fits": self.fits,
-            "per_device_train_batch_size": self.batch_size,
-            "max_tokens_per_micro_batch": self.micro_batch_tokens,
-            "longest_example_tokens": self.example_tokens,
-            "knobs": [
-                {"keys": o.keys, "total_bytes": o.total_bytes, "saves_bytes": total - o.total_bytes, "costs": o.cost}
-                for o in self.options
-            ],
-            "combination": self.combination,
-            "least_bytes": self.least.total_bytes,
-            "least_weight_bytes": self.least.weight_bytes,
-            "fitting_sizes": self.fitting_sizes,
-        }
-
-
 def least_memory_estimate(setup: Setup) -> MemoryEstimate:
     """With all options."""
     return setup.with_keys(merge_keys(list_options(setup))).estimate()
 
 
-def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> Advice:
-    """What fits `budget_bytes`; `num_examples`, of the data, bounds the batch size."""
-    options = list_options(setup)
-    combination = [] if setup.total_bytes <= budget_bytes else cheapest_that_fits(setup, options, budget_bytes)
-    shown = list(options)
-    if (smaller := next_smaller(setup.architecture)) is not None:
-        total = setup.with_size(smaller).total_bytes
-        shown.append(Option((f"model.name_or_path={hub_name(smaller)}",), "a less able model", total))
-    return Advice(
-        setup=setup,
-        budget_bytes=budget_bytes,
-        batch_size=largest_batch_size(setup, budget_bytes, num_examples),
-        micro_batch_tokens=largest_micro_batch(setup, budget_bytes),
-        example_tokens=longest_example(setup, budget_bytes),
-        options=sorted(shown, key=lambda option: option.total_bytes),
-        combination=combination,
-        least=least_memory_estimate(setup),
-        fitting_sizes=[]
-        if combination is not None
-        else [s for s in SIZES if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
-    )
+def advise(setup: Setup, budget_bytes: int, num_examples: int = MOST) -> dict[str, Any]:
+    """What fits `budget_bytes`, as --json prints it; `num_examples`, of the data, bounds the batch size.
+
+    What is the largest that fits is 0 where nothing does. `knobs` begin with the option that saves most. `combination`
+    are the keys that make it fit, None where nothing does; then `fitting_sizes` are those that do with all options, as
+    `least_bytes` is with all options.
+    """
+    total, options = setup.total_bytes, list_options(setup)
+    combination = [] if total <= budget_bytes else cheapest_that_fits(setup, options, budget_bytes)
+    shown, smaller = list(options), next_smaller(setup.architecture)
+    if smaller is not None:
+        key = f"model.name_or_path={hub_name(smaller)}"
+        shown.append(Option((key,), "a less able model", setup.with_size(smaller).total_bytes))
+    least = least_memory_estimate(setup)
+    sizes = [] if combination is not None else SIZES
+    return {
+        "model": setup.config.model.name_or_path,
+        "device": setup.device_type,
+        "budget_bytes": budget_bytes,
+        "ledger": setup.estimate().parts,
+        "total_bytes": total,
+        "fits": total <= budget_bytes,
+        "per_device_train_batch_size": largest_batch_size(setup, budget_bytes, num_examples),
+        "max_tokens_per_micro_batch": largest_micro_batch(setup, budget_bytes),
+        "longest_example_tokens": longest_example(setup, budget_bytes),
+        "knobs": [
+            {"keys": o.keys, "total_bytes": o.total_bytes, "saves_bytes": total - o.total_bytes, "costs": o.cost}
+            for o in sorted(shown, key=lambda option: option.total_bytes)
+        ],
+        "combination": combination,
+        "least_bytes": least.total_bytes,
+        "least_weight_bytes": least.weight_bytes,
+        "fitting_sizes": [s for s in sizes if least_memory_estimate(setup.with_size(s)).total_bytes <= budget_bytes],
+    }
 
 
 def train_command(config_path: str, overrides: Sequence[str], keys: Sequence[str]) -> str:

@@ -7,37 +7,37 @@
     of             it ends                    activations of one layer, one layer's backward pass, gradients of A and B
     around it      on a CPU Python and PyTorch, and fragmentation of the heap; on a GPU CUDA's context
 
-Activations are linear in the T packed tokens. A layer keeps the two sums that its norms read, q, k, v and what
-attention computes from them, gate and up: 4 C + 2 K D + 2 F elements a token, 27 kB in a Qwen2.5-0.5B in bfloat16, and
-the adapter's R of each projection. Everything else is recomputed from these. The last layer keeps the S supervised
-positions only. With DoRA a layer keeps the outputs of q, k, o and down too, 3 C + K D elements: those of v, gate and up
-are kept already. PiSSA's A and B have a frozen half beside the trainable one, and a layer keeps its B with both. With
-gradient checkpointing a layer keeps only its input, and one layer at a time is recomputed; on a GPU these inputs can be
-offloaded to the computer's memory.
+Activations are linear in the T packed tokens. A layer keeps what `_token_elements` lists, 27 kB a token in a
+Qwen2.5-0.5B in bfloat16, and the adapter's R of each projection; everything else is recomputed. The last layer keeps
+the S supervised positions only. With DoRA a layer keeps the outputs of q, k, o and down too: those of v, gate and up
+are kept already. PiSSA's A and B have a frozen half beside the trainable one. With gradient checkpointing a layer keeps
+only its input, and one layer at a time is recomputed; on a GPU these inputs can be offloaded to the computer's memory.
+Layers below the first adapted one keep nothing.
 
-The backward pass of a layer peaks in its MLP, at 2 C + 3 F elements a token and 2 C + 4 F with DoRA, or, from some
-hundred tokens an example on, in its attention, which holds its weights three times; PyTorch's fused attention of long
-examples holds none. Layers below the first adapted one
-keep nothing. What PyTorch's allocator hands out agrees with all this within 5 % (tests/planning/test_memory.py). The
-process' own part is measured on Linux (benchmarks/memory_estimate.py), and on a GPU not yet.
+The backward pass of a layer peaks in its MLP, or, from some hundred tokens an example on, in its attention; PyTorch's
+fused attention of long examples keeps no weights. What PyTorch's allocator hands out agrees with all this within 5 %
+(tests/planning/test_memory.py). The process' own part is measured on Linux (benchmarks/memory_estimate.py), and not yet
+on a GPU.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from minilora.adapters.attach import iter_lora_weights, lora_parameters
+from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters
+from minilora.config import Config, LoraConfig
 from minilora.qlora.batch import FUSED_KEYS, MAX_SCORES_BYTES
 from minilora.qlora.loss import chunk_positions
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.system.process import LARGEST_IN_HEAP
+from minilora.weights.bnb_checkpoint import unquantized_projections
 from minilora.weights.safetensors_io import dtype_name
 
 KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes
-ATTENTION_COPIES = 3  # attention weights, their gradient, and that of the scores
 # Fragmentation of the heap on a CPU: buffers differ in size from micro-batch to micro-batch and leave holes. Fitted to
 # a Qwen2.5-0.5B with glibc after ten steps of up to 256 to 2,048 tokens, where it differs by 10 % of the whole from one
 # run to the next: shares of the activations and of an MLP's backward pass, and this many elements of a dense weight.
@@ -74,100 +74,47 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model with its adapter, as the memory estimate needs them.
-
-    Attributes:
-        config: the model's sizes.
-        projections: weights of the frozen linear layers.
-        unquantized: those of them that stay unquantised in a 4-bit checkpoint.
-        dense: embedding, head, norms and biases.
-        trainable: of each trainable tensor.
-        lora_a: of all A, as they are multiplied with: with PiSSA's frozen halves.
-        lora_ranks: R, summed over all adapted layers, likewise.
-        frozen_a: of PiSSA's frozen halves of A.
-        frozen_b: of its frozen halves of B.
-        dora_outputs: outputs a token of DoRA layers that nothing else keeps.
-        dora_in_mlp: gate or up has DoRA.
-        trained_layers: decoder layers from the first adapted one on; those below keep nothing for a backward pass.
-    """
+    """Parameters of a model with its adapter."""
 
     config: Qwen2Config
-    projections: int
-    unquantized: int
-    dense: int
-    trainable: tuple[int, ...]
-    lora_a: int
-    lora_ranks: int
-    frozen_a: int
-    frozen_b: int
-    dora_outputs: int
-    dora_in_mlp: bool
-    trained_layers: int
+    projections: int  # weights of the frozen linear layers
+    unquantized: int  # those of them that stay unquantised in a 4-bit checkpoint
+    dense: int  # embedding, head, norms and biases
+    trainable: tuple[int, ...]  # of each trainable tensor
+    lora_a: int  # of all A, as they are multiplied with: with PiSSA's frozen halves
+    lora_b: int  # of all B, likewise
+    lora_ranks: int  # R, summed over all adapted layers, likewise
+    frozen_a: int  # of PiSSA's frozen halves of A
+    frozen_b: int  # of its frozen halves of B
+    dora_outputs: int  # outputs a token of DoRA layers that nothing else keeps
+    dora_in_mlp: bool  # gate or up has DoRA
+    trained_layers: int  # from the first adapted one on; those below keep nothing for a backward pass
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What memory depends on in the micro-batches of a run.
+    """What memory depends on in the micro-batches of a run."""
 
-    Attributes:
-        tokens: T of the largest.
-        supervised_positions: S of the one that has most of them.
-        longest: tokens of the longest example that the model reads, with the prefix.
-    """
-
-    tokens: int
-    supervised_positions: int
-    longest: int
+    tokens: int  # T of the largest
+    supervised_positions: int  # S of the one that has most of them
+    longest: int  # tokens of the longest example that the model reads, with the prefix
 
 
 @dataclass(frozen=True)
-class MemorySettings:
-    """What memory depends on in a configuration and the machine.
+class Machine:
+    """Where a run takes place."""
 
-    Attributes:
-        compute_dtype: of activations and unquantised weights.
-        quantization: "nf4", "fp4" or "none".
-        double_quantization: scales of the 4-bit blocks in 8 bits.
-        cache_dequantized: the dequantised projections are kept beside their 4 bits.
-        gradient_checkpointing: as in training.
-        offload_checkpoints: on a GPU, what checkpointing keeps is offloaded to the computer's memory.
-        moments_bytes: of the optimizer's moments (`moments_bytes`).
-        bitsandbytes_optimizer: the optimizer is one of bitsandbytes'.
-        device_type: "cpu" or "cuda".
-        process_bytes: of the process before anything was loaded; None omits it, and the heap's fragmentation.
-    """
-
-    compute_dtype: torch.dtype
-    moments_bytes: int
-    quantization: str = "nf4"
-    double_quantization: bool = True
-    cache_dequantized: bool = False
-    gradient_checkpointing: bool = False
-    offload_checkpoints: bool = False
-    bitsandbytes_optimizer: bool = False
-    device_type: str = "cpu"
-    process_bytes: int | None = None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether projections are in 4 bits."""
-        return self.quantization != "none"
-
-    @property
-    def bits(self) -> float:
-        """Of a projection's weight, with its share of the scales."""
-        if not self.is_quantized:
-            return 8.0 * self.compute_dtype.itemsize
-        return 4 + 8 / 64 + 32 / (64 * 256) if self.double_quantization else 4 + 32 / 64
+    device_type: str  # "cpu" or "cuda"
+    compute_dtype: torch.dtype  # of activations and unquantised weights
+    process_bytes: int | None = None  # before anything is loaded; None omits it, and the heap's fragmentation
 
 
-def count_parameters(model: Qwen2ForCausalLM, unquantized: Collection[str] = ()) -> ParameterCounts:
-    """Counts the parameters of a model.
-
-    Args:
-        model: with its adapter, before a weight is quantised; only shapes are read, on the meta device too.
-        unquantized: names of projections that a 4-bit checkpoint holds unquantised, as the file has them.
-    """
+def count_parameters(architecture: Qwen2Config, lora_config: LoraConfig, folder: Path | None = None) -> ParameterCounts:
+    """Counts without memory for the weights; a 4-bit checkpoint in `folder` may hold some projections unquantised."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(architecture)
+        attach(model, lora_config)
+    unquantized = [] if folder is None else unquantized_projections(folder)
     adapted = dict(iter_lora_weights(model))
     matrices = [w.factors() for w in adapted.values()]
     with_dora = {path: len(m) for path, w in adapted.items() if (m := w.lora_magnitude_vector) is not None}
@@ -186,6 +133,7 @@ def count_parameters(model: Qwen2ForCausalLM, unquantized: Collection[str] = ())
         dense=sum(parameter.numel() for parameter in model.parameters()) - projections - sum(trainable),
         trainable=trainable,
         lora_a=sum(a.numel() for a, _ in matrices),
+        lora_b=sum(b.numel() for _, b in matrices),
         lora_ranks=sum(len(a) for a, _ in matrices),
         frozen_a=sum(w.initial_A.numel() for w in adapted.values() if w.initial_A is not None),
         frozen_b=sum(w.initial_B.numel() for w in adapted.values() if w.initial_B is not None),
@@ -196,13 +144,7 @@ def count_parameters(model: Qwen2ForCausalLM, unquantized: Collection[str] = ())
 
 
 def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
-    """Bytes of both moments on the device.
-
-    Args:
-        optim: name of the optimizer.
-        sizes: elements of each trained tensor.
-        device_type: "cpu" or "cuda"; what a GPU may page out is not counted there.
-    """
+    """Bytes of both moments for trained tensors of these sizes; not counted is what a GPU may page out."""
     bits, is_paged = BITSANDBYTES_OPTIMIZERS.get(optim, (32, False))
     if is_paged and device_type == "cuda":
         sizes = [size for size in sizes if size < SMALLEST_PAGED]
@@ -210,16 +152,17 @@ def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
     return 8 * (sum(sizes) - in_8_bits) + in_8_bits * (2 * BLOCK_8BIT + 8) // BLOCK_8BIT
 
 
-def estimate_memory(counts: ParameterCounts, shape: BatchShape, settings: MemorySettings) -> MemoryEstimate:
+def estimate_memory(config: Config, counts: ParameterCounts, shape: BatchShape, machine: Machine) -> MemoryEstimate:
     """What training takes with micro-batches of up to that shape."""
-    width = settings.compute_dtype.itemsize
-    all_layers, one_layer = _activation_bytes(counts, shape, settings)
-    dequantizes = settings.is_quantized and not settings.cache_dequantized
-    dense_weight = counts.config.intermediate_size * counts.config.hidden_size * width if dequantizes else 0
+    width = machine.compute_dtype.itemsize
+    model = counts.config
+    all_layers, one_layer = _activation_bytes(config, counts, shape, machine)
+    dequantizes = config.model.quantization != "none" and not config.model.cache_dequantized
+    dense_weight = model.intermediate_size * model.hidden_size * width if dequantizes else 0
     in_mlp = _mlp_backward(counts, shape) * width
-    backward = dense_weight + max(in_mlp, _attention_backward(counts.config, shape, width) * width)
-    vocab_size = counts.config.vocab_size
-    logits = 2 * min(shape.supervised_positions, chunk_positions(vocab_size, settings.device_type)) * vocab_size * 4
+    backward = dense_weight + max(in_mlp, _attention_backward(model, shape, width) * width)
+    positions = min(shape.supervised_positions, chunk_positions(model.vocab_size, machine.device_type))
+    logits = 2 * positions * model.vocab_size * 4
     gradients = (sum(counts.trainable) + counts.frozen_a) * 4  # A's is a view of one with both halves
     moments_of_a_step = (
         {"activations": all_layers, "logits": logits},
@@ -235,72 +178,81 @@ def estimate_memory(counts: ParameterCounts, shape: BatchShape, settings: Memory
     }
     slack = round(HEAP_SLACK * all_layers) + HEAP_SLACK_LAYERS * in_mlp
     slack += HEAP_SLACK_WEIGHTS * width * min(dense_weight, LARGEST_IN_HEAP)
-    return MemoryEstimate(_lasting_parts(counts, settings) | in_step | _process_parts(settings, slack))
+    return MemoryEstimate(
+        _lasting_parts(config, counts, machine) | in_step | _process_parts(config.train.optim, machine, slack)
+    )
 
 
-def _lasting_parts(counts: ParameterCounts, settings: MemorySettings) -> dict[str, int]:
+def _lasting_parts(config: Config, counts: ParameterCounts, machine: Machine) -> dict[str, int]:
     """Weights, adapter and moments."""
-    width = settings.compute_dtype.itemsize
-    unquantized = counts.unquantized if settings.is_quantized else 0
+    width, quantization = machine.compute_dtype.itemsize, config.model.quantization
+    unquantized = counts.unquantized if quantization != "none" else 0
     in_4bit = counts.projections - unquantized
+    if quantization == "none":
+        bits = 8.0 * width
+    else:  # with a weight's share of the scales
+        bits = 4 + 8 / 64 + 32 / (64 * 256) if config.model.double_quantization else 4 + 32 / 64
     parts = {
-        f"projections ({settings.quantization}, {settings.bits:.2f} bits)": round(in_4bit * settings.bits / 8),
-        f"embedding, head, norms, biases ({dtype_name(settings.compute_dtype)})": counts.dense * width,
+        f"projections ({quantization}, {bits:.2f} bits)": round(in_4bit * bits / 8),
+        f"embedding, head, norms, biases ({dtype_name(machine.compute_dtype)})": counts.dense * width,
         "adapter (float32)": (sum(counts.trainable) + counts.frozen_a + counts.frozen_b) * 4,
-        "AdamW's moments": settings.moments_bytes,
+        "AdamW's moments": moments_bytes(config.train.optim, counts.trainable, machine.device_type),
     }
     if unquantized:
         parts["projections unquantised in the checkpoint"] = unquantized * width
-    if settings.is_quantized and settings.cache_dequantized:
+    if quantization != "none" and config.model.cache_dequantized:
         parts["dequantised projections (cache_dequantized)"] = in_4bit * width
     return parts
 
 
-def _process_parts(settings: MemorySettings, slack: int) -> dict[str, int]:
+def _process_parts(optim: str, machine: Machine, slack: int) -> dict[str, int]:
     """What the process takes beside tensors; `slack` is the heap's fragmentation."""
-    if settings.device_type == "cuda":
+    if machine.device_type == "cuda":
         return {"CUDA's context, cuBLAS (about)": CONTEXT_BYTES}
-    if settings.process_bytes is None:
+    if machine.process_bytes is None:
         return {}
     parts = {"heap fragmentation, compiled products": slack + COMPILED_BYTES}
-    if settings.bitsandbytes_optimizer:
+    if optim in BITSANDBYTES_OPTIMIZERS:
         parts["PyTorch's compiler, which bitsandbytes imports"] = COMPILER_BYTES
-    return parts | {"Python and PyTorch themselves (measured)": settings.process_bytes}
+    return parts | {"Python and PyTorch themselves (measured)": machine.process_bytes}
 
 
-def _activation_bytes(counts: ParameterCounts, shape: BatchShape, settings: MemorySettings) -> tuple[int, int]:
+def _activation_bytes(config: Config, counts: ParameterCounts, shape: BatchShape, machine: Machine) -> tuple[int, int]:
     """Bytes kept for the backward pass when it begins, and when it reaches its last layer."""
-    width, layers = settings.compute_dtype.itemsize, counts.trained_layers
+    width, layers = machine.compute_dtype.itemsize, counts.trained_layers
     of_adapter = (counts.lora_ranks + counts.dora_outputs) // layers
     token = (_token_elements(counts.config) + of_adapter) * width + 8  # and two root mean squares in float32
-    copies = counts.lora_a * width + 2 * counts.frozen_b * 4  # of A, and of PiSSA's B with both halves
+    copies = counts.lora_a * width  # of A and B in the compute dtype; float32's are A stacked and PiSSA's B joined
+    copies += counts.lora_b * width if width < 4 else 2 * counts.frozen_b * width
     one_layer = shape.tokens * token + copies // layers
-    if not settings.gradient_checkpointing:
+    if not config.train.gradient_checkpointing:
         return (shape.tokens * (layers - 1) + shape.supervised_positions) * token + copies, one_layer
     inputs = shape.tokens * counts.config.hidden_size * width
-    offloads = settings.offload_checkpoints and settings.device_type == "cuda"
+    offloads = config.train.offload_checkpoints and machine.device_type == "cuda"
     return inputs * (1 if offloads else layers) + one_layer, inputs + one_layer
+
+
+def _token_elements(model: Qwen2Config) -> int:
+    """Elements that one layer keeps for the backward pass of one token: 4 C + 2 K D + 2 F."""
+    norms = 2 * model.hidden_size  # what the two of them read
+    attention = 2 * model.hidden_size + 2 * model.num_key_value_heads * model.head_dim  # q, k, v, what o_proj reads
+    return norms + attention + 2 * model.intermediate_size  # gate and up
 
 
 def _mlp_backward(counts: ParameterCounts, shape: BatchShape) -> int:
     """Elements that the backward pass of a layer's MLP takes."""
-    config = counts.config
-    return shape.tokens * (2 * config.hidden_size + (4 if counts.dora_in_mlp else 3) * config.intermediate_size)
+    model = counts.config
+    return shape.tokens * (2 * model.hidden_size + (3 if counts.dora_in_mlp else 2) * model.intermediate_size)
 
 
-def _attention_backward(config: Qwen2Config, shape: BatchShape, width: int) -> int:
+# ---- Attention: all that the estimate says of it, except what `_token_elements` keeps
+
+ATTENTION_COPIES = 3  # attention weights, their gradient, and that of the scores
+
+
+def _attention_backward(model: Qwen2Config, shape: BatchShape, width: int) -> int:
     """Elements that the backward pass of a layer's attention takes, less gate and up, which are freed by then."""
-    is_fused = (
-        shape.longest >= FUSED_KEYS
-    )  # the longest example's scores are not kept; shorter ones may be packed with it
+    is_fused = shape.longest >= FUSED_KEYS  # then only shorter examples that are packed with it have scores
     tokens, keys = (shape.tokens - shape.longest, FUSED_KEYS) if is_fused else (shape.tokens, shape.longest)
-    scores = min(tokens * keys * config.num_attention_heads, MAX_SCORES_BYTES // width)
-    return ATTENTION_COPIES * scores - shape.tokens * (2 * config.intermediate_size - 3 * config.hidden_size)
-
-
-def _token_elements(config: Qwen2Config) -> int:
-    """Elements that one layer keeps for the backward pass of one token."""
-    kv_size = config.num_key_value_heads * config.head_dim
-    stream = 2 * config.hidden_size  # what the two norms read
-    attention = 2 * config.hidden_size + 2 * kv_size  # q, k, v, and what o_proj reads
-    return stream + attention + 2 * config.intermediate_size  # gate and up
+    scores = min(tokens * keys * model.num_attention_heads, MAX_SCORES_BYTES // width)
+    return ATTENTION_COPIES * scores - shape.tokens * (2 * model.intermediate_size - 3 * model.hidden_size)

@@ -11,32 +11,20 @@ from pathlib import Path
 
 import torch
 
-from minilora.adapters.attach import attach
 from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_into_micro_batches
-from minilora.planning.memory import (
-    BatchShape,
-    MemoryEstimate,
-    MemorySettings,
-    ParameterCounts,
-    count_parameters,
-    estimate_memory,
-    moments_bytes,
-)
+from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
 from minilora.qlora.batch import count_packed_tokens, round_up_tokens
-from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, check_optimizer
+from minilora.qlora.model import Qwen2Config
+from minilora.qlora.optim import check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.memory import peak_memory_bytes
-from minilora.weights.bnb_checkpoint import unquantized_projections
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
 
 ANSWER_TOKENS = 2  # a label word and <|im_end|>
-
-
 LONGEST_TOKENS = 32_768  # that all sizes were trained on
 SIZES = {
     size: Qwen2Config(
@@ -75,14 +63,14 @@ def size_of(name: str) -> str | None:
 
 
 def next_smaller(architecture: Qwen2Config) -> str | None:
-    """The largest size whose layers have fewer parameters than those of `architecture`, None for the smallest."""
-    smaller = [size for size, other in SIZES.items() if _layer_parameters(other) < _layer_parameters(architecture)]
+    """The largest size that is narrower than `architecture`, or as wide with fewer layers; None for the smallest."""
+    smaller = [size for size, other in SIZES.items() if _width_and_depth(other) < _width_and_depth(architecture)]
     return smaller[-1] if smaller else None
 
 
-def _layer_parameters(config: Qwen2Config) -> int:
-    """Approximate; enough to tell sizes apart."""
-    return config.num_hidden_layers * config.hidden_size * (2 * config.hidden_size + 3 * config.intermediate_size)
+def _width_and_depth(config: Qwen2Config) -> tuple[int, int]:
+    """What orders the sizes."""
+    return config.hidden_size, config.num_hidden_layers
 
 
 def print_plan(config: Config, model_folder: Path) -> None:
@@ -139,80 +127,22 @@ def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
     )
 
 
-def uniform_batch(config: Config, length: int) -> BatchShape:
-    """The shape of micro-batches of examples of `length` tokens each, which share no prefix and answer in a word."""
-    train = config.train
+def uniform_batch(config: Config) -> BatchShape:
+    """The shape of micro-batches whose examples have `data.max_length` tokens each, share no prefix, answer a word."""
+    train, inputs = config.train, config.data.max_length - 1
     count = train.per_device_train_batch_size
     if train.max_tokens_per_micro_batch is not None:
         in_step = count * train.gradient_accumulation_steps
-        at_most = next(
-            (n for n in range(in_step, 1, -1) if round_up_tokens(n * (length - 1)) <= train.max_tokens_per_micro_batch),
-            1,
-        )
+        fitting = (n for n in range(in_step, 1, -1) if round_up_tokens(n * inputs) <= train.max_tokens_per_micro_batch)
+        at_most = next(fitting, 1)
         count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `split_into_micro_batches`
-    return BatchShape(round_up_tokens(count * (length - 1)), count * ANSWER_TOKENS, length - 1)
-
-
-def count_config(config: Config, architecture: Qwen2Config, folder: Path | None = None) -> ParameterCounts:
-    """Parameters of a model with the adapter of `lora.*`; a 4-bit checkpoint in `folder` may hold some unquantised."""
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(architecture)
-        attach(model, config.lora)
-    return count_parameters(model, () if folder is None else unquantized_projections(folder))
-
-
-def estimate_config_memory(
-    config: Config,
-    counts: ParameterCounts,
-    shape: BatchShape,
-    *,
-    dtype: torch.dtype,
-    device_type: str,
-    process_bytes: int | None,
-) -> MemoryEstimate:
-    """`estimate_memory` for a configuration.
-
-    Args:
-        config: of the run.
-        counts: by `count_config`.
-        shape: of its micro-batches.
-        dtype: of activations and unquantised weights.
-        device_type: "cpu" or "cuda".
-        process_bytes: see `MemorySettings`.
-    """
-    settings = MemorySettings(
-        compute_dtype=dtype,
-        moments_bytes=moments_bytes(config.train.optim, counts.trainable, device_type),
-        quantization=config.model.quantization,
-        double_quantization=config.model.double_quantization,
-        cache_dequantized=config.model.cache_dequantized,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        offload_checkpoints=config.train.offload_checkpoints,
-        bitsandbytes_optimizer=config.train.optim in BITSANDBYTES_OPTIMIZERS,
-        device_type=device_type,
-        process_bytes=process_bytes,
-    )
-    return estimate_memory(counts, shape, settings)
+    return BatchShape(round_up_tokens(count * inputs), count * ANSWER_TOKENS, inputs)
 
 
 def estimate_run_memory(
     config: Config, model_folder: Path, examples: Sequence[Example], dtype: torch.dtype, process_bytes: int | None
 ) -> MemoryEstimate:
-    """What a run takes with its largest micro-batch.
-
-    Args:
-        config: of the run.
-        model_folder: with config.json.
-        examples: of training.
-        dtype: of activations and unquantised weights.
-        process_bytes: see `MemorySettings`.
-    """
-    counts = count_config(config, read_config(model_folder), model_folder)
-    return estimate_config_memory(
-        config,
-        counts,
-        largest_batch(config, examples),
-        dtype=dtype,
-        device_type=choose_device(config).type,
-        process_bytes=process_bytes,
-    )
+    """What training on `examples` takes with its largest micro-batch; `process_bytes` as in `Machine`."""
+    counts = count_parameters(read_config(model_folder), config.lora, model_folder)
+    machine = Machine(choose_device(config).type, dtype, process_bytes)
+    return estimate_memory(config, counts, largest_batch(config, examples), machine)

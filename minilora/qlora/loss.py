@@ -47,18 +47,17 @@ class _NextTokenNLL(torch.autograd.Function):
         size = chunk_positions(len(head_weight), hidden.device.type)
         for start in range(0, hidden.shape[0], size):
             chunk = slice(start, start + size)
-            logits = head_logits(hidden[chunk], head_weight)
-            chosen = targets[chunk, None]
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            total += (log_norm - logits.gather(1, chosen)).sum()
+            log_p, chosen = head_logits(hidden[chunk], head_weight).log_softmax(-1), targets[chunk, None]
+            nll = -log_p.gather(1, chosen)
+            total += nll.sum()
             if dhidden is not None:
-                dlogits = logits.sub_(log_norm).exp_()
-                dlogits.scatter_add_(1, chosen, -torch.ones_like(log_norm))
+                dlogits = log_p.exp_()
+                dlogits.scatter_add_(1, chosen, -torch.ones_like(nll))
                 if ctx.scale != 1:
                     dlogits.mul_(ctx.scale)
                 dhidden[chunk] = dlogits.to(hidden.dtype) @ head_weight
                 del dlogits  # the logits' memory: free before the next chunk's are computed
-            del logits
+            del log_p
         ctx.save_for_backward(dhidden)
         return total
 
@@ -91,6 +90,6 @@ def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_we
     chunks, size = [], chunk_positions(len(head_weight), hidden.device.type)
     for start in range(0, hidden.shape[0], size):
         chunk = slice(start, start + size)
-        logits = head_logits(hidden[chunk], head_weight)
-        chunks.append(logits.gather(1, targets[chunk, None]).squeeze(1) - logits.logsumexp(-1))
+        log_p = head_logits(hidden[chunk], head_weight).log_softmax(-1)
+        chunks.append(log_p.gather(1, targets[chunk, None]).squeeze(1))
     return torch.cat(chunks)

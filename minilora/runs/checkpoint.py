@@ -9,9 +9,9 @@
 A run's state is small because little of it lives in objects: the order of the data is a function of (seed, epoch), the
 learning rate of the step, dropout of (seed, step, micro-batch). There is no random generator to save.
 
-A checkpoint is hashed once when it is written, as it is read back, and once when it is read: `find_checkpoint` returns
-a `VerifiedCheckpoint`, which `load_checkpoint` trusts. Tensors are safetensors and the rest is JSON; nothing is
-pickled. Older checkpoints are removed only after a newer one was verified, and the best one never.
+A checkpoint is hashed once when it is written, as it is read back, and once when it is read: `load_checkpoint` trusts
+what `find_checkpoint` returns. Tensors are safetensors and the rest is JSON; nothing is pickled. Older checkpoints are
+removed only after a newer one was verified, and the best one never.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,90 +36,28 @@ from minilora.qlora.optim import Optimizer
 from minilora.runs.provenance import Provenance
 from minilora.system.console import warn
 from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
-from minilora.system.manifest import DAMAGED, read_manifest, set_aside, verify_folder, write_folder
+from minilora.system.manifest import DAMAGED, set_aside, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
-
-
 RENAMED_FIELDS = {"unfinished_row": "pending_entry"}  # as earlier versions wrote them in state.json
 
 
 @dataclass(frozen=True)
-class RunState:
-    """A run's state beside weights and moments.
+class RunState(Provenance):
+    """A run's state beside weights and moments, and what it was made from, as state.json holds them."""
 
-    Attributes:
-        step: optimizer steps done.
-        samples_seen: training examples done, over all epochs: the position in the data.
-        pending_entry: log entry of a step whose validation was interrupted and is still to be done, None otherwise.
-        validated_step: step of the last validation, 0 before the first.
-        best_step: step of the best validation so far, 0 before the first.
-        best_metric: its value.
-        evals_without_improvement: validations since then, for early stopping.
-        skipped_steps: steps so far whose loss or gradient was non-finite, and which changed nothing.
-        skipped_in_a_row: how many of them came last, without another step behind them.
-        test_before: metrics of the test set before training, None if not asked for.
-        data_sha256: of the split files, by name.
-        model_sha256: of the base model's files, by name.
-        scaler: state of the float16 loss scale, empty otherwise.
-        machine: device, dtype, threads, library versions and number of ranks that it was computed with.
-        config: the resolved configuration.
-    """
-
-    step: int
-    samples_seen: int
-    pending_entry: dict[str, Any] | None
-    validated_step: int
-    best_step: int
-    best_metric: float | None
-    evals_without_improvement: int
-    skipped_steps: int
-    skipped_in_a_row: int
-    test_before: dict[str, Any] | None
-    data_sha256: dict[str, str]
-    model_sha256: dict[str, str]
-    scaler: dict[str, Any]
-    machine: dict[str, Any]
-    config: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class VerifiedCheckpoint:
-    """A checkpoint whose every byte is as it was written: made by `find_checkpoint` only."""
-
-    path: Path
-    state: RunState
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON, for the other ranks."""
-        return {"path": str(self.path), "state": dataclasses.asdict(self.state)}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "VerifiedCheckpoint":
-        """What `to_dict` gave on the rank that verified it."""
-        return cls(Path(content["path"]), RunState(**content["state"]))
-
-
-def new_state(provenance: Provenance, machine: dict[str, Any]) -> RunState:
-    """The state of a run that has not begun."""
-    return RunState(
-        step=0,
-        samples_seen=0,
-        pending_entry=None,
-        validated_step=0,
-        best_step=0,
-        best_metric=None,
-        evals_without_improvement=0,
-        skipped_steps=0,
-        skipped_in_a_row=0,
-        test_before=None,
-        data_sha256=provenance.data_sha256,
-        model_sha256=provenance.model_sha256,
-        scaler={},
-        machine=machine,
-        config=provenance.config,
-    )
+    step: int = 0  # optimizer steps done
+    samples_seen: int = 0  # training examples done, over all epochs: the position in the data
+    pending_entry: dict[str, Any] | None = None  # of the log, for a step whose validation was interrupted
+    validated_step: int = 0  # of the last validation; 0 before the first, as below
+    best_step: int = 0  # of the best validation so far
+    best_metric: float | None = None  # its value
+    evals_without_improvement: int = 0  # validations since then, for early stopping
+    skipped_steps: int = 0  # whose loss or gradient was non-finite, and which changed nothing
+    skipped_in_a_row: int = 0  # how many of them came last, without another step behind them
+    test_before: dict[str, Any] | None = None  # metrics of the test set before training
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of the float16 loss scale, empty otherwise
 
 
 def save_checkpoint(
@@ -131,8 +69,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `directory/step-NNNNNN`, verified, and returns it; an earlier one of the same step is replaced.
 
-    Raises:
-        StorageError: it could not be written; nothing else in `directory` has changed.
+    After a StorageError everything in `directory` is as before.
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
@@ -154,16 +91,15 @@ def state_digests(model: Qwen2ForCausalLM, optimizer: Optimizer) -> dict[str, st
     return {name: hashlib.sha256(save(tensors)).hexdigest() for name, tensors in named.items()}
 
 
-def find_checkpoint(directory: Path) -> VerifiedCheckpoint | None:
-    """The newest checkpoint that is sound; damaged ones that are newer are reported and set aside.
+def find_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written; damaged newer ones are reported and set aside.
 
-    Raises:
-        UserError: there are checkpoints, and none is sound.
+    UserError where there are checkpoints, and none is sound.
     """
     for path in reversed(list_checkpoints(directory)):
-        problem = damage_of(path)
+        problem = verify_folder(path)
         if problem is None:
-            return VerifiedCheckpoint(path, read_state(path))
+            return path
         warn(f"{path}: is damaged ({problem}); set aside as {set_aside(path).name}")
     damaged = sorted(directory.glob(f"{DAMAGED}step-*"))
     if damaged:
@@ -174,27 +110,19 @@ def find_checkpoint(directory: Path) -> VerifiedCheckpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: VerifiedCheckpoint, model: Qwen2ForCausalLM, optimizer: Optimizer) -> None:
-    """Puts weights and moments back into `model` and `optimizer`.
-
-    Raises:
-        UserError: they do not fit the model.
-    """
-    path = checkpoint.path / "optimizer.safetensors"
+def load_checkpoint(checkpoint: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> None:
+    """Loads the weights and moments of a verified checkpoint; UserError where they do not fit the model."""
+    path = checkpoint / "optimizer.safetensors"
     entries = read_header(path)
     # No moments at all: saved before the first update, because every step so far was skipped.
     if entries and {name: entry.shape for name, entry in entries.items()} != optimizer.state_shapes():
         raise UserError(f"{path}: its moments do not fit the adapter's parameters; start anew with --restart")
-    load_adapter_weights(model, checkpoint.path, is_verified=True)
+    load_adapter_weights(model, checkpoint, is_verified=True)
     optimizer.load_tensors({name: read_tensor(entry) for name, entry in entries.items()})
 
 
 def read_state(folder: Path) -> RunState:
-    """state.json of a checkpoint.
-
-    Raises:
-        UserError: it is missing, or of another version of this program.
-    """
+    """state.json of a checkpoint; UserError where it is missing, or of another version of this program."""
     path = folder / "state.json"
     content = read_json(path)
     try:
@@ -211,33 +139,24 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(directory: Path) -> Path | str:
+    """For messages: "none" where there is none."""
+    return next(reversed(list_checkpoints(directory)), "none")
+
+
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
     return directory / f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """The step that a checkpoint's name holds."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if every byte of it is as it was written, under its own name."""
-    problem = verify_folder(checkpoint)
-    if problem is None:
-        step = read_manifest(checkpoint)["facts"].get("step")
-        if step != step_of(checkpoint):
-            problem = f"its manifest is that of step {step}"
-    return problem
-
-
 def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the best ones that they know of.
+    """Removes all but the newest `keep` checkpoints and the best ones that they know of; StorageError if it cannot.
 
     Each kept one is complete with its best: should the newest be damaged, the one before it still has both.
-
-    Raises:
-        StorageError: one cannot be removed.
     """
     checkpoints = list_checkpoints(directory)
     kept = set(checkpoints[-keep:])

@@ -8,6 +8,7 @@ checkpoints/final/
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,16 +25,15 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import Examples, choose_dtype
+from minilora.build import DTYPES, Examples
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, ScoringOptions, score
-from minilora.planning.plan import estimate_run_memory
 from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
-from minilora.runs.advice import check_finite
+from minilora.runs.advice import non_finite
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
@@ -53,7 +53,7 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
         raise UserError(
             f"{final}: is damaged ({problem}); move that folder away to have it written again from the checkpoints"
         )
-    before, now = read_provenance(final), current_provenance(config, model_folder, ranks)
+    before, now = read_provenance(final), current_provenance(config, model_folder, {"ranks": ranks})
     refuse_other_run(before, now, config, final.parent.parent)
     for name in (*FINAL_KEYS, *LENGTHS):
         old, new = before.config["train"].get(name), now.config["train"][name]
@@ -65,38 +65,29 @@ def check_finished(final: Path, config: Config, model_folder: Path, ranks: int =
 
 
 def finish(run: Run) -> Path:
-    """Writes the final folder, of the best checkpoint if so configured, and beside the log its plot and the report.
-
-    Returns:
-        The final folder.
-    """
+    """Writes the final folder, of the best checkpoint if so configured, and beside the log its plot and the report."""
     if run.has_stalled:
         info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
-    train = run.config.train
-    step = run.state.step
-    if train.load_best_model_at_end and run.state.best_step != step:
-        step = run.state.best_step
-        run.ranks.run_on_rank_0(lambda: _load_best(run))
-        share_adapter(run.model, run.ranks)
-    after, probabilities = score_test_set(run, "test after training") if train.do_predict else (None, None)
+    step = run.ranks.run_on_rank_0(lambda: _load_best(run))
+    share_adapter(run.model, run.ranks)
+    after, probabilities = score_test_set(run, "test after training") if run.config.train.do_predict else (None, None)
     run.ranks.run_on_rank_0(lambda: _write_final(run, step, after, probabilities))
     return run.final
 
 
-def _load_best(run: Run) -> None:
+def _load_best(run: Run) -> int:
+    """Loads the best checkpoint's adapter if so configured; returns the step whose adapter the model has."""
     best = check_best(run.config, run.checkpoints, run.state)
-    assert best is not None  # `finish` asked for another step than the last
+    if best is None:
+        return run.state.step
     load_adapter_weights(run.model, best, is_verified=True)
+    return run.state.best_step
 
 
 def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilities: np.ndarray | None) -> None:
     """The final folder, the report and the plot.
 
-    Args:
-        run: with all its steps done.
-        step: whose adapter the model has.
-        after: metrics of the test set with it.
-        probabilities: (N, labels) behind them.
+    `step` is the one whose adapter the model has, `after` its metrics on the test set, from (N, labels) probabilities.
     """
     train = run.config.train
     base = run.prompt.tokenizer.folder
@@ -112,7 +103,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         "machine": run.state.machine,
         "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
     }
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[train.save_dtype]
+    dtype = DTYPES[train.save_dtype]
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield from adapter_files(
@@ -150,11 +141,8 @@ def _report_of(
 ) -> Report:
     """What the report of a run shows.
 
-    Args:
-        run: with all its steps done.
-        results: content of metrics.json.
-        probabilities: (N, labels) of the test set; None where it has no labels or was not scored.
-        log: entries of metrics.jsonl.
+    `results` is the content of metrics.json, `log` that of metrics.jsonl; the (N, labels) probabilities of the test set
+    are None where it has no labels or was not scored.
     """
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
     test = splits["test"]
@@ -164,7 +152,6 @@ def _report_of(
         scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
     elif probabilities is None:
         remark += " Conversations have no labels to be right in: the loss is all there is."
-    dtype = choose_dtype(config, run.device)
     return Report(
         title="Training report",
         remark=remark,
@@ -173,9 +160,7 @@ def _report_of(
         if probabilities is None
         else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
         log=log,
-        memory_estimate=estimate_run_memory(
-            config, folder, splits["train"].examples, dtype=dtype, process_bytes=run.process_bytes
-        ).parts,
+        memory_estimate=run.memory_estimate.parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
         config=config.to_dict(),
         defaults=Config().to_dict(),
@@ -195,20 +180,15 @@ def _report_of(
 
 
 def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """Reads the adapter's files back and compares them with the adapter in memory, rounded to `dtype`: to the bit.
+    """Reads the adapter's files back; UserError if one bit is not as in memory, rounded to `dtype`.
 
-    Raises:
-        UserError: they differ. Used elsewhere, a damaged adapter would only be a model that does worse.
+    Used elsewhere, a damaged adapter would only be a model that does worse.
     """
     train = run.config.train
     expected_config = to_peft(*run.adapter, model=run.model, portable=train.portable)
     _, found = read_adapter_tensors(folder, allow_bin=True, is_verified=True)  # just written by this process
     expected = adapter_tensors(run.model, dtype, expected_config["lora_alpha"] if train.portable else None)
-    different = [
-        name
-        for name in sorted({*found, *expected})
-        if name not in found or name not in expected or not _is_same(found[name], expected[name])
-    ]
+    different = [name for name in sorted({*found, *expected}) if not _is_same(found.get(name), expected.get(name))]
     if read_json(folder / "adapter_config.json") != json.loads(json_bytes(expected_config)):
         different.append("adapter_config.json")
     if different:
@@ -218,7 +198,9 @@ def _check_saved(run: Run, folder: Path, dtype: torch.dtype) -> None:
         )
 
 
-def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _is_same(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    if found is None or expected is None:
+        return False
     return found.dtype == expected.dtype and torch.equal(found, expected)
 
 
@@ -237,7 +219,8 @@ def score_split(
     size = run.config.train.per_device_eval_batch_size
     options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
     scores = score(run.model, split.examples, prompt, options)
-    check_finite(run, f"{name} loss", scores.loss)
+    if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
+        raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number")
     # On rank 0 only: all ranks have to agree on which checkpoint is best.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
 

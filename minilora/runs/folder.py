@@ -13,9 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minilora.config import Config
-from minilora.errors import UserError
 from minilora.runs.advice import out_of_memory
-from minilora.runs.checkpoint import list_checkpoints, prune_checkpoints, step_of
+from minilora.runs.checkpoint import list_checkpoints, newest_checkpoint, prune_checkpoints, step_of
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.run import Run
 from minilora.runs.setup import open_run
@@ -31,74 +30,59 @@ RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb",
 RESTARTING = ".restarting"
 
 
-class RunFolder:
-    """The output folder of a run, locked.
-
-    Attributes:
-        final: the final adapter's folder.
-        is_finished: whether an earlier run has come to its end there.
-    """
-
-    def __init__(self, config: Config, ranks: Ranks, stack: ExitStack):
-        """`stack` holds the lock and the tracker; whoever made it closes it."""
-        self.config, self.directory, self.ranks = config, Path(config.train.output_dir), ranks
-        self.checkpoints = self.directory / "checkpoints"
-        self.final = self.checkpoints / "final"
-        self.is_finished = False
-        self.run: Run | None = None
-        self._stack = stack
-
-    def claim(self, restart: bool) -> bool:
-        """Locks the folder and clears up what an earlier run left; returns whether that one is finished."""
-        restart = restart or (self.directory / RESTARTING).is_dir()  # a restart that was killed is ended first
-        if self.final.is_dir() and not restart:
-            return True
-        make_folder(self.checkpoints, "train.output_dir")
-        self._stack.enter_context(lock_folder(self.directory, "train.output_dir"))
-        if self.final.is_dir() and not restart:  # another process finished it while this one waited
-            return True
-        if restart:
-            set_run_aside(self.directory)
-        recover_folders(self.checkpoints)
-        # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
-        read_metrics(self.directory, max(map(step_of, list_checkpoints(self.checkpoints)), default=0))
-        check_tracker(self.config.train.report_to)
-        return False
-
-    def open_run(self, model_folder: Path) -> Run:
-        """The run at its newest checkpoint, or at its beginning, and its tracker."""
-        run = self.run = open_run(self.config, model_folder, self.ranks)
-        # What a run that was killed left to remove.
-        self.ranks.run_on_rank_0(lambda: prune_checkpoints(run.checkpoints, self.config.train.save_total_limit))
-        with self.ranks.barrier():
-            if self.ranks.is_rank_0:
-                report_to = self.config.train.report_to
-                tracker = open_tracker(report_to, run.directory, run.logged_steps, self.config.to_dict())
-                run.tracker = self._stack.enter_context(tracker)
-        return run
-
-
 @contextmanager
-def run_folder(config: Config, restart: bool, ranks: Ranks) -> Iterator[RunFolder]:
-    """Locks the output folder; of what ends the run within it says what is saved, and what to do."""
+def run_folder(config: Config, model_folder: Path, restart: bool, ranks: Ranks) -> Iterator[Run | None]:
+    """Locks the output folder and opens its run, at the newest checkpoint or at its beginning; None if it is finished.
+
+    Of what ends the run within it says what is saved, and what to do.
+    """
+    run: Run | None = None
     with ExitStack() as stack:
-        folder = RunFolder(config, ranks, stack)
-        folder.is_finished = ranks.run_on_rank_0(lambda: folder.claim(restart))
         try:
-            yield folder
+            if not ranks.run_on_rank_0(lambda: _claim(config, restart, stack)):
+                run = _open_run(config, model_folder, ranks, stack)
+            yield run
         except Interrupted as stop:
-            if stop.is_explained or folder.run is None:
+            if stop.is_explained or run is None:
                 raise
-            newest = folder.run.newest_checkpoint
+            newest = newest_checkpoint(run.checkpoints)
             where = "nothing done" if newest == "none" else f"the same command resumes from {newest}"
             raise Interrupted(stop.signum, f"{stop}: {where}") from None
         except StorageError as error:
-            newest = "none" if folder.run is None else folder.run.newest_checkpoint
+            newest = newest_checkpoint(Path(config.train.output_dir) / "checkpoints")
             raise StorageError(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError(out_of_memory(config, folder.run, error)) from error
+            raise out_of_memory(config, run, error) from error
+
+
+def _claim(config: Config, restart: bool, stack: ExitStack) -> bool:
+    """Locks the folder and clears up what an earlier run left; returns whether that one is finished."""
+    directory = Path(config.train.output_dir)
+    checkpoints = directory / "checkpoints"
+    restart = restart or (directory / RESTARTING).is_dir()  # a restart that was killed is ended first
+    if (checkpoints / "final").is_dir() and not restart:
+        return True
+    make_folder(checkpoints, "train.output_dir")
+    stack.enter_context(lock_folder(directory, "train.output_dir"))
+    if restart:
+        set_run_aside(directory)
+    recover_folders(checkpoints)
+    # What `RunLog` and the tracker would refuse shows here, before the first hour and not after it.
+    read_metrics(directory, max(map(step_of, list_checkpoints(checkpoints)), default=0))
+    check_tracker(config.train.report_to)
+    return False
+
+
+def _open_run(config: Config, model_folder: Path, ranks: Ranks, stack: ExitStack) -> Run:
+    run, train = open_run(config, model_folder, ranks), config.train
+    with ranks.barrier():
+        if ranks.is_rank_0:
+            prune_checkpoints(run.checkpoints, train.save_total_limit)  # what a run that was killed left to remove
+            tracker = open_tracker(train.report_to, run.directory, run.logged_steps, config.to_dict())
+            run.tracker = stack.enter_context(tracker)
+    return run
 
 
 def set_run_aside(directory: Path) -> None:

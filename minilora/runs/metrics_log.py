@@ -13,14 +13,13 @@ to the bit, except tokens_per_s and peak_memory_bytes, which are measured.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
 from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
-from minilora.system.files import replace_file, storage_errors
+from minilora.system.files import GrowingFile, replace_file
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 
@@ -28,49 +27,39 @@ MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
 class RunLog:
     """Writer of metrics.jsonl and owner of the progress bar."""
 
-    def __init__(self, directory: Path, total_steps: int, step: int, tracker: Tracker | None = None):
-        """Opens the log of a run that is at `step`, and removes later lines.
+    def __init__(self, directory: Path | None, total_steps: int, step: int, tracker: Tracker | None = None):
+        """Opens the log of a run that has done `step` of `total_steps`, and removes later lines.
 
-        Args:
-            directory: of metrics.jsonl.
-            total_steps: length of the progress bar.
-            step: steps that are done.
-            tracker: gets the entries as well; whoever opened it closes it.
+        `directory` is None on a rank that writes nothing. `tracker`, which its opener closes, gets the entries as well.
         """
-        self._path = directory / "metrics.jsonl"
-        kept = [entry for entry in read_metrics(directory, step) if entry["step"] <= step]
-        replace_file(self._path, "".join(_line(entry) for entry in kept).encode())
-        with storage_errors(self._path):
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._file: GrowingFile | None = None
+        if directory is not None:
+            path = directory / "metrics.jsonl"
+            kept = [entry for entry in read_metrics(directory, step) if entry["step"] <= step]
+            replace_file(path, b"".join(map(_line, kept)))
+            self._file = GrowingFile(path, replaces=False)
         self._bar = progress("train", total_steps, "step", initial=step, leave=True)
         self._tracker = tracker or Tracker()
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends a line, which survives the end of this process."""
-        line = _line(entry).encode()
-        with storage_errors(self._path, len(line)):
-            while line:
-                line = line[os.write(self._descriptor, line) :]
-        self._tracker.write(entry)
+        if self._file is not None:
+            self._file.append(_line(entry))
+            self._tracker.write(entry)
 
     def show(self, entry: dict[str, Any], improved: bool = False) -> None:
         """Moves the bar by a step; prints the metrics of a validation above it."""
-        self._bar.set_postfix(
-            {
-                "loss": "non-finite" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}",
-                "lr": f"{entry['learning_rate']:.2e}",
-                "tok/s": f"{entry['tokens_per_s']:.0f}",
-            },
-            refresh=False,
-        )
+        loss = "non-finite" if entry["train_loss"] is None else f"{entry['train_loss']:.4f}"
+        shown = {"loss": loss, "lr": f"{entry['learning_rate']:.2e}", "tok/s": f"{entry['tokens_per_s']:.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         if "eval_loss" in entry:
             self.info(f"step {entry['step']}: {format_metrics(entry)}{'  best so far' if improved else ''}")
 
     def sync(self) -> None:
         """Makes the lines so far survive a loss of power: the checkpoint that is written next counts on them."""
-        with storage_errors(self._path):
-            os.fsync(self._descriptor)
+        if self._file is not None:
+            self._file.sync()
 
     def info(self, text: str) -> None:
         """A line of text above the progress bar."""
@@ -78,31 +67,9 @@ class RunLog:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the bar and closes the file."""
         self._bar.close()
-        os.close(self._descriptor)
-
-
-class NoLog(RunLog):
-    """The log of a rank other than 0: writes and shows nothing."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, entry: dict[str, Any]) -> None:
-        pass
-
-    def show(self, entry: dict[str, Any], improved: bool = False) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def info(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        if self._file is not None:
+            self._file.close()
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -112,19 +79,14 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
 
 
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"  # NaN and Infinity are not JSON
+def _line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()  # NaN and Infinity are not JSON
 
 
 def read_metrics(directory: Path, step: int | None = None) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl; a last line that was cut off in writing is left out.
+    """The entries of metrics.jsonl without a last line that was cut off in writing; UserError if another is damaged.
 
-    Args:
-        directory: of metrics.jsonl.
-        step: of the checkpoint to resume from: lines behind it are written anew, so they may be damaged.
-
-    Raises:
-        UserError: another line is not an entry, or the file cannot be read.
+    Lines behind `step`, the checkpoint to resume from, are written anew, so they may be damaged.
     """
     path = directory / "metrics.jsonl"
     try:

@@ -12,59 +12,41 @@ from typing import Any
 import torch
 
 from minilora.adapters.peft_config import BaseModel
-from minilora.build import Examples
+from minilora.build import Examples, choose_dtype
 from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.planning.memory import MemoryEstimate
+from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, lr_at
 from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.qlora.step import StepSettings, TrainState
-from minilora.runs.checkpoint import RunState, list_checkpoints
+from minilora.runs.checkpoint import RunState
 from minilora.runs.trackers import Tracker
 from minilora.system.distributed import Ranks
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The training examples of one optimizer step.
+    """The training examples of one optimizer step."""
 
-    Attributes:
-        step: its number, from 1.
-        examples: of all ranks.
-        records: where each of them is from, file and line.
-        micro_batches: this rank's, on its device.
-    """
-
-    step: int
-    examples: list[Example]
-    records: list[str]
-    micro_batches: list[MicroBatch]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all examples."""
-        return sum(len(example.input_ids) for example in self.examples)
+    settings: StepSettings
+    examples: list[Example]  # of all ranks
+    records: list[str]  # where each of them is from, file and line
+    micro_batches: list[MicroBatch]  # this rank's, on its device
 
 
 @dataclass
 class Run:
-    """A run's objects, and its state.
-
-    Attributes:
-        directory: the output folder.
-        process_bytes: what the process took before anything was loaded; None where it cannot be measured.
-        state: as of now.
-        saved: the state of the newest checkpoint that this process has written or begun with.
-        tracker: gets the log's entries; on rank 0.
-    """
+    """A run's objects, and its state."""
 
     config: Config
-    directory: Path
+    directory: Path  # the output folder
     device: torch.device
-    process_bytes: int | None
+    process_bytes: int | None  # what the process took before anything was loaded; None where it cannot be measured
     prompt: ClassificationPrompt
     splits: dict[str, Examples]
     model: Qwen2ForCausalLM
@@ -72,9 +54,9 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler | None
     ranks: Ranks
-    state: RunState
-    saved: RunState = field(init=False)
-    tracker: Tracker = field(default_factory=Tracker)
+    state: RunState  # as of now
+    saved: RunState = field(init=False)  # of the newest checkpoint that this process has written or begun with
+    tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:
         self.saved = self.state
@@ -86,40 +68,23 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
         return self.directory / "checkpoints"
 
     @property
     def final(self) -> Path:
-        """Folder of the final adapter."""
         return self.checkpoints / "final"
 
     @property
-    def newest_checkpoint(self) -> Path | str:
-        """For messages: "none" where there is none."""
-        return next(iter(reversed(list_checkpoints(self.checkpoints))), "none")
+    def memory_estimate(self) -> MemoryEstimate:
+        """What the run takes, by part."""
+        folder, examples = self.prompt.tokenizer.folder, self.splits["train"].examples
+        dtype = choose_dtype(self.config, self.device)
+        return estimate_run_memory(self.config, folder, examples, dtype=dtype, process_bytes=self.process_bytes)
 
     @property
     def train_state(self) -> TrainState:
         """What an optimizer step changes."""
         return TrainState(self.model, self.optimizer, self.dropout_seed, scaler=self.scaler, ranks=self.ranks)
-
-    def learning_rate(self, step: int) -> float:
-        """Of optimizer step `step`, from 1."""
-        train = self.config.train
-        schedule, warmup = train.lr_scheduler_type, train.warmup_ratio
-        return lr_at(step, self.total_steps, peak=train.learning_rate, schedule=schedule, warmup_ratio=warmup)
-
-    def step_settings(self, batch: StepBatch) -> StepSettings:
-        """What `train_step` is told beside the micro-batches."""
-        train = self.config.train
-        return StepSettings(
-            step=batch.step,
-            learning_rate=self.learning_rate(batch.step),
-            max_grad_norm=train.max_grad_norm,
-            seed=train.seed,
-            num_supervised=sum(sum(example.supervised) for example in batch.examples),
-        )
 
     @property
     def samples_per_rank(self) -> int:
@@ -139,7 +104,6 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
         train = self.config.train
         return train.max_steps or train.num_train_epochs * self.steps_per_epoch
 
@@ -162,7 +126,6 @@ class Run:
 
     @property
     def is_at_the_end(self) -> bool:
-        """Whether all optimizer steps are done."""
         return self.state.step >= self.total_steps
 
     @property
@@ -197,9 +160,13 @@ def batches(run: Run, step: int) -> StepBatch:
     examples = [split.examples[i] for i in chosen]
     own = split_across_ranks(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
     parts = split_into_micro_batches(own, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
-    return StepBatch(
+    peak, schedule, warmup = train.learning_rate, train.lr_scheduler_type, train.warmup_ratio
+    settings = StepSettings(
         step=step,
-        examples=examples,
-        records=[split.records[i].where for i in chosen],
-        micro_batches=[pack(part).to(run.device) for part in parts],
+        learning_rate=lr_at(step, run.total_steps, peak=peak, schedule=schedule, warmup_ratio=warmup),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        num_supervised=sum(sum(example.supervised) for example in examples),
     )
+    records = [split.records[i].where for i in chosen]
+    return StepBatch(settings, examples, records, [pack(part).to(run.device) for part in parts])

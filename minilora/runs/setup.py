@@ -1,6 +1,6 @@
 """Opens a run at its newest sound checkpoint, or at its beginning: data, model, adapter, optimizer, state."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,41 +8,25 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
-from minilora.build import (
-    Examples,
-    build_model,
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    read_split,
-)
+from minilora.build import build_model, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import AdamWSettings, Optimizer, build_optimizer, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.runs.checkpoint import (
-    RunState,
-    VerifiedCheckpoint,
-    checkpoint_path,
-    damage_of,
-    find_checkpoint,
-    load_checkpoint,
-    new_state,
-)
+from minilora.runs.checkpoint import RunState, checkpoint_path, find_checkpoint, load_checkpoint, read_state
 from minilora.runs.provenance import (
     Provenance,
     current_provenance,
     describe_machine,
-    note_other_factors,
-    read_provenance,
     refuse_other_machine,
     refuse_other_run,
 )
 from minilora.runs.run import Run
 from minilora.system.console import info, progress
 from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.manifest import verify_folder
 from minilora.system.memory import peak_memory_bytes, trim_heap
 from minilora.weights.safetensors_io import dtype_name
 
@@ -50,13 +34,12 @@ from minilora.weights.safetensors_io import dtype_name
 def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
     """The best checkpoint, verified; None where it is the run's last state anyway, or none is to be loaded.
 
-    Raises:
-        UserError: it is lost. A run asks at its beginning, before it computes for hours.
+    UserError if it is lost: a run asks at its beginning, before it computes for hours.
     """
     if state.best_step in (0, state.step) or not config.train.load_best_model_at_end:
         return None
     best = checkpoint_path(directory, state.best_step)
-    problem = damage_of(best)
+    problem = verify_folder(best)
     if problem is not None:
         raise UserError(
             f"{best}: the best checkpoint so far cannot be read ({problem}); put it back, or take the last adapter "
@@ -65,49 +48,35 @@ def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
     return best
 
 
-def _choose_checkpoint(
-    config: Config, directory: Path, provenance: Provenance, machine: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The checkpoint to resume from, as `VerifiedCheckpoint.to_dict`; None where the run begins.
-
-    Raises:
-        UserError: it is another run's, or another machine's, or the best one so far is lost.
-    """
+def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) -> dict[str, Any] | None:
+    """The path and state of the checkpoint to resume from, as JSON; None where the run begins."""
     checkpoint = find_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         return None
-    before = read_provenance(checkpoint.path)
-    refuse_other_run(before, provenance, config, directory)
-    check_best(config, directory / "checkpoints", checkpoint.state)
-    refuse_other_machine(checkpoint.state.machine, machine, directory)
-    note_other_factors(before, provenance)
-    return checkpoint.to_dict()
+    state = read_state(checkpoint)
+    refuse_other_run(state, provenance, config, directory)
+    check_best(config, directory / "checkpoints", state)
+    refuse_other_machine(state, provenance, directory)
+    return {"path": str(checkpoint), "state": asdict(state)}
 
 
 def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> Run:
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
 
     Rank 0 reads the checkpoint, which the others need not see, and broadcasts what is in it.
-
-    Raises:
-        UserError: another run's folder, a lost checkpoint, or something in the input is wrong.
     """
     process_bytes = peak_memory_bytes(torch.device("cpu"))
     directory = Path(config.train.output_dir)
-    provenance = current_provenance(config, model_folder, ranks.size)
     check_optimizer(config.train.optim)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
-    machine = describe_machine(device, dtype)
-    ranks.require_same(
-        {**provenance.facts, **{name: value for name, value in machine.items() if name != "threads"}},
-        "give all machines the same command, files and library versions",
-    )
-    found = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance, machine))
-    checkpoint = None if found is None else VerifiedCheckpoint.from_dict(found)
+    provenance = current_provenance(config, model_folder, describe_machine(device, dtype, ranks.size))
+    ranks.require_same(provenance.facts, "give all machines the same command, files and library versions")
+    checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
-    _check_splits(config, splits)
+    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
+        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
@@ -127,10 +96,10 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
         optimizer=_build_optimizer(config, model),
         scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
         ranks=ranks,
-        state=new_state(provenance, {**machine, "ranks": ranks.size}),
+        state=RunState(**vars(provenance)),
     )
     if checkpoint is not None:
-        _resume(run, checkpoint)
+        _resume(run, Path(checkpoint["path"]), RunState(**checkpoint["state"]))
     share_adapter(model, ranks)
     moments = ranks.broadcast_tensors(run.optimizer.tensors())
     if not ranks.is_rank_0:
@@ -145,23 +114,19 @@ def _build_optimizer(config: Config, model: Qwen2ForCausalLM) -> Optimizer:
     return build_optimizer(parameter_groups(model, train.loraplus_lr_ratio), settings, train.optim)
 
 
-def _resume(run: Run, checkpoint: VerifiedCheckpoint) -> None:
-    """Puts the run where the checkpoint is.
-
-    Raises:
-        UserError: the checkpoint does not fit, or has more steps than the configuration asks for.
-    """
+def _resume(run: Run, checkpoint: Path, state: RunState) -> None:
+    """Puts the run where the checkpoint is; UserError if that has more steps than the configuration asks for."""
     run.ranks.run_on_rank_0(lambda: load_checkpoint(checkpoint, run.model, run.optimizer))
-    state = run.state = run.saved = replace(checkpoint.state, config=run.state.config, machine=run.state.machine)
+    run.state = replace(state, config=run.state.config, machine=run.state.machine)
     if run.scaler is not None:
         run.scaler.load_state_dict(state.scaler)
     is_validated = state.step == state.validated_step or state.pending_entry is not None
     if state.step > run.total_steps or (state.step == run.total_steps and not is_validated):
         raise UserError(
-            f"{checkpoint.path}: has {state.step} steps behind it, the configuration asks for {run.total_steps}; raise "
+            f"{checkpoint}: has {state.step} steps behind it, the configuration asks for {run.total_steps}; raise "
             "train.num_train_epochs or train.max_steps, or begin anew with --restart"
         )
-    info(f"resuming from {checkpoint.path}")
+    info(f"resuming from {checkpoint}")
 
 
 def _describe(run: Run, dtype: torch.dtype) -> None:
@@ -195,18 +160,3 @@ def share_adapter(model: Qwen2ForCausalLM, ranks: Ranks) -> None:
     if not ranks.is_rank_0:
         for index, tensor in enumerate(tensors):
             tensor.copy_(first[str(index)])
-
-
-def _check_splits(config: Config, splits: dict[str, Examples]) -> None:
-    for name, split in splits.items():
-        if not split.examples:
-            raise UserError(f"{Path(config.data.dir) / name}.jsonl: holds no record; prepare the data again")
-        empty = [
-            record.where
-            for record, example in zip(split.records, split.examples, strict=True)
-            if True not in example.supervised
-        ]
-        if empty:
-            raise UserError(f"{', '.join(empty[:8])}: {len(empty)} records without a supervised token; remove them")
-    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
-        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")

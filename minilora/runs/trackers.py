@@ -10,40 +10,37 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from minilora.errors import UserError
 from minilora.system.console import info, warn
 from minilora.system.files import make_folder, replace_file
 
-PROJECT = "minilora"  # at Weights & Biases, where WANDB_PROJECT names no other
-
 
 class Tracker:
-    """Where entries go beside metrics.jsonl; this one sends them nowhere. A context manager around the run.
+    """Where entries go beside metrics.jsonl; without arguments nowhere. A context manager around the run.
 
     When it fails, by a full disk or a network, it warns once and the run continues without it.
     """
 
-    _name = "none"
-    _is_lost = False
+    def __init__(
+        self,
+        name: str = "none",
+        log: Callable[[dict[str, Any]], object] = lambda entry: None,
+        finish: Callable[[bool], object] = lambda is_done: None,
+    ):
+        self._name, self._log, self._finish = name, log, finish
+        self._is_lost = False
 
     def write(self, entry: dict[str, Any]) -> None:
         """Takes an entry of metrics.jsonl."""
-        self._try(lambda: self._write(entry))
+        self._try(lambda: self._log(entry))
 
     def close(self, is_done: bool) -> None:
         """Ends it; `is_done` says whether the run came to its end."""
-        self._try(lambda: self._close(is_done))
+        self._try(lambda: self._finish(is_done))
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        pass
-
-    def _close(self, is_done: bool) -> None:
-        pass
-
-    def _try(self, work: Callable[[], None]) -> None:
+    def _try(self, work: Callable[[], object]) -> None:
         if self._is_lost:
             return
         try:
@@ -55,76 +52,63 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.close(kind is None)
 
 
-class TensorBoard(Tracker):
+def _open_tensorboard(directory: Path, step: int) -> Tracker:
     """Event files in `directory/tensorboard`."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    _name = "tensorboard"
+    folder = directory / "tensorboard"
+    make_folder(folder, "train.output_dir")
+    events = SummaryWriter(folder, purge_step=step + 1)
 
-    def __init__(self, directory: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = directory / "tensorboard"
-        make_folder(folder, "train.output_dir")
-        self._events = SummaryWriter(folder, purge_step=step + 1)
-
-    def _write(self, entry: dict[str, Any]) -> None:
+    def log(entry: dict[str, Any]) -> None:
         scalars = scalars_in(entry)
         step = scalars.pop("step")
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            events.add_scalar(name, value, step)
 
-    def _close(self, is_done: bool) -> None:
-        self._events.close()
+    return Tracker("tensorboard", log, lambda is_done: events.close())
 
 
-class WeightsAndBiases(Tracker):
+def _open_wandb(directory: Path, config: dict[str, Any]) -> Tracker:
     """A run at Weights & Biases, the same one when it is resumed.
 
     WANDB_MODE, WANDB_PROJECT, WANDB_API_KEY and the like work as usual. The run's id is in `directory/wandb/run-id`,
     beside the library's own files.
     """
+    import wandb
 
-    _name = "wandb"
-
-    def __init__(self, directory: Path, config: dict[str, Any]):
-        import wandb
-
-        folder = directory / "wandb"
-        make_folder(folder, "train.output_dir")
-        path = folder / "run-id"
-        if not path.is_file():
-            replace_file(path, secrets.token_hex(4).encode())
-        try:
-            self._run: Any = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or PROJECT,
-                id=path.read_text("utf-8"),
-                resume="allow",
-                dir=str(directory),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-            self._run.config.update(config, allow_val_change=True)  # such as save_steps of a resumed run
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
-        except Exception as error:  # no key, no network, no such project: the library has many errors for it
-            raise UserError(
-                f"train.report_to: wandb cannot begin a run ({error}); log in with `wandb login`, set "
-                "WANDB_MODE=offline, or use none"
-            ) from error
-        where = self._run.dir if self._run.offline else self._run.url
-        if where:  # WANDB_MODE=disabled has none
-            info(f"Weights & Biases: {where}")
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        self._run.log(scalars_in(entry))
-
-    def _close(self, is_done: bool) -> None:  # waits until everything is sent
-        self._run.finish(exit_code=0 if is_done else 1)
+    folder = directory / "wandb"
+    make_folder(folder, "train.output_dir")
+    path = folder / "run-id"
+    if not path.is_file():
+        replace_file(path, secrets.token_hex(4).encode())
+    try:
+        run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or "minilora",
+            id=path.read_text("utf-8"),
+            resume="allow",
+            dir=str(directory),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        run.config.update(config, allow_val_change=True)  # such as save_steps of a resumed run
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+    except Exception as error:  # no key, no network, no such project: the library has many errors for it
+        raise UserError(
+            f"train.report_to: wandb cannot begin a run ({error}); log in with `wandb login`, set "
+            "WANDB_MODE=offline, or use none"
+        ) from error
+    where = run.dir if run.offline else run.url
+    if where:  # WANDB_MODE=disabled has none
+        info(f"Weights & Biases: {where}")
+    # `finish` waits until everything is sent.
+    return Tracker(
+        "wandb", lambda entry: run.log(scalars_in(entry)), lambda is_done: run.finish(exit_code=0 if is_done else 1)
+    )
 
 
 def check_tracker(report_to: str) -> None:
@@ -134,21 +118,11 @@ def check_tracker(report_to: str) -> None:
 
 
 def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, Any]) -> Tracker:
-    """The tracker that `train.report_to` names.
-
-    Args:
-        report_to: "none", "tensorboard" or "wandb".
-        directory: the run's output folder.
-        step: steps that are done.
-        config: the resolved configuration, which Weights & Biases shows beside the curves.
-
-    Raises:
-        UserError: Weights & Biases cannot begin a run, or the folder for the files cannot be made.
-    """
+    """The tracker that `train.report_to` names, for a run in `directory` with `step` steps done."""
     if report_to == "tensorboard":
-        return TensorBoard(directory, step)
+        return _open_tensorboard(directory, step)
     if report_to == "wandb":
-        return WeightsAndBiases(directory, config)
+        return _open_wandb(directory, config)
     return Tracker()
 
 

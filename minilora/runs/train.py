@@ -11,11 +11,6 @@ and what to do. `saving_on_exit` saves the steps done, however the loop ends, an
 
 Several ranks go through the loop in step (`system/distributed.py`). Only rank 0 writes to the output folder; work that
 one rank can fail in is within `ranks.barrier()` or `ranks.run_on_rank_0()`, so that all ranks stop together.
-
-    outputs/
-        metrics.jsonl, loss.png, report.html
-        checkpoints/step-000100/    see checkpoint.py
-        checkpoints/final/          see finish.py
 """
 
 import math
@@ -30,13 +25,12 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.config import Config
-from minilora.errors import UserError
 from minilora.qlora.step import StepResult, train_step
-from minilora.runs.advice import non_finite_adapter, too_many_skipped
+from minilora.runs.advice import non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
 from minilora.runs.finish import check_finished, finish, score_split, score_test_set
 from minilora.runs.folder import run_folder
-from minilora.runs.metrics_log import NoLog, RunLog, format_metrics
+from minilora.runs.metrics_log import RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
@@ -45,29 +39,19 @@ from minilora.system.signals import Interrupted, SafePoints
 
 
 def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:
-    """Trains, resumes training, or finds it done.
-
-    Args:
-        config: the resolved configuration; `data.dir` holds the three splits.
-        model_folder: the base model's files.
-        restart: sets an earlier run in the output folder aside and begins anew.
-        ranks: that train together.
-
-    Returns:
-        The folder of the final adapter.
+    """Trains, resumes training, or finds it done; returns the final adapter's folder. `restart` sets an old run aside.
 
     Raises:
-        UserError: the output folder belongs to another run, is in use or cannot be written, something in the input is
-            wrong, too many steps in a row were non-finite, memory or disk ran out, a rank is lost, or the final adapter
-            cannot be read back as it was.
+        UserError: the output folder is another run's, in use or not writable, something in the input is wrong, losses
+            are non-finite, memory, disk or a rank is lost, or the final adapter cannot be read back as it was.
         Interrupted: a signal came; the steps done by then are saved.
     """
-    with run_folder(config, restart, ranks) as folder:
-        if folder.is_finished:
-            ranks.run_on_rank_0(lambda: check_finished(folder.final, config, model_folder, ranks.size))
-            info(f"{folder.final}: this run is finished; --restart begins anew")
-            return folder.final
-        run = folder.open_run(model_folder)
+    with run_folder(config, model_folder, restart, ranks) as run:
+        if run is None:
+            final = Path(config.train.output_dir) / "checkpoints" / "final"
+            ranks.run_on_rank_0(lambda: check_finished(final, config, model_folder, ranks.size))
+            info(f"{final}: this run is finished; --restart begins anew")
+            return final
         score_before_training(run)
         with saving_on_exit(run) as (log, safe_points):
             while not run.is_done:
@@ -75,9 +59,8 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
                 if entry is None:  # otherwise that of a step whose validation was interrupted
                     started = time.perf_counter()
                     batch = batches(run, run.state.step + 1)
-                    settings = run.step_settings(batch)
                     run.model.train()
-                    result = train_step(run.train_state, batch.micro_batches, settings, safe_points.anywhere)
+                    result = train_step(run.train_state, batch.micro_batches, batch.settings, safe_points.anywhere)
                     entry = count_step(run, batch, result, time.perf_counter() - started, log=log)
                 if run.is_validation_due:
                     improved = validate(run, entry, safe_points)
@@ -92,20 +75,19 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
 
 
 def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, log: RunLog) -> dict[str, Any]:
-    """Counts a step, which may have been skipped, into the run's state, and returns its entry for the log.
+    """Counts a step, which may have been skipped, into the run's state; returns its entry for the log.
 
-    Raises:
-        UserError: `train.max_skipped_steps` steps in a row were non-finite.
+    UserError after `train.max_skipped_steps` non-finite steps in a row.
     """
-    state = run.state
+    state, step = run.state, batch.settings.step
     samples, skipped, in_a_row = state.samples_seen + len(batch.examples), state.skipped_steps, 0
     entry: dict[str, Any] = {
-        "step": batch.step,
+        "step": step,
         "epoch": round(samples / len(run.splits["train"].examples), 4),
         "train_loss": result.loss if math.isfinite(result.loss) else None,
-        "learning_rate": run.learning_rate(batch.step),
+        "learning_rate": batch.settings.learning_rate,
         "grad_norm": result.grad_norm if result.updated else None,
-        "tokens_per_s": round(batch.num_tokens / seconds, 1),
+        "tokens_per_s": round(sum(len(example.input_ids) for example in batch.examples) / seconds, 1),
     }
     if not result.updated:
         # With float16 an overflow of only the gradient is how the loss scale is found.
@@ -113,16 +95,16 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         skipped, in_a_row = skipped + 1, state.skipped_in_a_row + (not is_search)
         entry |= {"skipped": True, "rows": batch.records}
         log.info(
-            f"step {batch.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: skipped, it changed nothing "
+            f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: skipped, it changed nothing "
             f"({skipped} skipped so far)"
         )
         if in_a_row >= run.config.train.max_skipped_steps:
             log.write(entry)
-            raise UserError(too_many_skipped(run, batch, in_a_row))
+            raise too_many_skipped(run, batch, in_a_row)
     scaler = run.scaler.state_dict() if run.scaler is not None else {}
     run.state = replace(
         state,
-        step=batch.step,
+        step=step,
         samples_seen=samples,
         scaler=scaler,
         skipped_steps=skipped,
@@ -159,15 +141,13 @@ def validate(run: Run, entry: dict[str, Any], safe_points: SafePoints) -> bool:
 def save(run: Run, log: RunLog) -> None:
     """Writes a checkpoint and removes those that are no longer kept.
 
-    Raises:
-        UserError: the adapter is non-finite, or the ranks no longer have the same one.
-        StorageError: see `save_checkpoint`.
+    UserError if the adapter is non-finite, or the ranks no longer have the same one.
     """
     if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
-        raise UserError(non_finite_adapter(run))
+        raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved")
     if run.ranks.size > 1:
-        remedy = f"run the same command on machines that are alike, it resumes from {run.newest_checkpoint}"
-        run.ranks.require_same(state_digests(run.model, run.optimizer), f"step {run.state.step} is not saved; {remedy}")
+        remedy = f"step {run.state.step} is not saved; run the same command on machines that are alike"
+        run.ranks.require_same(state_digests(run.model, run.optimizer), remedy)
 
     def write() -> None:
         log.sync()
@@ -182,18 +162,12 @@ def save(run: Run, log: RunLog) -> None:
 def saving_on_exit(run: Run) -> Iterator[tuple[RunLog, SafePoints]]:
     """Opens the log, and saves what was done however the block ends, unless it was the saving that failed.
 
-    Within it a signal waits for the next safe point.
-
-    Raises:
-        Interrupted, LostRankError: with the step that is saved.
+    Within it a signal waits for the next safe point. Interrupted and LostRankError then name the step that is saved.
     """
     with ExitStack() as stack:
         with run.ranks.barrier():
-            log = (
-                RunLog(run.directory, run.total_steps, run.logged_steps, run.tracker)
-                if run.ranks.is_rank_0
-                else NoLog()
-            )
+            directory = run.directory if run.ranks.is_rank_0 else None
+            log = RunLog(directory, run.total_steps, run.logged_steps, run.tracker)
             stack.callback(log.close)
         safe_points = stack.enter_context(SafePoints())
         run.saved = run.state

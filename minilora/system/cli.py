@@ -20,12 +20,11 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 from minilora.errors import UserError
 from minilora.system.console import set_quiet
-from minilora.system.signals import SIGNALS, Interrupted, SafePoints, exit_now
+from minilora.system.signals import SIGNALS, Interrupted, SafePoints, stop_now
 
 # What a disk, a path or rights may be the cause of; any other OSError is a bug.
 DISK_ERRORS = {
@@ -35,18 +34,8 @@ DISK_ERRORS = {
 }
 SCRIPTS = Path(__file__).parents[2] / "scripts"  # of the clone; an installed wheel has none
 QUICKSTART = SCRIPTS / "configs" / "quickstart.yaml"
-COMMANDS = {
-    "train": "train",
-    "evaluate": "evaluate",
-    "predict": "predict",
-    "chat": "chat",
-    "merge": "merge",
-    "quantize": "quantize",
-    "plan": "plan",
-    "preprocess": "preprocess_data",
-    "download": "download_data",
-    "inspect": "inspect_batch",
-}
+COMMANDS = {name: name for name in ("train", "evaluate", "predict", "chat", "merge", "quantize", "plan")}
+COMMANDS |= {"preprocess": "preprocess_data", "download": "download_data", "inspect": "inspect_batch"}
 
 
 def answer_signals() -> None:
@@ -57,22 +46,13 @@ def answer_signals() -> None:
     """
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _exit_before_start)
-
-
-def _exit_before_start(signum: int, frame: FrameType | None) -> None:
-    exit_now(signum, f"stopped by {signal.Signals(signum).name}\n")
+            signal.signal(number, stop_now)
 
 
 def build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
-    """A script's argument parser, with what all of them have: examples in --help, --quiet, both spellings of an option.
-
-    Args:
-        description: the script's docstring.
-        examples: printed as they are below the arguments.
-    """
+    """A script's argument parser, with what all of them have: examples, --quiet, both spellings of an option."""
     parser = _Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-q", "--quiet", action=_Quiet, help="print results, warnings and errors only")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print results, warnings and errors only")
     return parser
 
 
@@ -83,12 +63,7 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_options(parser: argparse.ArgumentParser, model_path: str) -> None:
-    """The adapter and its base.
-
-    Args:
-        parser: gets them.
-        model_path: help for --model_path.
-    """
+    """The adapter and its base; `model_path` is the help for --model_path."""
     parser.add_argument("--model_path", type=Path, required=True, help=model_path)
     parser.add_argument("--base", help="base model, if it is not the one that the adapter names")
     parser.add_argument("--allow_bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
@@ -107,23 +82,15 @@ class _Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        return super().parse_known_args([*map(_with_underscores, words[:end]), *words[end:]], namespace)
+        found, rest = super().parse_known_args([*map(_with_underscores, words[:end]), *words[end:]], namespace)
+        set_quiet(found.quiet)
+        return found, rest
 
 
 def _with_underscores(word: str) -> str:
     """--max-shard-size=2-GB -> --max_shard_size=2-GB"""
     name, equals, value = word.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
-
-
-class _Quiet(argparse.Action):
-    """Silences `console.info` and `console.progress` as soon as it is read."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(**{**settings, "nargs": 0})
-
-    def __call__(self, *_: Any) -> None:
-        set_quiet(True)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -141,8 +108,6 @@ def run_script(main: Callable[[], None]) -> None:
         _exit(2, f"error: {error}")
     except Interrupted as error:
         _exit(128 + error.signum, str(error))
-    except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT, "interrupted")
     except BrokenPipeError:
         _discard(sys.stdout)
         raise SystemExit(141) from None
@@ -156,14 +121,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _exit(status: int, message: str) -> NoReturn:
     """Prints and exits; an output that cannot be written does not change the status."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard(sys.stdout)
-    try:
-        print(message, file=sys.stderr, flush=True)
-    except OSError:
-        _discard(sys.stderr)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            _discard(stream)
     raise SystemExit(status) from None
 
 

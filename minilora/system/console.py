@@ -34,12 +34,10 @@ def set_silent(silent: bool) -> None:
 
 
 def is_silent() -> bool:
-    """Whether rank 0 prints for this process."""
     return _is_silent
 
 
 def is_quiet() -> bool:
-    """Whether `info` and `progress` print nothing."""
     return _is_quiet or _is_silent
 
 
@@ -49,17 +47,12 @@ def uses_colour() -> bool:
 
 
 def info(text: str) -> None:
-    """Prints a line about what the program does."""
     if not is_quiet():
         print(text)
 
 
 def write_results(text: str) -> None:
-    """Prints results at once, above a progress bar on the same terminal.
-
-    Args:
-        text: whole lines with their newlines.
-    """
+    """Prints results, whole lines, at once, above a progress bar on the same terminal."""
     from tqdm import tqdm
 
     with tqdm.external_write_mode():
@@ -68,37 +61,22 @@ def write_results(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a warning."""
     if not _is_silent:
         print(text, file=sys.stderr)
 
 
-def progress(
-    desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False, is_hidden: bool = False
-) -> "tqdm[Any]":
+def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
     """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
 
-    Args:
-        desc: a word or two.
-        total: units in all, None if unknown.
-        unit: in the singular; "B" is shown as kB, MB, GB.
-        initial: units that are done already.
-        leave: keeps the bar on the screen when it is done.
-        is_hidden: shows nothing, as with --quiet.
+    `total` is None if unknown, `initial` what is done already; `leave` keeps the bar on the screen when it is done.
     """
     from tqdm import tqdm  # here: a script answers signals before this slow import
 
-    settings: dict[str, Any] = {"desc": desc, "total": total, "unit": unit, "unit_scale": unit == "B"}
-    settings |= {"initial": initial, "disable": is_quiet() or is_hidden}
-    if sys.stderr.isatty():
-        return tqdm(leave=leave, dynamic_ncols=True, **settings)
-    return tqdm(
-        file=_Lines(sys.stderr),
-        mininterval=LINE_EVERY_S,
-        maxinterval=LINE_EVERY_S,
-        bar_format=LINE_FORMAT,
-        **settings,
-    )
+    settings: dict[str, Any] = {"dynamic_ncols": True, "leave": leave}
+    if not sys.stderr.isatty():
+        settings = {"file": _Lines(sys.stderr), "mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}
+        settings["bar_format"] = LINE_FORMAT
+    return tqdm(desc=desc, total=total, unit=unit, initial=initial, disable=is_quiet(), **settings)
 
 
 class _Lines:

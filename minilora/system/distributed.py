@@ -17,12 +17,8 @@ Rank 0 writes files and prints. Every rank that fails prints its own error with 
 its connections, so the others notice at the next exchange (`LostRankError`); a machine that disappears is noticed after
 TIMEOUT. Nothing is pickled: ranks exchange JSON, safetensors and numbers.
 
-Left out: sharding. A base that does not fit one GPU in 4 bits (a Qwen2.5-72B takes 41 GB) needs PyTorch's FSDP2,
-`fully_shard` around each decoder layer with `reshard_after_forward`: packed bytes and block scales as frozen
-parameters, cut along the output dimension (FSDP2 gathers them as they are and sends no gradient; tried with gloo, bit
-for bit), A and B as `ignored_params`, summed as now. Every forward becomes an exchange, so all ranks need equally many
-micro-batches. Each micro-batch moves all 4-bit weights to every rank twice: 72 GB for a 72B, over a hundred times its
-gradient at r = 8.
+Left out: sharding, for a base that does not fit one GPU in 4 bits (a Qwen2.5-72B takes 41 GB). With FSDP2 every forward
+would become an exchange, and each micro-batch would move all 4-bit weights to every rank twice.
 
 Source: torch.distributed (gloo on CPUs, NCCL between GPUs); data parallel as in arXiv 2006.15704, section 2.
 """
@@ -33,7 +29,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -65,40 +61,57 @@ class FailedElsewhereError(UserError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process as one of the ranks. A single process exchanges nothing: every method returns its own values.
-
-    Attributes:
-        rank: 0 to size - 1; rank 0 writes and prints.
-        size: number of ranks.
-        local_rank: its index on its own machine, and that of its GPU.
-        long_timeout_group: the group that waits for LONG_TIMEOUT; None for a single process.
-        agreed_signals: those that a barrier has raised on all ranks; rank 0 prints them.
-    """
+    """This process as one of the ranks. A single process exchanges nothing: every method returns its own values."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    long_timeout_group: dist.ProcessGroup | None = None
-    agreed_signals: set[int] = field(default_factory=set, compare=False)
+    local_rank: int = 0  # on its own machine; the index of its GPU
+    long_timeout_group: dist.ProcessGroup | None = None  # waits for LONG_TIMEOUT; None for a single process
+    agreed_signals: set[int] = field(default_factory=set, compare=False)  # raised on all ranks; rank 0 prints them
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this rank writes and prints."""
+        """The rank that writes and prints."""
         return self.rank == 0
 
     def detached(self) -> "Ranks":
         """The same rank without exchanges: the others are gone, or elsewhere in the program."""
         return replace(self, long_timeout_group=None)
 
-    def barrier(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def barrier(self, is_long: bool = False) -> Iterator[None]:
         """Around work that each rank does on its own: what ends it on one rank ends it on all, here.
+
+        With `is_long` the ranks wait for each other until LONG_TIMEOUT.
 
         Raises:
             Interrupted: one of the ranks got a signal.
             FailedElsewhereError: another rank failed.
             LostRankError: another rank is gone.
         """
-        return self._barrier(None)
+        if self.long_timeout_group is None:
+            yield
+            return
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        own = 0 if failure is None else failure.signum if isinstance(failure, Interrupted) else FAILED
+        code = torch.tensor([own])
+        try:
+            with _lost_rank_errors():
+                dist.all_reduce(code, dist.ReduceOp.MAX, self.long_timeout_group if is_long else None)
+        except LostRankError:
+            if own != FAILED:
+                raise
+        if failure is not None and own == FAILED:
+            raise failure
+        if int(code) == FAILED:
+            raise FailedElsewhereError("another rank failed")
+        if int(code):
+            self.agreed_signals.add(int(code))
+            raise Interrupted(int(code)) from failure
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:
@@ -107,18 +120,16 @@ class Ranks:
         Each finds the files of those before it, whether machines share a disk or not. An error that all ranks would
         have is raised on rank 0 only. Raises as `barrier` does.
         """
-        turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
-            self._exchange_status(None, self.long_timeout_group)
-        with self._barrier(self.long_timeout_group):
-            yield
-        for _ in range(2 - turn):
-            self._exchange_status(None, self.long_timeout_group)
+        own_turn = 0 if self.is_rank_0 else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
+            with self.barrier(is_long=True):
+                if turn == own_turn:
+                    yield
 
     def run_on_rank_0(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0; the other ranks get it as JSON. Raises as `barrier` does."""
         result: Any = None
-        with self._barrier(self.long_timeout_group):
+        with self.barrier(is_long=True):
             if self.is_rank_0:
                 result = work()
         found = self.all_gather(result)[0]
@@ -132,9 +143,8 @@ class Ranks:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _lost_rank_errors():
             dist.all_gather(lengths, torch.tensor([len(content)]))
-        longest = max(int(length) for length in lengths)
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        with _lost_rank_errors():
+            longest = max(int(length) for length in lengths)
+            parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(parts, _bytes_tensor(content.ljust(longest)))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
@@ -148,15 +158,7 @@ class Ranks:
         return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
     def require_same(self, facts: dict[str, Any], remedy: str) -> None:
-        """Refuses ranks whose facts differ from those of rank 0.
-
-        Args:
-            facts: by name; the message lists the names that differ.
-            remedy: what to do, for the message.
-
-        Raises:
-            UserError: on rank 0, FailedElsewhereError on the others.
-        """
+        """UserError on rank 0, with the names that differ and the remedy, if a rank has other facts by name."""
         for rank, (host, other) in enumerate(self.all_gather([platform.node(), facts])):
             if rank == 0:
                 first = other
@@ -167,11 +169,9 @@ class Ranks:
                 raise UserError(f"rank {rank} on {host}: has another {', '.join(names)} than rank 0; {remedy}")
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
-        """Sums the gradients of all ranks, in place, and returns the sum of their losses.
+        """Sums the gradients of all ranks, in place, and returns the sum of their losses, each a scalar.
 
-        Args:
-            parameters: of one dtype; a rank without an example has no gradient.
-            loss: of this rank's share, a scalar.
+        The parameters have one dtype; those of a rank without an example have no gradient.
         """
         if self.long_timeout_group is None:
             return loss
@@ -210,39 +210,6 @@ class Ranks:
                 "per GPU with --nproc-per-node, or set model.device=cpu"
             )
 
-    @contextmanager
-    def _barrier(self, group: dist.ProcessGroup | None) -> Iterator[None]:
-        """`barrier`, with the timeout of `group`."""
-        if self.long_timeout_group is None:
-            yield
-            return
-        failure: BaseException | None = None
-        try:
-            yield
-        except BaseException as error:
-            failure = error
-        self._exchange_status(failure, group)
-
-    def _exchange_status(self, failure: BaseException | None, group: dist.ProcessGroup | None) -> None:
-        """All-reduces how the ranks ended, and raises where one failed or got a signal."""
-        if self.long_timeout_group is None:
-            return
-        own = 0 if failure is None else failure.signum if isinstance(failure, Interrupted) else FAILED
-        code = torch.tensor([own])
-        try:
-            with _lost_rank_errors():
-                dist.all_reduce(code, dist.ReduceOp.MAX, group)
-        except LostRankError:
-            if own != FAILED:
-                raise
-        if failure is not None and own == FAILED:
-            raise failure
-        if int(code) == FAILED:
-            raise FailedElsewhereError("another rank failed")
-        if int(code):
-            self.agreed_signals.add(int(code))
-            raise Interrupted(int(code)) from failure
-
 
 SINGLE_RANK = Ranks()
 
@@ -277,8 +244,7 @@ def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
 
 
 def without_ranks(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` for `run_script` that runs in one process: under torchrun, several would write the same files,
-    so rank 0 refuses."""
+    """A script's `main` for `run_script` in one process: under torchrun several would write the same files."""
 
     def alone() -> None:
         count = _num_started()

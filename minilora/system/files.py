@@ -28,41 +28,35 @@ except ImportError:  # Windows
 LOCK = ".lock"
 LOCKED_BYTE = 1 << 30  # on Windows, where a locked byte cannot be read: far after the holder's name
 WRITING = ".writing-"  # begins the name of an unfinished file or folder
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 
 
 class StorageError(UserError):
     """A full or failing disk, or a folder without write access: the run itself is sound."""
 
 
+def hash_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks.
+    """`hash_file`, computed once per process, because several modules need the checksums of one base model.
 
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
-def sha256_once(path: Path) -> str:
-    """`sha256`, computed once per process: for a base model's files, whose checksums several modules need.
-
-    Files are identified by device, inode, size and modification time. One that changed within the last second is not
-    cached, because its next change could have the same time. A disk that loses bits changes none of these, but a second
-    read would not notice either: it comes from the page cache. Files that this process writes are read back by
-    `hash_file`.
-
-    Raises:
-        UserError: it cannot be read.
+    A file is known by device, inode, size and modification time. One that changed within the last second is hashed
+    again, because its next change could have the same time. A disk that loses bits changes none of these, so files that
+    this process writes are read back by `hash_file`. UserError if the file cannot be read.
     """
     try:
         found = path.stat()
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        digest = _known_digests.get(key) or hash_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-    digest = _known_digests.get(key) or sha256(path)
     if time.time_ns() - found.st_mtime_ns > 1e9:
         _known_digests[key] = digest
     return digest
@@ -71,26 +65,13 @@ def sha256_once(path: Path) -> str:
 _known_digests: dict[tuple[int, int, int, int], str] = {}
 
 
-def hash_file(path: Path) -> str:
-    """`sha256` that raises OSError as it is."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def json_bytes(content: Any) -> bytes:
     """Pretty JSON with sorted keys: equal content, equal bytes. ValueError for NaN or inf."""
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
+    """Content of a JSON file; UserError where it is missing or not JSON."""
     try:
         return parse_json(path.read_text("utf-8"))
     except OSError as error:
@@ -122,15 +103,7 @@ def parse_json(text: str) -> Any:
 
 
 def make_folder(folder: Path, key: str) -> None:
-    """Creates `folder` and tests that it can be written: an error comes before hours of computing, not after.
-
-    Args:
-        folder: created if needed, with its parents.
-        key: configuration key or option that names it, for the message.
-
-    Raises:
-        UserError: it is not a folder, or nothing can be written there.
-    """
+    """Creates `folder`, which the option `key` names; UserError, before hours of computing, if it cannot be written."""
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,84 +116,75 @@ def make_folder(folder: Path, key: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder or a file, if there is one."""
+    """Removes a folder, a file or a link, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes or overwrites a file, and syncs it.
+def write_all(descriptor: int, content: bytes) -> None:
+    """`os.write`, repeated until nothing is left."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
-    Raises:
-        StorageError: with the bytes needed and free.
-    """
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes or overwrites a file, and syncs it; StorageError with the bytes needed and free."""
     with storage_errors(path, len(content)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(path, NEW_FILE, 0o666)
         try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
+            write_all(descriptor, content)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
 class GrowingFile:
-    """A file that grows piece by piece and holds whole pieces only; SIGKILL or a loss of power may cut the last one."""
+    """A file that grows piece by piece and holds whole pieces only; SIGKILL or a loss of power may cut the last one.
 
-    def __init__(self, path: Path):
-        """The first `append` opens the file; an existing one stays until then."""
-        self.path = path
+    The first piece opens it: until then an existing file stays, and then it is replaced, or continued.
+    """
+
+    def __init__(self, path: Path, replaces: bool = True):
+        self._path = path
+        self._flags = os.O_APPEND | (NEW_FILE if replaces else NEW_FILE & ~os.O_TRUNC)
         self._descriptor: int | None = None
         self._end = 0
 
     def append(self, content: bytes) -> None:
-        """Writes at the end; the first call replaces an existing file.
-
-        Raises:
-            StorageError: it cannot be written; the file ends where it did before.
-        """
-        with storage_errors(self.path, len(content)):
+        """Writes at the end; after a StorageError the file ends as before."""
+        with storage_errors(self._path, len(content)):
             if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_BINARY", 0)
-                self._descriptor = os.open(self.path, flags, 0o666)
+                self._descriptor = os.open(self._path, self._flags, 0o666)
+                self._end = os.fstat(self._descriptor).st_size
             try:
-                rest = memoryview(content)
-                while rest:
-                    rest = rest[os.write(self._descriptor, rest) :]
+                write_all(self._descriptor, content)
             except OSError:
                 with contextlib.suppress(OSError):  # the first error counts
                     os.ftruncate(self._descriptor, self._end)
                 raise
             self._end += len(content)
 
-    def close(self) -> None:
-        """Syncs the file and closes it.
+    def sync(self) -> None:
+        """Makes the pieces so far survive a loss of power."""
+        if self._descriptor is not None:
+            with storage_errors(self._path):
+                try:
+                    os.fsync(self._descriptor)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
+                        raise
 
-        Raises:
-            StorageError: that failed.
-        """
-        if self._descriptor is None:
-            return
-        descriptor, self._descriptor = self._descriptor, None
-        with storage_errors(self.path):
-            try:
-                os.fsync(descriptor)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
-                    raise
-            finally:
-                os.close(descriptor)
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Atomic write: an existing file stays until the new one is on the disk.
-
-    Raises:
-        StorageError: see `write_file`.
-    """
+    """Atomic `write_file`: an existing file stays until the new one is on the disk."""
     temporary = path.with_name(WRITING + path.name)
     try:
         write_file(temporary, content)
@@ -235,20 +199,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str) -> Iterator[None]:
-    """Locks `folder` for this process; the system unlocks it when the process ends, however it ends.
+    """Locks `folder`, which the key `key` names; the system unlocks it when the process ends, however it ends.
 
-    Args:
-        folder: gets a file `.lock`.
-        key: configuration key that names it, for the message.
-
-    Raises:
-        UserError: another process has it; with its id, host and start.
+    UserError with id, host and start of another process that has it.
     """
-    path = folder / LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {key}") from None
+    with storage_errors(folder / LOCK):
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, folder, key)
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"

@@ -3,15 +3,15 @@
     write_folder(step-000120)
         .writing-step-000120/          on the same disk; every file written and fsynced
             manifest.json              last: name, size and SHA-256 of every file, and its own
-        step-000120/                   renamed, the parent fsynced, read back and verified
+                                       all of it read back and verified
+        step-000120/                   renamed, the parent fsynced
 
 A process that is killed, or a machine that loses power, at any instant leaves the finished folder or none. A folder
 cannot be renamed onto one with files, so a replaced one is first renamed to `.replaced-step-000120`; the next process
 that opens the parent calls `recover_folders`, which renames it back if the new one is not complete.
 
-Neither safetensors nor JSON detects a flipped bit: of 1,000 in a small safetensors file 968 load as other tensors.
-SHA-256 does, so files are verified against the manifest before they are used. It protects from accidents only: whoever
-can write the folder can also write a manifest.
+Neither safetensors nor JSON detects a flipped bit, so files are verified against the manifest before they are used. It
+protects from accidents only: whoever can write the folder can also write a manifest.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minilora.errors import UserError
 from minilora.system.files import (
@@ -29,11 +29,12 @@ from minilora.system.files import (
     hash_file,
     json_bytes,
     remove,
-    sha256,
     storage_errors,
     sync,
     write_file,
 )
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 REPLACED, DAMAGED = ".replaced-", "damaged-"
@@ -48,13 +49,12 @@ def write_folder(
     """Writes `target` as a folder with these files and a manifest, atomically; reads it back. Replaces an existing one.
 
     Args:
-        target: its parent is made if needed.
-        files: (name, content) pairs; a generator keeps one at a time in memory.
+        target: the folder; its parents are made too.
+        files: names and contents; a generator keeps one at a time in memory.
         facts: further content of the manifest.
         check: called with the temporary folder before it is renamed; an exception cancels the write.
 
-    Raises:
-        StorageError: a write failed, or the files read back differ. An existing `target` stays.
+    An existing `target` stays if a write fails or the files read back differ, a StorageError.
     """
     temporary = target.with_name(WRITING + target.name)
     try:
@@ -66,6 +66,9 @@ def write_folder(
             write_file(temporary / name, content)
             entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         write_file(temporary / MANIFEST, _render_manifest(facts, entries))
+        problem = verify_folder(temporary)
+        if problem is not None:
+            raise StorageError(f"{target}: what was just written is damaged ({problem}); check the disk")
         if check is not None:
             check(temporary)
         _put_in_place(temporary, target)
@@ -75,18 +78,18 @@ def write_folder(
 
 
 def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:
-    """`write_folder` for files that a library has written into `temporary`: read back once, for their checksums."""
+    """`write_folder` for files that a library has written into `temporary`; they are read back for their checksums."""
     entries = {}
     with storage_errors(temporary):
         for path in sorted(temporary.iterdir()):
             sync(path)
-            entries[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            entries[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     write_file(temporary / MANIFEST, _render_manifest(facts, entries))
-    _put_in_place(temporary, target, is_verified=True)
+    _put_in_place(temporary, target)
 
 
-def _put_in_place(temporary: Path, target: Path, is_verified: bool = False) -> None:
-    """Renames `temporary` to `target`; what it replaces goes last, after the new files were read back."""
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames `temporary` to `target`; what it replaces goes last."""
     replaced = target.with_name(REPLACED + target.name)
     with storage_errors(target):
         sync(temporary)
@@ -100,13 +103,6 @@ def _put_in_place(temporary: Path, target: Path, is_verified: bool = False) -> N
                 replaced.rename(target)
             raise
         sync(target.parent)
-    problem = None if is_verified else verify_folder(target)
-    if problem is not None:
-        with storage_errors(target):
-            set_aside(target)
-            if replaced.exists():
-                replaced.rename(target)
-        raise StorageError(f"{target}: what was just written is damaged ({problem}); check the disk")
     with contextlib.suppress(OSError):  # the new one is in place; `recover_folders` retries
         remove(replaced)
 
@@ -115,9 +111,6 @@ def recover_folders(directory: Path) -> None:
     """Cleans up after an interrupted `write_folder` in `directory`, and restores a folder that was not replaced yet.
 
     Only the holder of the folder's lock may call it: it removes unfinished folders.
-
-    Raises:
-        StorageError: something cannot be renamed or removed.
     """
     with storage_errors(directory):
         for replaced in directory.glob(REPLACED + "*"):
@@ -145,57 +138,29 @@ def set_aside(path: Path) -> Path:
 def verify_folder(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """The first difference between a folder and its manifest; None if there is none.
 
-    Args:
-        folder: files that the manifest does not list are ignored.
-        names: files to verify; all by default.
-
-    Raises:
-        StorageError: a file exists but cannot be read, so it may be sound.
+    Only `names` are looked at, by default all that the manifest lists. StorageError if one cannot be read now.
     """
     try:
         entries = read_manifest(folder)["files"]
+        for name in entries if names is None else names:
+            if name not in entries:
+                return f"{name} is not in its manifest"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            found, expected = _read(folder / name, hash_file), entries[name]["sha256"]
+            if found != expected:
+                return f"{name} has SHA-256 {found}, expected {expected}"
     except StorageError:
         raise
     except UserError as error:
         return str(error)
-    for name in entries if names is None else names:
-        path = folder / name
-        if name not in entries:
-            return f"{name} is not in its manifest"
-        if not path.is_file():
-            return f"{name} is missing"
-        expected = entries[name]
-        try:
-            size, found = path.stat().st_size, hash_file(path)
-        except OSError as error:
-            if error.errno == errno.EIO:  # the disk has lost it
-                return f"{name} cannot be read ({error.strerror})"
-            raise StorageError(
-                f"{path}: cannot be read ({error.strerror}); check the rights and run the same command again"
-            ) from None
-        if size != expected["size"]:
-            return f"{name} has {size} bytes, expected {expected['size']}"
-        if found != expected["sha256"]:
-            return f"{name} has SHA-256 {found}, expected {expected['sha256']}"
     return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, byte for byte as it was written.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
+    """A folder's manifest, byte for byte as it was written; UserError if it is missing or damaged."""
     path = folder / MANIFEST
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing: the folder is incomplete, or of another program") from None
-    except OSError as error:
-        kind = UserError if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR) else StorageError
-        raise kind(
-            f"{path}: cannot be read ({error.strerror}); check the rights and run the same command again"
-        ) from None
+    text = _read(path, Path.read_bytes)
     try:
         content = json.loads(text)
         if text == _render_manifest(content["facts"], content["files"]) and all(
@@ -205,6 +170,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise UserError(f"{path}: is damaged")
+
+
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` returns; UserError if the disk has lost the file, StorageError if it may be sound, but not now."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing: the folder is incomplete, or of another program") from None
+    except OSError as error:
+        kind = UserError if error.errno in (errno.EIO, errno.EISDIR, errno.ENOTDIR) else StorageError
+        raise kind(
+            f"{path}: cannot be read ({error.strerror}); check the rights and run the same command again"
+        ) from None
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:

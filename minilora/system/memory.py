@@ -3,11 +3,13 @@
 What a configuration will take is predicted in `planning/memory.py`.
 """
 
-import ctypes
+import re
 import sys
 from pathlib import Path
 
 import torch
+
+from minilora.system.process import call_glibc
 
 STATUS = Path("/proc/self/status")
 
@@ -27,8 +29,7 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if STATUS.is_file():  # Linux, whose getrusage tells a child the peak of the process that started it
-        fields = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines() if ":" in line)
-        return int(fields["VmHWM"].split()[0]) * 1024
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", STATUS.read_text("utf-8"))[0])
     if sys.platform != "darwin":
         return None
     import resource
@@ -43,8 +44,4 @@ def trim_heap() -> None:
     loops that free a large buffer for each weight: one call takes a fraction of a millisecond and has no effect on
     what is allocated later.
     """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, TypeError, OSError):  # macOS, Windows, musl
-        return
-    trim(0)
+    call_glibc("malloc_trim", 0)

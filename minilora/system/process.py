@@ -17,12 +17,12 @@ Without these settings everything computes the same and takes more memory.
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 COMPILED_PRODUCTS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # read at the first product
 LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed
 KEPT_IN_HEAP = 64 << 20  # bytes
-GLIBC_DEFAULT = 128 << 10  # bytes, of both
+GLIBC_DEFAULT = 128 << 10  # bytes, of both; by default there are 8 arenas per core
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # malloc.h
 
 _is_tuned = False
@@ -45,23 +45,24 @@ def tuned_process() -> Iterator[None]:
     global _is_tuned
     added = [name for name in COMPILED_PRODUCTS if name not in os.environ]
     os.environ.update(dict.fromkeys(added, "64"))
-    arenas = 8 * (os.cpu_count() or 1)  # glibc's default
-    _set_malloc(LARGEST_IN_HEAP, KEPT_IN_HEAP, 1)
+    _set_malloc(LARGEST_IN_HEAP, KEPT_IN_HEAP, arenas=1)
     _is_tuned = True
     try:
         yield
     finally:
         _is_tuned = False
-        _set_malloc(GLIBC_DEFAULT, GLIBC_DEFAULT, arenas)
+        _set_malloc(GLIBC_DEFAULT, GLIBC_DEFAULT, arenas=8 * (os.cpu_count() or 1))
         for name in added:
             os.environ.pop(name, None)
 
 
-def _set_malloc(mmap_threshold: int, trim_threshold: int, arena_max: int) -> None:
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):
-        return
-    set_option(ARENA_MAX, arena_max)
-    set_option(MMAP_THRESHOLD, mmap_threshold)
-    set_option(TRIM_THRESHOLD, trim_threshold)
+def _set_malloc(mmap_threshold: int, trim_threshold: int, arenas: int) -> None:
+    call_glibc("mallopt", ARENA_MAX, arenas)
+    call_glibc("mallopt", MMAP_THRESHOLD, mmap_threshold)
+    call_glibc("mallopt", TRIM_THRESHOLD, trim_threshold)
+
+
+def call_glibc(name: str, *arguments: int) -> None:
+    """Calls a function of glibc, and nothing on macOS, Windows and musl."""
+    with suppress(AttributeError, TypeError, OSError):
+        getattr(ctypes.CDLL(None), name)(*arguments)

@@ -21,11 +21,7 @@ def limits(*, minimum: float | None = None, maximum: float | None = None, above:
 
 
 def coerce(value: Any, item: "dataclasses.Field[Any]") -> Any:
-    """`value` as the field's type, within its limits.
-
-    Raises:
-        ValueError: with what was expected.
-    """
+    """`value` as the field's type, within its limits; ValueError with what was expected."""
     coerced = _as_type(value, item.type)
     for value in _leaves(coerced):
         if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
@@ -64,23 +60,16 @@ def default_of(item: "dataclasses.Field[Any]") -> Any:
 def read_fields(kind: type[T], content: Mapping[str, Any], where: str, advice: str) -> T:
     """The dataclass `kind` from a JSON object with its fields and possibly others; null counts as absent.
 
-    Args:
-        kind: the dataclass.
-        content: the object.
-        where: file, for messages.
-        advice: the remedy, for messages.
-
-    Raises:
-        UserError: with all missing fields, or all values of a wrong type or range.
+    UserError, with `where` and the remedy `advice`, names every field that is missing, or of a wrong type or range.
     """
-    given = {item: content.get(item.name) for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    given = {item: default_of(item) if value is None else value for item, value in given.items()}
-    missing = [item.name for item, value in given.items() if value is dataclasses.MISSING]
-    if missing:
-        raise UserError(f"{where}: has no {', '.join(missing)}; {advice}")
     values: dict[str, Any] = {}
     problems = []
-    for item, value in given.items():
+    for item in dataclasses.fields(kind):  # type: ignore[arg-type]
+        value = content.get(item.name)
+        value = default_of(item) if value is None else value
+        if value is dataclasses.MISSING:
+            problems.append(f"has no {item.name}")
+            continue
         try:
             values[item.name] = coerce(value, item)
         except ValueError as error:

@@ -29,17 +29,12 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGTERM"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came.
-
-    Attributes:
-        signum: its number; a script's exit status is 128 + signum.
-        is_explained: whether the text says what was saved.
-    """
+    """The signal `signum` came; a script's exit status is 128 + signum."""
 
     def __init__(self, signum: int, text: str = ""):
         super().__init__(text or f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
-        self.is_explained = bool(text)
+        self.is_explained = bool(text)  # it says what was saved
 
 
 class SafePoints:
@@ -50,22 +45,20 @@ class SafePoints:
 
     def __init__(self, everywhere: bool = False) -> None:
         self._signum: int | None = None
-        self._everywhere = everywhere
-        self._is_anywhere = everywhere
-        self._handling = self._listening()
+        self._everywhere = self._is_anywhere = everywhere
+        self._listening = self._listen()
 
     def __enter__(self) -> "SafePoints":
-        self._handling.__enter__()
+        self._listening.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._handling.__exit__(None, None, None)
+        self._listening.__exit__(None, None, None)
         is_unclear = self._everywhere and isinstance(error, Exception) and not isinstance(error, UserError)
         if error is None or is_unclear:
             self.check()  # one that came after the last check, or that a library's C code made another error of
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
         if self._signum is not None:
             raise Interrupted(self._signum)
 
@@ -93,10 +86,10 @@ class SafePoints:
             self.check()
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Sets the handlers. Python drops what is raised in a finaliser or a weak reference's callback, and prints a
-        traceback. After a signal it does not: an Interrupted that is dropped waits for the next check, or without one
-        ends the process, and other errors come of what it interrupted."""
+    def _listen(self) -> Iterator[None]:
+        """Sets the handlers. Python drops what is raised in a finaliser and prints a traceback. After a signal it does
+        not: an Interrupted that is dropped waits for the next check, or without one ends the process, and other errors
+        come of what it interrupted."""
         plain = sys.unraisablehook
 
         def hook(dropped: "sys.UnraisableHookArgs") -> None:
@@ -118,11 +111,7 @@ class Stopped(Interrupted):
 
 
 class Interruptible:
-    """A block that Ctrl-C ends without ending the script.
-
-    Attributes:
-        came: whether it did.
-    """
+    """A block that Ctrl-C ends without ending the script; `came` says whether it did."""
 
     def __init__(self) -> None:
         self.came = False
@@ -173,11 +162,14 @@ def nothing_at_stake() -> Iterator[None]:
 
     Where no script handles signals with `SafePoints`, they stay as they are.
     """
-    if not isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), SafePoints):
+    is_script = isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), SafePoints)
+    with handling(stop_now, SIGNALS if is_script else ()):
         yield
-        return
-    with handling(lambda signum, _: exit_now(signum, f"\nstopped by {signal.Signals(signum).name}\n")):
-        yield
+
+
+def stop_now(signum: int, frame: FrameType | None) -> None:
+    """A handler that ends the process at once."""
+    exit_now(signum, f"\nstopped by {signal.Signals(signum).name}\n")
 
 
 def exit_now(signum: int, text: str) -> NoReturn:

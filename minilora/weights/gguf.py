@@ -12,6 +12,8 @@ Norms and biases stay in float32, as llama.cpp expects them. A tied head is left
 Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2.
 """
 
+import contextlib
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,48 +28,37 @@ from minilora.system.files import storage_errors
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
+gguf: Any = None
+with contextlib.suppress(ImportError):  # `check_gguf` says so
+    gguf = importlib.import_module("gguf")
+
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
 CHUNK = 1 << 24  # values that are converted at a time
 
 
-def import_gguf() -> Any:
-    """The `gguf` package.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'") from None
-    return gguf
-
-
 def check_gguf(checkpoint: Path) -> None:
     """Raises UserError for what `write_gguf` would lack, before anything is computed."""
-    import_gguf()
-    _context_length(checkpoint)
+    if gguf is None:
+        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'")
+    if read_config(checkpoint).max_position_embeddings is None:
+        raise UserError(
+            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
+            "tokens; put it in, as the base model's config.json has it"
+        )
 
 
 def gguf_bytes(shapes: Mapping[str, torch.Size], kind: str) -> int:
     """Size of the tensors in a GGUF file of `kind`; the vocabulary adds some megabytes."""
-    return sum(math.prod(_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
+    return sum(math.prod(gguf.quant_shape_to_byte_shape(shape, _type_of(shape, kind))) for shape in shapes.values())
 
 
 def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
-    """Writes `path` from a checkpoint's weights, configuration and tokenizer, one tensor at a time.
+    """Writes `path` from a dense checkpoint's weights, configuration and tokenizer, one tensor at a time.
 
-    Args:
-        checkpoint: folder with a dense Qwen2.5 model.
-        path: of the file.
-        kind: one of KINDS.
-        name: what llama.cpp calls the model.
-
-    Raises:
-        UserError: the gguf package is missing, or the checkpoint lacks what llama.cpp needs.
-        StorageError: the disk is full or fails.
+    `kind` is one of KINDS, `name` what llama.cpp calls the model. UserError as `check_gguf`, and for values that
+    float16 cannot hold; StorageError for a full or failing disk.
     """
-    gguf = import_gguf()
+    check_gguf(checkpoint)
     entries = read_checkpoint_entries(checkpoint)
     config = read_config(checkpoint)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
@@ -76,10 +67,9 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
         try:
             for key, entry in entries.items():
                 tensor_type = _type_of(entry.shape, kind)
-                shape = _byte_shape(entry.shape, tensor_type)
-                short = names.get_name(key, try_suffixes=(".weight", ".bias"))
+                shape = gguf.quant_shape_to_byte_shape(entry.shape, tensor_type)
                 writer.add_tensor_info(
-                    name=short,
+                    name=names.get_name(key, try_suffixes=(".weight", ".bias")),
                     tensor_shape=shape,
                     tensor_dtype=np.dtype(np.uint8),
                     tensor_nbytes=math.prod(shape),
@@ -97,15 +87,14 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
 
 def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     """What llama.cpp reads of a qwen2 model beside its tensors."""
-    gguf = import_gguf()
-    config, context_length = read_config(checkpoint), _context_length(checkpoint)
+    config = read_config(checkpoint)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(context_length)
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -122,19 +111,9 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     special.add_to_gguf(writer, quiet=True)  # merges, ids of eos, bos and pad, chat template
 
 
-def _context_length(checkpoint: Path) -> int:
-    length = read_config(checkpoint).max_position_embeddings
-    if length is None:
-        raise UserError(
-            f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "
-            "tokens; put it in, as the base model's config.json has it"
-        )
-    return length
-
-
 def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:
     """Text and type of every id, in order; an id of the embedding without a token is an unused one."""
-    kinds = import_gguf().TokenType
+    kinds = gguf.TokenType
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     by_id = {token_id: text for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
     added = tokenizer.get_added_tokens_decoder()
@@ -151,23 +130,16 @@ def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]
 
 def _type_of(shape: torch.Size, kind: str) -> Any:
     """The type that a tensor is written in: float32 with one axis, float16 where blocks do not divide a row."""
-    gguf = import_gguf()
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
     chosen = gguf.GGMLQuantizationType[kind.upper()]
     return chosen if shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _byte_shape(shape: torch.Size, tensor_type: Any) -> tuple[int, ...]:
-    """`shape`, its last axis counted in bytes."""
-    return tuple(import_gguf().quant_shape_to_byte_shape(shape, tensor_type))
-
-
 def _convert(key: str, tensor: torch.Tensor, tensor_type: Any) -> np.ndarray:
     """The tensor in `tensor_type`: (rows, bytes of a row) uint8."""
-    gguf = import_gguf()
     matrix = tensor.view(-1, tensor.shape[-1])
-    data = np.empty(_byte_shape(matrix.shape, tensor_type), np.uint8)
+    data = np.empty(gguf.quant_shape_to_byte_shape(matrix.shape, tensor_type), np.uint8)
     step = max(1, CHUNK // matrix.shape[1])
     for start in range(0, len(matrix), step):
         piece = matrix[start : start + step].float()

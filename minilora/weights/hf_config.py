@@ -1,17 +1,21 @@
 """config.json of a Hugging Face checkpoint -> `Qwen2Config`, or a message that says why the model cannot be used.
 
+Also the copy of it and of the tokenizer's files beside weights that are written.
+
 Both dialects are read: `rope_theta` at the top, and in `rope_parameters` as transformers 5 writes it. Only
 `tie_word_embeddings` (false) and `max_position_embeddings` (unknown) have a default, because Hugging Face's own files
 may omit them. What `qlora/model.py` does not compute is refused here.
 """
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2Config
-from minilora.system.files import read_json
+from minilora.system.files import json_bytes, read_json, storage_errors, write_file
 from minilora.system.schema import read_fields
 
 # A hundred times the largest Qwen2.5: a mistyped size is named before anything of that size is allocated.
@@ -22,6 +26,16 @@ MAXIMUM = {
     "num_hidden_layers": 8_000,
 }
 ADVICE = "download config.json of the model again"
+COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -30,22 +44,9 @@ def read_config(folder: Path) -> Qwen2Config:
 
 
 def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
-    """The architecture that a parsed config.json describes.
-
-    Args:
-        content: of the file.
-        where: its path, for messages.
-
-    Raises:
-        UserError: another architecture, a missing or impossible field, or a feature that the model does not have.
-    """
+    """The architecture in a config.json, whose path is `where`. UserError for another one, or what the model lacks."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected an object; download it again")
-    if content.get("model_type") != "qwen2":
-        raise UserError(
-            f"{where}: model_type is {content.get('model_type')!r}, expected 'qwen2'; "
-            "minilora trains the dense Qwen2.5 models"
-        )
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope scaling is {rope!r}, expected an object; download it again")
@@ -56,15 +57,16 @@ def parse_config(content: Any, where: str = "config.json") -> Qwen2Config:
 
 
 def _refuse_features(content: dict[str, Any], rope: dict[str, Any], where: str) -> None:
-    """Raises UserError for sliding windows, another activation or scaled rotary embeddings."""
+    """Raises UserError for another architecture, sliding windows, another activation or scaled rotary embeddings."""
     found = {
+        "model_type": (content.get("model_type"), "qwen2"),
         "use_sliding_window": (content.get("use_sliding_window", False), False),
         "hidden_act": (content.get("hidden_act", "silu"), "silu"),
         "rope scaling": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
     for name, (value, expected) in found.items():
         if value != expected:
-            raise UserError(f"{where}: {name} is {value!r}, only {expected!r} is supported; use a model without it")
+            raise UserError(f"{where}: {name} is {value!r}, only {expected!r} is supported; use a dense Qwen2.5 model")
     layer_types = content.get("layer_types") or []
     if not isinstance(layer_types, list) or any(name != "full_attention" for name in layer_types):
         raise UserError(
@@ -82,15 +84,27 @@ def _check_sizes(config: Qwen2Config, where: str) -> None:
             problems.append(f"{name} is {value!r}, expected more than 0")
         elif value > MAXIMUM.get(name, value):
             problems.append(f"{name} is {value!r}, expected {MAXIMUM[name]} or less")
+    if not problems:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if config.hidden_size % heads or config.head_dim % 2:
+            problems.append(f"hidden_size {config.hidden_size} does not divide into {heads} heads of even size")
+        if heads % kv_heads:
+            problems.append(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
     if problems:
         raise UserError(f"{where}: {', '.join(problems)}; {ADVICE}")
-    if config.hidden_size % config.num_attention_heads or config.head_dim % 2:
-        raise UserError(
-            f"{where}: hidden_size {config.hidden_size} does not divide into "
-            f"{config.num_attention_heads} heads of even size; the file is not a Qwen2.5 configuration"
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(
-            f"{where}: {config.num_attention_heads} query heads cannot share "
-            f"{config.num_key_value_heads} key/value heads evenly; the file is not a Qwen2.5 configuration"
-        )
+
+
+def copy_config(
+    source: Path, folder: Path, dtype_name: str, quantization_config: Mapping[str, Any] | None = None
+) -> None:
+    """Copies config.json, with the dtype and the quantisation of the weights that are written, and the COMPANIONS."""
+    config = read_json(source / "config.json")
+    config.pop("quantization_config", None)
+    if quantization_config is not None:
+        config["quantization_config"] = dict(quantization_config)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name
+    write_file(folder / "config.json", json_bytes(config))
+    with storage_errors(folder):
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)

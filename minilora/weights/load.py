@@ -5,14 +5,13 @@ into a buffer of its own, checked, converted and put in its place. The buffer is
 is the finished model plus a few copies of its largest projection: 0.74 GB for Qwen2.5-0.5B in NF4, of which Python and
 PyTorch are 0.24.
 
-Every tensor of the file must have a place in the model and every place must be filled, with two exceptions that the
-format states. A tied model may carry `lm_head.weight`, which must have the embedding's shape and is not used;
-`rotary_emb.inv_freq` of old files is a constant. Weights that are in 4 bits already (`bnb_checkpoint.py`) are taken as
-they are.
+The file's tensors and the model's parameters must correspond, with two exceptions. A tied model may carry
+`lm_head.weight`, which must have the embedding's shape and is not used; `rotary_emb.inv_freq` of old files is a
+constant. Weights that are in 4 bits already (`bnb_checkpoint.py`) are taken as they are.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,13 @@ from minilora.system.files import read_json
 from minilora.system.memory import trim_heap
 from minilora.weights.bnb_checkpoint import QuantizedEntry, split_entries
 from minilora.weights.hf_config import read_config
-from minilora.weights.safetensors_io import TensorEntry, read_checkpoint_entries, read_tensor
+from minilora.weights.safetensors_io import (
+    TensorEntry,
+    find_mismatches,
+    read_checkpoint_entries,
+    read_tensor,
+    show_problems,
+)
 
 PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
 LARGE_BYTES = 1 << 20  # of a tensor after whose conversion the heap is worth trimming
@@ -34,19 +39,12 @@ LARGE_BYTES = 1 << 20  # of a tensor after whose conversion the heap is worth tr
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How a checkpoint becomes a model.
+    """How a checkpoint becomes a model."""
 
-    Attributes:
-        compute_dtype: of activations and of all weights that are not in 4 bits.
-        quantization: of projections: "nf4", "fp4" or "none".
-        double_quantization: scales of the 4-bit blocks in 8 bits.
-        device: where the model lives and where it is quantised: the 4-bit values may differ between devices.
-    """
-
-    compute_dtype: torch.dtype
-    quantization: str = "nf4"
-    double_quantization: bool = True
-    device: torch.device | str = "cpu"
+    compute_dtype: torch.dtype  # of activations and of all weights that are not in 4 bits
+    quantization: str = "nf4"  # of projections; or "fp4", "none"
+    double_quantization: bool = True  # scales of the 4-bit blocks in 8 bits
+    device: torch.device | str = "cpu"  # of the model; quantises too, and 4-bit values may differ between devices
 
 
 def load_model(
@@ -57,21 +55,14 @@ def load_model(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Qwen2ForCausalLM:
-    """The frozen base model, its projections in 4 bits unless `quantization` is "none".
+    """The frozen base model in `folder`, its projections in 4 bits; the arguments are those of `LoadSettings`.
 
     Embedding, norms, biases and head stay in the compute dtype: they are 0.3 % of the work, and rounding the
-    embedding to 4 bits costs more accuracy than all projections together.
-
-    Args:
-        folder: config.json and safetensors.
-        compute_dtype: see `LoadSettings`, like the next three.
-        quantization: of projections.
-        double_quantization: of their scales.
-        device: of the model.
-        on_progress: called with (tensors done, tensors in all).
+    embedding to 4 bits costs more accuracy than all projections together. `on_progress` is called with (tensors done,
+    tensors in all).
 
     Raises:
-        UserError: missing, unexpected or misshapen tensors, all of them in one message.
+        UserError: missing, unexpected or misshapen tensors, all of them in one message; NaN or infinite values.
     """
     with torch.device("meta"):
         model = Qwen2ForCausalLM(read_config(folder))
@@ -82,24 +73,14 @@ def load_model(
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """A checkpoint's tensors, checked against a model.
+    """A checkpoint's tensors by name, checked against a model."""
 
-    Attributes:
-        entries: the unquantised ones, by name.
-        quantized: those in 4 bits, by name.
-        settings: how they become the model's; `quantization` is "none" where the checkpoint is in 4 bits already.
-    """
-
-    entries: Mapping[str, TensorEntry]
-    quantized: Mapping[str, QuantizedEntry]
-    settings: LoadSettings
+    entries: Mapping[str, TensorEntry]  # the unquantised ones
+    quantized: Mapping[str, QuantizedEntry]  # those in 4 bits
+    settings: LoadSettings  # `quantization` is "none" where the checkpoint is in 4 bits already
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as its file has it, one in 4 bits dequantised as in the model.
-
-        Raises:
-            UserError: it holds NaN or infinite values.
-        """
+        """A tensor as its file has it, one in 4 bits dequantised as in the model. UserError for NaN or inf."""
         entry = self.quantized[name].parts["packed"] if name in self.quantized else self.entries[name]
         if entry.num_bytes >= LARGE_BYTES:
             trim_heap()  # copies of the tensor before
@@ -136,11 +117,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def open_weights(model: Qwen2ForCausalLM, folder: Path, settings: LoadSettings) -> BaseWeights:
-    """The tensors in `folder`, checked against `model` before any of them is read.
-
-    Raises:
-        UserError: missing, unexpected or misshapen tensors, all of them in one message.
-    """
+    """The tensors in `folder`, of which none is read yet. UserError with all that do not correspond to `model`."""
     _refuse_other_formats(folder)
     entries, quantized = split_entries(read_checkpoint_entries(folder))
     _check_quantization(quantized, settings, folder)
@@ -153,23 +130,18 @@ def open_weights(model: Qwen2ForCausalLM, folder: Path, settings: LoadSettings) 
 def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[int, int], None] | None) -> None:
     names = [name for name, _ in model.named_parameters()]
     for done, name in enumerate(names, start=1):
-        module_path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_path)
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
         quantized = weights.in_4bit(name)
         if quantized is not None:
-            _replace(model, module_path, quantized, weights)
+            bias = weights.dense(f"{path}.bias") if f"{path}.bias" in weights.entries else None
+            parent_path, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent_path), attribute, Linear4bit(quantized, bias))
         elif not isinstance(module, Linear4bit):  # a Linear4bit took its bias along
             setattr(module, attribute, nn.Parameter(weights.dense(name), requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
     trim_heap()
-
-
-def _replace(model: Qwen2ForCausalLM, path: str, quantized: QuantizedTensor, weights: BaseWeights) -> None:
-    """Replaces the meta `nn.Linear` at `path` by a `Linear4bit` with its bias."""
-    bias = weights.dense(f"{path}.bias") if f"{path}.bias" in weights.entries else None
-    parent_path, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent_path), name, Linear4bit(quantized, bias))
 
 
 def _refuse_other_formats(folder: Path) -> None:
@@ -179,62 +151,49 @@ def _refuse_other_formats(folder: Path) -> None:
         return
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method != "bitsandbytes" or not isinstance(found, dict) or found.get("load_in_8bit"):
-        what = f"{method} in 8 bits" if method == "bitsandbytes" else repr(method)
+        in_8bit = " in 8 bits" if method == "bitsandbytes" else ""
         raise UserError(
-            f"{folder}: its weights are quantised by {what}, only bitsandbytes in 4 bits is read; "
+            f"{folder}: its weights are quantised by {method}{in_8bit}, only bitsandbytes in 4 bits is read; "
             "use the original checkpoint"
         )
 
 
-def _check_quantization(quantized: dict[str, QuantizedEntry], settings: LoadSettings, folder: Path) -> None:
+def _check_quantization(quantized: Mapping[str, QuantizedEntry], settings: LoadSettings, folder: Path) -> None:
     """Raises UserError where a checkpoint that is in 4 bits already is to be loaded in another form."""
     kinds = {(entry.quant_type, entry.offset is not None) for entry in quantized.values()}
     if not kinds - {(settings.quantization, settings.double_quantization)}:
         return
-    held, *others = sorted(kinds)
-    if others:
-        found = ", ".join(f"{kind}{' double' if double else ''}" for kind, double in sorted(kinds))
-        raise UserError(f"{folder}: its weights are quantised in several ways ({found}); use the original checkpoint")
+    if len(kinds) > 1:
+        raise UserError(f"{folder}: its weights are quantised in several ways; use the original checkpoint")
+    ((name, is_double),) = kinds
     raise UserError(
-        f"{folder}: is quantised already, as {held[0]} {'with' if held[1] else 'without'} double quantisation; set "
-        f"model.quantization={held[0]} model.double_quantization={str(held[1]).lower()}, or use the original checkpoint"
+        f"{folder}: is quantised already; set model.quantization={name} "
+        f"model.double_quantization={str(is_double).lower()}, or use the original checkpoint"
     )
 
 
 def _check_entries(
-    model: Qwen2ForCausalLM, entries: dict[str, TensorEntry], quantized: dict[str, QuantizedEntry], folder: Path
+    model: Qwen2ForCausalLM,
+    entries: Mapping[str, TensorEntry],
+    quantized: Mapping[str, QuantizedEntry],
+    folder: Path,
 ) -> None:
-    """Raises UserError unless every tensor has a place and every place a tensor of its shape."""
+    """Raises UserError unless the tensors and the model's parameters correspond."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.config.tie_word_embeddings and "lm_head.weight" in entries:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    can_be_quantized = {name for name in expected if name.endswith(PROJECTION) or name == "lm_head.weight"}
-    problems = [
-        f"{name}: file has {tuple(entry.shape)} in 4 bits, config.json asks {tuple(expected[name])}"
-        if name in can_be_quantized
-        else f"{name}: is in 4 bits, which only projections and the head of an untied model can be"
-        for name, entry in quantized.items()
-        if entry.shape != expected.get(name) or name not in can_be_quantized
-    ]
-    expected = {name: shape for name, shape in expected.items() if name not in quantized}
-    problems += _iter_mismatches(expected, entries)
+    problems = []
+    for name, entry in quantized.items():
+        if name not in expected or not (name.endswith(PROJECTION) or name == "lm_head.weight"):
+            problems.append(f"{name}: is in 4 bits, which only projections and the head of an untied model can be")
+        elif entry.shape != expected[name]:
+            problems.append(f"{name}: file has {tuple(entry.shape)} in 4 bits, expected {tuple(expected[name])}")
+    problems += find_mismatches(
+        {name: shape for name, shape in expected.items() if name not in quantized},
+        {name: entry for name, entry in entries.items() if not name.endswith("rotary_emb.inv_freq")},
+    )
     if problems:
-        shown = "\n  ".join(problems[:10])
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(
             f"{folder}: weights and config.json are from different models or incomplete; "
-            f"download both again\n  {shown}{more}"
+            f"download both again{show_problems(problems)}"
         )
-
-
-def _iter_mismatches(expected: dict[str, torch.Size], entries: dict[str, TensorEntry]) -> Iterator[str]:
-    for name in sorted(set(expected) - set(entries)):
-        yield f"{name}: missing from the file, config.json asks {tuple(expected[name])}"
-    for name in sorted(set(entries) - set(expected)):
-        if not name.endswith("rotary_emb.inv_freq"):
-            yield f"{name}: in the file, unknown to a Qwen2.5 model of this config.json"
-    for name in sorted(set(expected) & set(entries)):
-        if entries[name].shape != expected[name]:
-            yield f"{name}: file has {tuple(entries[name].shape)}, config.json asks {tuple(expected[name])}"
-        elif not entries[name].dtype.is_floating_point:
-            yield f"{name}: file has {entries[name].dtype}, expected a floating-point type"

@@ -1,14 +1,13 @@
 """4-bit copies of base models on disk, so that the next run quantises nothing and loads in a second or two.
 
-    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `bnb_checkpoint.py` writes it; transformers opens
+    {cache}/{key}/model.safetensors, config.json, ...    the copy, as `bnb_checkpoint.py` writes it
     {cache}/{key}/manifest.json                          SHA-256 of its files, and what it was made from
 
 The key is a hash of all that decides what is in a copy: which files the base model has, how they are quantised, and who
 quantises, because the values may differ between devices. A file of the base model is identified without reading it: 15
 GB of a 7B take ten seconds and more to hash, its 4-bit copy a third of that. In the hub's cache a file is a link to a
 blob whose name is the hash that the download was verified against. Any other file is identified by path, size and time
-of its last change. So this trusts that whoever changes a file changes its size or its time too, and that nobody edits
-blobs of the hub's cache. A moved folder is quantised anew.
+of its last change, so a moved folder is quantised anew.
 
 The copy itself is hashed before it is used: a damaged one is made anew. A cache that cannot be used costs the time that
 it would have saved, and a line that says so, never the run.
@@ -29,7 +28,8 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.console import warn
 from minilora.system.files import lock_folder
 from minilora.system.manifest import read_manifest, recover_folders, verify_folder
-from minilora.weights.bnb_checkpoint import COMPANIONS, is_quantized, write_quantized
+from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
+from minilora.weights.hf_config import COMPANIONS
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.safetensors_io import dtype_name
 
@@ -42,15 +42,6 @@ def load_through_cache(
     """`load_model`, from the copy in `cache` if there is one, which is made if there is not.
 
     A model that stays unquantised, or is in 4 bits already, is loaded as it is.
-
-    Args:
-        folder: the base model's files.
-        cache: folder of the copies.
-        settings: as for `load_model`.
-        on_progress: called with (tensors done, tensors in all).
-
-    Raises:
-        UserError: as `load_model`.
     """
 
     def load(source: Path) -> Qwen2ForCausalLM:
@@ -100,11 +91,7 @@ def _made_from(folder: Path, settings: LoadSettings) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> str:
-    """Which file this is, without reading it.
-
-    Raises:
-        UserError: it cannot be found.
-    """
+    """Which file this is, without reading it."""
     try:
         found = path.resolve(strict=True)
         status = found.stat()

@@ -16,15 +16,19 @@ Source: https://huggingface.co/docs/safetensors, section Format, and safetensors
 pickled checkpoints, because they can run code.
 """
 
+import shutil
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from minilora.errors import UserError
-from minilora.system.files import parse_json, read_json
+from minilora.system.files import StorageError, parse_json, read_json, storage_errors
 
 DTYPES = {
     "F64": torch.float64,
@@ -132,11 +136,7 @@ def _check_entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """One tensor, in memory of its own.
-
-    Raises:
-        UserError: the file ends before the tensor does, cannot be read, or holds a bool that is neither 0 nor 1.
-    """
+    """One tensor, in memory of its own. UserError where the file ends before the tensor, or cannot be read."""
     buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
     try:
         with entry.path.open("rb", buffering=0) as file:
@@ -155,11 +155,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint folder, one file or shards with an index.
-
-    Raises:
-        UserError: no weights, a missing shard, or an index that disagrees with the shards.
-    """
+    """All tensors of a checkpoint folder by name. UserError for no weights, missing shards, an index that disagrees."""
     index_path = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -174,20 +170,55 @@ def read_checkpoint_entries(folder: Path) -> dict[str, TensorEntry]:
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index_path}: has no weight_map with a file for each tensor; download it again")
     entries: dict[str, TensorEntry] = {}
+    found: set[tuple[str, str]] = set()
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise UserError(f"{index_path}: names {shard!r}, which is not a file of this folder; download it again")
-        if not (folder / shard).exists():
-            raise UserError(f"{index_path}: names {shard}, which is missing; download or copy the checkpoint again")
-        found = read_header(folder / shard)
-        duplicates = sorted(entries.keys() & found.keys())
-        if duplicates:
-            raise UserError(f"{folder / shard}: holds {duplicates[0]}, as another shard does; download them again")
-        entries |= found
-    differing = sorted(set(entries) ^ set(weight_map))
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(
+                f"{index_path}: names {shard!r}, which is not a file of this folder; download or copy the checkpoint "
+                "again"
+            )
+        in_shard = read_header(folder / shard)
+        entries |= in_shard
+        found |= {(name, shard) for name in in_shard}
+    differing = sorted({name for name, _ in found ^ set(weight_map.items())})
     if differing:
         raise UserError(
             f"{index_path}: disagrees with its shards about {', '.join(differing[:5])}; "
             "the files are from different models, download them again"
         )
     return entries
+
+
+def find_mismatches(
+    expected: Mapping[str, torch.Size], found: Mapping[str, TensorEntry] | Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Why the tensors of a file cannot be parameters of these shapes: they must correspond, and be floating-point."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    problems = [f"{name}: missing from the file, expected {tuple(expected[name])}" for name in missing]
+    problems += [f"{name}: unknown to the model" for name in unknown]
+    for name in sorted(expected.keys() & found.keys()):
+        if found[name].shape != expected[name]:
+            problems.append(f"{name}: file has {tuple(found[name].shape)}, expected {tuple(expected[name])}")
+        elif not found[name].dtype.is_floating_point:
+            problems.append(f"{name}: file has {found[name].dtype}, expected a floating-point type")
+    return problems
+
+
+def show_problems(problems: Sequence[str]) -> str:
+    """A line each, of many the first and last five: with a wrong prefix all are missing, and then all are unknown."""
+    lines = list(problems)
+    if len(lines) > 10:
+        lines[5:-5] = [f"... {len(lines) - 10} more ..."]
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes one file of a checkpoint, beside its config.json. StorageError for a full or failing disk."""
+    try:
+        with storage_errors(path, sum(tensor.nbytes for tensor in tensors.values())):
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+            shutil.copymode(path.with_name("config.json"), path)  # the library makes it readable for the owner only
+    except SafetensorError as error:  # the library's wrapper of an OSError
+        raise StorageError(
+            f"{path}: cannot be written ({error}); make room or mend the disk, and run the same command again"
+        ) from None

@@ -12,7 +12,7 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import dense_weight
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 
 TinyModel = Callable[..., Qwen2ForCausalLM]
@@ -93,7 +93,7 @@ def test_loftq_starts_nearer_to_the_original_weights(
 
 
 def test_loftq_needs_the_original_weights(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), tmp_path / "4bit")
+    write_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), tmp_path / "4bit", {})
     model = load_model(tmp_path / "4bit", torch.float32)
     attach(model, LoraConfig(r=4, alpha=8, dropout=0, init_lora_weights="loftq"))
     with pytest.raises(UserError, match=r"4bit: is quantised already.*lora\.init_lora_weights"):

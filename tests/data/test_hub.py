@@ -31,7 +31,7 @@ from minilora.data.hub import (
     local_folder,
 )
 from minilora.errors import UserError
-from minilora.weights.bnb_checkpoint import COMPANIONS
+from minilora.weights.hf_config import COMPANIONS
 from tests.local_hub import COMMIT, Fault, LocalHub
 
 

@@ -5,15 +5,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minilora.runs.checkpoint import damage_of, list_checkpoints
-from minilora.runs.metrics_log import MEASURED_KEYS
+from minilora.runs.checkpoint import list_checkpoints
 from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.runner import Runs
+from tests.runs.conftest import lasting
 
 Count = Callable[[str], None]
 Finishes = Callable[[Path], None]
@@ -112,11 +113,7 @@ def outcome(output: Path) -> dict[str, Any]:
             ("step-000006", "optimizer.safetensors"),
         )
     }
-    log = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
-    for entry in log:
-        for name in MEASURED_KEYS:
-            entry.pop(name)
-    return {**files, "log": log}
+    return {**files, "log": lasting(output)}
 
 
 @pytest.fixture(scope="session")
@@ -144,9 +141,9 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finish
         checkpoints = output / "checkpoints"
         is_finished = (checkpoints / "final").is_dir()
         recover_folders(checkpoints)
-        newest = next((path for path in reversed(list_checkpoints(checkpoints)) if damage_of(path) is None), None)
+        newest = next((path for path in reversed(list_checkpoints(checkpoints)) if verify_folder(path) is None), None)
         status = runs.run(keys, output)
-        printed, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
+        printed, errors = printed_by(output)
         assert status == 0, errors
         if is_finished:
             assert "this run is finished" in printed
@@ -161,3 +158,48 @@ def finishes(runs: Runs, keys: list[str], undisturbed: dict[str, Any]) -> Finish
         shutil.rmtree(output)
 
     return check
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What breaks runs of `keys` and counts what came of it: the fixtures above, for tests that need most of them."""
+
+    runs: Runs
+    keys: list[str]
+    operations: list[dict[str, Any]]
+    seconds: float  # that an undisturbed run takes
+    finishes: Finishes
+    count: Count
+    how_many: HowMany
+    is_small: bool
+
+    def run(self, output: Path, fault: dict[str, Any] | None = None) -> int:
+        """The exit status of a run in `output`."""
+        return self.runs.run(self.keys, output, fault)
+
+    def begin(self, output: Path) -> int:
+        """The process id of a run that has made its folder `output`."""
+        pid = self.runs.start(self.keys, output)
+        while not output.exists():
+            time.sleep(0.001)
+        return pid
+
+
+@pytest.fixture
+def harness(
+    runs: Runs,
+    keys: list[str],
+    operations: list[dict[str, Any]],
+    undisturbed: dict[str, Any],
+    finishes: Finishes,
+    count: Count,
+    how_many: HowMany,
+    is_small: bool,
+) -> Harness:
+    return Harness(runs, keys, operations, undisturbed["seconds"], finishes, count, how_many, is_small)
+
+
+def printed_by(output: Path) -> tuple[str, str]:
+    """What a run in `output` has printed, and its errors."""
+    out, errors = (Path(f"{output}{ending}").read_text("utf-8") for ending in (".out", ".err"))
+    return out, errors

@@ -14,7 +14,6 @@ import torch
 from minilora.adapters.peft_files import load_adapter
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.runs.checkpoint import damage_of
 from minilora.system.manifest import read_manifest, verify_folder, write_folder
 from minilora.weights.safetensors_io import read_header
 from tests.faults.conftest import Count, HowMany, outcome
@@ -40,16 +39,15 @@ def flip(path: Path, bit: int) -> None:
 @pytest.mark.parametrize("name", ["step-000006", "final"])
 def test_every_flipped_bit_is_noticed(output: Path, name: str, count: Count, how_many: HowMany) -> None:
     folder = output / "checkpoints" / name
-    find = damage_of if name.startswith("step-") else verify_folder
     bits = [(path, bit) for path in sorted(folder.iterdir()) for bit in range(8 * path.stat().st_size)]
     chosen = random.Random(5).sample(bits, how_many(50, 1000, len(bits) if name.startswith("step-") else 1000))
     silent = []
     for path, bit in chosen:
         flip(path, bit)
-        if find(folder) is None:
+        if verify_folder(folder) is None:
             silent.append((path.name, bit))
         flip(path, bit)
-    assert find(folder) is None
+    assert verify_folder(folder) is None
     count(f"bits flipped in {name}: {len(chosen)} of {len(bits)}, silent: {len(silent)}")
     assert silent == []
 
@@ -66,12 +64,12 @@ def test_no_file_is_accepted_that_is_cut_off(output: Path, tmp_path: Path, count
             if path.suffix == ".safetensors":  # by the format only, as for a file without a manifest
                 with pytest.raises(UserError):
                     read_header(path)
-            if (length % hashed == 0 or path.suffix == ".json") and damage_of(folder) is None:
+            if (length % hashed == 0 or path.suffix == ".json") and verify_folder(folder) is None:
                 accepted.append((path.name, length))
         path.write_bytes(content)
     count(f"files of a checkpoint cut off at {tried} lengths, accepted: {len(accepted)}")
     assert accepted == []
-    assert damage_of(folder) is None
+    assert verify_folder(folder) is None
 
 
 @pytest.mark.slow
@@ -134,7 +132,7 @@ def test_a_pickle_in_the_place_of_a_file_is_never_run(
         files |= {name: hostile, "pytorch_model.bin": hostile, "optimizer.pt": hostile}
         if has_its_hash:
             write_folder(folder, files.items(), facts)
-            assert damage_of(folder) is None
+            assert verify_folder(folder) is None
         else:
             (folder / name).write_bytes(hostile)
     assert runs.run(keys, copy) == 2

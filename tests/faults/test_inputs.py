@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minilora.adapters.attach import attach
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.config import Config, LoraConfig, load_config
 from minilora.data.prepare import clean_records, prepare
 from minilora.data.records import read_records
@@ -21,6 +21,7 @@ from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.weights.safetensors_io import read_checkpoint_entries
+from tests.conftest import save_adapter
 from tests.faults.conftest import Count, HowMany
 
 CASES = (60, 300, 10_000)

@@ -5,13 +5,11 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from minilora.system.files import WRITING
-from tests.faults.conftest import Count, Finishes, HowMany
-from tests.faults.runner import Runs
+from tests.faults.conftest import Harness
 
 
 def is_within_a_save(output: Path) -> bool:
@@ -22,52 +20,40 @@ def is_within_a_save(output: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_any_file_operation_ends_in_the_same_bytes(
-    runs: Runs,
-    keys: list[str],
-    operations: list[dict[str, Any]],
-    finishes: Finishes,
-    tmp_path: Path,
-    count: Count,
-    how_many: HowMany,
-) -> None:
-    within, numbers = 0, range(1, len(operations) + 1, how_many(17, 1, 1))
+def test_a_run_that_is_killed_at_any_file_operation_ends_in_the_same_bytes(harness: Harness, tmp_path: Path) -> None:
+    within, numbers = 0, range(1, len(harness.operations) + 1, harness.how_many(17, 1, 1))
     for number in numbers:
         output = tmp_path / f"kill-{number}"
-        assert runs.run(keys, output, {"kill": number}) == -signal.SIGKILL
+        assert harness.run(output, {"kill": number}) == -signal.SIGKILL
         within += is_within_a_save(output)
-        finishes(output)
-    count(f"kill -9 at {len(numbers)} of {len(operations)} file operations of a run: {within} within a save, lost: 0")
+        harness.finishes(output)
+    of = f"of {len(harness.operations)} file operations of a run"
+    harness.count(f"kill -9 at {len(numbers)} {of}: {within} within a save, lost: 0")
     assert within >= 0.3 * len(numbers)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_once_more_while_it_resumes_ends_in_the_same_bytes(
-    runs: Runs,
-    keys: list[str],
-    operations: list[dict[str, Any]],
-    finishes: Finishes,
-    tmp_path: Path,
-    count: Count,
-    how_many: HowMany,
+    harness: Harness, tmp_path: Path
 ) -> None:
     chooser = random.Random(0)
-    pairs = [(chooser.randint(1, len(operations)), chooser.randint(1, 40)) for _ in range(how_many(2, 12, 500))]
+    total, count = len(harness.operations), harness.how_many(2, 12, 500)
+    pairs = [(chooser.randint(1, total), chooser.randint(1, 40)) for _ in range(count)]
     second_kills = 0
     for index, (first, second) in enumerate(pairs):
         output = tmp_path / f"twice-{index}"
-        assert runs.run(keys, output, {"kill": first}) == -signal.SIGKILL
-        second_kills += runs.run(keys, output, {"kill": second}) == -signal.SIGKILL
-        finishes(output)
-    count(f"kill -9, and once more while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
+        assert harness.run(output, {"kill": first}) == -signal.SIGKILL
+        second_kills += harness.run(output, {"kill": second}) == -signal.SIGKILL
+        harness.finishes(output)
+    harness.count(f"kill -9, and once more while resuming: {len(pairs)} pairs, {second_kills} second kills, lost: 0")
     assert second_kills > len(pairs) / 2 - 1
 
 
-def watch_saves(runs: Runs, keys: list[str], output: Path) -> dict[str, float]:
+def watch_saves(harness: Harness, output: Path) -> dict[str, float]:
     """How many seconds each save of an undisturbed run is seen under way, by its folder's name."""
     begun: dict[str, float] = {}
     ended: dict[str, float] = {}
-    pid = runs.start(keys, output)
+    pid = harness.begin(output)
     while "final" not in ended:
         under_way = {path.name.removeprefix(WRITING) for path in (output / "checkpoints").glob(f"{WRITING}*")}
         now = time.perf_counter()
@@ -76,7 +62,7 @@ def watch_saves(runs: Runs, keys: list[str], output: Path) -> dict[str, float]:
             begun.setdefault(name, now)
         for name in begun.keys() - under_way:
             ended.setdefault(name, now)
-    assert runs.wait(pid) == 0
+    assert harness.runs.wait(pid) == 0
     return {name: ended[name] - begun[name] for name in begun}
 
 
@@ -88,37 +74,26 @@ def wait_for_save(output: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(
-    runs: Runs,
-    keys: list[str],
-    finishes: Finishes,
-    undisturbed: dict[str, Any],
-    tmp_path: Path,
-    count: Count,
-    how_many: HowMany,
-    is_small: bool,
-) -> None:
+def test_a_run_that_is_killed_at_a_random_instant_ends_in_the_same_bytes(harness: Harness, tmp_path: Path) -> None:
     """Saves take a tenth of such a run: one kill in four comes anywhere in it, the others during a save."""
     chooser = random.Random(1)
-    kills, within, late = how_many(3, 25, 1000), 0, 0
-    watched = [watch_saves(runs, keys, tmp_path / f"watched-{number}") for number in range(how_many(1, 3, 3))]
+    kills, within, late = harness.how_many(3, 25, 1000), 0, 0
+    watched = [watch_saves(harness, tmp_path / f"watched-{number}") for number in range(harness.how_many(1, 3, 3))]
     for index in range(kills):
         output = tmp_path / f"random-{index}"
-        pid = runs.start(keys, output)
-        while not output.exists():
-            time.sleep(0.001)
+        pid = harness.begin(output)
         if index % 4 == 0:
-            time.sleep(chooser.random() * undisturbed["seconds"])
+            time.sleep(chooser.random() * harness.seconds)
         else:
             name = chooser.choice(list(watched[0]))
             wait_for_save(output, name)
             time.sleep(chooser.random() * min(seconds[name] for seconds in watched))
         os.kill(pid, signal.SIGKILL)
-        status = runs.wait(pid)
+        status = harness.runs.wait(pid)
         assert status in (-signal.SIGKILL, 0)
         late += status == 0
         within += is_within_a_save(output)
-        finishes(output)
-    count(f"kill -9 at a random instant: {kills}, {within} within a save, {late} after the end, lost: 0")
-    assert is_small or within >= 0.3 * kills
-    assert is_small or late < kills / 2
+        harness.finishes(output)
+    harness.count(f"kill -9 at a random instant: {kills}, {within} within a save, {late} after the end, lost: 0")
+    assert harness.is_small or within >= 0.3 * kills
+    assert harness.is_small or late < kills / 2

@@ -13,7 +13,6 @@ import torch
 from minilora.adapters.attach import attach, lora_parameters
 from minilora.adapters.merge import open_merge
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import save_adapter
 from minilora.config import LoraConfig
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.batch import pack
@@ -21,7 +20,7 @@ from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
 from minilora.weights.load import LoadSettings
-from tests.conftest import make_reviews
+from tests.conftest import make_reviews, save_adapter
 
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0)
 

@@ -164,10 +164,9 @@ def replay(save: Save, operations: list[dict[str, Any]], folder: Path, states: i
         checkpoints = write_tree(crash(operations[:length], chooser), folder / "state")
         recover_folders(checkpoints)
         try:
-            checkpoint = find_checkpoint(checkpoints)
+            found = find_checkpoint(checkpoints)
         except UserError:
-            checkpoint = None
-        found = None if checkpoint is None else checkpoint.path
+            found = None
         if found is None or contents(found) != sound.get(found.name):
             lost.append(f"after {length} operations: neither checkpoint is whole")
         elif length > save.synced and found.name != "step-000004":

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from minilora.runs.checkpoint import damage_of, list_checkpoints
+from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import read_metrics
-from minilora.system.manifest import recover_folders
+from minilora.system.manifest import recover_folders, verify_folder
 from tests.faults.conftest import Count, Finishes, HowMany, outcome
 from tests.faults.runner import SCRIPTS, Runs
 
@@ -75,7 +75,7 @@ def finishes(runs: Runs, rank_keys: list[str], whole: dict[str, Any]) -> Finishe
         checkpoints = output / "checkpoints"
         recover_folders(checkpoints)
         kept = list_checkpoints(checkpoints)
-        assert all(damage_of(path) is None for path in kept)
+        assert all(verify_folder(path) is None for path in kept)
         is_finished = (checkpoints / "final").is_dir()
         assert wait(runs, runs.start_ranks(2, rank_keys, output)) == [0, 0], errors_of(output)
         printed = Path(f"{output}.out").read_text("utf-8")

@@ -14,8 +14,8 @@ from minilora.qlora import step as step_module
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.step import StepResult
 from minilora.runs import train
-from minilora.runs.checkpoint import damage_of
 from minilora.runs.train import fit
+from minilora.system.manifest import verify_folder
 from minilora.system.signals import Interrupted, SafePoints
 from tests.faults.conftest import Count, HowMany, outcome
 
@@ -51,7 +51,7 @@ def fit_until(keys: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                         monkeypatch.setattr(module, "next_token_nll", next_token_nll)
 
             def __exit__(self, *_: Any) -> None:
-                self._handling.__exit__(None, None, None)
+                self._listening.__exit__(None, None, None)
 
         def counted(*arguments: Any) -> StepResult:
             result = step_module.train_step(*arguments)
@@ -89,7 +89,7 @@ def test_every_step_is_a_place_to_stop(
         with pytest.raises(Interrupted) as caught:
             fit_until(output.name, place)
         saved = [int(path.name[5:]) for path in sorted((output / "checkpoints").glob("step-*"))]
-        assert all(damage_of(output / "checkpoints" / f"step-{step:06d}") is None for step in saved)
+        assert all(verify_folder(output / "checkpoints" / f"step-{step:06d}") is None for step in saved)
         if saved:
             assert str(caught.value).endswith(f"saved step {saved[-1]}; the same command resumes there")
             stopped_at.add(saved[-1])

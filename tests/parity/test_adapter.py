@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from minilora.adapters.attach import attach, iter_lora_weights, parameter_groups
 from minilora.adapters.init import initialize
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import adapter_files, load_adapter, save_adapter
+from minilora.adapters.peft_files import adapter_files, load_adapter
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
@@ -24,6 +24,7 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model
+from tests.conftest import save_adapter
 from tests.parity.reference import (
     load_reference,
     our_logits,

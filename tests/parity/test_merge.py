@@ -12,10 +12,11 @@ import transformers
 from minilora.adapters.attach import attach
 from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge, write_merged
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import load_adapter, save_adapter
+from minilora.adapters.peft_files import load_adapter
 from minilora.config import LoraConfig
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.load import LoadSettings, load_model
+from tests.conftest import save_adapter
 from tests.parity.reference import (
     build_examples,
     load_reference,

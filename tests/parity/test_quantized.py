@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from minilora.qlora.prompt import Example
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 from minilora.weights.safetensors_io import read_checkpoint_entries
 from tests.parity.reference import load_reference, our_logits, reference_logits
@@ -133,7 +133,7 @@ def test_modules_that_were_left_in_full_are_read_and_written(
     }
     logits = our_logits(model, examples)
     assert_equal_logits(logits, reference_logits(open_with_transformers(saved), examples))
-    save_quantized(model, saved, tmp_path / "ours")
+    write_quantized(model, saved, tmp_path / "ours", {})
     assert_equal_logits(logits, reference_logits(open_with_transformers(tmp_path / "ours"), examples))
 
 
@@ -162,7 +162,7 @@ def test_transformers_computes_the_same_with_what_we_saved(
 ) -> None:
     folder = reference_checkpoint(tie=tie)
     model = load_model(folder, torch.float32, quant_type, double)
-    save_quantized(model, folder, tmp_path / "ours")
+    write_quantized(model, folder, tmp_path / "ours", {})
     theirs = open_with_transformers(tmp_path / "ours")
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     found = reference_logits(theirs, examples)
@@ -177,7 +177,7 @@ def test_transformers_takes_the_type_that_we_saved_in(
     reference_checkpoint: Callable[..., Path], examples: list[Example], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     folder = reference_checkpoint()
-    save_quantized(load_model(folder, dtype), folder, tmp_path / "ours")
+    write_quantized(load_model(folder, dtype), folder, tmp_path / "ours", {})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert theirs.dtype == theirs.model.layers[0].mlp.up_proj.compute_dtype == dtype
     exact = reference_logits(open_with_transformers(tmp_path / "ours"), examples)

@@ -31,10 +31,9 @@ from minilora.planning.budget import (
     read_bytes,
     shapes_of_records,
     train_command,
-    uniform_shapes,
 )
 from minilora.planning.memory import BatchShape, ParameterCounts
-from minilora.planning.plan import LONGEST_TOKENS, SIZES
+from minilora.planning.plan import LONGEST_TOKENS, SIZES, uniform_batch
 from minilora.qlora.prompt import ChatTokenizer
 
 GB = 10**9
@@ -45,7 +44,7 @@ def setup_of(size: str, *keys: str, device_type: str = "cuda", process_bytes: in
     return Setup(
         config=load_config(None, keys),
         architecture=SIZES[size],
-        shape_of=uniform_shapes,
+        shape_of=uniform_batch,
         device_type=device_type,
         process_bytes=process_bytes,
         counted=COUNTED,
@@ -227,31 +226,36 @@ def test_micro_batches_are_made_no_smaller_than_they_have_to_be() -> None:
 
 def test_where_nothing_fits_there_is_no_combination_but_a_floor_and_sizes_that_do() -> None:
     advice = advise(setup_of("72B"), 24 * GB)
-    assert not advice.fits
-    assert advice.combination is None
-    assert (advice.batch_size, advice.micro_batch_tokens, advice.example_tokens) == (0, 0, 0)
-    assert 41 * GB < advice.least.weight_bytes < advice.least.total_bytes < 44 * GB
-    assert advice.fitting_sizes == ["0.5B", "1.5B", "3B", "7B", "14B", "32B"]
+    assert not advice["fits"]
+    assert advice["combination"] is None
+    assert (
+        advice["per_device_train_batch_size"],
+        advice["max_tokens_per_micro_batch"],
+        advice["longest_example_tokens"],
+    ) == (0, 0, 0)
+    assert 41 * GB < advice["least_weight_bytes"] < advice["least_bytes"] < 44 * GB
+    assert advice["fitting_sizes"] == ["0.5B", "1.5B", "3B", "7B", "14B", "32B"]
 
 
 def test_where_it_fits_nothing_has_to_change() -> None:
-    advice = advise(setup_of("0.5B"), 24 * GB)
-    assert advice.fits
-    assert advice.combination == []
-    assert advice.batch_size >= advice.setup.config.train.per_device_train_batch_size
-    assert advice.micro_batch_tokens >= advice.setup.shape.tokens
+    setup = setup_of("0.5B")
+    advice = advise(setup, 24 * GB)
+    assert advice["fits"]
+    assert advice["combination"] == []
+    assert advice["per_device_train_batch_size"] >= setup.config.train.per_device_train_batch_size
+    assert advice["max_tokens_per_micro_batch"] >= setup.shape.tokens
 
 
 def test_options_are_shown_by_what_they_save_and_the_next_smaller_model_is_one() -> None:
     advice = advise(setup_of("14B"), 24 * GB)
-    totals = [option.total_bytes for option in advice.options]
+    totals = [option["total_bytes"] for option in advice["knobs"]]
     assert totals == sorted(totals)
-    assert ("model.name_or_path=Qwen/Qwen2.5-7B-Instruct",) in [option.keys for option in advice.options]
-    assert not any("name_or_path" in key for option in advise(setup_of("0.5B"), GB).options for key in option.keys)
+    assert ("model.name_or_path=Qwen/Qwen2.5-7B-Instruct",) in [option["keys"] for option in advice["knobs"]]
+    assert not any("name_or_path" in key for option in advise(setup_of("0.5B"), GB)["knobs"] for key in option["keys"])
 
 
 def test_advice_for_machines_is_json() -> None:
-    content = json.loads(json.dumps(advise(setup_of("7B"), 12 * GB).to_dict()))
+    content = json.loads(json.dumps(advise(setup_of("7B"), 12 * GB)))
     assert content["total_bytes"] == sum(content["ledger"].values()) > content["budget_bytes"] == 12 * GB
     assert content["fits"] is False
     assert all(option["saves_bytes"] == content["total_bytes"] - option["total_bytes"] for option in content["knobs"])
@@ -294,7 +298,7 @@ def test_real_examples_are_cut_as_training_cuts_them(real_setup: Setup) -> None:
 
 
 def test_all_real_examples_at_once_are_the_most_that_a_batch_can_hold(real_setup: Setup) -> None:
-    assert advise(real_setup, 24 * GB, num_examples=48).batch_size == 48
+    assert advise(real_setup, 24 * GB, num_examples=48)["per_device_train_batch_size"] == 48
 
 
 def test_a_length_that_leaves_no_room_for_a_text_is_no_option(real_setup: Setup) -> None:
@@ -318,8 +322,9 @@ def test_every_size_and_length_has_an_answer_that_fits() -> None:
     """Nothing in the search depends on the budget being a reasonable one."""
     lengths, budgets = (16, 1000, 30_000), (GB // 100, 5 * GB, 2000 * GB)
     for length, limit in itertools.product(lengths, budgets):
-        advice = advise(setup_of("3B", f"data.max_length={length}"), limit)
-        found: Any = advice.combination
-        assert (found is None) == (advice.least.total_bytes > limit)
+        setup = setup_of("3B", f"data.max_length={length}")
+        advice = advise(setup, limit)
+        found: Any = advice["combination"]
+        assert (found is None) == (advice["least_bytes"] > limit)
         if found is not None:
-            assert advice.setup.with_keys(found).total_bytes <= limit
+            assert setup.with_keys(found).total_bytes <= limit

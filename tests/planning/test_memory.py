@@ -16,20 +16,18 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
-from minilora.config import LoraConfig
+from minilora.config import Config, LoraConfig, config_from_dict
 from minilora.planning.memory import (
     CONTEXT_BYTES,
     BatchShape,
+    Machine,
     MemoryEstimate,
-    MemorySettings,
     ParameterCounts,
     count_parameters,
     estimate_memory,
-    moments_bytes,
 )
 from minilora.planning.plan import SIZES
 from minilora.qlora.batch import MicroBatch, pack
-from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer
@@ -43,21 +41,36 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory_estimate.py"
 
 
 @functools.cache
-def counts_of(tied: bool = True, rank: int = 8, unquantized: tuple[str, ...] = ()) -> ParameterCounts:
+def counts_of(tied: bool = True, rank: int = 8) -> ParameterCounts:
     """Of a Qwen2.5-0.5B."""
-    with torch.device("meta"):
-        model = Qwen2ForCausalLM(replace(SIZES["0.5B"], tie_word_embeddings=tied))
-        attach(model, LoraConfig(r=rank, alpha=16, dropout=0))
-    return count_parameters(model, unquantized)
+    architecture = replace(SIZES["0.5B"], tie_word_embeddings=tied)
+    return count_parameters(architecture, LoraConfig(r=rank, alpha=16, dropout=0))
+
+
+def configuration(**keys: Any) -> Config:
+    """One with these keys of `train` and `model`."""
+    of_train = {name for name in keys if name in ("gradient_checkpointing", "offload_checkpoints", "optim")}
+    sections = {
+        "train": {name: keys[name] for name in of_train},
+        "model": {name: value for name, value in keys.items() if name not in of_train},
+    }
+    return config_from_dict(sections, [], "a test")
 
 
 def estimate(
-    tokens: int = 400, longest: int = 50, model: dict[str, Any] | None = None, **settings: Any
+    tokens: int = 400,
+    longest: int = 50,
+    model: dict[str, Any] | None = None,
+    unquantized: int = 0,
+    machine: Machine | None = None,
+    **keys: Any,
 ) -> MemoryEstimate:
-    counts = counts_of(**(model or {}))
-    moments = moments_bytes("adamw_torch_fused", counts.trainable, "cpu")
-    known: dict[str, Any] = {"compute_dtype": torch.bfloat16, "moments_bytes": moments, **settings}
-    return estimate_memory(counts, BatchShape(tokens, 16, longest), MemorySettings(**known))
+    counts = replace(counts_of(**(model or {})), unquantized=unquantized)
+    machine = machine or Machine("cpu", torch.bfloat16)
+    return estimate_memory(configuration(**keys), counts, BatchShape(tokens, 16, longest), machine)
+
+
+GPU = Machine("cuda", torch.bfloat16)
 
 
 def part(found: MemoryEstimate, beginning: str) -> int:
@@ -114,28 +127,26 @@ def test_activations_are_linear_in_the_tokens(gradient_checkpointing: bool) -> N
 
 
 def test_what_a_4_bit_checkpoint_holds_unquantised_is_counted_so() -> None:
-    name = "model.layers.3.mlp.up_proj.weight"
-    plain, found = estimate(), estimate(model={"unquantized": (name,)})
+    plain, found = estimate(), estimate(unquantized=896 * 4864)
     assert part(found, "projections unquantised") == 2 * 896 * 4864
     assert part(found, "projections (nf4") == pytest.approx(part(plain, "projections") * (1 - 896 * 4864 / 357826560))
-    assert estimate(model={"unquantized": (name,)}, quantization="none").parts == estimate(quantization="none").parts
+    assert estimate(unquantized=896 * 4864, quantization="none").parts == estimate(quantization="none").parts
 
 
 def test_checkpoints_are_offloaded_from_a_gpu_only() -> None:
     how: dict[str, Any] = {"gradient_checkpointing": True, "tokens": 2048}
     kept, offloaded = (
-        part(estimate(**how, offload_checkpoints=offload, device_type="cuda"), "activations")
-        for offload in (False, True)
+        part(estimate(**how, offload_checkpoints=offload, machine=GPU), "activations") for offload in (False, True)
     )
     assert kept - offloaded == 23 * 2048 * 896 * 2  # the inputs of all layers except the current one
     assert estimate(**how, offload_checkpoints=True).parts == estimate(**how).parts
 
 
 def test_on_a_gpu_the_context_is_counted_and_no_heap() -> None:
-    with_context = estimate(device_type="cuda", process_bytes=10**9)
+    with_context = estimate(machine=replace(GPU, process_bytes=10**9))
     assert part(with_context, "CUDA's context") == CONTEXT_BYTES
     assert with_context.total_bytes - CONTEXT_BYTES == estimate().total_bytes
-    assert part(estimate(process_bytes=10**9), "Python and PyTorch") == 10**9
+    assert part(estimate(machine=Machine("cpu", torch.bfloat16, 10**9)), "Python and PyTorch") == 10**9
 
 
 def test_long_examples_take_what_short_ones_of_as_many_tokens_take() -> None:
@@ -149,10 +160,11 @@ def test_memory_grows_with_the_tokens() -> None:
         {},
         {"gradient_checkpointing": True},
         {"model": {"rank": 64}},
-        {"device_type": "cuda"},
+        {"machine": GPU},
+        {"machine": Machine("cpu", torch.bfloat16, 1)},
     ]
-    for change in [*changes, {"process_bytes": 1}]:
-        totals = [estimate(n, longest=min(n, 512), **change).total_bytes for n in range(16, 2048, 16)]
+    for change in changes:
+        totals = [estimate(n, longest=min(n, 511), **change).total_bytes for n in range(16, 2048, 16)]
         assert totals == sorted(totals)
 
 
@@ -170,7 +182,7 @@ def test_checkpointing_is_smaller() -> None:
 
 
 def test_a_wider_compute_type_takes_more() -> None:
-    assert estimate(compute_dtype=torch.float32).total_bytes > estimate().total_bytes
+    assert estimate(machine=Machine("cpu", torch.float32)).total_bytes > estimate().total_bytes
 
 
 def test_dequantised_projections_that_are_kept_are_counted() -> None:
@@ -249,27 +261,24 @@ class Step:
         flags = [False] * (length + 1 - self.answer) + [True] * self.answer
         return pack([Example([3] * (length + 1), flags)] * self.examples, share_prefix=False)
 
-    def attach(self, model: Qwen2ForCausalLM) -> DropoutSeed:
+    def lora_config(self, num_layers: int) -> LoraConfig:
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         kind: dict[str, Any] = {"use_dora": self.use_dora, "init_lora_weights": self.init_lora_weights}
-        kind["layers_to_transform"] = list(range(self.first_layer, model.config.num_hidden_layers))
-        return attach(model, LoraConfig(r=self.rank, alpha=16, dropout=self.dropout, target_modules=names, **kind))
+        kind["layers_to_transform"] = list(range(self.first_layer, num_layers))
+        return LoraConfig(r=self.rank, alpha=16, dropout=self.dropout, target_modules=names, **kind)
 
     def predict(self, folder: Path) -> int:
-        with torch.device("meta"):
-            shapes = Qwen2ForCausalLM(read_config(folder))
-            self.attach(shapes)
-        counts, batch = count_parameters(shapes), self.batch()
-        settings = MemorySettings(
-            compute_dtype=self.dtype,
-            moments_bytes=moments_bytes(self.optim, counts.trainable, "cpu"),
+        architecture, batch = read_config(folder), self.batch()
+        counts = count_parameters(architecture, self.lora_config(architecture.num_hidden_layers))
+        config = configuration(
             quantization=self.quantization,
             double_quantization=self.double,
             cache_dequantized=self.cached,
             gradient_checkpointing=self.checkpointing,
+            optim=self.optim,
         )
         shape = BatchShape(len(batch.input_ids), batch.num_supervised, self.tokens // self.examples)
-        return estimate_memory(counts, shape, settings).total_bytes
+        return estimate_memory(config, counts, shape, Machine("cpu", self.dtype)).total_bytes
 
     def measure(self, folder: Path) -> int:
         model = load_model(folder, self.dtype, self.quantization, self.double)
@@ -277,7 +286,7 @@ class Step:
         frozen = [module for module in model.modules() if isinstance(module, Linear4bit)]
         for module in frozen:
             module.cache_dequantized = self.cached
-        dropout_seed = self.attach(model)
+        dropout_seed = attach(model, self.lora_config(len(model.model.layers)))
         optimizer = build_optimizer(parameter_groups(model.train()), optim=self.optim)
         batch = self.batch()
 

@@ -11,17 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.build import build_prompt, read_split
-from minilora.config import load_config
+from minilora.config import LoraConfig, load_config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_into_micro_batches
 from minilora.planning import plan
-from minilora.planning.memory import CONTEXT_BYTES, BatchShape
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
     ANSWER_TOKENS,
     SIZES,
-    count_config,
     epoch_batches,
-    estimate_config_memory,
     estimate_run_memory,
     hub_name,
     largest_batch,
@@ -32,7 +30,7 @@ from minilora.planning.plan import (
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 
 
@@ -105,28 +103,27 @@ def test_examples_of_one_length_are_split_as_real_ones_are(
     length: int, count: int, accumulation: int, tokens: int | None
 ) -> None:
     keys = [f"train.per_device_train_batch_size={count}", f"train.gradient_accumulation_steps={accumulation}"]
+    keys.append(f"data.max_length={length}")
     config = load_config(None, [*keys, f"train.max_tokens_per_micro_batch={'null' if tokens is None else tokens}"])
     flags = [False] * (length - ANSWER_TOKENS) + [True] * ANSWER_TOKENS
     # Ids that differ from the first on, so that nothing is shared.
     step = [Example([number] * length, flags) for number in range(count * accumulation)]
     batches = [pack(part) for part in split_into_micro_batches(step, count, tokens)]
-    assert uniform_batch(config, length) == BatchShape(
+    assert uniform_batch(config) == BatchShape(
         max(len(batch.input_ids) for batch in batches), max(batch.num_supervised for batch in batches), length - 1
     )
 
 
 def test_a_configuration_is_counted_without_memory_for_its_weights() -> None:
-    counts = count_config(load_config(None, ["lora.r=64"]), SIZES["72B"])
+    counts, smaller = (count_parameters(SIZES["72B"], LoraConfig(r=r)) for r in (64, 8))
     assert counts.projections + counts.dense == 72_706_203_648
-    assert sum(counts.trainable) == 8 * sum(count_config(load_config(None, ["lora.r=8"]), SIZES["72B"]).trainable)
+    assert sum(counts.trainable) == 8 * sum(smaller.trainable)
 
 
 def total_bytes(*keys: str, tokens: int = 1024) -> int:
     config = load_config(None, [*keys])
-    counts, shape = count_config(config, SIZES["7B"]), BatchShape(tokens, 4, 512)
-    return estimate_config_memory(
-        config, counts, shape, dtype=torch.bfloat16, device_type="cuda", process_bytes=None
-    ).total_bytes
+    counts = count_parameters(SIZES["7B"], config.lora)
+    return estimate_memory(config, counts, BatchShape(tokens, 4, 512), Machine("cuda", torch.bfloat16)).total_bytes
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_offloading_reaches_the_estimate() -> None:
     kept = total_bytes(checkpointing, tokens=8192)
     offloaded = total_bytes(checkpointing, "train.offload_checkpoints=true", tokens=8192)
     # The inputs of all layers but one; what is left is so little that a step is fullest with the gradients, in float32.
-    gradients = 4 * sum(count_config(load_config(), SIZES["7B"]).trainable)
+    gradients = 4 * sum(count_parameters(SIZES["7B"], LoraConfig()).trainable)
     assert kept - offloaded == 27 * 8192 * 3584 * 2 - gradients
 
 
@@ -172,17 +169,16 @@ def test_projections_that_a_4_bit_checkpoint_holds_unquantised_are_counted_so(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, folder = tiny_checkpoint(), tmp_path / "quantized"
-    save_quantized(load_model(source, torch.bfloat16), source, folder)
-    config = load_config()
-    assert count_config(config, SIZES["0.5B"], folder).unquantized == 0
+    write_quantized(load_model(source, torch.bfloat16), source, folder, {})
+    assert count_parameters(SIZES["0.5B"], LoraConfig(), folder).unquantized == 0
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
     save_file({**kept, name: load_file(source / "model.safetensors")[name]}, folder / "model.safetensors")
-    assert count_config(config, SIZES["0.5B"], folder).unquantized == 4864 * 896
+    assert count_parameters(SIZES["0.5B"], LoraConfig(), folder).unquantized == 4864 * 896
     dense = Path(shutil.copytree(source, tmp_path / "dense"))
     assert "quantization_config" not in json.loads((dense / "config.json").read_text("utf-8"))
-    assert count_config(config, SIZES["0.5B"], dense).unquantized == 0
+    assert count_parameters(SIZES["0.5B"], LoraConfig(), dense).unquantized == 0
 
 
 @pytest.mark.parametrize(

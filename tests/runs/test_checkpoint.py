@@ -26,21 +26,17 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs import checkpoint
 from minilora.runs.checkpoint import (
     RunState,
-    VerifiedCheckpoint,
-    damage_of,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    new_state,
     prune_checkpoints,
     read_state,
     save_checkpoint,
     state_digests,
     step_of,
 )
-from minilora.runs.provenance import Provenance
 from minilora.system.files import StorageError, json_bytes
-from minilora.system.manifest import read_manifest, write_folder
+from minilora.system.manifest import read_manifest, verify_folder, write_folder
 
 ADAPTER = LoraConfig(r=4, alpha=8, dropout=0.1)
 LoadModel = Callable[..., Qwen2ForCausalLM]
@@ -90,9 +86,9 @@ def test_weights_moments_and_state_come_back_to_the_bit(tiny_model: LoadModel, t
     first, second = Trainee(tiny_model), Trainee(tiny_model)
     for number in (1, 2, 3):
         first.step(number)
-    checkpoint = VerifiedCheckpoint(first.save(tmp_path, 3), state_at(3))
+    checkpoint = first.save(tmp_path, 3)
     assert find_checkpoint(tmp_path) == checkpoint
-    assert VerifiedCheckpoint.from_dict(json.loads(json.dumps(checkpoint.to_dict()))) == checkpoint
+    assert read_state(checkpoint) == state_at(3)
     load_checkpoint(checkpoint, second.model, second.optimizer)
     pairs = zip(lora_parameters(first.model), lora_parameters(second.model), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -111,7 +107,7 @@ def test_a_restored_run_continues_as_if_it_had_not_stopped(tiny_model: LoadModel
     folder = first.save(tmp_path, 2)
     expected = [first.step(number) for number in (3, 4)]
     torch.manual_seed(999)  # a generator that something drew from must not matter
-    load_checkpoint(VerifiedCheckpoint(folder, state_at(2)), second.model, second.optimizer)
+    load_checkpoint(folder, second.model, second.optimizer)
     assert [second.step(number) for number in (3, 4)] == expected
 
 
@@ -171,27 +167,6 @@ def test_a_folder_that_is_being_written_is_not_listed(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "absent") == []
     (tmp_path / "step-999999").mkdir()  # its name comes last, its step does not
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [20, 100, 999_999, 1_000_000]
-
-
-def test_a_run_that_has_not_begun_has_done_nothing() -> None:
-    digests, machine = {"train.jsonl": "ab"}, {"device": "cpu"}
-    assert dataclasses.asdict(new_state(Provenance({"a": {}}, digests, digests, 1), machine)) == {
-        "step": 0,
-        "samples_seen": 0,
-        "pending_entry": None,
-        "validated_step": 0,
-        "best_step": 0,
-        "best_metric": None,
-        "evals_without_improvement": 0,
-        "skipped_steps": 0,
-        "skipped_in_a_row": 0,
-        "test_before": None,
-        "data_sha256": digests,
-        "model_sha256": digests,
-        "scaler": {},
-        "machine": machine,
-        "config": {"a": {}},
-    }
 
 
 @pytest.mark.parametrize("best_step", ["x", [], None, 1.5])
@@ -322,7 +297,7 @@ def test_a_state_of_another_version_is_refused(tmp_path: Path, change: str) -> N
     content: object = dataclasses.asdict(state_at(1))
     assert isinstance(content, dict)
     if change == "missing key":
-        del content["step"]
+        del content["config"]
     elif change == "unknown key":
         content["generators"] = {}
     else:
@@ -368,24 +343,12 @@ def test_a_damaged_file_is_named_and_its_checkpoint_is_not_found(
     else:
         content[-3] ^= 1
         (folder / name).write_bytes(content)
-    problem = damage_of(folder)
+    problem = verify_folder(folder)
     assert problem is not None
     assert name in problem
     with pytest.raises(UserError, match=r"damaged-step-000001-1.+--restart"):  # set aside
         find_checkpoint(tmp_path)
     assert not folder.exists()
-
-
-def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tiny_model: LoadModel, tmp_path: Path) -> None:
-    folder = Trainee(tiny_model).save(tmp_path, 1)
-    assert damage_of(folder) is None
-    assert damage_of(folder.rename(tmp_path / "step-000002")) == "its manifest is that of step 1"
-
-
-def test_a_folder_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "step-000001"
-    write_folder(folder, [("model.safetensors", b"x")], {"key": "of a 4-bit copy"})
-    assert damage_of(folder) == "its manifest is that of step None"
 
 
 def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -398,5 +361,5 @@ def test_moments_of_another_adapter_are_refused_and_nothing_is_loaded(tiny_model
     trainee = Trainee(tiny_model)
     before = [parameter.detach().clone() for parameter in lora_parameters(trainee.model)]
     with pytest.raises(UserError, match=r"optimizer\.safetensors: its moments .+--restart"):
-        load_checkpoint(VerifiedCheckpoint(folder, state_at(1)), trainee.model, trainee.optimizer)
+        load_checkpoint(folder, trainee.model, trainee.optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(trainee.model), strict=True))

@@ -148,6 +148,19 @@ def test_a_full_disk_says_that_what_is_saved_is_intact(
     assert resumed["metrics.json"] == expected["metrics.json"]
 
 
+def test_a_disk_that_fails_before_the_run_is_opened_does_not_hide_what_is_saved(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise StorageError("checkpoints: cannot be written (Input/output error)")
+
+    shutil.rmtree(final)
+    monkeypatch.setattr(folder_module, "recover_folders", fail)
+    with pytest.raises(StorageError, match=r"Input/output error") as caught:
+        run()
+    assert str(caught.value).endswith(f": {final.with_name('step-000004')}")
+
+
 @pytest.mark.parametrize(("place", "newest"), [("score_test_set", "none"), ("finish", "step-000004")])
 def test_a_signal_outside_the_steps_names_the_newest_checkpoint_and_the_run_resumes_to_the_same_end(
     run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, newest: str

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.runs import metrics_log
 from minilora.runs.metrics_log import RunLog, read_metrics
 from minilora.system.files import StorageError
 
@@ -120,7 +119,7 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     log = RunLog(tmp_path, 10, 0)
     log.write(entry(1))
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_log.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+        patch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
         log.sync()
     log.close()
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_size] != [0]
@@ -144,9 +143,8 @@ def test_a_log_is_shortened_atomically(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is a full disk")
 def test_a_line_that_cannot_be_written_is_explained_and_closing_says_nothing_more(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 10, 0)
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, log._descriptor)  # the log's own: no other way to a full disk
-    os.close(full)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         log.write(entry(1))
     log.close()
@@ -157,8 +155,9 @@ def test_a_log_that_cannot_be_synced_is_explained(tmp_path: Path, monkeypatch: p
         raise OSError(5, "Input/output error")
 
     log = RunLog(tmp_path, 10, 0)
+    log.write(entry(1))
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_log.os, "fsync", fail)
+        patch.setattr(os, "fsync", fail)
         with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(Input/output error\)"):
             log.sync()
     log.close()
@@ -170,7 +169,7 @@ def test_a_line_goes_to_the_file_whole_however_little_of_it_the_system_takes_at_
     plain = os.write
     log = RunLog(tmp_path, 10, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_log.os, "write", lambda descriptor, rest: plain(descriptor, rest[:7]))
+        patch.setattr(os, "write", lambda descriptor, rest: plain(descriptor, rest[:7]))
         log.write(entry(1))
     log.close()
     assert read_metrics(tmp_path) == [entry(1)]

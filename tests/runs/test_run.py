@@ -30,17 +30,13 @@ def test_an_epoch_takes_each_record_once_and_any_step_can_be_made_on_its_own(ope
 
 
 def test_the_ranks_share_the_examples_of_a_step(opened: Run) -> None:
-    batch = batches(opened, 3)
     config = replace(opened.config, train=replace(opened.config.train, per_device_train_batch_size=4))
     shares = [
         batches(replace(opened, config=config, ranks=Ranks(rank=rank, size=2)), 1).micro_batches for rank in (0, 1)
     ]
     assert [len(share) for share in shares] == [1, 1]
     step = replace(opened, config=config, ranks=Ranks(size=2))
-    assert sum(part.num_supervised for share in shares for part in share) == (
-        step.step_settings(batches(step, 1)).num_supervised
-    )
-    assert batch.num_tokens == sum(len(example.input_ids) for example in batch.examples)
+    assert sum(part.num_supervised for share in shares for part in share) == batches(step, 1).settings.num_supervised
 
 
 @pytest.mark.parametrize(

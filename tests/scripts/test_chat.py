@@ -14,11 +14,11 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import save_adapter
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
+from tests.conftest import save_adapter
 from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
 SCRIPT = SCRIPTS / "chat.py"

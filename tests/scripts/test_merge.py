@@ -21,7 +21,7 @@ from minilora.errors import UserError
 from minilora.runs.train import fit
 from minilora.system.files import WRITING, StorageError
 from minilora.system.manifest import read_manifest, verify_folder
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
 from tests.scripts.conftest import SCRIPTS, load_script
 
@@ -174,9 +174,9 @@ def test_what_is_there_stays_and_only_an_earlier_merge_is_replaced(merge: Merge,
     merge("--no_drift")
     merge("--no_drift")
     (tmp_path / "merged" / "notes.txt").write_text("mine", "utf-8")
-    with pytest.raises(UserError, match=r"merged: holds notes\.txt .*--output"):
+    with pytest.raises(UserError, match=r"merged: holds notes\.txt.*--output"):
         merge("--no_drift")
-    with pytest.raises(UserError, match=r"final: is not empty, .*--output"):
+    with pytest.raises(UserError, match=r"final: holds .*--output"):
         merge("--no_drift", output=final)
     assert verify_folder(final) is None
 
@@ -275,7 +275,7 @@ def test_a_base_in_4_bits_is_merged_dequantized_and_never_called_original(
     merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tmp_path / "base-bnb-4bit"
-    save_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base)
+    write_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base, {})
     with pytest.raises(UserError, match=r"base-bnb-4bit: .*--into dequantized"):
         merge("--base", base)
     results = merge("--base", base, "--into", "dequantized")
@@ -356,7 +356,7 @@ def test_a_gguf_file_belongs_to_the_folder(merge: Merge, tmp_path: Path) -> None
 def test_without_the_gguf_package_it_says_how_to_get_it_before_the_work_starts(
     merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("minilora.weights.gguf.gguf", None)
     with pytest.raises(UserError, match=r"--gguf: .*pip install -e '\.\[gguf\]'"):
         merge("--gguf")
     assert names(tmp_path) == []

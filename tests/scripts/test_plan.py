@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from minilora.config import Config
+from minilora.config import LoraConfig
 from minilora.data import hub
 from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.planning import budget
-from minilora.planning.memory import ParameterCounts
-from minilora.planning.plan import SIZES, count_config
+from minilora.planning.memory import ParameterCounts, count_parameters
+from minilora.planning.plan import SIZES
+from minilora.qlora.model import Qwen2Config
 from minilora.system.cli import QUICKSTART
 from tests.scripts.conftest import SCRIPTS, load_script
 
@@ -38,7 +39,7 @@ def plan(
     """A function: arguments of the command line -> what the script printed; in an empty folder, without a hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "download_snapshot", refuse)
-    monkeypatch.setattr(budget, "count_config", count_once)
+    monkeypatch.setattr(budget, "count_parameters", count_once)
 
     def call(*arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
@@ -51,11 +52,11 @@ def plan(
 COUNTED: dict[object, ParameterCounts] = {}
 
 
-def count_once(config: Config, *of: object) -> ParameterCounts:
-    """`count_config`, whose answer is the same in every test."""
-    key = (repr(config.lora), *of)
+def count_once(architecture: Qwen2Config, lora_config: LoraConfig, folder: Path | None) -> ParameterCounts:
+    """`count_parameters`, whose answer is the same in every test."""
+    key = (architecture, repr(lora_config), folder)
     if key not in COUNTED:
-        COUNTED[key] = count_config(config, *of)  # type: ignore[arg-type]
+        COUNTED[key] = count_parameters(architecture, lora_config, folder)
     return COUNTED[key]
 
 

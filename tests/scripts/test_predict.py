@@ -306,7 +306,7 @@ def test_an_existing_output_stays_without_overwrite(
     output = tmp_path / "out.jsonl"
     output.write_text("mine", "utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(script, "load_run", lambda *_, **__: pytest.fail("too late"))
+        patch.setattr(script, "load_run_or_base", lambda *_, **__: pytest.fail("too late"))
         with pytest.raises(UserError, match=r"--output.*--overwrite"):
             predict("好", "--output", output)
         with pytest.raises(UserError, match=r"reviews\.tsv: .*--output"):
@@ -368,7 +368,7 @@ def test_a_file_that_cannot_be_read_is_named_before_a_model_is_loaded(
     content: str | bytes | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr(script, "load_run", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(script, "load_run_or_base", lambda *_, **__: pytest.fail("too late"))
     if content is None:
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / name)
     else:

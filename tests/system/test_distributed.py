@@ -22,10 +22,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minilora.errors import UserError
-from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics
 from minilora.system import distributed
 from minilora.system.distributed import SINGLE_RANK, VARIABLES, Ranks, with_ranks, without_ranks
 from tests.faults.runner import Runs
+from tests.runs.conftest import lasting
 
 TESTS = Path(__file__).parents[1]
 SCRIPTS = TESTS.parent / "scripts"
@@ -234,11 +234,6 @@ def finished(runs: Runs, keys: list[str], tmp_path_factory: pytest.TempPathFacto
 def adapter_of(output: Path) -> torch.Tensor:
     tensors = load_file(output / "checkpoints" / "final" / "adapter_model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
-
-
-def lasting(output: Path) -> list[dict[str, Any]]:
-    """The log without its measured values."""
-    return [{k: v for k, v in entry.items() if k not in MEASURED_KEYS} for entry in read_metrics(output)]
 
 
 def assert_equal_runs(ours: Path, theirs: Path) -> None:

@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -28,21 +26,10 @@ from minilora.system.files import (
     remove,
     replace_file,
     sha256,
-    sha256_once,
     storage_errors,
     write_file,
 )
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def function(*_: object) -> None:
-        raise error
-
-    return function
+from tests.system.conftest import names_in, raising
 
 
 def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -79,14 +66,14 @@ def test_a_digest_is_taken_once_while_the_file_is_the_same_by_any_name(
     read = counting_hashes(monkeypatch)
     write_long_ago(tmp_path / "a", b"abc", 60)
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    assert sha256_once(tmp_path / "a") == sha256_once(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "link") == hashlib.sha256(b"abc").hexdigest()
     assert read == [tmp_path / "a"]
     write_long_ago(tmp_path / "a", b"abd", 50)  # as long as before
-    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abd").hexdigest()
     (tmp_path / "b").write_bytes(b"abe")
     os.utime(tmp_path / "b", ns=(0, (tmp_path / "a").stat().st_mtime_ns))
     (tmp_path / "b").replace(tmp_path / "a")  # another file as old as the one before
-    assert sha256_once(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abe").hexdigest()
 
 
 @pytest.mark.parametrize("seconds", [0, -60], ids=["just now", "in the future"])
@@ -96,13 +83,8 @@ def test_a_digest_of_a_file_whose_next_change_the_clock_may_not_tell_is_taken_ag
     read = counting_hashes(monkeypatch)
     write_long_ago(tmp_path / "a", b"abc", seconds)
     for _ in range(2):
-        sha256_once(tmp_path / "a")
+        sha256(tmp_path / "a")
     assert read == [tmp_path / "a"] * 2
-
-
-def test_a_digest_of_what_is_not_there_is_asked_for_in_vain(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere: cannot be read .*; check the path"):
-        sha256_once(tmp_path / "nowhere")
 
 
 def test_json_is_the_same_bytes_for_the_same_content() -> None:
@@ -272,7 +254,7 @@ def test_a_holder_that_could_not_write_its_name_holds_the_folder_all_the_same(
 def test_a_folder_that_cannot_be_locked_because_it_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("a file", "utf-8")
     with (
-        pytest.raises(UserError, match=rf"{place}/\.lock: cannot be written \(.+\); choose another train\.output_dir"),
+        pytest.raises(StorageError, match=rf"{place}/\.lock: cannot be written \(.+\); .*make room or mend the disk"),
         lock_folder(tmp_path / place, "train.output_dir"),
     ):
         pytest.fail("locked")
@@ -385,9 +367,14 @@ def test_a_growing_file_that_gets_nothing_is_not_made(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["a"]
 
 
-def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_continued", [False, True])
+def test_a_growing_file_on_a_full_disk_keeps_whole_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_continued: bool
+) -> None:
     file = GrowingFile(tmp_path / "a")
     file.append(b"one\n")
+    if is_continued:
+        file = GrowingFile(tmp_path / "a", replaces=False)
     plain, calls = os.write, []
 
     def fill(descriptor: int, content: bytes) -> int:
@@ -417,14 +404,14 @@ def test_a_growing_file_that_cannot_be_opened_or_synced_is_named(
     file.append(b"x")
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(StorageError, match=r"a: cannot be written \(Input/output error\)"):
-        file.close()
+        file.sync()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a device of POSIX")
 def test_what_has_no_disk_need_not_wait_for_one() -> None:
     file = GrowingFile(Path(os.devnull))
     file.append(b"x")
-    file.close()
+    file.sync()
 
 
 @pytest.mark.parametrize("name", ["write", "fsync", "replace"])

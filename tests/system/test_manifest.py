@@ -24,6 +24,7 @@ from minilora.system.manifest import (
     verify_folder,
     write_folder,
 )
+from tests.system.conftest import names_in, raising
 
 OLD = {"a": b"old", "b": b"older"}
 NEW = {"a": b"new", "c": b"newer\n"}
@@ -51,17 +52,6 @@ BOTH = pytest.mark.parametrize("make", [write, finish])
 def read(folder: Path) -> dict[str, bytes]:
     """Contents of a folder's files but the manifest."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def function(*_: object) -> None:
-        raise error
-
-    return function
 
 
 @BOTH
@@ -208,8 +198,7 @@ def test_what_was_written_is_read_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert str(caught.value) == (
         f"{target}: what was just written is damaged (a has 2 bytes, expected 3); check the disk"
     )
-    assert names_in(tmp_path) == ["damaged-x-1", *(["x"] if has_old else [])]
-    assert read(tmp_path / "damaged-x-1") == NEW
+    assert names_in(tmp_path) == (["x"] if has_old else [])
     if has_old:
         assert read(target) == OLD
 
@@ -223,15 +212,6 @@ def test_what_cannot_be_cleaned_up_after_a_failure_does_not_hide_the_failure(
 
     with pytest.raises(UserError, match="the reason"):
         write_folder(tmp_path / "x", OLD.items(), {}, check)
-
-
-def test_a_damaged_folder_that_cannot_be_set_aside_is_explained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manifest, "verify_folder", lambda _: "a has 2 bytes, expected 3")
-    monkeypatch.setattr(manifest, "set_aside", raising(OSError(errno.EROFS, "Read-only file system")))
-    with pytest.raises(StorageError, match=r"/x: cannot be written \(Read-only file system\)"):
-        write(tmp_path / "x", NEW)
 
 
 def test_files_of_a_library_that_cannot_be_synced_are_explained(
@@ -327,8 +307,6 @@ def test_a_file_that_is_not_as_it_was_is_named_and_only_where_it_is_asked_for(fo
     found, expected = hashlib.sha256(b"odd").hexdigest(), hashlib.sha256(b"old").hexdigest()
     problem = f"a has SHA-256 {found}, expected {expected}"
     assert verify_folder(folder) == verify_folder(folder, ["b", "a"]) == problem
-    (folder / "a").write_bytes(b"older")
-    assert verify_folder(folder) == "a has 5 bytes, expected 3"
     (folder / "a").unlink()
     assert verify_folder(folder) == "a is missing"
     (folder / "a").mkdir()
@@ -338,7 +316,7 @@ def test_a_file_that_is_not_as_it_was_is_named_and_only_where_it_is_asked_for(fo
 
 def test_a_file_that_the_disk_has_lost_is_a_problem_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "hash_file", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
-    assert verify_folder(folder) == "a cannot be read (Input/output error)"
+    assert str(verify_folder(folder)).startswith(f"{folder / 'a'}: cannot be read (Input/output error)")
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM])

@@ -27,7 +27,7 @@ CONFIG = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, r"model_type is 'llama', expected 'qwen2'"),
+        ({"model_type": "llama"}, r"model_type is 'llama', only 'qwen2' "),
         ({"use_sliding_window": True}, r"use_sliding_window is True.* False "),
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'.* 'silu' "),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling is 'yarn'.* 'default' "),

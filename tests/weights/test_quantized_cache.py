@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import lock_folder
 from minilora.system.manifest import read_manifest, verify_folder
-from minilora.weights import bnb_checkpoint
 from minilora.weights import quantized_cache as cache_module
-from minilora.weights.bnb_checkpoint import save_quantized
+from minilora.weights import safetensors_io
+from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
 
@@ -151,7 +151,7 @@ def test_a_damaged_copy_is_made_anew(
 def test_what_is_not_quantised_here_is_not_copied(source: Path, tmp_path: Path, loads: list[Path]) -> None:
     load_through_cache(source, tmp_path / "cache", LoadSettings(torch.float32, "none"))
     ready = tmp_path / "ready"
-    save_quantized(load_model(source, torch.bfloat16), source, ready)
+    write_quantized(load_model(source, torch.bfloat16), source, ready, {})
     load_through_cache(ready, tmp_path / "cache", NF4)
     assert loads == [source, ready]
     assert not (tmp_path / "cache").exists()
@@ -164,7 +164,7 @@ def test_an_interrupted_copy_is_not_taken_for_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(bnb_checkpoint, "save_file", interrupted)
+        patched.setattr(safetensors_io, "save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_through_cache(source, tmp_path / "cache", NF4)
     load_through_cache(source, tmp_path / "cache", NF4)
@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_used_is_named_and_the_model_is_there(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(bnb_checkpoint, "save_file", full)
+    monkeypatch.setattr(safetensors_io, "save_file", full)
     assert load_through_cache(source, tmp_path / "cache", NF4).model.layers
     said = capsys.readouterr().err
     assert "No space left on device" in said

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
+from minilora.system.files import StorageError
 from minilora.weights import safetensors_io
-from minilora.weights.safetensors_io import read_checkpoint_entries, read_header, read_tensor
+from minilora.weights.safetensors_io import read_checkpoint_entries, read_header, read_tensor, write_tensors
 
 
 def test_own_reader_equals_the_library(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -164,7 +165,7 @@ def test_a_bool_is_0_or_1(data: bytes, tmp_path: Path) -> None:
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json: names model-1\.safetensors, which is missing; download or copy"):
+    with pytest.raises(UserError, match=r"index\.json: names 'model-1\.safetensors', .*; download or copy"):
         read_checkpoint_entries(tmp_path)
 
 
@@ -173,7 +174,7 @@ def test_a_tensor_that_two_shards_hold_is_refused(tmp_path: Path) -> None:
         save_file({"a": torch.ones(2)}, tmp_path / name)
     weight_map = {"a": "1.safetensors", "b": "2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
-    with pytest.raises(UserError, match=r"2\.safetensors: holds a, .*download them again"):
+    with pytest.raises(UserError, match=r"index\.json: disagrees .*about a, b; .*download them again"):
         read_checkpoint_entries(tmp_path)
 
 
@@ -204,3 +205,8 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(
         path.write_text(json.dumps({**index, "weight_map": weight_map}), "utf-8")
         with pytest.raises(UserError, match=rf"index\.json: {message}.*download"):
             read_checkpoint_entries(folder)
+
+
+def test_weights_that_cannot_be_written_are_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"absent/model\.safetensors: cannot be written"):
+        write_tensors({"a": torch.ones(2)}, tmp_path / "absent" / "model.safetensors")
