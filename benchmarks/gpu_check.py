@@ -23,22 +23,20 @@ mistake in the command.
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import check_kernels
-from gpu_speed import check_environment, compare_with_peft, measure_shapes, profile_steps
 from gpu_stage import FILE, ROOT, Findings, Options, read_findings
-from gpu_state import check_resume, check_state, run_tests
 from meter import environment
 
 from minilora.errors import UserError
@@ -57,21 +55,22 @@ examples:
 
 @dataclass(frozen=True)
 class Stage:
-    """What runs in a process of its own, and its time limit in seconds."""
+    """What runs in a process of its own, which alone imports it, and its time limit in seconds."""
 
-    run: Callable[[Options, Findings], None]
+    module: str
+    function: str
     limit_s: float
 
 
 STAGES = {
-    "environment": Stage(check_environment, 60),
-    "tests": Stage(run_tests, 90),
-    "kernels": Stage(check_kernels, 90),
-    "state": Stage(check_state, 100),
-    "resume": Stage(check_resume, 100),
-    "shapes": Stage(measure_shapes, 150),
-    "profile": Stage(profile_steps, 60),
-    "compare": Stage(compare_with_peft, 200),
+    "environment": Stage("gpu_speed", "check_environment", 60),
+    "tests": Stage("gpu_state", "run_tests", 90),
+    "kernels": Stage("gpu_kernels", "check_kernels", 90),
+    "state": Stage("gpu_state", "check_state", 100),
+    "resume": Stage("gpu_state", "check_resume", 100),
+    "shapes": Stage("gpu_speed", "measure_shapes", 150),
+    "profile": Stage("gpu_speed", "profile_steps", 60),
+    "compare": Stage("gpu_speed", "compare_with_peft", 200),
 }
 
 
@@ -79,8 +78,9 @@ def main() -> None:
     """Runs one stage as a child, or all of them and reports."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
         options = Options.from_json(sys.argv[1])
+        stage = STAGES[options.stage]
         with tuned_process():
-            STAGES[options.stage].run(options, Findings(options))
+            getattr(importlib.import_module(stage.module), stage.function)(options, Findings(options))
         return
     arguments = parse_arguments()
     folder = arguments.output_dir.resolve()

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from compare_peft import check_losses, figures_of, run_child
@@ -31,9 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from workload import Workload, write_adapter
 
 from minilora.adapters.attach import parameter_groups
-from minilora.config import LoraConfig, load_config
-from minilora.planning.memory import CONTEXT_BYTES, BatchShape
-from minilora.planning.plan import count_config, estimate_config_memory
+from minilora.config import Config, LoraConfig, load_config
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.qlora import bnb
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.model import Qwen2Config
@@ -230,15 +228,15 @@ def _speed(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def _estimate_bytes(config: Any, sizes: Qwen2Config, batches: Sequence[MicroBatch], options: Options) -> int:
+def _estimate_bytes(config: Config, sizes: Qwen2Config, batches: Sequence[MicroBatch], options: Options) -> int:
     """What PyTorch hands out for a run of these micro-batches, by the memory estimate: without CUDA's context."""
     shape = BatchShape(
         tokens=max(len(batch.input_ids) for batch in batches),
         supervised_positions=max(batch.num_supervised for batch in batches),
         longest=max(int(batch.position_ids.max()) + 1 for batch in batches),
     )
-    how: dict[str, Any] = {"dtype": torch.bfloat16, "device_type": options.device, "process_bytes": None}
-    estimate = estimate_config_memory(config, count_config(config, sizes), shape, **how)
+    machine = Machine(options.device, torch.bfloat16, process_bytes=None)
+    estimate = estimate_memory(config, count_parameters(sizes, config.lora), shape, machine)
     return estimate.total_bytes - (CONTEXT_BYTES if options.is_gpu else 0)
 
 
