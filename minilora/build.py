@@ -29,17 +29,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Examples:
-    """A data file as the model sees it.
-
-    Attributes:
-        records: of the file.
-        examples: one for each record.
-        labelled: all of them have a label, so accuracy and F1 are defined.
-    """
+    """A data file as the model sees it: an example for each record."""
 
     records: list[Record]
     examples: list[Example]
-    labelled: bool
+
+    @property
+    def labelled(self) -> bool:
+        """All of them have a label, so accuracy and F1 are defined."""
+        return all(record.messages is None for record in self.records)
 
     @property
     def num_truncated(self) -> int:
@@ -53,11 +51,7 @@ class Examples:
 
 
 def choose_device(config: Config) -> torch.device:
-    """The device that `model.device` names; a GPU for "auto" where there is one.
-
-    Raises:
-        UserError: the name is unknown or the device is absent.
-    """
+    """The device that `model.device` names; a GPU for "auto" where there is one. UserError if it is absent."""
     name = config.model.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,12 +65,9 @@ def choose_device(config: Config) -> torch.device:
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 only where the hardware multiplies it.
+    """The dtype that `model.compute_dtype` names. UserError: float16 on a CPU.
 
-    Emulated bfloat16 is slower than float32.
-
-    Raises:
-        UserError: float16 on a CPU.
+    "auto" is bfloat16 only where the hardware multiplies it: emulated, it is slower than float32.
     """
     name = config.model.compute_dtype
     if name == "auto":
@@ -128,20 +119,22 @@ def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> E
         UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
     """
     texts = [record for record in records if record.messages is None]
-    labelled = iter(prompt.examples([record.text or "" for record in texts], _label_indices(texts, prompt.labels)))
-    examples = [
-        next(labelled)
-        if record.messages is None
-        else chat_example(
-            prompt.tokenizer,
-            record.messages,
-            max_length=prompt.max_length,
-            where=record.where,
-            default_system=prompt.system,
+    labelled = iter(prompt.examples([record.content for record in texts], _label_indices(texts, prompt.labels)))
+    examples = []
+    for record in records:
+        if record.messages is None:
+            examples.append(next(labelled))
+            continue
+        examples.append(
+            chat_example(
+                prompt.tokenizer,
+                record.messages,
+                max_length=prompt.max_length,
+                where=record.where,
+                default_system=prompt.system,
+            )
         )
-        for record in records
-    ]
-    return Examples(list(records), examples, labelled=len(texts) == len(records))
+    return Examples(list(records), examples)
 
 
 def _label_indices(records: Sequence[Record], labels: tuple[str, ...]) -> list[int]:
@@ -173,11 +166,7 @@ def _all_labels(records: Sequence[Record]) -> str:
 def build_model(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks = SINGLE_RANK
 ) -> Qwen2ForCausalLM:
-    """The frozen base model, with a progress bar for its tensors; each rank has its own.
-
-    Raises:
-        UserError: a rank has no GPU, or see `load_model`.
-    """
+    """The frozen base model, with a progress bar for its tensors; each rank has its own. Errors: see `load_model`."""
     ranks.check_device(device)
     makes_copy = config.model.quantized_cache is not None
     with ranks.rank_0_first() if makes_copy else ranks.barrier(), progress("load model", None, "tensor") as bar:

@@ -21,9 +21,12 @@ from minilora.errors import UserError
 from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
 
 
-def key(default: Any, meaning: str, **within: float) -> Any:
-    """A configuration key: default, one-line meaning for --help, and the `schema.limits` of a number."""
-    metadata = {"help": meaning, **limits(**within)}
+def key(default: Any, meaning: str, *, is_free: bool = False, **within: float) -> Any:
+    """A configuration key: default, one-line meaning for --help, and the `schema.limits` of a number.
+
+    A free key may differ between a run and its continuation: it does not change what is computed.
+    """
+    metadata = {"help": meaning, "is_free": is_free, **limits(**within)}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -42,10 +45,10 @@ class ModelSection:
         "auto", "type of activations; auto is bfloat16 where the device multiplies it natively, else float32"
     )
     quantized_cache: str | None = key(
-        None, "folder for a 4-bit copy of the base model, checked by SHA-256: the next run loads it in a second"
+        None, "folder for a 4-bit copy of the base, verified by SHA-256: the next run loads in a second", is_free=True
     )
     cache_dequantized: bool = key(
-        False, "keep a dequantised copy of each projection beside its 4 bits: faster, for 2 bytes per parameter"
+        False, "keep projections dequantised beside their 4 bits: faster, for 2 bytes per parameter", is_free=True
     )
     device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
 
@@ -70,8 +73,7 @@ class LoraConfig:
     bias: Literal["none", "lora_only", "all"] = key("none", "also train the biases of adapted, or of all linear layers")
     use_dora: bool = key(False, "train magnitude and direction of each output's weights apart (DoRA)")
     init_lora_weights: Literal["kaiming", "gaussian", "pissa", "loftq"] = key(
-        "kaiming",
-        "first values: random, the weights' principal directions (PiSSA), or those of the 4-bit error (LoftQ)",
+        "kaiming", "first values: random, principal directions of the weights (PiSSA) or of the 4-bit error (LoftQ)"
     )
 
 
@@ -109,7 +111,7 @@ class PromptSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    output_dir: str = key("outputs", "metrics, plot and checkpoints/ go here")
+    output_dir: str = key("outputs", "metrics, plot and checkpoints/ go here", is_free=True)
     learning_rate: float = key(2e-4, "peak learning rate", above=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = key("cosine", "course of the rate after warm-up")
     warmup_ratio: float = key(0.03, "share of all steps in which the rate rises from 0", minimum=0, maximum=1)
@@ -121,8 +123,8 @@ class TrainSection:
     max_tokens_per_micro_batch: int | None = key(
         None, "cut a step into even micro-batches of at most N tokens, instead of by examples: memory", minimum=16
     )
-    gradient_checkpointing: bool = key(False, "recompute activations in backward: less memory, 50 % more work")
-    offload_checkpoints: bool = key(False, "on a GPU: what gradient_checkpointing keeps waits in the computer's memory")
+    gradient_checkpointing: bool = key(False, "recompute in backward: less memory, 50 % more work", is_free=True)
+    offload_checkpoints: bool = key(False, "what checkpointing keeps on a GPU waits in the CPU's memory", is_free=True)
     optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
         "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"
     )
@@ -133,28 +135,28 @@ class TrainSection:
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 turns that off", minimum=0)
     seed: int = key(42, "of data order, initial adapter and dropout", minimum=0, maximum=MAX_SEED)
-    logging_steps: int = key(1, "write a line of metrics.jsonl every N steps", minimum=1)
+    logging_steps: int = key(1, "write a line of metrics.jsonl every N steps", minimum=1, is_free=True)
     eval_steps: int = key(100, "validate every N steps, and at the end", minimum=1)
-    save_steps: int = key(100, "save a checkpoint every N steps, and at the end", minimum=1)
-    save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1)
+    save_steps: int = key(100, "save a checkpoint every N steps, and at the end", minimum=1, is_free=True)
+    save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1, is_free=True)
     metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
         "auto", "decides which checkpoint is best; auto is eval_f1 for labelled data, else eval_loss"
     )
-    load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last one's")
+    load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last", is_free=True)
     early_stopping_patience: int | None = key(None, "stop after N validations in a row without a better one", minimum=1)
     max_skipped_steps: int = key(
-        10,
-        "stop after N steps in a row whose loss or gradient is NaN or inf; such a step changes nothing",
-        minimum=1,
+        10, "stop after N steps in a row with a NaN or inf; such a step changes nothing", minimum=1, is_free=True
     )
-    do_predict: bool = key(True, "score the test set before and after training")
-    save_format: Literal["safetensors", "bin"] = key("safetensors", "file of the final adapter; bin for older tools")
-    save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors")
+    do_predict: bool = key(True, "score the test set before and after training", is_free=True)
+    save_format: Literal["safetensors", "bin"] = key(
+        "safetensors", "file of the final adapter; bin for older tools", is_free=True
+    )
+    save_dtype: Literal["float32", "bfloat16"] = key("float32", "type of the final adapter's tensors", is_free=True)
     portable: bool = key(
-        False, "the final adapter's scale is part of B, for readers that know no rsLoRA and no alpha_pattern"
+        False, "the final adapter's scale is part of B, for readers without rsLoRA and alpha_pattern", is_free=True
     )
     report_to: Literal["none", "tensorboard", "wandb"] = key(
-        "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well"
+        "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well", is_free=True
     )
 
 
@@ -173,40 +175,24 @@ class Config:
         return dataclasses.asdict(self)
 
 
+KEYS: dict[str, "dataclasses.Field[Any]"] = {
+    f"{section.name}.{item.name}": item
+    for section in dataclasses.fields(Config)
+    for item in dataclasses.fields(section.type)  # type: ignore[arg-type]
+}
+FREE_KEYS = frozenset(name for name, item in KEYS.items() if item.metadata["is_free"])
 # With the number of ranks, the factors of an optimizer step's examples: only their product is fixed
 # (`runs/provenance.py`).
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
+# `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
+PATHS = ("model.name_or_path", "model.quantized_cache", "data.dir", "train.output_dir")
 # Keys that users of peft look for, and why they are not here.
 KEYS_OF_PEFT = {
     "lora.modules_to_save": "the base stays frozen, also head and embedding, which in small models are one matrix"
 }
 # Keys of earlier versions, and why they are gone. In a saved configuration they are dropped, elsewhere an error.
 REMOVED_KEYS = {"train.compile_swiglu": "it compiled one operation, and gained 1 to 9 % on some CPUs only"}
-LENGTH_KEYS = frozenset(f"train.{name}" for name in LENGTHS)
-# Keys that may differ between a run and its continuation: none of them changes what is computed.
-HARMLESS_KEYS = frozenset({"model.quantized_cache", "model.cache_dequantized"}) | frozenset(
-    f"train.{name}"
-    for name in (
-        "output_dir",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "save_format",
-        "save_dtype",
-        "portable",
-        "report_to",
-        "max_skipped_steps",
-        "do_predict",
-        "load_best_model_at_end",
-        "gradient_checkpointing",
-        "offload_checkpoints",
-    )
-)
-
-
-# `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
-PATHS = ("model.name_or_path", "model.quantized_cache", "data.dir", "train.output_dir")
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -226,7 +212,6 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
     """`load_config` for content that was read before, such as a run's `training_args.json`."""
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, expected sections such as 'lora:' with keys")
-    known = {f"{s.name}.{k.name}": k for s in dataclasses.fields(Config) for k in dataclasses.fields(s.type)}  # type: ignore[arg-type]
     problems: list[str] = []
     given: dict[str, Any] = {}
     for section, keys in content.items():
@@ -240,9 +225,21 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
         if not equals:
             problems.append(f"{override}: expected section.key=value (command line)")
             continue
-        given[name] = _read_override(text, known[name].type) if name in known else text
+        given[name] = _read_override(text, KEYS[name].type) if name in KEYS else text
         sources[name] = "command line"
-    return _build(given, known, problems, sources)
+    values: dict[str, dict[str, Any]] = {item.name: {} for item in dataclasses.fields(Config)}
+    for name, value in given.items():
+        section, _, attribute = name.partition(".")
+        try:
+            values[section][attribute] = _take(name, value)
+        except ValueError as error:
+            problems.append(f"{name}: {error} ({sources[name]})")
+    if not problems:
+        config = Config(**{item.name: item.type(**values[item.name]) for item in dataclasses.fields(Config)})  # type: ignore[operator]
+        problems = [f"{name}: {text} ({sources.get(name, 'default')})" for name, text in _iter_contradictions(config)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
 
 
 def drop_removed_keys(content: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -251,6 +248,73 @@ def drop_removed_keys(content: dict[str, dict[str, Any]]) -> dict[str, dict[str,
         section: {name: value for name, value in keys.items() if f"{section}.{name}" not in REMOVED_KEYS}
         for section, keys in content.items()
     }
+
+
+def describe_keys() -> str:
+    """The table of all keys for --help: name, type, default, meaning."""
+    lines = []
+    for name, item in KEYS.items():
+        lines.append(f"  {name}={json.dumps(default_of(item), ensure_ascii=False)}  ({type_name(item.type)})")
+        lines.append(f"      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
+    """`section.key: before -> now` of every key that would change the course of a run that has begun.
+
+    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS.
+    """
+    is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
+    lines = []
+    for name, item in KEYS.items():
+        section, _, attribute = name.partition(".")
+        old = before.get(section, {}).get(attribute, default_of(item))  # an older version had no such key
+        now = getattr(getattr(config, section), attribute)
+        is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
+        if old != now and not is_free:
+            why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if attribute in LENGTHS else ""
+            shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))
+            lines.append(f"{name}: {' -> '.join(shown)}{why}")
+    return lines
+
+
+def _take(name: str, value: Any) -> Any:
+    """The value as the key's type. ValueError with what is wrong."""
+    if name in REMOVED_KEYS:
+        raise ValueError(f"was removed, because {REMOVED_KEYS[name]}; delete it")
+    if name not in KEYS:
+        raise ValueError(f"unknown key{_suggestion(name)}")
+    try:
+        taken = coerce(_number_in(value, KEYS[name].type), KEYS[name])
+    except ValueError as error:
+        raise ValueError(f"got {value!r}, expected {error}") from None
+    return os.path.expanduser(taken) if taken and name in PATHS else taken  # noqa: PTH111  Path turns a hub name's slash
+
+
+def _iter_contradictions(config: Config) -> Iterator[tuple[str, str]]:
+    """What each key allows and their combination does not: a key, and what is wrong with it."""
+    labels = config.prompt.labels
+    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
+        yield "prompt.labels", f"got {labels}, expected two or more different words"
+    if config.prompt.positive_label is not None and config.prompt.positive_label not in labels:
+        yield "prompt.positive_label", f"{config.prompt.positive_label!r} is not one of {labels}"
+    if config.model.compute_dtype == "float16" and config.model.device == "cpu":
+        yield "model.compute_dtype", "float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
+    if config.lora.init_lora_weights == "loftq" and config.model.quantization == "none":
+        yield "lora.init_lora_weights", "loftq starts from the 4-bit error, so it needs model.quantization=nf4 or fp4"
+    if config.lora.init_lora_weights == "pissa" and config.lora.dropout:
+        yield "lora.dropout", "must be 0 with lora.init_lora_weights=pissa, where the adapter is a part of the weight"
+    if config.train.offload_checkpoints and not config.train.gradient_checkpointing:
+        yield "train.offload_checkpoints", "there is nothing to offload without train.gradient_checkpointing=true"
+
+
+def _suggestion(name: str) -> str:
+    if name in KEYS_OF_PEFT:
+        return f"; {KEYS_OF_PEFT[name]}"
+    close = [known for known in KEYS if known.partition(".")[2] == name.rpartition(".")[2]]
+    if not close:  # 0.7, because a common "train." makes two names 0.67 alike
+        close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
 
 
 def _read_override(text: str, kind: Any) -> Any:
@@ -270,86 +334,6 @@ def _read_override(text: str, kind: Any) -> Any:
     return value if is_quoted or isinstance(value, others) else text
 
 
-def describe_keys() -> str:
-    """The table of all keys for --help: name, type, default, meaning."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        for item in dataclasses.fields(section.type):  # type: ignore[arg-type]
-            default = json.dumps(default_of(item), ensure_ascii=False)
-            lines.append(f"  {section.name}.{item.name}={default}  ({type_name(item.type)})")
-            lines.append(f"      {item.metadata['help']}")
-    return "\n".join(lines)
-
-
-def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
-    """`section.key: before -> now` of every key that would change the course of a run that has begun.
-
-    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS.
-    """
-    now, defaults = config.to_dict(), Config().to_dict()
-    is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
-    harmless = HARMLESS_KEYS | LENGTH_KEYS if is_constant else HARMLESS_KEYS
-    lines = []
-    for section, keys in now.items():
-        for name, value in keys.items():
-            old = before.get(section, {}).get(name, defaults[section][name])  # an older version had no such key
-            if f"{section}.{name}" not in harmless and name not in CUTS and old != value:
-                shown = (json.dumps(v, ensure_ascii=False) for v in (old, value))
-                why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if name in LENGTHS else ""
-                lines.append(f"{section}.{name}: {' -> '.join(shown)}{why}")
-    return lines
-
-
-def _build(
-    given: Mapping[str, Any],
-    known: Mapping[str, "dataclasses.Field[Any]"],
-    problems: list[str],
-    sources: Mapping[str, str],
-) -> Config:
-    sections = {f.name: f.type for f in dataclasses.fields(Config)}
-    values: dict[str, dict[str, Any]] = {section: {} for section in sections}
-    for name, value in given.items():
-        where = sources[name]
-        if name in REMOVED_KEYS:
-            problems.append(f"{name}: was removed, because {REMOVED_KEYS[name]}; delete it ({where})")
-            continue
-        if name not in known:
-            problems.append(f"{name}: unknown key{_suggestion(name, known)} ({where})")
-            continue
-        section, _, attribute = name.partition(".")
-        try:
-            taken = coerce(_number_in(value, known[name].type), known[name])
-            if taken and name in PATHS:
-                taken = os.path.expanduser(taken)  # noqa: PTH111  Path would turn a hub name's slash on Windows
-            values[section][attribute] = taken
-        except ValueError as error:
-            problems.append(f"{name}: got {value!r}, expected {error} ({where})")
-    if not problems:
-        config = Config(**{name: kind(**values[name]) for name, kind in sections.items()})  # type: ignore[operator]
-        found = ((problem, problem.partition(":")[0]) for problem in _iter_contradictions(config))
-        problems += [f"{problem} ({sources.get(name, 'default')})" for problem, name in found]
-    if problems:
-        raise UserError("\n".join(problems))
-    return config
-
-
-def _iter_contradictions(config: Config) -> Iterator[str]:
-    """What each key allows and their combination does not."""
-    labels = config.prompt.labels
-    if len(labels) < 2 or len(set(labels)) < len(labels) or not all(labels):
-        yield f"prompt.labels: got {labels}, expected two or more different words"
-    if config.prompt.positive_label is not None and config.prompt.positive_label not in labels:
-        yield f"prompt.positive_label: {config.prompt.positive_label!r} is not one of {labels}"
-    if config.model.compute_dtype == "float16" and config.model.device == "cpu":
-        yield "model.compute_dtype: float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
-    if config.lora.init_lora_weights == "loftq" and config.model.quantization == "none":
-        yield "lora.init_lora_weights: loftq starts from the 4-bit error, so it needs model.quantization=nf4 or fp4"
-    if config.lora.init_lora_weights == "pissa" and config.lora.dropout:
-        yield "lora.dropout: must be 0 with lora.init_lora_weights=pissa, where the adapter is a part of the weight"
-    if config.train.offload_checkpoints and not config.train.gradient_checkpointing:
-        yield "train.offload_checkpoints: there is nothing to offload without train.gradient_checkpointing=true"
-
-
 def _number_in(value: Any, kind: Any) -> Any:
     """A number that YAML took for text, such as 1e-4 with PyYAML, for a key of the type `kind`."""
     if get_origin(kind) is dict and isinstance(value, dict):
@@ -361,15 +345,6 @@ def _number_in(value: Any, kind: Any) -> Any:
         return value
 
 
-def _suggestion(name: str, known: Mapping[str, Any]) -> str:
-    if name in KEYS_OF_PEFT:
-        return f"; {KEYS_OF_PEFT[name]}"
-    close = [candidate for candidate in known if candidate.partition(".")[2] == name.rpartition(".")[2]]
-    if not close:  # 0.7, because a common "train." makes two names 0.67 alike
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
-
-
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, of which YAML would keep the last one, and names every bad value.
 
@@ -379,7 +354,7 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of them expand to gigabytes
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, f"alias *{event.anchor} is not read", event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor} is not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -387,7 +362,8 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
-                    raise _yaml_error(f"key {key_node.value!r} is given twice", key_node)
+                    problem = f"key {key_node.value!r} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -395,11 +371,8 @@ class _StrictLoader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise _yaml_error(f"{node.value!r} cannot be read; quote it if it is text", node) from None
-
-
-def _yaml_error(problem: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            problem = f"{node.value!r} cannot be read; quote it if it is text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
 def _parse_yaml(text: str) -> Any:

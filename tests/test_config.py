@@ -11,7 +11,7 @@ import pytest
 
 from minilora.config import (
     CUTS,
-    HARMLESS_KEYS,
+    FREE_KEYS,
     LENGTHS,
     REMOVED_KEYS,
     Config,
@@ -377,7 +377,7 @@ def test_a_run_may_become_longer_where_its_learning_rate_does_not_depend_on_it(
 def test_how_a_step_is_cut_is_no_change_by_itself() -> None:
     before = load_config().to_dict()
     assert changed_keys(before, load_config(None, [f"train.{name}=2" for name in CUTS])) == []
-    assert not {f"train.{name}" for name in CUTS} & HARMLESS_KEYS  # their product counts: tests/runs/
+    assert not {f"train.{name}" for name in CUTS} & FREE_KEYS  # their product counts: tests/runs/
 
 
 def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:
@@ -423,8 +423,8 @@ def test_a_run_of_a_version_that_had_a_removed_key_is_read_and_continued(name: s
         refuse_other_run(read_provenance(folder), now, load_config(None, ["lora.r=4"]), tmp_path)
 
 
-def test_harmless_keys_exist_and_may_change() -> None:
-    assert set(KEYS) >= HARMLESS_KEYS
+def test_free_keys_exist_and_may_change() -> None:
+    assert set(KEYS) >= FREE_KEYS
     now = load_config(
         None, ["train.output_dir=elsewhere", "train.save_steps=7", "train.logging_steps=3", "train.save_dtype=bfloat16"]
     )
@@ -434,8 +434,8 @@ def test_harmless_keys_exist_and_may_change() -> None:
 @pytest.mark.parametrize(
     "name", ["train.seed", "train.learning_rate", "train.eval_steps", "lora.dropout", "data.max_length"]
 )
-def test_what_decides_the_course_of_a_run_is_not_harmless(name: str) -> None:
-    assert name not in HARMLESS_KEYS
+def test_what_decides_the_course_of_a_run_is_not_free(name: str) -> None:
+    assert name not in FREE_KEYS
 
 
 def test_describe_keys_lists_every_key_with_type_default_and_meaning() -> None:
@@ -481,7 +481,7 @@ def test_readme_names_the_keys_that_may_change_in_the_middle_of_a_run() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     passage = readme[readme.index("Free to change in the middle are") : readme.index("Two runs in one folder")]
     named = set(re.findall(r"`(\w+)`", passage)) - {"train", "model"}
-    assert named == {key.partition(".")[2] for key in HARMLESS_KEYS} | set(LENGTHS)
+    assert named == {key.partition(".")[2] for key in FREE_KEYS} | set(LENGTHS)
 
 
 def test_tables_are_read_from_yaml_and_from_the_command_line(tmp_path: Path) -> None:

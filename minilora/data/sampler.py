@@ -13,13 +13,10 @@ from minilora.qlora.prompt import Example
 def split_into_micro_batches(
     examples: Sequence[Example], size: int, max_tokens: int | None = None
 ) -> list[list[Example]]:
-    """The examples of a step as micro-batches.
+    """The examples of a step as micro-batches of `size`, of which the last may have fewer.
 
-    Args:
-        examples: of one optimizer step.
-        size: examples in a micro-batch; the last may have fewer.
-        max_tokens: split by tokens instead: as few micro-batches as hold at most that many packed tokens each, and even
-            ones, since the largest decides how much memory a run takes. A longer example has one to itself.
+    With `max_tokens`, by tokens instead: as few micro-batches as hold at most that many packed tokens each, and even
+    ones, since the largest decides how much memory a run takes. A longer example has one to itself.
     """
     if max_tokens is None:
         return [list(examples[start : start + size]) for start in range(0, len(examples), size)]
@@ -36,10 +33,7 @@ def split_into_micro_batches(
 def split_across_ranks(examples: Sequence[Example], count: int, size: int) -> list[list[Example]]:
     """The examples of a step for `count` ranks, even in tokens: the slowest of them decides how long a step takes.
 
-    Args:
-        examples: of one optimizer step, at most count * size.
-        count: shares; where there are fewer examples, some are empty.
-        size: most examples in a share.
+    A share has at most `size` examples; where there are fewer than ranks, some are empty.
     """
     return _even_bins(examples, common_prefix(examples), count, size)
 

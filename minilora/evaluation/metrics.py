@@ -10,8 +10,10 @@ were given class j.
 Accuracy is trace / sum. Only ROC AUC, log loss and calibration error need the probabilities themselves. A
 bootstrap interval needs no reviews either: resampling them is a multinomial draw over the cells of M.
 
-Defined results where a denominator is zero: precision, recall and F1 of such a class are 0.0, and it counts
-in a macro average, as in scikit-learn with `labels=range(K), zero_division=0`. ROC AUC is None.
+Where a denominator is zero, precision, recall and F1 of such a class are 0.0, and it counts in a macro average,
+as in scikit-learn with `labels=range(K), zero_division=0`. ROC AUC is None.
+
+In all functions labels are (N,) int in 0..K-1, and probabilities (N, K) float64 whose rows sum to one; N is 1 at least.
 
 Source: scikit-learn's definitions, against which the tests compare; others are named at their functions.
 Left out: sample weights and several labels per review, which nothing here asks for, and ROC AUC of more than
@@ -27,49 +29,26 @@ from minilora.evaluation.calibration import expected_calibration_error
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """How often each true class was given each class.
-
-    Args:
-        labels: (N,) int, the true classes, 0..K-1.
-        predictions: (N,) int, the predicted classes, 0..K-1.
-        num_classes: K; named, because a class may occur in neither array.
-
-    Returns:
-        (K, K) int64, rows true, columns predicted.
-
-    Raises:
-        ValueError: the arrays are not of one length, or hold a class outside 0..K-1.
-    """
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
-    if labels.ndim != 1 or labels.shape != predictions.shape:
-        raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} must both be (N,)")
-    for name, classes in (("labels", labels), ("predictions", predictions)):
-        # Without this check, (0, K) would be counted in silence as cell (1, 0).
-        if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
-            raise ValueError(f"{name} run {classes.min()}..{classes.max()}, expected 0..{num_classes - 1}")
+    """(K, K) int64: how often each true class (row) was given each class (column)."""
     cells = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
 
 
 def precision_recall_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of each class; 0.0 where the denominator is 0.
+    """Precision, recall and F1 of each class, (..., K) float64; leading axes of `confusion` are separate tables.
 
-    So a class that is never predicted has precision 0, one that never occurs has recall 0, and one that does
-    neither has F1 0 as well: scikit-learn's `zero_division=0`. F1 comes from counts, not from precision and
-    recall, so that it needs no rule of its own for 0 + 0.
-
-    Args:
-        confusion: (..., K, K) counts, rows true, columns predicted; leading axes are separate tables.
-
-    Returns:
-        Three arrays (..., K) float64.
+    F1 comes from counts, not from precision and recall, so that it needs no rule of its own for 0 + 0.
     """
     correct = np.diagonal(confusion, axis1=-2, axis2=-1)
     predicted, actual = confusion.sum(axis=-2), confusion.sum(axis=-1)
+
+    def divide_or_zero(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+        return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
+
     return (
-        _divide_or_zero(correct, predicted),
-        _divide_or_zero(correct, actual),
-        _divide_or_zero(2 * correct, predicted + actual),
+        divide_or_zero(correct, predicted),
+        divide_or_zero(correct, actual),
+        divide_or_zero(2 * correct, predicted + actual),
     )
 
 
@@ -89,7 +68,6 @@ def roc_auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
 
     Source: Fawcett 2006, "An introduction to ROC analysis", section 7.
     """
-    positive = np.asarray(positive, dtype=bool)
     levels, level_of = np.unique(scores, return_inverse=True)
     positives = np.bincount(level_of[positive], minlength=levels.size).astype(np.int64)
     negatives = np.bincount(level_of[~positive], minlength=levels.size).astype(np.int64)
@@ -102,27 +80,20 @@ def roc_auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean negative natural logarithm of the probability that was given to the true class.
+    """Mean negative natural logarithm of the true class's probability, in nats.
 
     Probabilities are clipped to [eps, 1 - eps] of float64, as scikit-learn clips them: one confident mistake
     costs 36.04 and not infinity.
-
-    Args:
-        labels: (N,) int, N at least 1.
-        probabilities: (N, K) float64, rows sum to one.
-
-    Returns:
-        The mean in nats.
     """
     eps = np.finfo(np.float64).eps
-    of_truth = np.asarray(probabilities, dtype=np.float64)[np.arange(len(labels)), labels]
+    of_truth = probabilities[np.arange(len(labels)), labels]
     return float(-np.log(np.clip(of_truth, eps, 1 - eps)).mean())
 
 
 def bootstrap_intervals(
-    confusion: np.ndarray, positive: int | None, resamples: int = 1000, seed: int = 0, level: float = 0.95
+    confusion: np.ndarray, positive: int | None, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of accuracy, precision, recall and F1.
+    """95 % percentile bootstrap intervals (low, high) of `accuracy`, `precision`, `recall` and `f1`.
 
     A resample draws N reviews with replacement. Each draw falls into cell (i, j) with probability
     M[i, j] / N, independently of the other draws, so the resampled table is Multinomial(N, M / N): the
@@ -135,19 +106,10 @@ def bootstrap_intervals(
         positive: the class whose precision, recall and F1 are meant; None for macro averages.
         resamples: how many tables are drawn.
         seed: of the draws; equal seeds give equal intervals.
-        level: the share of the resamples that lie within.
-
-    Returns:
-        (low, high) under `accuracy`, `precision`, `recall` and `f1`.
-
-    Raises:
-        ValueError: the table is empty.
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 13.3.
     """
     total = int(confusion.sum())
-    if total == 0:
-        raise ValueError("bootstrap_intervals: the confusion matrix is empty, expected at least one example")
     # Only observed cells are drawn, so that rounding cannot put a review into a cell of probability 0.
     observed = np.flatnonzero(confusion)
     generator = np.random.default_rng(seed)
@@ -155,8 +117,7 @@ def bootstrap_intervals(
     tables = np.zeros((resamples, confusion.size), dtype=np.int64)
     tables[:, observed] = draws
     scores = _headline_scores(tables.reshape(resamples, *confusion.shape), positive)
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    bounds = {name: np.quantile(values, tails) for name, values in scores.items()}
+    bounds = {name: np.quantile(values, [0.025, 0.975]) for name, values in scores.items()}
     return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
 
 
@@ -178,14 +139,8 @@ def mcnemar_test(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, floa
         `b`: int, reviews that only a gets right; `c`: int, those that only b gets right; `p_value`: float,
         two-sided, 1.0 where b + c is 0.
 
-    Raises:
-        ValueError: the arrays are not of one length.
-
     Source: McNemar 1947, in the exact binomial form.
     """
-    correct_a, correct_b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    if correct_a.shape != correct_b.shape:
-        raise ValueError(f"mcnemar_test: {correct_a.shape} and {correct_b.shape} are not the same reviews")
     only_a = int((correct_a & ~correct_b).sum())
     only_b = int((correct_b & ~correct_a).sum())
     n, ways, tail = only_a + only_b, 1, 0
@@ -196,22 +151,12 @@ def mcnemar_test(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, floa
 
 
 def drift(labels: np.ndarray, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    """How far `after` is from `before`.
-
-    Args:
-        labels: (N,) int, the true classes; N at least 1.
-        before: (N, K) float64, rows sum to one.
-        after: (N, K) float64, of the same reviews.
+    """How far the probabilities `after` are from `before`, of the same reviews.
 
     Returns:
         `num_correct` and `accuracy` of `after`; `mean_change` and `largest_change`, absolute, of the probability of
         the true class; `num_flipped` and `flipped`, reviews with another prediction and their share.
-
-    Raises:
-        ValueError: the arrays are not of the same reviews.
     """
-    if before.shape != after.shape or len(labels) != len(before):
-        raise ValueError(f"drift: {labels.shape}, {before.shape} and {after.shape} are not of the same reviews")
     rows = np.arange(len(labels))
     change = np.abs(after[rows, labels] - before[rows, labels])
     correct = after.argmax(1) == labels
@@ -234,8 +179,8 @@ def classification_metrics(
     The prediction is the most probable class, the first of equals.
 
     Args:
-        labels: (N,) int, the true classes, 0..K-1.
-        probabilities: (N, K) float64, rows sum to one.
+        labels: (N,) int, the true classes.
+        probabilities: (N, K) float64.
         label_names: the K names, in the order of the classes.
         positive: the class that `precision`, `recall`, `f1` and `roc_auc` are about. None, the choice for
             more than two classes, makes the first three macro averages and `roc_auc` None.
@@ -247,10 +192,13 @@ def classification_metrics(
         high] of `accuracy`, `precision`, `recall` and `f1`).
 
     Raises:
-        ValueError: there are no examples, or the arguments do not fit together.
+        ValueError: a row holds no probabilities. A diverged model gives NaN, whose argmax is a class like any other.
     """
-    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
-    _check_arguments(labels, probabilities, label_names, positive)
+    # 1e-3 lets rows through that were normalised in float16.
+    unfit = ~((np.abs(probabilities.sum(axis=1) - 1) <= 1e-3) & (probabilities >= 0).all(axis=1))
+    if unfit.any():
+        row = int(unfit.argmax())
+        raise ValueError(f"row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1")
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), len(label_names))
     macro, intervals = _headline_scores(confusion, None), bootstrap_intervals(confusion, positive)
     columns = (*precision_recall_f1(confusion), confusion.sum(axis=1))
@@ -278,27 +226,3 @@ def _headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, n
     for name, by_class in zip(("precision", "recall", "f1"), precision_recall_f1(confusion), strict=True):
         scores[name] = by_class.mean(axis=-1) if positive is None else by_class[..., positive]
     return scores
-
-
-def _divide_or_zero(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
-
-
-def _check_arguments(
-    labels: np.ndarray, probabilities: np.ndarray, label_names: Sequence[str], positive: int | None
-) -> None:
-    where, shape = "classification_metrics", (len(labels), len(label_names))
-    if labels.size == 0:
-        raise ValueError(f"{where}: no examples, expected at least one")
-    if probabilities.shape != shape:
-        raise ValueError(f"{where}: probabilities are {probabilities.shape}, expected {shape}")
-    if len(set(label_names)) != len(label_names):
-        raise ValueError(f"{where}: label names {list(label_names)} repeat, expected distinct ones")
-    if positive is not None and not 0 <= positive < len(label_names):
-        raise ValueError(f"{where}: positive is {positive}, expected 0..{len(label_names) - 1}")
-    # A diverged model gives NaN, whose argmax is a class like any other: it must not pass as a score.
-    # 1e-3 lets rows through that were normalised in float16.
-    unfit = ~((np.abs(probabilities.sum(axis=1) - 1) <= 1e-3) & (probabilities >= 0).all(axis=1))
-    if unfit.any():
-        row = int(unfit.argmax())
-        raise ValueError(f"{where}: row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1")

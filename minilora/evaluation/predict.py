@@ -35,17 +35,11 @@ MAX_WAIT_S = 0.5  # how long a record from a pipe waits for others; up to twice 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model makes of one review.
+    """What the model makes of one review."""
 
-    Attributes:
-        index: of the review in the input, from 0; empty ones count too.
-        text: the review.
-        probabilities: by label word, in the order of the prompt's labels; their sum is 1.
-    """
-
-    index: int
+    index: int  # of the review in the input, from 0; empty ones count too
     text: str
-    probabilities: dict[str, float]
+    probabilities: dict[str, float]  # by label word, in the order of the prompt's labels; their sum is 1
 
     @property
     def label(self) -> str:
@@ -59,15 +53,10 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts window after window, and counts. The ranks get the same windows, share the work, and all get the result.
+    """Predicts window after window, and counts records: seen, cut to data.max_length, and empty ones.
 
-    Attributes:
-        prompt: turns a review into a question.
-        max_batch_tokens: of a forward pass.
-        num_records: records seen.
-        num_cut: those of them that were cut to data.max_length.
-        num_empty: those of them that hold only white space and get no prediction.
-        first_empty: where the first of these is.
+    A record that holds only white space is empty and gets no prediction. The ranks get the same windows, share the
+    work, and all get the result.
     """
 
     def __init__(
@@ -76,11 +65,11 @@ class Predictor:
         """Puts the model into evaluation mode and computes the prompts' shared prefix."""
         self._model = model.eval()
         self._ranks = ranks
-        self.prompt = prompt
-        self.max_batch_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
+        self.prompt = prompt
         self.num_records = self.num_cut = self.num_empty = 0
-        self.first_empty: str | None = None
+        self.first_empty: str | None = None  # file and line
 
     def predict(
         self,
@@ -97,9 +86,9 @@ class Predictor:
         predictions = []
         if filled:
             texts = [records[index].content for index in filled]
-            examples = self.prompt.examples(texts, [0] * len(texts))  # with any answer; the labels replace it
+            examples = self.prompt.examples(texts, [0] * len(texts))  # any answer will do
             options = ScoringOptions(
-                max_tokens=self.max_batch_tokens,
+                max_tokens=self._max_batch_tokens,
                 on_progress=on_progress,
                 ranks=self._ranks,
                 interruptible=interruptible,
@@ -122,8 +111,8 @@ class Predictor:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"{where}: out of memory in the window that begins here; lower --max-batch-tokens (it is "
-                f"{self.max_batch_tokens}) or data.max_length (it is {self.prompt.max_length})"
+                f"{where}: out of memory in the window that begins here; lower --max_batch_tokens (it is "
+                f"{options.max_tokens}) or data.max_length (it is {self.prompt.max_length})"
             ) from error
         if not np.isfinite(found).all():
             raise UserError(
@@ -143,17 +132,15 @@ def iter_windows(records: Iterable[Record | None], max_wait_s: float = math.inf)
     size = FIRST_WINDOW
     window: list[Record] = []
     started = 0.0
-    num_characters = 0
     try:
         for record in records:
             if record is not None:
                 started = started if window else time.monotonic()
                 window.append(record)
-                num_characters += len(record.content)
-            is_full = len(window) >= size or num_characters >= WINDOW_CHARACTERS
+            is_full = len(window) >= size or sum(len(record.content) for record in window) >= WINDOW_CHARACTERS
             if window and (is_full or record is None or time.monotonic() - started > max_wait_s):
                 yield window
-                window, num_characters = [], 0
+                window = []
                 size = min(2 * size, LAST_WINDOW) if is_full else size
     except UserError:
         if window:

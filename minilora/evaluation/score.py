@@ -41,31 +41,18 @@ MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How the work is divided.
+    """How the work is divided."""
 
-    Attributes:
-        batch_size: examples in a forward pass, at most; None for no limit except `max_tokens`.
-        max_tokens: of a forward pass; a longer example has one of its own.
-        on_progress: called with the number of examples finished; the other ranks' are assumed to be as far.
-        ranks: that share the work; each of them gets the whole result.
-        interruptible: entered around the work of this rank.
-    """
-
-    batch_size: int | None = None
-    max_tokens: int = MAX_TOKENS
-    on_progress: Callable[[int], object] | None = None
-    ranks: Ranks = SINGLE_RANK
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    batch_size: int | None = None  # most examples in a forward pass
+    max_tokens: int = MAX_TOKENS  # of a forward pass; a longer example has one of its own
+    on_progress: Callable[[int], object] | None = None  # called with the number of examples finished
+    ranks: Ranks = SINGLE_RANK  # share the work, and all get the whole result
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around the work of this rank
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model makes of N examples.
-
-    Attributes:
-        loss: mean negative log-likelihood of the supervised tokens, in nats.
-        probabilities: (N, labels) float64, rows sum to 1; None for conversations.
-    """
+    """Loss: nats per supervised token. Probabilities: (N, labels) float64, rows sum to 1; None for conversations."""
 
     loss: float
     probabilities: np.ndarray | None
@@ -73,12 +60,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all examples begin with, computed once.
-
-    Attributes:
-        num_tokens: its length; 0 with a single example.
-        cache: its KV cache by layer.
-    """
+    """What all examples begin with, possibly nothing, and its KV cache by layer."""
 
     num_tokens: int
     cache: Sequence[KVCache] | None
@@ -86,7 +68,7 @@ class Prefix:
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Qwen2ForCausalLM, input_ids: Sequence[int]) -> "Prefix":
-        """Prefills with the ids that all examples begin with, which may be none."""
+        """Prefills with the ids."""
         if not input_ids:
             return cls(0, None)
         return cls(len(input_ids), model.build_prefix_cache(torch.tensor(input_ids, device=model.head_weight.device)))
@@ -104,31 +86,27 @@ def score(
     prompt: ClassificationPrompt | None,
     options: ScoringOptions,
 ) -> Scores:
-    """Loss and label probabilities of all examples, in their order.
+    """Loss and label probabilities of all examples, in their order; without a prompt (conversations) the loss only.
 
-    Args:
-        model: put into evaluation mode for the time of the call.
-        examples: at least one, each with its true answer. Examples of similar length share a pass, whatever their
-            order.
-        prompt: whose labels are scored; None for conversations.
-        options: how the work is divided.
+    There is at least one, each with its true answer. Examples of similar length share a pass, whatever their order.
+    The model is in evaluation mode for the time of the call.
     """
     was_training = model.training
     model.eval()
     prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
-    batches = list(_iter_batches(examples, options))
 
     def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
         """Summed loss, supervised tokens, and the labels' scores."""
         batch, hidden = prefix.run(model, chosen)
         nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-        scores: list[list[float]] = []
+        scores = torch.empty(0)
         if prompt is not None and _are_single_tokens(prompt):
-            scores = _single_token_scores(model, prompt, batch, hidden).tolist()
+            scores = _single_token_scores(model, prompt, batch, hidden)
         elif prompt is not None:
-            scores = _label_scores(model, prefix, chosen, prompt).tolist()
-        return nll.item(), count, scores
+            scores = _label_scores(model, prefix, chosen, prompt)
+        return nll.item(), count, scores.tolist()
 
+    batches = list(_iter_batches(examples, options))
     try:
         parts = _divide(batches, examples, score_batch, options)
     finally:
@@ -145,19 +123,13 @@ def label_probabilities(
     prompt: ClassificationPrompt,
     options: ScoringOptions,
 ) -> np.ndarray:
-    """(N, labels) float64, rows sum to 1: what `score` finds of the same examples, to rounding, without the loss.
+    """`score` to rounding, without the loss: of a model in evaluation mode, the answers of `examples` playing no part.
 
-    Args:
-        model: in evaluation mode.
-        prefix: begins all examples.
-        examples: at least one; the answers that they carry have no effect.
-        prompt: whose labels are scored.
-        options: how the work is divided.
+    `prefix` begins all examples.
     """
 
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
-        scores: list[list[float]] = _label_scores(model, prefix, chosen, prompt).tolist()
-        return scores
+        return _label_scores(model, prefix, chosen, prompt).tolist()
 
     batches = list(_iter_batches(examples, options))
     return _softmax(batches, _divide(batches, examples, score_batch, options))

@@ -32,13 +32,7 @@ SVG_SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page.
-
-    Attributes:
-        title: its caption.
-        alt: what it shows, in words.
-        uri: data: address of the SVG.
-    """
+    """A figure of the page: its caption, what it shows in words, and the data: address of its SVG."""
 
     title: str
     alt: str
@@ -60,11 +54,6 @@ def points(log: LogLines, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _line(steps: list[int]) -> str:
-    """The style of a curve: a single point makes no line."""
-    return "o" if len(steps) == 1 else "-"
-
-
 def draw_loss(axes: "Axes", log: LogLines) -> None:
     """Loss of each step, its mean over a thirtieth of the run, and loss of each validation."""
     steps, losses = points(log, "train_loss")
@@ -81,9 +70,7 @@ def draw_loss(axes: "Axes", log: LogLines) -> None:
 def draw_scores(axes: "Axes", log: LogLines) -> None:
     """Accuracy and F1 of each validation, where there are labels."""
     for name, label, colour, style in (("accuracy", "accuracy", ACCENT, "o-"), ("f1", "F1", SECOND, "s--")):
-        steps, values = points(log, f"eval_{name}")
-        if steps:
-            axes.plot(steps, values, style, color=colour, markersize=4, label=label)
+        axes.plot(*points(log, f"eval_{name}"), style, color=colour, markersize=4, label=label)
     axes.set_ylabel("validation")
 
 
@@ -96,12 +83,13 @@ def draw_rate(axes: "Axes", log: LogLines) -> None:
     axes.set_ylabel("learning rate")
 
 
-def save_loss_png(path: Path, log: LogLines) -> None:
-    """Writes loss.png: loss, scores and learning rate over the steps.
+def _line(steps: list[int]) -> str:
+    """The style of a curve: a single point makes no line."""
+    return "o" if len(steps) == 1 else "-"
 
-    Raises:
-        OSError: it cannot be written.
-    """
+
+def save_loss_png(path: Path, log: LogLines) -> None:
+    """Writes loss.png: loss, scores and learning rate over the steps. OSError as it comes."""
     from matplotlib.figure import Figure
 
     heights = {draw_loss: 3, draw_scores: 2, draw_rate: 1}

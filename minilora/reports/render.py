@@ -1,5 +1,6 @@
 """Renders the templates of this folder by jinja2: what is put into an .html template is escaped, into a .md one not."""
 
+import json
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -12,6 +13,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+TEMPLATES.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
 
 
 def render(template: str, **values: Any) -> str:

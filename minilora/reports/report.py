@@ -7,7 +7,6 @@ policy forbids it to load or run anything. What comes from data and configuratio
 language are in tables and never in pictures (`plots.py`). A part that has nothing to show is left out, or says why.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,129 +42,78 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ScoredExamples:
-    """N labelled texts and a model's probabilities for them.
-
-    Attributes:
-        records: the texts, and where they are.
-        labels: (N,) int, the true classes.
-        probabilities: (N, K) float64, rows sum to one.
-        names: the K label words.
-    """
+    """N labelled texts and a model's probabilities for them."""
 
     records: Sequence[Record]
-    labels: np.ndarray
-    probabilities: np.ndarray
-    names: Sequence[str]
+    labels: np.ndarray  # (N,) int, the true classes
+    probabilities: np.ndarray  # (N, K) float64, rows sum to one
+    names: Sequence[str]  # the K label words
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows.
-
-    Attributes:
-        title: its heading.
-        remark: a sentence on the results, or on why there are none.
-        results: metrics by what was scored ("before training", "after training"); the last one is the headline.
-        examples: behind the last results; None for conversations, and where nothing was scored.
-        log: lines of metrics.jsonl; none for an evaluation.
-        memory_estimate: predicted bytes by part, None where nothing was trained.
-        peak_bytes: the measured peak, None where it cannot be measured.
-        config: values by section and key.
-        defaults: the same of the default configuration.
-        facts: its provenance by name; a value may itself be a mapping.
-    """
+    """All that a page shows."""
 
     title: str
-    remark: str
-    results: Mapping[str, Values]
-    examples: ScoredExamples | None
-    log: Sequence[dict[str, Any]]
-    memory_estimate: Mapping[str, int] | None
-    peak_bytes: int | None
-    config: Mapping[str, Values]
-    defaults: Mapping[str, Values]
-    facts: Values
+    remark: str  # a sentence on the results, or on why there are none
+    results: Mapping[str, Values]  # metrics by what was scored ("before training"); the last one is the headline
+    examples: ScoredExamples | None  # behind the last results; None for conversations, and where nothing was scored
+    log: Sequence[dict[str, Any]]  # lines of metrics.jsonl; none for an evaluation
+    memory_estimate: Mapping[str, int] | None  # predicted bytes by part, None where nothing was trained
+    peak_bytes: int | None  # measured, None where it cannot be
+    config: Mapping[str, Values]  # values by section and key
+    defaults: Mapping[str, Values]  # the same of the default configuration
+    facts: Values  # its provenance by name; a value may itself be a mapping
 
 
 def render_report(report: Report) -> str:
     """The page as HTML."""
     last = list(report.results.values())[-1] if report.results else {}
-    scored, trained = report.examples is not None, bool(report.log)
-    parts = {
-        "Results": True,
-        "Curves": trained,
-        "Classes": scored,
-        "Calibration": scored,
-        "Worst mistakes": scored,
-        "Memory": True,
-        "Skipped steps": trained,
-        "Configuration": True,
-        "Provenance": True,
-    }
     page = render(
         "report.html",
         report=report,
-        parts=[title for title, is_shown in parts.items() if is_shown],
         names=NAMES,
         last=last,
         headlines=[name for name in HEADLINES if name in last],
         metric_names=[name for name in NAMES if last.get(name) is not None],
-        curves=_curves(report.log) if trained and plots.is_available() else None,
+        curves=_curves(report.log) if report.log and plots.is_available() else None,
         skipped=[line for line in report.log if line.get("skipped")],
+        num_keys=sum(map(len, report.config.values())),
+        num_changed=sum(
+            value != report.defaults[section][name]
+            for section, keys in report.config.items()
+            for name, value in keys.items()
+        ),
         version=__version__,
-        **_configuration(report.config, report.defaults),
-        **({} if report.examples is None else {**_classes(report.examples, last), **_mistakes(report.examples)}),
-        **({} if report.examples is None else _calibration(report.examples)),
+        **({} if report.examples is None else {**_calibration(report.examples), **_mistakes(report.examples)}),
     )
     return page.translate(FORBIDDEN)
 
 
-def _classes(examples: ScoredExamples, metrics: Values) -> dict[str, Any]:
-    """For each label: the row of the confusion matrix as (count, share of the row), precision, recall, F1, support."""
-    rows = zip(examples.names, metrics["confusion_matrix"], strict=True)
-    return {
-        "classes": [
-            {
-                "name": name,
-                "cells": [(count, count / max(sum(counts), 1)) for count in counts],
-                **metrics["per_class"][name],
-            }
-            for name, counts in rows
-        ]
-    }
-
-
 def _calibration(examples: ScoredExamples) -> dict[str, Any]:
-    """The bins that are not empty, and the reliability diagram; None without matplotlib."""
+    """The bins that are not empty (low, high, count, confidence, accuracy); the diagram, None without matplotlib."""
     counts, correct, confidence = calibration_bins(examples.labels, examples.probabilities)
     accuracy, confidence = (sums / np.maximum(counts, 1) for sums in (correct, confidence))
+    num_bins = len(counts)
     bins = [
-        {
-            "low": index / len(counts),
-            "high": (index + 1) / len(counts),
-            "count": counts[index],
-            "confidence": confidence[index],
-            "accuracy": accuracy[index],
-        }
+        (index / num_bins, (index + 1) / num_bins, counts[index], confidence[index], accuracy[index])
         for index in np.flatnonzero(counts)
     ]
     diagram = plots.reliability_picture(counts, accuracy, confidence) if plots.is_available() else None
-    return {"bins": bins, "num_bins": len(counts), "diagram": diagram}
+    return {"bins": bins, "num_bins": num_bins, "diagram": diagram}
 
 
 def _mistakes(examples: ScoredExamples) -> dict[str, Any]:
-    """The wrong predictions with the highest confidence, the first of equals first, and how many there are in all."""
+    """The wrong predictions with the highest confidence, the first of equals first, and how many there are in all.
+
+    Each as (label, prediction, its probability, record).
+    """
     predictions, confidence = examples.probabilities.argmax(axis=1), examples.probabilities.max(axis=1)
     wrong = np.flatnonzero(predictions != examples.labels)
     shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MAX_MISTAKES]
+    names, records = examples.names, examples.records
     mistakes = [
-        {
-            "label": examples.names[examples.labels[index]],
-            "prediction": examples.names[predictions[index]],
-            "probability": confidence[index],
-            "record": examples.records[index],
-        }
-        for index in shown
+        (names[examples.labels[index]], names[predictions[index]], confidence[index], records[index]) for index in shown
     ]
     return {"mistakes": mistakes, "num_mistakes": len(wrong)}
 
@@ -184,21 +132,3 @@ def _curves(log: Sequence[dict[str, Any]]) -> list[plots.Picture]:
         pictures.append(plots.curve_picture("Accuracy and F1 of validation", plots.draw_scores, log, scores))
     pictures.append(plots.curve_picture("Learning rate", plots.draw_rate, log, course("learning_rate")))
     return pictures
-
-
-def _configuration(config: Mapping[str, Values], defaults: Mapping[str, Values]) -> dict[str, Any]:
-    """By section, the name of each key, its value as JSON, and its default where that is another one."""
-
-    def shown(section: str, name: str, value: Any) -> tuple[str, str, str | None]:
-        default = defaults[section][name]
-        changed_from = None if value == default else json.dumps(default, ensure_ascii=False)
-        return name, json.dumps(value, ensure_ascii=False), changed_from
-
-    sections = {
-        section: [shown(section, name, value) for name, value in keys.items()]
-        for section, keys in config.items()
-        if keys
-    }
-    keys = [key for keys in sections.values() for key in keys]
-    changed = sum(default is not None for _, _, default in keys)
-    return {"configuration": sections, "num_keys": len(keys), "num_changed": changed}

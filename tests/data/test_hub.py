@@ -625,7 +625,7 @@ def refused(error: type[errors.HfHubHTTPError], text: str = "x", status: int = 4
         (OSError(errno.ENOSPC, "No space left on device"), "cannot be stored in .*No space left.*; make room"),
         (OSError(), r"download failed \(OSError.*\); run it again"),
         (ConnectionError("no route"), r"download failed \(.*no route\); run it again"),
-        (RuntimeError("CAS Client Error"), "by Xet failed .*CAS Client Error.*HF_HUB_DISABLE_XET=1"),
+        (RuntimeError("CAS Client Error"), r"download failed \(.*CAS Client Error.*HF_HUB_DISABLE_XET=1"),
         (errors.HFValidationError("x"), "is no hub name, expected owner/name"),
         (refused(errors.HfHubHTTPError, "418 teapot\nfor url", 418), r"download failed \(418 teapot\); run it"),
         (refused(errors.HfHubHTTPError, "5" * 10_000, 418), r"download failed \(5+\.\.\.\)"),
@@ -640,5 +640,5 @@ def test_a_failed_download_says_what_to_do(error: Exception, message: str, monke
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=f"^some/model: .*{message}"):
-        download_snapshot("model", "some/model", None, ["*"])
+        download_snapshot("model", "some/model", None, allow_patterns=["*"])
     assert len(asked) == 1  # none of these passes by itself

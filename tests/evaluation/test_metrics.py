@@ -76,19 +76,6 @@ def test_confusion_matrix_of_no_reviews_is_zero() -> None:
     assert confusion_matrix(nothing, nothing, 2).tolist() == [[0, 0], [0, 0]]
 
 
-@pytest.mark.parametrize("outside", [2, -1])
-def test_confusion_matrix_refuses_a_class_that_does_not_exist(outside: int) -> None:
-    with pytest.raises(ValueError, match=r"predictions run .*, expected 0\.\.1"):
-        confusion_matrix(np.array([0, 1]), np.array([0, outside]), 2)
-    with pytest.raises(ValueError, match=r"labels run .*, expected 0\.\.1"):
-        confusion_matrix(np.array([0, outside]), np.array([0, 1]), 2)
-
-
-def test_confusion_matrix_refuses_arrays_of_two_lengths() -> None:
-    with pytest.raises(ValueError, match=r"labels \(2,\) and predictions \(1,\) must both be \(N,\)"):
-        confusion_matrix(np.array([0, 1]), np.array([0]), 2)
-
-
 def test_precision_recall_f1_of_a_hand_worked_table() -> None:
     # Class 0: predicted 50 + 5 = 55, actual 50 + 10 = 60.
     # Class 1: predicted 10 + 35 = 45, actual 5 + 35 = 40.
@@ -237,22 +224,16 @@ def test_the_first_of_equal_probabilities_is_predicted() -> None:
 
 
 @pytest.mark.parametrize(
-    "labels, probabilities, names, positive, message",
+    "labels, probabilities, message",
     [
-        ([], np.zeros((0, 2)), "ab", 1, "no examples"),
-        ([0], [[0.2, 0.3, 0.5]], "ab", 1, r"probabilities are \(1, 3\), expected \(1, 2\)"),
-        ([0, 1], [[0.5, 0.5]], "ab", 1, r"probabilities are \(1, 2\), expected \(2, 2\)"),
-        ([0], [[0.5, 0.5]], "aa", 1, r"label names \['a', 'a'\] repeat"),
-        ([0], [[0.5, 0.5]], "ab", 2, r"positive is 2, expected 0\.\.1"),
-        ([0, 0], [[0.5, 0.5], [math.nan, 0.5]], "ab", 1, r"row 1 is \[nan, 0\.5\]"),
-        ([0], [[-0.5, 1.5]], "ab", 1, r"row 0 is \[-0\.5, 1\.5\]"),
-        ([0], [[0.1, 0.2]], "ab", 1, r"row 0 is \[0\.1, 0\.2\]"),
-        ([2], [[0.5, 0.5]], "ab", 1, r"labels run 2\.\.2, expected 0\.\.1"),
+        ([0, 0], [[0.5, 0.5], [math.nan, 0.5]], r"row 1 is \[nan, 0\.5\]"),
+        ([0], [[-0.5, 1.5]], r"row 0 is \[-0\.5, 1\.5\]"),
+        ([0], [[0.1, 0.2]], r"row 0 is \[0\.1, 0\.2\]"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(labels, probabilities, names, positive, message) -> None:
+def test_what_is_no_probability_is_refused(labels: list[int], probabilities: list[list[float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        classification_metrics(np.array(labels, dtype=np.int64), np.array(probabilities), list(names), positive)
+        classification_metrics(np.array(labels), np.array(probabilities), "ab", 1)
 
 
 # --- bootstrap
@@ -313,14 +294,6 @@ def test_interval_depends_only_on_the_seed() -> None:
     assert bootstrap_intervals(table, 1, seed=3) != bootstrap_intervals(table, 1, seed=4)
 
 
-def test_a_lower_level_gives_an_interval_within() -> None:
-    table = np.array([[45, 5], [8, 42]])
-    for narrow, wide in zip(
-        bootstrap_intervals(table, 1, level=0.5).values(), bootstrap_intervals(table, 1).values(), strict=True
-    ):
-        assert wide[0] < narrow[0] < narrow[1] < wide[1]
-
-
 def test_interval_of_a_perfect_model_is_a_point() -> None:
     assert set(bootstrap_intervals(np.array([[600, 0], [0, 600]]), None).values()) == {(1.0, 1.0)}
 
@@ -328,11 +301,6 @@ def test_interval_of_a_perfect_model_is_a_point() -> None:
 def test_interval_of_an_absent_class_is_zero() -> None:
     intervals = bootstrap_intervals(np.array([[10, 0], [0, 0]]), 1)
     assert intervals == {"accuracy": (1, 1), "precision": (0, 0), "recall": (0, 0), "f1": (0, 0)}
-
-
-def test_interval_of_no_reviews_is_refused() -> None:
-    with pytest.raises(ValueError, match="confusion matrix is empty"):
-        bootstrap_intervals(np.zeros((2, 2), dtype=np.int64), 1)
 
 
 # --- McNemar
@@ -366,11 +334,6 @@ def test_mcnemar_equals_the_exact_binomial_test(b: int, c: int) -> None:
     # Ours is exact; scipy's incomplete beta function is off by up to 3e-14 in these cases.
     # abs=0, because approx would otherwise let every p below 1e-12 through.
     assert result["p_value"] == pytest.approx(binomtest(b, b + c).pvalue, rel=1e-11, abs=0)
-
-
-def test_mcnemar_refuses_different_reviews() -> None:
-    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\) are not the same reviews"):
-        mcnemar_test(np.ones(2, dtype=bool), np.ones(3, dtype=bool))
 
 
 # --- invariants
@@ -475,9 +438,3 @@ def test_drift_is_about_the_probability_of_the_true_label() -> None:
         pytest.approx(0.4),
         pytest.approx(0.4),
     ]
-
-
-@pytest.mark.parametrize("cut", [(LABELS[1:], BEFORE, AFTER), (LABELS, BEFORE[1:], AFTER), (LABELS, BEFORE, AFTER[1:])])
-def test_drift_refuses_arrays_of_different_reviews(cut: tuple[np.ndarray, ...]) -> None:
-    with pytest.raises(ValueError, match="same reviews"):
-        drift(*cut)

@@ -172,7 +172,7 @@ def test_memory_that_runs_out_names_what_would_take_less(
 
     errors = [RuntimeError("a bug"), MemoryError()]
     monkeypatch.setattr(predict, "label_probabilities", fail)
-    with pytest.raises(UserError, match=r"f:1: out of memory .*; lower --max-batch-tokens \(it is 77\) or data"):
+    with pytest.raises(UserError, match=r"f:1: out of memory .*; lower --max_batch_tokens \(it is 77\) or data"):
         predictor.predict(as_records(["好"]))
     with pytest.raises(RuntimeError, match="a bug"):
         predictor.predict(as_records(["好"]))

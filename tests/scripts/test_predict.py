@@ -293,7 +293,7 @@ def test_an_output_without_results_is_created(predict: Predict, tmp_path: Path) 
 
 def test_results_before_a_bad_line_are_written(predict: Predict, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\xff\nfour\n")
-    message = r"a\.txt:3: is not UTF-8 \(byte 8\); save it as UTF-8\n  predictions written to .*out\.jsonl: 2$"
+    message = r"a\.txt:3: is not UTF-8 \(byte 0xFF\); save it as UTF-8\n  predictions written to .*out\.jsonl: 2$"
     with pytest.raises(UserError, match=message):
         predict("--input", tmp_path / "a.txt", "--output", tmp_path / "out.jsonl")
     found = read_json_lines((tmp_path / "out.jsonl").read_text("utf-8"))
@@ -352,7 +352,7 @@ def test_without_anything_to_predict_a_terminal_is_told_what_to_give(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a,b\n1,2\n", r"a\.csv:2: no text column .*; the file has a, b; name it with --text.column"),
+        ("a.csv", "a,b\n1,2\n", r"a\.csv:2: no text column .*; the file has a, b; rename .* --text_column"),
         ("a.doc", "x", r"a\.doc: is not one of \.tsv"),
         ("a.txt", "", r"a\.txt: is empty"),
         ("a.txt", "早餐很好".encode("gb18030"), r"a\.txt:1: .* it looks like gb18030: give --encoding gb18030"),
