@@ -18,7 +18,7 @@ from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from minilora.system.console import progress
+from minilora.system.console import progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -94,11 +94,17 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
     Raises:
         UserError: see `ClassificationPrompt`, or the tokenizer belongs to another model.
     """
-    vocab_size = read_config(tokenizer.folder).vocab_size
-    if tokenizer.vocab_size > vocab_size:
+    model = read_config(tokenizer.folder)
+    if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{tokenizer.folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json vocab_size {vocab_size}; "
-            "the two are from different models, download both again"
+            f"{tokenizer.folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json vocab_size "
+            f"{model.vocab_size}; the two are from different models, download both again"
+        )
+    most = model.max_position_embeddings
+    if most is not None and config.data.max_length > most:
+        warn(
+            f"note: data.max_length: {config.data.max_length} tokens; {tokenizer.folder} was made for {most} "
+            "(max_position_embeddings), and knows nothing of positions behind them"
         )
     return ClassificationPrompt(
         tokenizer=tokenizer,

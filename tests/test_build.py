@@ -96,3 +96,13 @@ def test_auto_is_what_the_gpu_multiplies_fast(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_dtype(Config(), torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(("max_length", "is_said"), [(2048, False), (2049, True)])
+def test_a_length_beyond_the_models_positions_is_said(
+    max_length: int, is_said: bool, tiny_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [f"data.max_length={max_length}"])
+    build_prompt(config, ChatTokenizer(tiny_checkpoint()))
+    said = capsys.readouterr().err
+    assert ("data.max_length: 2049" in said and "2048 (max_position_embeddings)" in said) == is_said
