@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from minilora.config import LoraConfig
 from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, common_prefix, pack, split_heads
+from minilora.qlora.attention import attention, attention_reference, split_heads
+from minilora.qlora.batch import MicroBatch, common_prefix, pack
 from minilora.qlora.lora import LoRALinear, linear_layers
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
@@ -261,10 +262,10 @@ def _attention(
         k[..., HEAD_DIM // 2 - 1] += KEY_BIAS
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ops.attention(q, k, v, attention_groups(batch, q, k, only_supervised))[:real]
+        return attention(q, k, v, attention_groups(batch, q, k, only_supervised))[:real]
 
     def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return ops.attention_reference(q, k, v, mask[chosen])[:real]
+        return attention_reference(q, k, v, mask[chosen])[:real]
 
     keys = f"keys of {KEY_BIAS:.0f}" if large_keys else "plain keys"
     return Operation(f"attention, {name}, {keys}", (q, k, v), run, reference)
@@ -297,7 +298,7 @@ def measure_attention(options: Options, findings: Findings) -> None:
         shapes = ((tokens, HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM))
         qkv = [torch.randn(s, device=options.device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
         groups = attention_groups(pack([chat_example(tokens, vocab_size=500)]), qkv[0], qkv[1])
-        ours = partial(ops.attention, groups=groups)
+        ours = partial(attention, groups=groups)
         for name, way, where in (
             ("minilora's", ours, deterministic_kernels(qkv[0].device)),
             ("minilora's, in any order of sums", ours, nullcontext()),

@@ -24,7 +24,8 @@ Reading order of qlora/, an hour:
     batch           examples -> one packed, padding-free micro-batch with a shared prefix
     nf4             4-bit NormalFloat: quantise, dequantise, the linear layer over it
     lora            the LoRA linear layer: five lines of autograd, then the same with its gradient derived
-    ops             RMSNorm, rotary embedding, SwiGLU, attention: each a reference, then its derived backward pass
+    ops             RMSNorm, rotary embedding, SwiGLU: each a reference, then its derived backward pass
+    attention       the same for attention within packed segments; PyTorch's fused kernel for long ones
     model           Qwen2.5 in plain PyTorch; the legend of sizes (T, C, H, K, D, F, V, R, P, S)
     loss            hidden states at the supervised positions -> summed negative log-likelihood
     optim           AdamW; the learning rate as a function of the step

@@ -29,7 +29,8 @@ from torch import nn
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters
 from minilora.config import Config, LoraConfig
-from minilora.qlora.batch import FUSED_KEYS, MAX_SCORES_BYTES
+from minilora.qlora.attention import MAX_SCORES_BYTES
+from minilora.qlora.batch import FUSED_KEYS
 from minilora.qlora.loss import chunk_positions
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED

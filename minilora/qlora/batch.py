@@ -32,11 +32,7 @@ from minilora.qlora.prompt import Example
 # Segments of one attention call are padded to the longest of them. A new group starts where that padding would exceed
 # this share of the group: fewer groups mean fewer small kernels, more padding means more work.
 MAX_GROUP_PADDING = 0.25
-# Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
-MAX_SCORES_BYTES = 120_000_000
-# Elements of an attention mask that is made once for all layers; a larger one is made in each layer.
-MAX_MASK = 1 << 20
-# From this many keys on, PyTorch's fused attention is faster than two products and a softmax (`ops.attention`).
+# From this many keys on, PyTorch's fused attention is faster than two products and a softmax (`attention.py`).
 FUSED_KEYS = 512
 
 Span = tuple[int, int]  # first token of a segment and the one behind its last
@@ -91,52 +87,13 @@ class SegmentGroup:
 
 
 @dataclass(frozen=True)
-class HeadGroup:
-    """A `SegmentGroup` as indices into q, k and v with tokens and heads flattened together: what a gather takes."""
-
-    prefix: int  # P
-    shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
-    queries: torch.Tensor  # (n * K * G * Q,) int64, indices into (T * H, D)
-    outputs: torch.Tensor  # the same, except that padding points behind the end
-    padding: torch.Tensor  # int64, which of `queries` are padding
-    keys: torch.Tensor  # (n * K * (P + L),) int64, indices into (T * K, D), prefix first
-    own: torch.Tensor  # (n * K * L,) int64, those of the segment itself
-    last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
-    mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
-
-    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
-        if self.mask is not None:
-            return self.mask
-        masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
-        return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
-
-
-@dataclass(frozen=True)
-class FusedGroup:
-    """A `SegmentGroup` for fused attention: a padded batch of n sequences of P + L tokens, each causal.
-
-    The prefix's tokens take part as queries too, whose result nothing reads: so the mask stays causal. Without indices
-    it is all T tokens in their order, the micro-batch's padding behind them, which nothing reads either.
-    """
-
-    shape: tuple[int, int]  # n, P + L
-    keys: torch.Tensor | None = None  # (n * (P + L),) int64, tokens of k and v
-    queries: torch.Tensor | None = None  # (M,) int64, tokens of q, without padding
-    entries: torch.Tensor | None = None  # (M,) int64, where these are in the batch of n * (P + L)
-
-
-AttentionGroup = HeadGroup | FusedGroup
-
-
-@dataclass(frozen=True)
 class MicroBatch:
     """What one forward and backward pass needs.
 
     Attributes:
         input_ids: (T,) int64; the last few may be padding, which nothing attends to and which sends nothing back.
         position_ids: (T,) int64, each segment counting on from the prefix.
-        groups: which tokens attend to which, for `ops.attention`.
+        groups: which tokens attend to which, for `attention.py`.
         last_groups: the same with only the supervised positions as queries, numbered 0..S-1: the last layer's.
         supervised_positions: (S,) int64, where the hidden state predicts a supervised token.
         targets: (S,) int64, those tokens.
@@ -163,11 +120,12 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on `device`; groups stay on the CPU, where `split_heads` makes tables of them."""
         names = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices")
-        moved: dict[str, Any] = dict(zip(names, _move([getattr(self, name) for name in names], device), strict=True))
+        tensors = move_together([getattr(self, name) for name in names], device)
+        moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
         return replace(self, **moved)
 
 
-def _move(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """int64 tensors to a device: as one buffer of pinned memory, so that one copy runs beside the processor's work."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
@@ -291,60 +249,3 @@ def _pad(segments: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]
     longest = max(map(len, segments))
     padded = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])
     return padded, torch.arange(longest) >= torch.tensor([[len(segment)] for segment in segments])
-
-
-def split_heads(
-    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
-) -> tuple[AttentionGroup, ...]:
-    """What all layers' attention needs to know of a micro-batch, computed once, on the CPU.
-
-    Args:
-        groups: every query that is no padding is in exactly one of them.
-        heads: H.
-        kv_heads: K.
-        num_queries: tokens of q.
-        like: q's dtype and the device that the tables go to.
-    """
-    max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
-    split: list[AttentionGroup] = []
-    for group in groups:
-        if group.is_fused:
-            whole = len(groups) == 1 and group.prefix == 0 and group.queries.numel() == group.num_keys
-            split.append(FusedGroup((1, num_queries)) if whole else _fuse(group))
-        else:
-            split += [_split_group(piece, heads, kv_heads, num_queries) for piece in group.cut(max_scores)]
-    tables = [{name: x for name, x in vars(group).items() if isinstance(x, torch.Tensor)} for group in split]
-    tensors = [tensor for table in tables for tensor in table.values()]
-    moved = iter(_move(tensors, like.device) if tensors else [])
-    on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
-    split = [replace(group, **table) for group, table in zip(split, on_device, strict=True)]
-    return tuple(_keep_mask(group, like.dtype) if isinstance(group, HeadGroup) else group for group in split)
-
-
-def _keep_mask(group: HeadGroup, dtype: torch.dtype) -> HeadGroup:
-    small = group.last_key.numel() * group.shape[-1] <= MAX_MASK
-    return replace(group, mask=group.additive_mask(dtype)) if small else group
-
-
-def _fuse(group: SegmentGroup) -> FusedGroup:
-    n, num_keys = len(group.keys), group.num_keys
-    entries = (torch.arange(n)[:, None] * num_keys + group.last_key)[~group.padding]
-    return FusedGroup((n, num_keys), group.seen().flatten(), group.queries[~group.padding], entries)
-
-
-def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int) -> HeadGroup:
-    n, per_segment = group.queries.shape
-    head = torch.arange(heads)
-    queries = (group.queries[:, None, None, :] * heads + head.view(1, kv_heads, -1, 1)).flatten()
-    padding = group.padding[:, None].expand(n, heads, per_segment).flatten().nonzero().flatten()
-    keys = group.seen()[:, None, :] * kv_heads + torch.arange(kv_heads)[:, None]
-    return HeadGroup(
-        prefix=group.prefix,
-        shape=(n, kv_heads, heads // kv_heads, per_segment, group.num_keys),
-        queries=queries,
-        outputs=queries.index_fill(0, padding, num_queries * heads),
-        padding=padding,
-        keys=keys.flatten(),
-        own=keys[:, :, group.prefix :].flatten(),
-        last_key=group.last_key[:, None, None, :, None],
-    )

@@ -49,20 +49,14 @@ Device = torch.device | str
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with the weights of one or more adapters beside it.
-
-    Attributes:
-        base: the frozen layer, `nn.Linear` or `Linear4bit`; never changed.
-        adapters: `LoRAWeights` by the adapter's name.
-        active: name of the adapter that is computed with, None for none of them.
-        merged: weight (out, in) and bias that replace base and adapter while the adapter is merged, else None.
-    """
+    """A frozen linear layer with the weights of one or more adapters beside it."""
 
     def __init__(self, base: "Linear4bit | nn.Linear"):
         super().__init__()
-        self.base = base
-        self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.base = base  # never changed
+        self.adapters = nn.ModuleDict()  # `LoRAWeights` by the adapter's name
+        self.active: str | None = None  # which of them is computed with
+        # Weight (out, in) and bias that replace base and adapter while the adapter is merged.
         self.merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,24 +88,15 @@ class LoRALinear(nn.Module):
 
 
 class LoRAWeights(nn.Module):
-    """What one adapter has for one linear layer, all of it float32.
+    """What one adapter has for one linear layer, all of it float32: lora_A (R, in), lora_B (out, R), and more of some.
 
-    Attributes:
-        lora_A: (R, in).
-        lora_B: (out, R).
-        lora_magnitude_vector: (out,), DoRA's m, or None.
-        bias: (out,) trained in place of the frozen layer's, or None. R is 0 where nothing else is trained.
-        initial_A: (R, in) frozen, PiSSA's A0, or None.
-        initial_B: (out, R) frozen, PiSSA's B0 with the sign turned, or None.
-        alpha: what s was computed from, for adapter_config.json.
-        scaling: s.
-        dropout: of the adapter's input in training.
+    `scaling` is s, computed from `alpha`, which adapter_config.json has. R is 0 where only the bias is trained.
     """
 
-    lora_magnitude_vector: nn.Parameter | None
-    bias: nn.Parameter | None
-    initial_A: torch.Tensor | None
-    initial_B: torch.Tensor | None
+    lora_magnitude_vector: nn.Parameter | None  # (out,), DoRA's m
+    bias: nn.Parameter | None  # (out,) trained in place of the frozen layer's
+    initial_A: torch.Tensor | None  # (R, in) frozen, PiSSA's A0
+    initial_B: torch.Tensor | None  # (out, R) frozen, PiSSA's B0 with the sign turned
 
     def __init__(self, size: tuple[int, int], r: int, alpha: float, scaling: float, dropout: "Dropout", device: Device):
         """A and B of zeros for a layer of `size` (out, in)."""

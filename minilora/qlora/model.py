@@ -32,7 +32,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minilora.qlora import ops
-from minilora.qlora.batch import AttentionGroup, MicroBatch, SegmentGroup, pack_segments, split_heads
+from minilora.qlora.attention import AttentionGroup, attention, decode_attention, split_heads
+from minilora.qlora.batch import MicroBatch, SegmentGroup, pack_segments
 from minilora.qlora.checkpointing import checkpoint_layer
 from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.lora import Recompute, linear_layers
@@ -130,9 +131,9 @@ class Attention(nn.Module):
         if inputs.kv_cache is not None:
             keys, values = inputs.kv_cache.append(keys, values)
         if inputs.groups is None:
-            mixed = ops.decode_attention(q, keys, values)
+            mixed = decode_attention(q, keys, values)
         else:
-            mixed = ops.attention(q, keys, values, inputs.groups)
+            mixed = attention(q, keys, values, inputs.groups)
         return linear_layers(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.qlora import batch
+from minilora.qlora.attention import split_heads
 from minilora.qlora.batch import (
     MicroBatch,
     SegmentGroup,
@@ -13,7 +14,6 @@ from minilora.qlora.batch import (
     pack,
     pack_segments,
     round_up_tokens,
-    split_heads,
 )
 from minilora.qlora.prompt import ChatTokenizer, Example, chat_example
 
@@ -48,7 +48,7 @@ def seen_by_queries(group: SegmentGroup) -> dict[int, list[int]]:
 
 
 def seen_tokens(packed: MicroBatch) -> list[list[int]]:
-    """For each token, the tokens that it attends to, as `ops.attention` reads the groups."""
+    """For each token, the tokens that it attends to, as `attention` reads the groups."""
     seen: dict[int, list[int]] = {}
     for group in packed.groups:
         assert not seen.keys() & seen_by_queries(group).keys()
