@@ -38,9 +38,10 @@ HERE = Path(__file__).parent
 OURS = "minilora"
 PADDED = "peft loop, padded, checkpointing"
 TINY = [OURS, "minilora, length-sorted", PADDED, "peft loop, length-sorted, no upcasts"]
-# bfloat16 has 8 bits, and a loss is the difference of two logits of 20 or 30: 0.06 each in the worst case, much less
-# in the mean of all steps. Float32 is what shows that both sides compute the same thing.
-BFLOAT16_LOSS_TOLERANCE = 0.05
+# Against float32 the losses of five steps are 1.2 to 1.7 % off here and 0.7 to 3.1 % in peft, Trainer and SFTTrainer
+# (Qwen2.5-0.5B, three orders): neither side is nearer throughout. Half of it is the logits, rounded to steps of 0.125,
+# half the hidden states. Two sides are 2.4 % apart at most; 1.5 times that, because five steps are few.
+BFLOAT16_LOSS_TOLERANCE = 0.035
 
 
 def main() -> None:
