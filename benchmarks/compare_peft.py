@@ -38,10 +38,11 @@ HERE = Path(__file__).parent
 OURS = "minilora"
 PADDED = "peft loop, padded, checkpointing"
 TINY = [OURS, "minilora, length-sorted", PADDED, "peft loop, length-sorted, no upcasts"]
-# Against float32 the losses of five steps are 1.2 to 1.7 % off here and 0.7 to 3.1 % in peft, Trainer and SFTTrainer
-# (Qwen2.5-0.5B, three orders): neither side is nearer throughout. Half of it is the logits, rounded to steps of 0.125,
-# half the hidden states. Two sides are 2.4 % apart at most; 1.5 times that, because five steps are few.
-BFLOAT16_LOSS_TOLERANCE = 0.035
+# Against float32 five steps' losses are 1.2 to 2.0 % off here and 0.7 to 1.7 % in peft, Trainer and SFTTrainer over NF4
+# (Qwen2.5-0.5B, three orders, one or two threads). What all reviews share, the prompt, shares its rounding too, so it
+# does not average out: minilora with one thread and with two is 3.5 % apart. Two sides were 3.1 % apart at most, not
+# less than before attention was mended; 1.5 times that. Float32 is what shows that both compute the same.
+BFLOAT16_LOSS_TOLERANCE = 0.045
 
 
 def main() -> None:
