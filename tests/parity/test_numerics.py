@@ -2,7 +2,7 @@
 
 A float32 pass forward and backward over real reviews is recorded at the first, a middle and the last layer. Inputs and
 upstream gradients are rounded to the dtype; float64 on the same rounded values is the judge. A figure is the norm of a
-difference over the norm of the exact result, the worst of the layers. Needs what test_real.py needs and 6 GB.
+difference over the norm of the exact result, the worst of the layers. Needs what test_real.py needs and 5 GB.
 
     python -m pytest tests/parity/test_numerics.py -s        # a line of a Markdown table for each test
 """
