@@ -38,9 +38,11 @@ HERE = Path(__file__).parent
 OURS = "minilora"
 PADDED = "peft loop, padded, checkpointing"
 TINY = [OURS, "minilora, length-sorted", PADDED, "peft loop, length-sorted, no upcasts"]
-# bfloat16 has 8 bits, and a loss is the difference of two logits of 20 or 30: 0.06 each in the worst case, much less
-# in the mean of all steps. Float32 is what shows that both sides compute the same thing.
-BFLOAT16_LOSS_TOLERANCE = 0.05
+# Against float32 five steps' losses are 1.2 to 2.0 % off here and 0.7 to 1.7 % in peft, Trainer and SFTTrainer over NF4
+# (Qwen2.5-0.5B, three orders, one or two threads). The error is much the same for all reviews (the difference of the
+# labels' logits is 0.05 off in the mean, 0.06 rms), so it does not average out: minilora with one thread and with two
+# is 3.5 % apart. Two sides were 3.1 % apart at most, no less than before attention was mended; 1.5 times that.
+BFLOAT16_LOSS_TOLERANCE = 0.045
 
 
 def main() -> None:
