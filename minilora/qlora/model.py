@@ -222,7 +222,10 @@ class Qwen2ForCausalLM(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, batch: MicroBatch, kv_cache: Sequence[KVCache] | None = None) -> torch.Tensor:
-        """(S, C) hidden states that predict a supervised token; `pack` is told the `cached_prefix` of a KV cache."""
+        """Hidden states that predict a supervised token: (S, C) compute dtype.
+
+        With a KV cache, one for each layer, the batch is from `pack(..., cached_prefix=tokens in the cache)`.
+        """
         hidden: torch.Tensor = self.model(
             batch.input_ids,
             batch.position_ids,
@@ -242,7 +245,7 @@ class Qwen2ForCausalLM(nn.Module):
         return kv_cache
 
     def prefill(self, input_ids: torch.Tensor, kv_cache: Sequence[KVCache]) -> torch.Tensor:
-        """Appends (T,) ids to the KV cache; gives (1, C), which predicts what comes next. T = 1 is a decode step."""
+        """Hidden state (1, C) that predicts what follows (T,) ids, appended to the KV cache; T = 1 is a decode step."""
         start, count, device = kv_cache[0].length, len(input_ids), input_ids.device
         position_ids = torch.arange(start, start + count, device=device)
         groups = last = None
