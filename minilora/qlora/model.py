@@ -69,11 +69,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, C) -> (T, C)."""
         return ops.rms_norm(x, self.weight, self.eps)
 
     def recompute(self, x: torch.Tensor) -> Recompute:
-        """How `forward(x)` is computed a second time."""
         return Recompute(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
 
 
@@ -81,28 +79,19 @@ class Embedding(nn.Embedding):
     """PyTorch's, except that on the meta device no first values are drawn, for which it would import its compiler."""
 
     def reset_parameters(self) -> None:
-        """Draws first values where there is memory for them."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer is given beside the hidden states.
+    """What a layer is given beside the hidden states."""
 
-    Attributes:
-        cos: (T, 1, D) from `ops.rotary_table`.
-        sin: (T, 1, D).
-        groups: which queries attend to which keys; None where one token, the last, attends to all.
-        positions: (S,) int64, where queries and all that follows are needed only there; None for all T.
-        kv_cache: keys and values of the tokens before these.
-    """
-
-    cos: torch.Tensor
+    cos: torch.Tensor  # (T, 1, D) from `ops.rotary_table`, as `sin`
     sin: torch.Tensor
-    groups: tuple[AttentionGroup, ...] | None
-    positions: torch.Tensor | None = None
-    kv_cache: KVCache | None = None
+    groups: tuple[AttentionGroup, ...] | None  # which queries attend to which keys; None: one, the last, to all
+    positions: torch.Tensor | None = None  # (S,) int64, where queries and all that follows are needed; None: all T
+    kv_cache: KVCache | None = None  # of the tokens before these
 
 
 class Attention(nn.Module):
@@ -175,18 +164,13 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2Model(nn.Module):
-    """Embedding, layers and last norm: what a checkpoint calls `model`.
-
-    Attributes:
-        gradient_checkpointing: a layer keeps only its input and is recomputed in backward.
-        offload_checkpoints: on a GPU, those inputs wait in the computer's memory.
-    """
+    """Embedding, layers and last norm: what a checkpoint calls `model`."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
-        self.offload_checkpoints = False
+        self.gradient_checkpointing = False  # a layer keeps only its input and is recomputed in backward
+        self.offload_checkpoints = False  # on a GPU, those inputs wait in the computer's memory
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -213,17 +197,14 @@ class Qwen2Model(nn.Module):
         if positions is not None:
             last_seen = None if last_groups is None else split(last_groups, num_queries=len(positions))
         caches: Sequence[KVCache | None] = [None] * len(self.layers) if kv_cache is None else kv_cache
-        for layer, cache in zip(self.layers[:-1], caches, strict=False):
-            hidden = self._run(layer, hidden, LayerInputs(cos, sin, seen, kv_cache=cache))
-        hidden = self._run(self.layers[-1], hidden, LayerInputs(cos, sin, last_seen, positions, kv_cache=caches[-1]))
+        inputs = [LayerInputs(cos, sin, seen, kv_cache=cache) for cache in caches]
+        inputs[-1] = LayerInputs(cos, sin, last_seen, positions, kv_cache=caches[-1])
+        for layer, given in zip(self.layers, inputs, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint_layer(layer, hidden, given, self.offload_checkpoints)
+            else:
+                hidden = layer(hidden, given)
         return self.norm(hidden)
-
-    def _run(self, layer: nn.Module, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        """`layer(hidden, inputs)`, its activations kept for backward or recomputed there."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint_layer(layer, hidden, inputs, self.offload_checkpoints)
-        output: torch.Tensor = layer(hidden, inputs)
-        return output
 
 
 class Qwen2ForCausalLM(nn.Module):
@@ -239,15 +220,12 @@ class Qwen2ForCausalLM(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """(V, C): the embedding where the two are tied."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, batch: MicroBatch, kv_cache: Sequence[KVCache] | None = None) -> torch.Tensor:
         """Hidden states that predict a supervised token: (S, C) compute dtype.
 
-        Args:
-            batch: packed; with a KV cache, by `pack(..., cached_prefix=tokens in the cache)`.
-            kv_cache: by layer, of the tokens before the batch's.
+        With a KV cache, one for each layer, the batch is from `pack(..., cached_prefix=tokens in the cache)`.
         """
         hidden: torch.Tensor = self.model(
             batch.input_ids,
@@ -268,17 +246,11 @@ class Qwen2ForCausalLM(nn.Module):
         return kv_cache
 
     def prefill(self, input_ids: torch.Tensor, kv_cache: Sequence[KVCache]) -> torch.Tensor:
-        """Appends (T,) ids to the KV cache; T = 1 is a decode step.
-
-        Returns:
-            Hidden state (1, C) compute dtype of the last one, which predicts what comes next.
-        """
+        """Hidden state (1, C) that predicts what follows (T,) ids, appended to the KV cache; T = 1 is a decode step."""
         start, count, device = kv_cache[0].length, len(input_ids), input_ids.device
-        positions = torch.arange(start, start + count, device=device)
-        if count == 1:
-            hidden: torch.Tensor = self.model(input_ids, positions, None, kv_cache=kv_cache)
-            return hidden
-        groups = pack_segments([count], start)
-        last = torch.arange(count - 1, count, device=device)
-        hidden = self.model(input_ids, positions, groups, positions=last, kv_cache=kv_cache)
+        position_ids = torch.arange(start, start + count, device=device)
+        groups = last = None
+        if count > 1:
+            groups, last = pack_segments([count], start), torch.arange(count - 1, count, device=device)
+        hidden: torch.Tensor = self.model(input_ids, position_ids, groups, positions=last, kv_cache=kv_cache)
         return hidden

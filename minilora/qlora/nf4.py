@@ -20,7 +20,7 @@ CPU. Left out: other block sizes; GEMV on 4-bit weights, which gains nothing fro
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,13 +35,11 @@ SMALLEST_ABSMAX = 1e-38  # so that a block of zeros does not divide by zero
 MAX_GEMV_TOKENS = 32  # GEMV on 4-bit weights is faster than to dequantise up to here
 PIECE = 1 << 20  # parameters that are quantised at a time on a CPU; whole blocks
 
-# fmt: off
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-# fmt: on
+)  # fmt: skip
 FP4_LEVELS = tuple(sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
@@ -66,14 +64,13 @@ class QuantizedTensor:
         """
         if not bnb.is_available():
             return _dequantize_in_pytorch(self, dtype)
-        # The operator under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
-        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         # The AVX512 kernel begins a new block with every row and the quantiser does not, so bitsandbytes 0.50.2
         # returns another weight where `in` is a multiple of 16 and not of 64. As one long row it comes out right.
         whole = self.shape[1] % BLOCK_SIZE == 0
         rows = self.shape if whole else (1, 2 * self.packed.numel())
         kind = {"blocksize": BLOCK_SIZE, "quant_type": self.quant_type, "shape": rows, "dtype": dtype}
-        dense: torch.Tensor = dequantize(self.packed, self.scales(), **kind)
+        # The operator under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
+        dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, self.scales(), **kind)
         return dense if whole else dense.view(-1)[: self.shape.numel()].view(self.shape)
 
     def scales(self) -> torch.Tensor:
@@ -90,27 +87,15 @@ class QuantizedTensor:
         return scales.add_(self.offset)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The attributes that are tensors, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same weight on `device`."""
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
 
 def quantize(weight: torch.Tensor, quant_type: str = "nf4", double_quantization: bool = True) -> QuantizedTensor:
-    """The weight in 4 bits, on its device.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16.
-        quant_type: "nf4" or "fp4".
-        double_quantization: store the scales in 8 bits too, 4.127 bits per parameter in place of 4.5.
-
-    Raises:
-        ValueError: another type, dtype or number of axes.
-    """
+    """An (out, in) weight in 4 bits, on its device; ValueError for another dtype, number of axes or `quant_type`."""
     if quant_type not in LEVELS:
         raise ValueError(f"quant_type: got {quant_type!r}, expected one of {list(LEVELS)}")
     if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -153,37 +138,28 @@ class Linear4bit(nn.Module):
     """A frozen linear layer, its weight in 4 bits until it is used.
 
     The weight's parts are buffers: `.to(device)` and `state_dict` find them, an optimizer does not.
-
-    Attributes:
-        bias: (out,) compute dtype, or None.
-        cache_dequantized: keep the dense weight once it is made: speed for memory, 2 bytes per parameter in bfloat16.
-        gemv: (x, bias) -> y by GEMV on 4-bit weights (`generation/gemv.py`); in inference mode up to MAX_GEMV_TOKENS.
     """
 
-    bias: torch.Tensor | None
+    bias: torch.Tensor | None  # (out,) compute dtype
+    cache_dequantized = False  # keep the dense weight: speed for memory, 2 bytes per parameter in bfloat16
+    gemv: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None  # (x, bias) -> y, for few tokens
+    _dense: torch.Tensor | None = None
 
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.quant_type = weight.quant_type
-        self.cache_dequantized = False
-        self.gemv: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
-        self._dense: torch.Tensor | None = None
-        self._shape = weight.shape
-        self._weight_names = tuple(weight.tensors())
+        self._shape, self.quant_type = weight.shape, weight.quant_type
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @property
     def weight(self) -> QuantizedTensor:
-        """The weight as it is held now."""
-        parts: dict[str, Any] = {name: self._buffers[name] for name in self._weight_names}
+        parts: dict[str, Any] = {name: tensor for name, tensor in self._buffers.items() if name != "bias"}
         return QuantizedTensor(shape=self._shape, quant_type=self.quant_type, **parts)
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
         return self.weight.packed.device
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,11 +167,10 @@ class Linear4bit(nn.Module):
         return self.product(x, self.bias)
 
     def uses_gemv(self, x: torch.Tensor) -> bool:
-        """Whether there is no dense weight in `product`."""
         return self.gemv is not None and len(x) <= MAX_GEMV_TOKENS and torch.is_inference_mode_enabled()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + bias: by GEMV on the 4 bits where `gemv` is set, for a few tokens in inference mode, else dense."""
+        """x W^T + bias: in inference mode by GEMV on 4-bit weights, where there is one and T is small, else dense."""
         if self.gemv is not None and self.uses_gemv(x):
             return self.gemv(x, bias)
         y: torch.Tensor = _FrozenLinear.apply(x, self, bias)

@@ -6,10 +6,9 @@ more thing to save, and the rate of any step can be asked for at any time.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim.adamw import adamw
@@ -27,10 +26,8 @@ BITSANDBYTES_OPTIMIZERS = {
 def lr_at(step: int, total_steps: int, *, peak: float, schedule: str = "cosine", warmup_ratio: float = 0.0) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 
-    Rises linearly to `peak` over the first ceil(warmup_ratio * total_steps) steps, then falls towards 0 along
-    half a cosine, a line, or not at all. No step is taken at rate 0: neither the first nor the last.
-
-    `step` is 1 to total_steps, `schedule` "cosine", "linear" or "constant".
+    Rises linearly to `peak` over the first ceil(warmup_ratio * total_steps) steps, then falls towards 0 along half a
+    cosine ("cosine"), a line ("linear"), or not at all ("constant"). No step is taken at rate 0, not even the last.
     """
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step <= warmup_steps:
@@ -49,61 +46,43 @@ SMALLEST_PAGED = 100_000  # elements; a smaller tensor's moments are never paged
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """What AdamW is told, beside the rate: beta1 and beta2, epsilon, decoupled weight decay."""
+    """What AdamW is told, beside the rate."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # decoupled
 
 
-DEFAULT_SETTINGS = AdamWSettings()
+class Optimizer(Protocol):
+    """What training asks of an optimizer."""
 
+    param_groups: list[dict[str, Any]]  # `params`, `lr` and `lr_ratio`; `torch.amp.GradScaler` reads it too
 
-class Optimizer(ABC):
-    """What training asks of an optimizer.
-
-    Attributes:
-        param_groups: `params`, `lr`, and `lr_ratio`, which `set_rate` multiplies it by; what `step.py` and
-            `torch.amp.GradScaler` ask for.
-    """
-
-    param_groups: list[dict[str, Any]]
-
-    @abstractmethod
     def step(self) -> None:
         """Moves every parameter by its gradient, which it must have."""
 
-    @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state as `{i}.{name}`, i the parameter's index, on the CPU; nothing before the first step."""
 
-    @abstractmethod
     def state_shapes(self) -> dict[str, torch.Size]:
         """Name and shape of all that `tensors` gives after a step."""
 
-    @abstractmethod
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restores what `tensors` gave, of those shapes."""
 
     def zero_grad(self) -> None:
-        """Frees all gradients."""
         for parameter in parameters_of(self):
             parameter.grad = None
 
 
 def parameters_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    """All parameters of an optimizer, group by group."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def set_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of the next step, in each group times its own factor."""
+    """Sets the learning rate of the next step, in each group times its `lr_ratio`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
-
-
-def _param_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    return [{"params": list(parameters), "lr": 0.0, "lr_ratio": ratio} for parameters, ratio in groups]
 
 
 class AdamW(Optimizer):
@@ -113,11 +92,12 @@ class AdamW(Optimizer):
     70 MB and a second or two for nothing, and its state is harder to name than these lists.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], settings: AdamWSettings):
-        self.param_groups = _param_groups(groups)
+    def __init__(self, param_groups: list[dict[str, Any]], settings: AdamWSettings):
+        self.param_groups = param_groups
         self._settings = settings
         self._moments: dict[str, list[torch.Tensor]] = {}
 
+    @torch.no_grad()
     def step(self) -> None:
         parameters = parameters_of(self)
         if not self._moments:
@@ -127,23 +107,22 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             own = slice(start, start + len(group["params"]))
             start = own.stop
-            with torch.no_grad():
-                adamw(
-                    group["params"],
-                    grads=[p.grad for p in group["params"]],
-                    exp_avgs=self._moments["exp_avg"][own],
-                    exp_avg_sqs=self._moments["exp_avg_sq"][own],
-                    max_exp_avg_sqs=[],
-                    state_steps=self._moments["step"][own],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=self._settings.betas[0],
-                    beta2=self._settings.betas[1],
-                    lr=group["lr"],
-                    weight_decay=self._settings.weight_decay,
-                    eps=self._settings.eps,
-                    maximize=False,
-                )
+            adamw(
+                group["params"],
+                grads=[p.grad for p in group["params"]],
+                exp_avgs=self._moments["exp_avg"][own],
+                exp_avg_sqs=self._moments["exp_avg_sq"][own],
+                max_exp_avg_sqs=[],
+                state_steps=self._moments["step"][own],
+                fused=True,
+                amsgrad=False,
+                beta1=self._settings.betas[0],
+                beta2=self._settings.betas[1],
+                lr=group["lr"],
+                weight_decay=self._settings.weight_decay,
+                eps=self._settings.eps,
+                maximize=False,
+            )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         named = ((f"{i}.{name}", t) for name, moments in self._moments.items() for i, t in enumerate(moments))
@@ -172,16 +151,16 @@ class BitsAndBytesAdamW(Optimizer):
     each parameter.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], settings: AdamWSettings, bits: int, paged: bool):
+    def __init__(self, param_groups: list[dict[str, Any]], settings: AdamWSettings, bits: int, paged: bool):
         self._bits = bits
         self._adamw = bnb.adamw()(
-            _param_groups(groups),
+            param_groups,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             optim_bits=bits,
             min_8bit_size=SMALLEST_8BIT,
-            is_paged=paged and groups[0][0][0].is_cuda,
+            is_paged=paged and param_groups[0]["params"][0].is_cuda,
         )
         self.param_groups = self._adamw.param_groups
 
@@ -189,11 +168,8 @@ class BitsAndBytesAdamW(Optimizer):
         self._adamw.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        if not self._adamw.state:
-            return {}
-        return {
-            name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in self._named_state().items()
-        }
+        named = self._named_state() if self._adamw.state else {}
+        return {name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in named.items()}
 
     def state_shapes(self) -> dict[str, torch.Size]:
         shapes: dict[str, torch.Size] = {}
@@ -214,39 +190,31 @@ class BitsAndBytesAdamW(Optimizer):
         for name, value in self._named_state().items():
             if isinstance(value, torch.Tensor):
                 value.copy_(tensors[name])  # in place: paged memory stays paged
-            else:
-                self._states()[int(name.partition(".")[0])]["step"] = int(tensors[name])
-
-    def _states(self) -> list[dict[str, Any]]:
-        return [self._adamw.state[parameter] for parameter in parameters_of(self)]
+        for i, parameter in enumerate(parameters_of(self)):
+            self._adamw.state[parameter]["step"] = int(tensors[f"{i}.step"])
 
     def _named_state(self) -> dict[str, Any]:
         """Everything except the levels of 8-bit numbers, which are constants."""
         return {
             f"{i}.{name}": value
-            for i, state in enumerate(self._states())
-            for name, value in state.items()
+            for i, parameter in enumerate(parameters_of(self))
+            for name, value in self._adamw.state[parameter].items()
             if not name.startswith("qmap")
         }
 
 
 def check_optimizer(optim: str) -> None:
-    """Raises UserError for an optimizer of bitsandbytes where that cannot be imported."""
+    """UserError for an optimizer of bitsandbytes where that cannot be imported."""
     if optim in BITSANDBYTES_OPTIMIZERS:
         bnb.adamw()
 
 
 def build_optimizer(
-    groups: Sequence[ParameterGroup],
-    settings: AdamWSettings = DEFAULT_SETTINGS,
-    optim: str = "adamw_torch_fused",
+    groups: Sequence[ParameterGroup], settings: AdamWSettings = AdamWSettings(), optim: str = "adamw_torch_fused"
 ) -> Optimizer:
-    """AdamW over all parameters of `groups`, as `attach.parameter_groups` gives them; `set_rate` sets the rate.
-
-    Raises:
-        UserError: an optimizer of bitsandbytes, which cannot be imported.
-    """
+    """AdamW over the groups of `attach.parameter_groups`; UserError as `check_optimizer`."""
+    param_groups = [{"params": list(parameters), "lr": 0.0, "lr_ratio": ratio} for parameters, ratio in groups]
     if optim in BITSANDBYTES_OPTIMIZERS:
         bits, paged = BITSANDBYTES_OPTIMIZERS[optim]
-        return BitsAndBytesAdamW(groups, settings, bits, paged)
-    return AdamW(groups, settings)
+        return BitsAndBytesAdamW(param_groups, settings, bits, paged)
+    return AdamW(param_groups, settings)

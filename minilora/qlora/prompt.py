@@ -20,7 +20,7 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
@@ -34,19 +34,12 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Example:
-    """One record as the model sees it: ids, and which of them it is asked to predict.
+    """One record as the model sees it: ids, and which of them it is asked to predict."""
 
-    Attributes:
-        input_ids: the whole conversation, n ids.
-        supervised: n flags; `supervised[i]` says that `input_ids[i]` counts in the loss.
-        label: index of the label word, None for free-form chat.
-        truncated_tokens: ids cut from the review (or from user turns) to fit `max_length`.
-    """
-
-    input_ids: list[int]
-    supervised: list[bool]
-    label: int | None = None
-    truncated_tokens: int = 0
+    input_ids: list[int]  # the whole conversation
+    supervised: list[bool]  # for each of its ids, whether that counts in the loss
+    label: int | None = None  # index of the label word, None for free-form chat
+    truncated_tokens: int = 0  # cut from the review, or from system and user turns, to fit `max_length`
 
     @property
     def answer_start(self) -> int:
@@ -58,14 +51,7 @@ class ChatTokenizer:
     """tokenizer.json, with plain text and control tokens kept apart."""
 
     def __init__(self, folder: Path):
-        """Reads `folder/tokenizer.json`.
-
-        Every added token is marked special, because `encode_special_tokens` keeps only the special ones from being
-        recognised in text, and Qwen's file marks `<tool_call>`, `<|fim_prefix|>` and others as ordinary.
-
-        Raises:
-            UserError: the file is missing or unreadable, or knows no ChatML tokens.
-        """
+        """Reads `folder/tokenizer.json`; UserError where it is missing, unreadable or without ChatML's tokens."""
         self.folder = folder
         path = folder / "tokenizer.json"
         try:
@@ -74,24 +60,19 @@ class ChatTokenizer:
             raise UserError(f"{path}: cannot be read ({error.strerror}); a model folder needs it") from None
         except Exception as error:  # the tokenizers package raises plain Exception for a bad file
             raise UserError(f"{path}: is not a tokenizers file ({error}); download the model again") from None
+        # `encode_special_tokens` keeps only special tokens from being recognised in text, and Qwen's file marks
+        # `<tool_call>`, `<|fim_prefix|>` and others as ordinary: so every added one is made special.
         added = self._tokenizer.get_added_tokens_decoder().values()
         self._tokenizer.add_special_tokens([AddedToken(t.content, special=True, normalized=False) for t in added])
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.im_start = self._control_id(IM_START, path)
-        self.im_end = self._control_id(IM_END, path)
-
-    def _control_id(self, token: str, path: Path) -> int:
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise UserError(f"{path}: has no {token} token, which ChatML needs; use a Qwen2.5 tokenizer")
-        return int(token_id)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids in use, the control tokens included."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        for token in (IM_START, IM_END):
+            if token not in ids:
+                raise UserError(f"{path}: has no {token} token, which ChatML needs; use a Qwen2.5 tokenizer")
+        self.im_start, self.im_end = ids[IM_START], ids[IM_END]
+        self.vocab_size = 1 + max(ids.values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""
@@ -106,10 +87,7 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def iter_text(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of ids that come one by one, in pieces that never hold part of a character.
-
-        An incomplete character waits for the rest of it; what never becomes one is shown as U+FFFD at the end.
-        """
+        """Text of ids that come one by one, in whole characters; what never becomes one is U+FFFD at the end."""
         waiting: list[int] = []
         for token in ids:
             waiting.append(token)
@@ -129,53 +107,36 @@ class ChatTokenizer:
         return [self.im_end, *self.encode("\n")]
 
     def cut(self, ids: list[int], length: int) -> list[int]:
-        """The first `length` ids, a few less where that would split a character.
-
-        Byte-level tokens can hold part of a UTF-8 character; the model never saw half of one.
-        """
+        """The first `length` ids, a few less where that would split a character: the model never saw half of one."""
         if len(ids) <= length:
             return ids
-        end = max(length, 0)
-        while end and self._splits_character(ids[max(end - 4, 0) : end], ids[end : end + 4]):
-            end -= 1
-        return ids[:end]
-
-    def _splits_character(self, before: list[int], after: list[int]) -> bool:
-        """Whether the border between two runs of ids lies within a character, which is four tokens at most."""
-        return self.decode(before + after) != self.decode(before) + self.decode(after)
+        for end in range(length, 0, -1):
+            before, after = ids[max(end - 4, 0) : end], ids[end : end + 4]  # at worst each of its 4 bytes is a token
+            if self.decode(before + after) == self.decode(before) + self.decode(after):
+                return ids[:end]
+        return []
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassificationPrompt:
     """How a review becomes a question whose answer is one label word.
 
-    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`.
-
-    Attributes:
-        tokenizer: the model's tokenizer.
-        system: text of the system turn.
-        instruction: opens the user turn; the review follows it directly.
-        labels: the label words; a label's index is its class. None begins another: a word is scored without the
-            closing token, so that the one that goes on could never win.
-        max_length: longest example in tokens, the answer included.
+    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`. No label word's ids begin with
+    another's: a word is scored without the closing token, so that the longer one could never win.
     """
 
     tokenizer: ChatTokenizer
-    system: str
-    instruction: str
-    labels: tuple[str, ...]
-    max_length: int
-    prefix: list[int] = field(init=False)
-    suffix: list[int] = field(init=False)
-    label_ids: list[list[int]] = field(init=False)
+    system: str  # text of the system turn
+    instruction: str  # opens the user turn; the review follows it directly
+    labels: tuple[str, ...]  # the label words; a label's index is its class
+    max_length: int  # longest example in tokens, the answer included
 
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
-        prefix = tokenizer.open_turn("system", self.system) + tokenizer.close_turn()
-        prefix += tokenizer.open_turn("user", self.instruction)
-        object.__setattr__(self, "prefix", prefix)
-        object.__setattr__(self, "suffix", tokenizer.close_turn() + tokenizer.open_turn("assistant"))
-        object.__setattr__(self, "label_ids", [tokenizer.encode(label) for label in self.labels])
+        self.prefix = tokenizer.open_turn("system", self.system) + tokenizer.close_turn()
+        self.prefix += tokenizer.open_turn("user", self.instruction)
+        self.suffix = tokenizer.close_turn() + tokenizer.open_turn("assistant")
+        self.label_ids = [tokenizer.encode(label) for label in self.labels]
         for (word, ids), (longer, longer_ids) in permutations(zip(self.labels, self.label_ids, strict=True), 2):
             if longer_ids[: len(ids)] == ids:
                 raise UserError(
@@ -184,11 +145,7 @@ class ClassificationPrompt:
                 )
 
     def examples(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
-        """One Example per review, the review cut where it is too long, never instruction or answer.
-
-        Raises:
-            UserError: they leave no room for a review.
-        """
+        """One Example per review, which is cut where it is too long; UserError where there is no room for any."""
         fixed = len(self.prefix) + len(self.suffix) + max(map(len, self.label_ids)) + 1
         if texts and fixed >= self.max_length:
             raise UserError(
@@ -201,14 +158,8 @@ class ClassificationPrompt:
             room = self.max_length - len(self.prefix) - len(self.suffix) - len(answer)
             kept = self.tokenizer.cut(review, room)
             question = self.prefix + kept + self.suffix
-            examples.append(
-                Example(
-                    input_ids=question + answer,
-                    supervised=[False] * len(question) + [True] * len(answer),
-                    label=label,
-                    truncated_tokens=len(review) - len(kept),
-                )
-            )
+            supervised = [False] * len(question) + [True] * len(answer)
+            examples.append(Example(question + answer, supervised, label, len(review) - len(kept)))
         return examples
 
     def with_answer(self, example: Example, label: int) -> Example:
@@ -219,11 +170,7 @@ class ClassificationPrompt:
 
 
 def check_turns(messages: Sequence[tuple[str, str]], where: str) -> None:
-    """Refuses a conversation that no example can be made of; data preparation asks too, before it writes a file.
-
-    Raises:
-        UserError: an unknown role, or no assistant turn.
-    """
+    """UserError for an unknown role or no assistant turn; data preparation asks too, before it writes a file."""
     for role, _ in messages:
         if role not in ROLES:
             raise UserError(f"{where}: role {role!r} is not one of {list(ROLES)}; remove the turn or the record")
@@ -234,19 +181,10 @@ def check_turns(messages: Sequence[tuple[str, str]], where: str) -> None:
 def chat_example(
     tokenizer: ChatTokenizer, messages: Sequence[tuple[str, str]], *, max_length: int, where: str, default_system: str
 ) -> Example:
-    """A conversation with every assistant turn supervised.
+    """A conversation of (role, content) pairs, in which every assistant turn is supervised.
 
-    Too long a conversation is cut in its longest user or system turn; an assistant turn never is.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        messages: (role, content) pairs; without a system turn at the start, `default_system` is put there.
-        max_length: longest example in tokens.
-        where: file and line of the record, for messages.
-        default_system: content of that turn.
-
-    Raises:
-        UserError: an unknown role, no assistant turn, or one that does not fit.
+    Without a system turn at the start, `default_system` is put there. Beyond `max_length` tokens the longest user or
+    system turn is cut; UserError with `where` if the assistant turns alone do not fit, or by `check_turns`.
     """
     if not messages or messages[0][0] != "system":
         messages = [("system", default_system), *messages]
@@ -254,9 +192,8 @@ def chat_example(
 
     contents = [tokenizer.encode(content) for _, content in messages]
     fixed = sum(len(tokenizer.open_turn(role)) + len(tokenizer.close_turn()) for role, _ in messages)
-    excess = fixed + sum(map(len, contents)) - max_length
-    truncated = 0
-    while excess > 0:
+    uncut = sum(map(len, contents))
+    while (excess := fixed + sum(map(len, contents)) - max_length) > 0:
         cuttable = [i for i, (role, _) in enumerate(messages) if role != "assistant" and contents[i]]
         if not cuttable:
             raise UserError(
@@ -264,19 +201,14 @@ def chat_example(
                 "raise data.max_length or remove the record"
             )
         longest = max(cuttable, key=lambda i: len(contents[i]))
-        kept = tokenizer.cut(contents[longest], len(contents[longest]) - excess)
-        truncated += len(contents[longest]) - len(kept)
-        excess -= len(contents[longest]) - len(kept)
-        contents[longest] = kept
+        contents[longest] = tokenizer.cut(contents[longest], len(contents[longest]) - excess)
 
     input_ids: list[int] = []
     supervised: list[bool] = []
     for (role, _), content in zip(messages, contents, strict=True):
         is_answer = role == "assistant"
-        end, *newline = tokenizer.close_turn()
-        parts = ((tokenizer.open_turn(role), False), (content, is_answer), ([end], is_answer), (newline, False))
-        for ids, counts in parts:
-            input_ids += ids
-            supervised += [counts] * len(ids)
+        opening, closing = tokenizer.open_turn(role), tokenizer.close_turn()
+        input_ids += opening + content + closing
+        supervised += [False] * len(opening) + [is_answer] * (len(content) + 1) + [False] * (len(closing) - 1)
     length = len(supervised) - supervised[::-1].index(True)  # nothing after the last answer is of use
-    return Example(input_ids[:length], supervised[:length], truncated_tokens=truncated)
+    return Example(input_ids[:length], supervised[:length], truncated_tokens=uncut - sum(map(len, contents)))

@@ -2,9 +2,9 @@
 
     loss = sum over all micro-batches of the tokens' losses / number of supervised tokens in all of them
 
-The division is by the whole step's count, before the first backward pass. Dividing each micro-batch by its
-own count and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16
-examples then train differently as 1 x 16 and as 4 x 4.
+The division is by the whole step's count, before the first backward pass. Dividing each micro-batch by its own count
+and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16 examples then train
+differently as 1 x 16 and as 4 x 4.
 
 All of them means those of all ranks (`distributed.py`), which sum their gradients before the clipping. So every rank
 judges and updates by the same bits, one that has no micro-batch as well.
@@ -31,55 +31,33 @@ from minilora.system.distributed import SINGLE_RANK, Ranks
 
 @dataclass
 class TrainState:
-    """What training changes, and the ranks that change it together.
+    """What training changes, and the ranks that change it together."""
 
-    Attributes:
-        model: in training mode, adapter attached.
-        optimizer: over the adapter.
-        dropout_seed: the model's, set before each micro-batch.
-        scaler: for float16, whose small gradients would become zero.
-        ranks: that take each step together.
-    """
-
-    model: Qwen2ForCausalLM
-    optimizer: Optimizer
-    dropout_seed: DropoutSeed
-    scaler: torch.amp.GradScaler | None = None
+    model: Qwen2ForCausalLM  # in training mode, adapter attached
+    optimizer: Optimizer  # over the adapter
+    dropout_seed: DropoutSeed  # the model's, set before each micro-batch
+    scaler: torch.amp.GradScaler | None = None  # for float16, whose small gradients would become zero
     ranks: Ranks = SINGLE_RANK
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one optimizer step is told.
+    """What one optimizer step is told."""
 
-    Attributes:
-        step: its number, from 1.
-        learning_rate: of this step.
-        max_grad_norm: the gradient is scaled down to this global norm; 0 leaves it alone.
-        seed: of the run, for dropout.
-        num_supervised: supervised tokens of all ranks; None: those of this rank's micro-batches.
-    """
-
-    step: int
+    step: int  # its number, from 1
     learning_rate: float
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    num_supervised: int | None = None
+    max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm; 0 leaves it alone
+    seed: int = 0  # of the run, for dropout
+    num_supervised: int | None = None  # supervised tokens of all ranks; None: those of this rank's micro-batches
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """What one step did."""
 
-    Attributes:
-        loss: mean negative log-likelihood of the supervised tokens, in nats, over all ranks.
-        grad_norm: global norm of the gradient before clipping.
-        updated: False where loss or gradient was NaN or infinite: weights and moments are what they were.
-    """
-
-    loss: float
-    grad_norm: float
-    updated: bool
+    loss: float  # mean negative log-likelihood of the supervised tokens, in nats, over all ranks
+    grad_norm: float  # global norm of the gradient before clipping
+    updated: bool  # False where loss or gradient was NaN or infinite: weights and moments are what they were
 
 
 def train_step(
@@ -88,14 +66,10 @@ def train_step(
     settings: StepSettings,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepResult:
-    """Moves the adapter by one optimizer step, or not at all.
+    """Moves the adapter by one optimizer step over this rank's micro-batches, of which there may be none.
 
-    Args:
-        state: model, optimizer and ranks.
-        micro_batches: this rank's examples of the step, on the model's device; maybe none.
-        settings: of this step.
-        interruptible: entered around the work that may be thrown away: an exception within it leaves weights and
-            moments as they were.
+    `interruptible` is entered around the work that may be thrown away: an exception in it leaves weights and moments
+    as they were.
     """
     model, optimizer, scaler, ranks = state.model, state.optimizer, state.scaler, state.ranks
     num_supervised = settings.num_supervised
