@@ -89,7 +89,6 @@ class ParameterCounts:
     dense: int  # embedding, head, norms and biases
     trainable: tuple[int, ...]  # of each trainable tensor
     lora_a: int  # of all A, as they are multiplied with: with PiSSA's frozen halves
-    lora_b: int  # of all B, likewise
     lora_ranks: int  # R, summed over all adapted layers, likewise
     frozen_a: int  # of PiSSA's frozen halves of A
     frozen_b: int  # of its frozen halves of B
@@ -140,7 +139,6 @@ def count_parameters(architecture: Qwen2Config, lora_config: LoraConfig, folder:
         dense=sum(parameter.numel() for parameter in model.parameters()) - projections - sum(trainable),
         trainable=trainable,
         lora_a=sum(a.numel() for a, _ in matrices),
-        lora_b=sum(b.numel() for _, b in matrices),
         lora_ranks=sum(len(a) for a, _ in matrices),
         frozen_a=sum(w.initial_A.numel() for w in adapted.values() if w.initial_A is not None),
         frozen_b=sum(w.initial_B.numel() for w in adapted.values() if w.initial_B is not None),
@@ -229,8 +227,7 @@ def _activation_bytes(config: Config, counts: ParameterCounts, shape: BatchShape
     width, layers = machine.compute_dtype.itemsize, counts.trained_layers
     of_adapter = (counts.lora_ranks + counts.dora_outputs) // layers
     token = (_token_elements(counts.config) + of_adapter) * width + 8  # and two root mean squares in float32
-    copies = counts.lora_a * width  # of A and B in the compute dtype; float32's are A stacked and PiSSA's B joined
-    copies += counts.lora_b * width if width < 4 else 2 * counts.frozen_b * width
+    copies = counts.lora_a * width + 2 * counts.frozen_b * 4  # of A, and of PiSSA's B with both halves
     one_layer = shape.tokens * token + copies // layers
     if not config.train.gradient_checkpointing:
         return (shape.tokens * (layers - 1) + shape.supervised_positions) * token + copies, one_layer

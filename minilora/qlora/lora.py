@@ -228,11 +228,12 @@ class _LoRA(torch.autograd.Function):
     def forward(
         ctx: Any, group: _Group, sources: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor, *bs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        a, bs = a.to(x.dtype), tuple(b.to(x.dtype) for b in bs)
+        a = a.to(x.dtype)
         u = F.linear(group.mask.zero(x), a)
         us = u.split([b.shape[1] for b in bs], dim=1)
         ys = []
         for (base, bias, s), u_i, b in zip(group.parts, us, bs, strict=True):
+            b = b.to(x.dtype)  # not kept: as many small tensors between large ones would keep the heap in pieces
             y = _product(u_i, b.T, s) if bias is None else torch.addmm(bias, u_i, b.T, alpha=s)
             ys.append(y.addmm_(x, dense_weight(base, x.dtype).T))  # last, or y would be read once more
         ctx.group = group
@@ -250,7 +251,7 @@ class _LoRA(torch.autograd.Function):
         wide = torch.promote_types(a.dtype, torch.float32)
         dus, dbs = [], []
         for dy, (_, _, s), u_i, b in zip(dys, group.parts, us, bs, strict=True):
-            dus.append(_product(dy, b, s))
+            dus.append(_product(dy, b.to(dy.dtype), s))
             # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
             dbs.append(_product(u_i.T, dy, s).T.to(wide, memory_format=torch.contiguous_format))
         du = torch.cat(dus, dim=1) if len(dus) > 1 else dus[0]
