@@ -9,7 +9,6 @@ are rounded before the softmax go wrong.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +38,6 @@ from minilora.qlora.lora import LoRALinear, linear_layers
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import deterministic_kernels
 
 # Relative error, the norm of the difference over the norm: of an output and of each gradient. bfloat16 has 8 bits, so
 # one rounding is 0.17 % in the mean, and attention's gradients pass several: up to 0.9 % was seen on a CPU. float16 has
@@ -299,13 +297,9 @@ def measure_attention(options: Options, findings: Findings) -> None:
         qkv = [torch.randn(s, device=options.device, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
         groups = attention_groups(pack([chat_example(tokens, vocab_size=500)]), qkv[0], qkv[1])
         ours = partial(attention, groups=groups)
-        for name, way, where in (
-            ("minilora's", ours, deterministic_kernels(qkv[0].device)),
-            ("minilora's, in any order of sums", ours, nullcontext()),
-            ("PyTorch's, in any order of sums", _attention_by_pytorch, nullcontext()),
-        ):
+        for name, way in (("minilora's", ours), ("PyTorch's, in any order of sums", _attention_by_pytorch)):
             name = f"attention of {tokens:,} tokens, {name}"
-            with findings.attempt(name), where:
+            with findings.attempt(name):
                 findings.figure(name, **_cost_of_attention(way, qkv))
 
 

@@ -42,7 +42,7 @@ from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, build_optimizer
-from minilora.qlora.step import StepSettings, TrainState, deterministic_kernels, train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 
 LAYERS = 4  # of a 0.5B: one layer's kernels are all layers' kernels
 RATE = 1e-3
@@ -220,8 +220,7 @@ def _model(options: Options, lora: LoraConfig, dtype: torch.dtype = torch.bfloat
 def _gradients(model: Qwen2ForCausalLM, batch: MicroBatch) -> list[torch.Tensor]:
     parameters = lora_parameters(model)
     nll, count = next_token_nll(model(batch), batch.targets, model.head_weight)
-    with deterministic_kernels(nll.device):  # as `train_step`
-        return list(torch.autograd.grad(nll / count, parameters))
+    return list(torch.autograd.grad(nll / count, parameters))
 
 
 # ---- Resume

@@ -45,7 +45,6 @@ KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU k
 HEAP_SLACK = 0.05
 HEAP_SLACK_LAYERS = 3
 HEAP_SLACK_WEIGHTS = 9
-IN_STEP = ("activations", "one chunk of logits", "one layer's backward pass", "gradients")
 COMPILED_BYTES = 120_000_000  # the compiled products that `tuned_process` lets PyTorch and oneDNN keep, their libraries
 COMPILER_BYTES = 80_000_000  # PyTorch's compiler, which the optimizers of bitsandbytes import
 # On a GPU: the context was 426 MiB on an RTX 6000 Ada with PyTorch 2.10 (unsloth-zoo, pull request 1053), about 400 MB
@@ -63,11 +62,6 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Sum of all parts."""
         return sum(self.parts.values())
-
-    @property
-    def step_bytes(self) -> int:
-        """Only what a training step takes and gives back."""
-        return sum(value for name, value in self.parts.items() if name.startswith(IN_STEP))
 
     @property
     def weight_bytes(self) -> int:

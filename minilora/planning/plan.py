@@ -15,9 +15,8 @@ from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_into_micro_batches
-from minilora.evaluation.score import MAX_TOKENS
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
-from minilora.qlora.batch import FUSED_KEYS, count_packed_tokens, round_up_tokens
+from minilora.qlora.batch import count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.optim import check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -99,21 +98,6 @@ def print_plan(config: Config, model_folder: Path) -> None:
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
-
-
-def scoring_tokens(
-    config: Config, model_folder: Path, examples: Sequence[Example], dtype: torch.dtype, longest: int
-) -> int:
-    """Tokens of a forward pass in a validation: as many as take no more memory than a training step on `examples`.
-
-    A layer's MLP takes 4 C + 3 F elements a token without a gradient, and its attention two for each score. `longest`
-    is the longest example to score, which has a pass of its own if it must.
-    """
-    model = read_config(model_folder)
-    scores = 2 * model.num_attention_heads * min(longest, FUSED_KEYS)
-    token_bytes = (4 * model.hidden_size + 3 * model.intermediate_size + scores) * dtype.itemsize
-    step_bytes = estimate_run_memory(config, model_folder, examples, dtype=dtype, process_bytes=None).step_bytes
-    return max(longest, min(MAX_TOKENS, step_bytes // token_bytes))
 
 
 def epoch_batches(config: Config, examples: Sequence[Example], epoch: int) -> Iterator[list[Example]]:

@@ -229,8 +229,21 @@ def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: F
         q = q.new_zeros(n * num_keys, *q.shape[1:]).index_copy(0, entries, q)
     q, k, v = (x.view(n, num_keys, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if mixed.is_cuda and mixed.grad_fn is not None:
+        _sum_in_one_order(mixed.grad_fn)
     mixed = mixed.transpose(1, 2).flatten(0, 1)
     return mixed if entries is None else mixed.index_select(0, entries)
+
+
+def _sum_in_one_order(node: Any) -> None:
+    """Lets a backward pass of PyTorch's be deterministic on a GPU, where the fused one else adds dq by atomics.
+
+    A resumed run needs the bits of an unbroken one. Only around this node: elsewhere PyTorch would take slow ways, for
+    `index_add_` too, which here adds nothing but zeros where indices meet.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    node.register_prehook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
+    node.register_hook(lambda *_: torch.use_deterministic_algorithms(before))
 
 
 # ---- All of them

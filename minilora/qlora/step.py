@@ -14,10 +14,10 @@ AdamW's moments for good. With float16 it is how the loss scale is found.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -78,7 +78,7 @@ def train_step(
     total = torch.zeros((), device=model.head_weight.device)
     parameters = parameters_of(optimizer)
     try:
-        with ranks.barrier(), interruptible(), deterministic_kernels(total.device):
+        with ranks.barrier(), interruptible():
             for index, batch in enumerate(micro_batches):
                 state.dropout_seed.set(settings.seed, settings.step, index * ranks.size + ranks.rank)
                 nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
@@ -103,26 +103,3 @@ def train_step(
     finally:
         optimizer.zero_grad()
     return StepResult(loss_value, grad_norm, updated)
-
-
-@contextmanager
-def deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """On a GPU, PyTorch chooses kernels that sum in one order, so that a resumed run has the bits of an unbroken one.
-
-    Of what a step calls only fused attention's backward pass needs it, which else adds dq by atomics. cuBLAS has one
-    order on one stream when CUBLAS_WORKSPACE_CONFIG is set (`system/process.py`); `warn_only`, or it would refuse to
-    work where it is not.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    switches: Any = torch.utils.deterministic
-    fills = switches.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = False  # else each new buffer is written once more
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        switches.fill_uninitialized_memory = fills

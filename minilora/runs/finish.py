@@ -217,9 +217,7 @@ def score_split(
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
     size = run.config.train.per_device_eval_batch_size
-    options = ScoringOptions(
-        size, run.scoring_tokens, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible
-    )
+    options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
     scores = score(run.model, split.examples, prompt, options)
     if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
         raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number")

@@ -6,7 +6,6 @@ own (`batches`).
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
 from minilora.planning.memory import MemoryEstimate
-from minilora.planning.plan import estimate_run_memory, scoring_tokens
+from minilora.planning.plan import estimate_run_memory
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -81,14 +80,6 @@ class Run:
         folder, examples = self.prompt.tokenizer.folder, self.splits["train"].examples
         dtype = choose_dtype(self.config, self.device)
         return estimate_run_memory(self.config, folder, examples, dtype=dtype, process_bytes=self.process_bytes)
-
-    @cached_property
-    def scoring_tokens(self) -> int:
-        """Tokens of a forward pass in a validation."""
-        folder, examples = self.prompt.tokenizer.folder, self.splits["train"].examples
-        longest = max(len(example.input_ids) for split in self.splits.values() for example in split.examples)
-        dtype = choose_dtype(self.config, self.device)
-        return scoring_tokens(self.config, folder, examples, dtype=dtype, longest=longest)
 
     @property
     def train_state(self) -> TrainState:

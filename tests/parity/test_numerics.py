@@ -28,7 +28,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.config import LoraConfig
 from minilora.qlora import ops
-from minilora.qlora.batch import MicroBatch, common_prefix, pack, split_heads
+from minilora.qlora.attention import attention, attention_reference, split_heads
+from minilora.qlora.batch import MicroBatch, common_prefix, pack
 from minilora.qlora.lora import linear_layers
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM, RMSNorm
@@ -221,8 +222,9 @@ def rotary_cases(recordings: dict[str, Recording]) -> list[Case]:
 
     def exact(x: torch.Tensor) -> torch.Tensor:
         exponent = torch.arange(0, 64, 2, dtype=torch.float64) / 64
-        angle = (positions.double()[:, None] * theta**-exponent).repeat(1, 2)[:, None]
-        return ops.rotary_reference(x, angle.cos(), angle.sin())
+        angle = (positions.double()[:, None] * theta**-exponent)[:, None]
+        cos, sin = angle.cos(), angle.sin()
+        return ops.rotary_reference(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     def ours(x: torch.Tensor) -> torch.Tensor:
         return ops.rotary(x, *ops.rotary_table(positions, 64, theta, x.dtype))
@@ -263,7 +265,7 @@ def attention_cases(recordings: dict[str, Recording], name: str) -> list[Case]:
 
     def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         groups = split_heads(batch.groups, q.shape[1], k.shape[1], num_queries=n, like=q)
-        return ops.attention(q, k, v, groups)
+        return attention(q, k, v, groups)
 
     def theirs(way: Callable[..., Any], *qkv: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in qkv)
@@ -281,7 +283,7 @@ def attention_cases(recordings: dict[str, Recording], name: str) -> list[Case]:
             Case(
                 (*turned, heads(v.y)),
                 heads(o.dx),
-                exact=partial(ops.attention_reference, mask=mask),
+                exact=partial(attention_reference, mask=mask),
                 ours=ours,
                 theirs={key: partial(theirs, way) for key, way in ways.items()},
             )

@@ -14,7 +14,6 @@ from minilora.build import build_prompt, read_split
 from minilora.config import LoraConfig, load_config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_into_micro_batches
-from minilora.evaluation.score import MAX_TOKENS
 from minilora.planning import plan
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
@@ -79,21 +78,6 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(
         max(batch.num_supervised for batch in batches),
         max(len(example.input_ids) for example in examples) - 1,
     )
-
-
-def test_a_validation_takes_no_more_memory_than_a_training_step(
-    examples: list[Example], tiny_checkpoint: Callable[..., Path]
-) -> None:
-    folder = tiny_checkpoint(layers=12)
-
-    def tokens(*keys: str, longest: int = 40) -> int:
-        config = load_config(None, ["train.per_device_train_batch_size=2", *keys])
-        return plan.scoring_tokens(config, folder, examples, torch.float32, longest=longest)
-
-    lean = tokens("train.gradient_checkpointing=true")
-    assert 40 < lean < tokens() <= MAX_TOKENS
-    assert tokens("train.per_device_train_batch_size=64") == MAX_TOKENS
-    assert tokens(longest=5000) == 5000  # a record that is longer has a pass of its own
 
 
 def test_a_run_that_is_counted_in_steps_is_as_long_as_they_say(examples: list[Example]) -> None:

@@ -1,6 +1,7 @@
 """Attention over packed segments, by both ways, against its reference: results, gradients, and in half precision."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -187,3 +188,24 @@ def test_attention_gradient(prefix: int) -> None:
     total = segments[-1][1]
     inputs = (random(total, 4, 2), random(total, 2, 2), random(total, 2, 2))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, groups), inputs)
+
+
+def test_only_the_chosen_backward_pass_is_deterministic() -> None:
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return grads[0]
+
+    x = torch.ones(2, requires_grad=True)
+    chosen = Look.apply(Look.apply(x))
+    attention_module._sum_in_one_order(chosen.grad_fn)
+    Look.apply(chosen).sum().backward()
+    assert seen == [False, True, False]  # the last first
+    assert torch.equal(x.grad, torch.ones(2))

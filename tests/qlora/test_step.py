@@ -17,7 +17,7 @@ from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
-from minilora.qlora.step import StepSettings, TrainState, deterministic_kernels, train_step
+from minilora.qlora.step import StepSettings, TrainState, train_step
 
 
 def build(dropout: float = 0.0) -> tuple[Qwen2ForCausalLM, DropoutSeed]:
@@ -214,12 +214,3 @@ def test_a_step_that_is_stopped_is_as_if_it_had_not_begun(number: int, monkeypat
         expected = train_step(TrainState(undisturbed, other, seed), micro_batches, StepSettings(step, 0.01, 1.0)).loss
     assert loss == expected
     assert all(torch.equal(a, b) for a, b in zip(contents(model, optimizer), contents(undisturbed, other), strict=True))
-
-
-def test_deterministic_kernels_are_chosen_for_a_gpus_step_only() -> None:
-    with deterministic_kernels(torch.device("cpu")):
-        assert not torch.are_deterministic_algorithms_enabled()
-    with deterministic_kernels(torch.device("cuda")):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
