@@ -227,7 +227,8 @@ def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: F
     if group.queries is not None and group.keys is not None and entries is not None:
         q, k, v = q.index_select(0, group.queries), k.index_select(0, group.keys), v.index_select(0, group.keys)
         q = q.new_zeros(n * num_keys, *q.shape[1:]).index_copy(0, entries, q)
-    q, k, v = (x.view(n, num_keys, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
+    # Where every token is supervised the last layer's queries are without the padding that its keys have.
+    q, k, v = (x[: n * num_keys].view(n, num_keys, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if mixed.is_cuda and mixed.grad_fn is not None:
         _sum_in_one_order(mixed.grad_fn)

@@ -27,7 +27,8 @@ class _RMSNorm(torch.autograd.Function):
     With n = x / rms(x) and g = w * dy:  dx = (g - n * mean(g * n)) / rms(x),  dw = sum over tokens of n * dy.
     The mean is over the C entries of a token: it is what the common divisor sends back to each of them.
     Keeps x and 1 / rms, one float32 a token; the mean is in float32 too, because a sum of squares overflows float16.
-    Forward is PyTorch's fused kernel, one launch in place of nine and half the time; its backward has none on a CPU.
+    Forward is PyTorch's own: one kernel on a GPU in place of nine, and half the time on a CPU, where its backward has
+    none.
     """
 
     @staticmethod

@@ -101,6 +101,30 @@ def test_supervised_queries_of_a_long_segment_are_fused_too(monkeypatch: pytest.
     )
 
 
+def test_a_long_segment_of_which_every_token_is_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "FUSED_KEYS", 8)
+    packed = pack([Example(list(range(38)), [False] + [True] * 37)])
+    tokens = len(packed.input_ids)
+    assert tokens > 37 == packed.num_supervised  # padding behind the keys, none behind the queries
+    q, k, v = random(37, 4, 4), random(tokens, 2, 4), random(tokens, 2, 4)
+    split = split_heads(packed.last_groups, 4, 2, num_queries=37, like=q)
+    assert [type(group) for group in split] == [FusedGroup]
+    found, expected = attention_module.attention(q, k, v, split), reference(q, k[:37], v[:37], [(0, 37)], prefix=0)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("cached", [1, 4])
+def test_a_long_segment_behind_a_cached_prefix_attends_as_in_one_pass(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "FUSED_KEYS", 8)
+    q, k, v = random(13, 4, 4), random(13, 2, 4), random(13, 2, 4)
+    split = split_heads(pack_segments([13 - cached], cached), 4, 2, num_queries=13 - cached, like=q)
+    assert [type(group) for group in split] == [FusedGroup]
+    found = attention_module.attention(q[cached:], k, v, split)
+    torch.testing.assert_close(found, reference(q, k, v, [(0, 13)], prefix=0)[cached:])
+
+
 # What bfloat16 and float16 make of q, k and v as Qwen2.5 has them, against float64 on the same values: relative errors
 # of output and gradients. Rounding each of them once is 0.2 %, weights and scores rounded in between make the rest.
 # Without the subtraction of the first key the largest are 35 % and 6 %.
