@@ -71,7 +71,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     provenance = current_provenance(config, model_folder, describe_machine(device, dtype, ranks.size))
-    ranks.require_same(provenance.facts, "give all machines the same command, files and library versions")
+    ranks.require_same(provenance.facts, "give all machines the same command, files, library versions and GPUs")
     checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     splits = {name: read_split(config, prompt, name) for name in SPLITS}

@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 
 COMPILED_PRODUCTS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # read at the first product
 VARIABLES = dict.fromkeys(COMPILED_PRODUCTS, "64") | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-if sys.platform == "linux":
-    VARIABLES["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its earlier name
+    VARIABLES["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed
 KEPT_IN_HEAP = 64 << 20  # bytes
 GLIBC_DEFAULT = 128 << 10  # bytes, of both; by default there are 8 arenas per core
