@@ -20,7 +20,8 @@ import numpy as np
 from minilora.adapters.attach import adapter_disabled
 from minilora.build import Examples, choose_device
 from minilora.config import Config
-from minilora.data.records import ENCODINGS
+from minilora.data.readers import ENCODINGS
+from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -58,7 +59,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     with ranks.rank_0_first():
         trained = load_run(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
     config, prompt = trained.config, trained.prompt
-    data, examples = trained.read_reviews(arguments.data, arguments.encoding)
+    data, examples = trained.read_reviews(arguments.data, ReadOptions(encoding=arguments.encoding))
     model = trained.load(arguments.allow_bin, ranks)
 
     results, probabilities = evaluate(trained, model, examples, title="evaluate", ranks=ranks)

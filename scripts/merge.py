@@ -35,7 +35,8 @@ from minilora.adapters.merge import (
     write_merged,
 )
 from minilora.build import Examples, choose_device, choose_dtype
-from minilora.data.records import ENCODINGS
+from minilora.data.readers import ENCODINGS
+from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
 from minilora.runs.load_run import LoadedRun, load_run
@@ -82,7 +83,8 @@ def main() -> None:
     dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
     refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
-    data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, arguments.encoding)
+    reading = ReadOptions(encoding=arguments.encoding)
+    data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, reading)
 
     temporary = output.with_name(WRITING + output.name)
     results: dict[str, Any] = {"output": str(arguments.output_dir), FACT: into, "dtype": dtype_name(dtype)}
@@ -169,7 +171,7 @@ def open_run(trained: LoadedRun, allow_bin: bool) -> Merge:
     )
 
 
-def read_reviews(trained: LoadedRun, data: Path | None, encoding: str) -> tuple[Path, Examples]:
+def read_reviews(trained: LoadedRun, data: Path | None, reading: ReadOptions) -> tuple[Path, Examples]:
     """`LoadedRun.read_reviews`; UserError with a remedy if there is no test split."""
     split = Path(trained.config.data.dir) / "test.jsonl"
     if data is None and not split.is_file():
@@ -177,7 +179,7 @@ def read_reviews(trained: LoadedRun, data: Path | None, encoding: str) -> tuple[
             f"{split}: does not exist, so drift cannot be measured on the test split of the adapter's run; give other "
             "reviews with --data, or merge with --no_drift"
         )
-    return trained.read_reviews(data, encoding)
+    return trained.read_reviews(data, reading)
 
 
 @dataclass(frozen=True)

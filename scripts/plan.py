@@ -18,7 +18,8 @@ import torch
 
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
-from minilora.data.records import ENCODINGS, Record, read_records
+from minilora.data.readers import ENCODINGS
+from minilora.data.records import ReadOptions, Record, read_records
 from minilora.errors import UserError
 from minilora.planning.budget import (
     MOST,
@@ -116,7 +117,7 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
             raise
         info(f"{path} is ignored, because there is no tokenizer ({error})\n")
         return [], None
-    records = read_records(path, encoding=arguments.encoding)[: config.data.max_train_examples]
+    records = read_records(path, ReadOptions(encoding=arguments.encoding))[: config.data.max_train_examples]
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
     return records, tokenizer

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from minilora.data.records import ENCODINGS, Record, count_lines, iter_line_records, iter_lines, iter_texts
+from minilora.data.readers import ENCODINGS, count_lines, iter_lines
+from minilora.data.records import ReadOptions, Record, iter_line_records, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
@@ -61,7 +62,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         lines = iter_lines(standard_input(), "standard input", arguments.encoding)
         windows = iter_windows(with_pauses(iter_line_records(lines, "standard input")), MAX_WAIT_S)
     elif path is not None:
-        records = iter_texts(path, arguments.text_column, arguments.encoding)
+        records = iter_texts(path, ReadOptions(arguments.text_column, encoding=arguments.encoding))
         windows = iter_windows(read_first(records, path))
     else:
         windows = iter_windows(iter_line_records(reviews, "command line"))

@@ -10,7 +10,8 @@ from typing import Any
 
 from minilora.data.hub import downloaded_files
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
-from minilora.data.records import ENCODINGS
+from minilora.data.readers import ENCODINGS
+from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 
 DOWNLOADED = Path("data/chn_senti_corp")
@@ -47,9 +48,7 @@ def main() -> None:
         files,
         arguments.output_dir,
         SplitOptions(seed=arguments.seed, keep_splits=arguments.keep_splits, drop_leaks=arguments.drop_leaks),
-        text_column=arguments.text_column,
-        label_column=arguments.label_column,
-        encoding=arguments.encoding,
+        ReadOptions(arguments.text_column, arguments.label_column, arguments.encoding),
     )
     print_report(report, arguments.output_dir)
 

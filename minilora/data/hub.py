@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.prepare import SPLITS, split_of
-from minilora.data.records import capped
-from minilora.errors import UserError
+from minilora.errors import UserError, capped
 from minilora.system.cli import DISK_ERRORS
 from minilora.system.console import is_quiet, warn
 from minilora.system.files import WRITING, sha256

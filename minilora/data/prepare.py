@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import Record, read_demo_records, read_records, shown
-from minilora.errors import UserError
+from minilora.data.records import ReadOptions, Record, read_demo_records, read_records
+from minilora.errors import UserError, shown
 from minilora.system.files import (
     WRITING,
     lock_folder,
@@ -166,17 +166,15 @@ def prepare(
     files: Sequence[Path],
     directory: Path,
     options: SplitOptions = SplitOptions(),
-    *,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    encoding: str = "utf-8",
+    reading: ReadOptions = ReadOptions(),
 ) -> dict[str, Any]:
     """Writes train.jsonl, validation.jsonl, test.jsonl and data_report.json into `directory`.
 
     Args:
-        files: as `read_records` reads them, with text_column, label_column and encoding.
+        files: as `read_records` reads them.
         directory: created if needed; what is written is UTF-8.
         options: how the records are split.
+        reading: how the files are read.
 
     Returns:
         The report: records read, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of
@@ -191,7 +189,7 @@ def prepare(
         if path.resolve() in taken:
             raise UserError(f"{path}: {taken[path.resolve()]}; name each file once, or choose another --output_dir")
         taken[path.resolve()] = "given twice"
-        records[str(path)] = read_records(path, text_column, label_column, encoding)
+        records[str(path)] = read_records(path, reading)
     return _prepare_records(records, {str(path): sha256(path) for path in files}, directory, options)
 
 

@@ -1,37 +1,34 @@
-"""Data files in, records out: a labelled text, or a conversation, with its file and line for messages.
+"""Fields of data files in, records out: a labelled text, or a conversation, with its file and line for messages.
 
-    bytes -> lines (.tsv, .csv, .jsonl, .txt) -> fields by column -> Record
-    .parquet, .arrow ---------------------------^
-
-READERS turns a file into fields, `_make_record` turns fields into a record. Text files are decoded line by line, so
-that a reader holds one line of a file or a pipe. `prepare.py` decides which records are kept.
+`readers.py` finds the fields, `conversations.py` a conversation's turns in them. `prepare.py` decides which records are
+kept.
 """
 
-import codecs
-import csv
 import importlib.util
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from minilora.errors import UserError
-from minilora.qlora.prompt import check_turns
+from minilora.data.conversations import read_turns
+from minilora.data.readers import iter_fields, iter_file_lines
+from minilora.errors import UserError, capped, shown
 
 USUAL_COLUMNS = {  # of several that a record has, the first counts
     "text": ("text", "text_a", "review", "sentence", "content"),
     "label": ("label", "labels", "sentiment", "target"),
 }
-ENCODINGS = ("utf-8", "gb18030", "utf-16")
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
-ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
 
-Fields = tuple[str, dict[str, Any]]  # file and line, value by column
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a data file is to be read, where the file itself does not say."""
+
+    text_column: str | None = None  # by default the first of USUAL_COLUMNS that a record has
+    label_column: str | None = None  # likewise
+    encoding: str = "utf-8"  # one of ENCODINGS, for a text file
 
 
 @dataclass(frozen=True)
@@ -55,30 +52,25 @@ class Record:
         return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
 
 
-def read_records(
-    path: Path, text_column: str | None = None, label_column: str | None = None, encoding: str = "utf-8"
-) -> list[Record]:
+def read_records(path: Path, options: ReadOptions = ReadOptions()) -> list[Record]:
     """The labelled texts and conversations of a file that READERS knows.
-
-    Args:
-        path: the file.
-        text_column: by default the first of USUAL_COLUMNS that a record has.
-        label_column: likewise.
-        encoding: one of ENCODINGS, for a text file.
 
     Raises:
         UserError: unreadable file, unknown kind, missing column, or a line that is no record to learn from.
     """
-    return [
-        _encodable(_make_record(where, fields, text_column, label_column))
-        for where, fields in _iter_fields(path, encoding)
-    ]
+    return list(iter_records(path, options))
 
 
-def iter_texts(path: Path, text_column: str | None = None, encoding: str = "utf-8") -> Iterator[Record]:
-    """`read_records` without labels, one at a time: an error comes when the reading gets to its line."""
-    for where, fields in _iter_fields(path, encoding):
-        yield _encodable(Record(where, _text(where, fields, text_column)))
+def iter_records(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:
+    """`read_records`, one at a time: an error comes when the reading gets to its line."""
+    for where, fields in iter_fields(path, options.encoding):
+        yield _encodable(_make_record(where, fields, options))
+
+
+def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:
+    """`iter_records` without labels."""
+    for where, fields in iter_fields(path, options.encoding):
+        yield _encodable(Record(where, _text(where, fields, options.text_column)))
 
 
 def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
@@ -99,43 +91,16 @@ def as_label(found: Any) -> Any:
     return int(found.removesuffix(".0")) if re.fullmatch(r"-?\d{1,18}(\.0)?", found, re.ASCII) else found
 
 
-def shown(found: Any) -> str:
-    """A value as a message quotes it: its repr, capped."""
-    return capped(repr(found))
-
-
-def capped(text: str, limit: int = 80) -> str:
-    """Text of a file or a library for a message, which never prints a whole record."""
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def _make_record(where: str, fields: dict[str, Any], text_column: str | None, label_column: str | None) -> Record:
+def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> Record:
     """A conversation if the fields are those of one, otherwise a labelled text."""
-    if "messages" in fields:
-        return Record(where, messages=_turns(where, fields["messages"]))
-    if "prompt" in fields and "completion" in fields:
-        pairs = (("user", fields["prompt"]), ("assistant", fields["completion"]))
-        return Record(where, messages=_turns(where, [{"role": role, "content": content} for role, content in pairs]))
-    text = _text(where, fields, text_column)
-    label = as_label(fields[_find_column(where, fields, "label", label_column)])
+    turns = read_turns(where, fields)
+    if turns is not None:
+        return Record(where, messages=turns)
+    text = _text(where, fields, options.text_column)
+    label = as_label(fields[_find_column(where, fields, "label", options.label_column)])
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(f"{where}: label is {shown(label)}, expected a word or an integer; correct the record")
     return Record(where, text, label)
-
-
-def _turns(where: str, messages: Any) -> tuple[tuple[str, str], ...]:
-    """A conversation's (role, content) pairs."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            f"{where}: messages is {shown(messages)}, expected a list of role and content; correct the record"
-        )
-    for message in messages:
-        is_turn = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not is_turn:
-            raise UserError(f"{where}: message {shown(message)} has no role and content as text; correct the record")
-    turns = tuple((message["role"], message["content"]) for message in messages)
-    check_turns(turns, where)
-    return turns
 
 
 def _text(where: str, fields: dict[str, Any], column: str | None) -> str:
@@ -165,203 +130,6 @@ def _encodable(record: Record) -> Record:
     except UnicodeEncodeError as error:
         raise UserError(f"{record.where}: holds half a character ({error.reason}); correct the record") from None
     return record
-
-
-def iter_file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """`iter_lines` of a file; UserError also where it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            yield from iter_lines(stream, str(path), encoding)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
-def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterator[str]:
-    """The lines of a stream one at a time, without their ends ("\\n" or "\\r\\n") and without a byte-order mark.
-
-    Only a newline ends a line: a review may hold U+2028, a carriage return or any other of the characters at which
-    `splitlines` splits.
-
-    Args:
-        stream: a binary file or pipe.
-        where: its name, for messages.
-        encoding: one of ENCODINGS.
-
-    Raises:
-        UserError: a line is not in that encoding, or all lines are blank.
-    """
-    number, is_empty = 0, True
-    try:
-        for number, line in enumerate(_decoded(stream, encoding), start=1):
-            line = line.removesuffix("\n").removesuffix("\r")
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            is_empty = is_empty and not line.strip()
-            yield line
-    except UnicodeDecodeError as error:
-        guess = _guess_encoding(error) if encoding == "utf-8" else None
-        otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
-        raise UserError(
-            f"{where}:{number + 1}: is not {encoding.upper()} (byte 0x{error.object[error.start]:02X}); "
-            f"{otherwise}save it as UTF-8"
-        ) from None
-    if is_empty:
-        raise UserError(f"{where}: is empty; give a file with records")
-
-
-def _decoded(stream: BinaryIO, encoding: str) -> Iterator[str]:
-    """The lines of a stream, with their ends."""
-    if encoding != "utf-16":
-        yield from (line.decode(encoding) for line in stream)
-        return
-    # There the byte 10, at which binary lines end, is also half of other characters; and Python requires a mark.
-    has_mark = stream.peek(2).startswith(UTF16_MARKS)  # type: ignore[attr-defined]
-    # A lone surrogate passes, to be refused with the line of its record.
-    with io.TextIOWrapper(stream, "utf-16" if has_mark else "utf-16-le", "surrogatepass", newline="\n") as lines:
-        yield from lines
-
-
-def _guess_encoding(error: UnicodeDecodeError) -> str | None:
-    """The encoding of a line that is not UTF-8, if its bytes tell: a mark means UTF-16, Chinese text GB18030.
-
-    Almost any bytes are valid GB18030, so more than nine tenths of what it decodes to must be Chinese text and
-    punctuation. A line that began as UTF-8 beyond ASCII is damaged, and not in another encoding.
-    """
-    line = error.object
-    if line.startswith(UTF16_MARKS):
-        return "utf-16"
-    try:
-        foreign = [character for character in line.decode("gb18030") if character > "\x7f"]
-    except UnicodeDecodeError:
-        return None
-    is_chinese = len(CHINESE.findall("".join(foreign))) > 0.9 * len(foreign)
-    return "gb18030" if is_chinese and line[: error.start].isascii() else None
-
-
-def count_lines(path: Path) -> int:
-    """Newlines of a file, about its number of records, for a progress bar. OSError as it comes."""
-    with path.open("rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
-
-
-def _iter_fields(path: Path, encoding: str) -> Iterator[Fields]:
-    """The records of a file as its reader finds them."""
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise UserError(f"{path}: is not one of {', '.join(READERS)}; convert it or rename it")
-    return READERS[kind](path, encoding)
-
-
-def _read_tsv(path: Path, encoding: str) -> Iterator[Fields]:
-    """Without quoting: in ChnSentiCorp a quote is a character, and would swallow the records up to the next one."""
-    lines = enumerate(iter_file_lines(path, encoding), start=1)
-    return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
-
-
-def _read_csv(path: Path, encoding: str) -> Iterator[Fields]:
-    def records() -> Iterator[tuple[int, list[str]]]:
-        csv.field_size_limit(1 << 30)
-        reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
-        line = 0
-        try:
-            for fields in reader:
-                yield line + 1, fields  # where the record begins: it may take several lines
-                line = reader.line_num
-        except csv.Error as error:
-            raise UserError(
-                f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
-            ) from None
-
-    return _named_fields(path, records())
-
-
-def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Fields]:
-    """Records after the header line, which names the columns; blank lines are skipped."""
-    header: list[str] | None = None
-    is_empty = True
-    for line, fields in records:
-        if not fields or fields == [""]:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            twice = sorted({name for name in header if name and header.count(name) > 1})
-            if twice:
-                raise UserError(
-                    f"{path}:{line}: column {capped(', '.join(twice))} is there twice; rename or remove one"
-                )
-        elif len(fields) != len(header):
-            raise UserError(
-                f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({capped(', '.join(header))}); "
-                "correct the line, or save as JSONL if the text holds the delimiter"
-            )
-        else:
-            yield f"{path}:{line}", dict(zip(header, fields, strict=True))
-            is_empty = False
-    if is_empty:
-        raise UserError(f"{path}: has a header line and no record; add records, or end each line with \\n")
-
-
-def _read_jsonl(path: Path, encoding: str) -> Iterator[Fields]:
-    for number, line in enumerate(iter_file_lines(path, encoding), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: holds {shown(record)}, expected an object; correct the line")
-        yield f"{path}:{number}", record
-
-
-def _read_txt(path: Path, encoding: str) -> Iterator[Fields]:
-    for number, line in enumerate(iter_file_lines(path, encoding), start=1):
-        yield f"{path}:{number}", {"text": line}
-
-
-def _read_arrow(path: Path, _: str) -> Iterator[Fields]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading it takes pyarrow; pip install -e '.[data]'") from None
-
-    def batches() -> Iterator[Any]:
-        if path.suffix.lower() == ".parquet":
-            with pyarrow.parquet.ParquetFile(path) as file:
-                yield from file.iter_batches(ARROW_BATCH)
-            return
-        with pyarrow.memory_map(str(path)) as source:
-            is_stream = source.read(6) != b"ARROW1"  # datasets writes streams, pandas and polars the file format
-            source.seek(0)
-            if is_stream:
-                yield from pyarrow.ipc.open_stream(source)
-            else:
-                file = pyarrow.ipc.open_file(source)
-                yield from map(file.get_batch, range(file.num_record_batches))
-
-    number = 0
-    try:
-        for batch in batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", record
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{path}: cannot be read as {path.suffix} ({capped(str(error), 200)}); check the path, or download or "
-            "write the file again"
-        ) from None
-
-
-# By a file's ending; each gives a record's place and its fields.
-READERS: dict[str, Callable[[Path, str], Iterator[Fields]]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".txt": _read_txt,
-    ".parquet": _read_arrow,
-    ".arrow": _read_arrow,
-}
 
 
 def read_demo_records() -> list[Record]:

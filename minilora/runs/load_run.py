@@ -27,7 +27,7 @@ from minilora.build import (
 )
 from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_model
-from minilora.data.records import read_records
+from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -78,7 +78,7 @@ class LoadedRun:
             return DTYPES[name]
         return choose_dtype(self.config, choose_device(self.config))
 
-    def read_reviews(self, data: Path | None, encoding: str = "utf-8") -> tuple[Path, Examples]:
+    def read_reviews(self, data: Path | None, reading: ReadOptions = ReadOptions()) -> tuple[Path, Examples]:
         """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
         config, prompt = self.config, self.prompt
         if data is None:
@@ -88,7 +88,7 @@ class LoadedRun:
                 warn_of_another_test_set(self.path, path)
         else:
             path = data
-            reviews = build_examples(read_records(path, encoding=encoding)[: config.data.max_test_examples], prompt)
+            reviews = build_examples(read_records(path, reading)[: config.data.max_test_examples], prompt)
         if not reviews.examples or not reviews.labelled:
             raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
         return path, reviews

@@ -17,13 +17,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from minilora.data.readers import count_lines, iter_file_lines, iter_lines
 from minilora.data.records import (
     USUAL_COLUMNS,
+    ReadOptions,
     Record,
-    count_lines,
-    iter_file_lines,
     iter_line_records,
-    iter_lines,
     iter_texts,
     read_demo_records,
     read_records,
@@ -151,7 +150,7 @@ def test_of_several_usual_columns_the_first_name_counts_wherever_it_is(tmp_path:
 
 def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "stars,comment,label\n5,好,x\n")
-    assert read_records(path, "comment", "stars") == [Record(f"{path}:2", "好", 5)]
+    assert read_records(path, ReadOptions("comment", "stars")) == [Record(f"{path}:2", "好", 5)]
 
 
 def test_conversations_are_records_too(tmp_path: Path) -> None:
@@ -301,11 +300,11 @@ def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path
     with pytest.raises(
         UserError, match=r"a\.csv:2: no text column \(comment\); the file has label, text; rename the column"
     ):
-        read_records(path, text_column="comment")
+        read_records(path, ReadOptions(text_column="comment"))
     with pytest.raises(
         UserError, match=r"a\.csv:2: no label column \(stars\); the file has label, text; rename the column"
     ):
-        read_records(path, label_column="stars")
+        read_records(path, ReadOptions(label_column="stars"))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -354,7 +353,7 @@ def test_another_encoding_is_recognised_named_and_read_on_request(tmp_path: Path
         read_records(path)
     expected = f"it looks like {encoding}: give --encoding {encoding} to the script, or save it as UTF-8"
     assert expected in str(caught.value)
-    assert [(record.text, record.label) for record in read_records(path, encoding=encoding)] == [(text, 1)]
+    assert [(record.text, record.label) for record in read_records(path, ReadOptions(encoding=encoding))] == [(text, 1)]
 
 
 def test_bytes_that_are_no_chinese_are_not_taken_for_it(tmp_path: Path) -> None:
@@ -363,7 +362,7 @@ def test_bytes_that_are_no_chinese_are_not_taken_for_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is not UTF-8 \(byte 0xE9\); save it as UTF-8"):
         read_records(path)
     with pytest.raises(UserError, match=r"is not GB18030 \(byte 0x.+\); save it as UTF-8"):
-        read_records(path, encoding="gb18030")
+        read_records(path, ReadOptions(encoding="gb18030"))
 
 
 def test_a_review_of_any_length_is_read(tmp_path: Path) -> None:
@@ -432,7 +431,7 @@ def test_a_file_without_texts_is_named(
     name: str, content: str, column: str | None, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        list(iter_texts(write(tmp_path / name, content), column))
+        list(iter_texts(write(tmp_path / name, content), ReadOptions(column)))
 
 
 def test_lines_are_records_that_are_named_after_their_source() -> None:
