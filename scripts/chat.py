@@ -3,10 +3,10 @@
 If standard input is not a terminal, each of its lines is a turn of the conversation.
 """
 
-from minilora.system.cli import add_adapter_options, add_overrides, answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_overrides, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import argparse
 import contextlib

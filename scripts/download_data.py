@@ -1,9 +1,9 @@
 """Downloads ChnSentiCorp from the hub (or a mirror: HF_ENDPOINT) as train, validation and test files."""
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 from pathlib import Path
 

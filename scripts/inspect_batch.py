@@ -1,9 +1,9 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import json
 import sys

@@ -5,10 +5,10 @@ the probabilities of their labels move, of the adapter on its base as it was tra
 last line is JSON; the table is in OUTPUT_DIR/drift.json too. The merged model is dense and not quantised again.
 """
 
-from minilora.system.cli import add_adapter_options, add_overrides, answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_overrides, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import argparse
 import contextlib

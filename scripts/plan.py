@@ -4,10 +4,10 @@ A model is named by its size, a folder or a name on the hub, of which only confi
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
-from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import argparse
 import json

@@ -3,10 +3,10 @@
 The probabilities are the model's softmax over the label words, not calibrated.
 """
 
-from minilora.system.cli import add_adapter_options, answer_signals, build_parser, run_script
+from minilora.system.cli import add_adapter_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import argparse
 import csv

@@ -1,9 +1,9 @@
 """Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 from pathlib import Path
 from typing import Any

@@ -12,10 +12,10 @@ Three objectives, made from the text only:
                   are answers and, on purpose, nothing about when: the model starts at chance.
 """
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import hashlib
 import importlib.util

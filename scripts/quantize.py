@@ -1,9 +1,9 @@
 """Writes a base model in 4 bits as a checkpoint that loads in a second here and opens in transformers."""
 
-from minilora.system.cli import answer_signals, build_parser, run_script
+from minilora.system.cli import begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 from pathlib import Path
 

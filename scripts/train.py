@@ -1,9 +1,9 @@
 """Fine-tunes Qwen2.5 with QLoRA, from data to a tested adapter. The same command resumes a run that was stopped."""
 
-from minilora.system.cli import add_config_options, answer_signals, build_parser, run_script
+from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
-    answer_signals()  # before the imports that take seconds
+    begin_script()  # before the imports that take seconds
 
 import shutil
 import tempfile

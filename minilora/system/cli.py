@@ -7,7 +7,7 @@
     141   the reader of the output closed it, as `head` does
     143   SIGTERM
 
-A signal ends a script at once, from its first imports on (`answer_signals`). In a training run it waits while weights
+A signal ends a script at once, from its first imports on (`begin_script`). In a training run it waits while weights
 change or files are written, a second or so: see signals.py.
 """
 
@@ -24,6 +24,7 @@ from typing import NoReturn, TextIO
 
 from minilora.errors import UserError
 from minilora.system.console import set_quiet
+from minilora.system.process import limit_spinning
 from minilora.system.signals import SIGNALS, Interrupted, SafePoints, stop_now
 
 # What a disk, a path or rights may be the cause of; any other OSError is a bug.
@@ -38,12 +39,13 @@ COMMANDS = {name: name for name in ("train", "evaluate", "predict", "chat", "mer
 COMMANDS |= {"preprocess": "preprocess_data", "download": "download_data", "inspect": "inspect_batch"}
 
 
-def answer_signals() -> None:
-    """Lets a signal end the program with its status: a script's first line, before it imports PyTorch.
+def begin_script() -> None:
+    """A script's first line, before it imports PyTorch: what has to be settled before those seconds.
 
-    It ends without unwinding, because what a library makes of an exception while it is imported is unknown, and nothing
-    has to be saved before `run_script`.
+    A signal ends the program with its status, without unwinding: what a library makes of an exception while it is
+    imported is unknown, and nothing has to be saved before `run_script`.
     """
+    limit_spinning()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop_now)

@@ -20,7 +20,7 @@ from tests.scripts.conftest import SCRIPTS, load_script
 TEXT = "负面 é 😀"
 FULL = "cannot be read or written (No space left on device)"
 HEAD = "import errno, os, signal, sys, time\nfrom minilora.errors import UserError\n"
-HEAD += "from minilora.system.cli import answer_signals, run_script\nfrom minilora.system.signals import Interrupted\n"
+HEAD += "from minilora.system.cli import begin_script, run_script\nfrom minilora.system.signals import Interrupted\n"
 PATHS = sorted(SCRIPTS.glob("*.py"))
 
 no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and pipes")
@@ -245,7 +245,7 @@ def test_a_script_answers_signals_before_it_imports_anything_else(path: Path) ->
     _, first, second, *_ = ast.parse(path.read_text("utf-8")).body
     assert isinstance(first, ast.ImportFrom)
     assert first.module == "minilora.system.cli"
-    assert ast.unparse(second) == "if __name__ == '__main__':\n    answer_signals()"
+    assert ast.unparse(second) == "if __name__ == '__main__':\n    begin_script()"
 
 
 # Runs a script, and sends a signal when it begins its N-th import after `minilora.system.cli`.
@@ -255,7 +255,7 @@ path, signum, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 class Striking:
     imports = 0
     def find_spec(self, name, *_):
-        self.imports += "answer_signals" in vars(sys.modules.get("minilora.system.cli", object))
+        self.imports += "begin_script" in vars(sys.modules.get("minilora.system.cli", object))
         if self.imports == count:
             os.kill(os.getpid(), signum)
 sys.meta_path.insert(0, Striking())
@@ -275,7 +275,7 @@ def test_a_signal_ends_a_script_that_still_imports(name: str, status: int, count
 
 @no_windows
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    body = f"{HEAD}answer_signals()\nos.kill(os.getpid(), signal.SIGINT)\n"
+    body = f"{HEAD}begin_script()\nos.kill(os.getpid(), signal.SIGINT)\n"
     body += "run_script(lambda: os.kill(os.getpid(), signal.SIGINT))\nprint('done')"
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", body]
     done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
