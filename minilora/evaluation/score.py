@@ -191,10 +191,12 @@ def _label_scores(
     if _are_single_tokens(prompt):
         first_word = prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
         return _single_token_scores(model, prompt, *first_word)
-    head_weight = model.head_weight.float()
-    columns = []
+    hidden, targets, entries = [], [], []
     for label in range(len(prompt.labels)):
-        batch, hidden = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
-        tokens = token_log_probabilities(hidden.float(), batch.targets, head_weight)
-        columns.append(torch.zeros(len(examples), device=tokens.device).index_add_(0, batch.example_indices, tokens))
-    return torch.stack(columns, dim=1).double().cpu()
+        batch, states = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
+        hidden.append(states)
+        targets.append(batch.targets)
+        entries.append(batch.example_indices * len(prompt.labels) + label)
+    tokens = token_log_probabilities(torch.cat(hidden), torch.cat(targets), model.head_weight)
+    scores = tokens.new_zeros(len(examples) * len(prompt.labels)).index_add_(0, torch.cat(entries), tokens)
+    return scores.view(len(examples), -1).double().cpu()

@@ -86,10 +86,13 @@ def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: tor
 
 
 def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position: (S,) float32 or wider, for scoring; no gradient is kept."""
-    chunks, size = [], chunk_positions(len(head_weight), hidden.device.type)
-    for start in range(0, hidden.shape[0], size):
-        chunk = slice(start, start + size)
-        log_p = head_logits(hidden[chunk], head_weight).log_softmax(-1)
-        chunks.append(log_p.gather(1, targets[chunk, None]).squeeze(1))
-    return torch.cat(chunks)
+    """log p(target) at each position: (S,) float32 or wider, as the products are; for scoring, no gradient is kept.
+
+    A piece of the vocabulary at a time: a float32 copy of a 7B's head would be 2 GB.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden = hidden.to(wide)
+    limit = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cpu"])
+    pieces = head_weight.split(max(1, limit // (4 * sum(hidden.shape))))  # (size, C), with logits of (S, size)
+    normalizers = [(hidden @ piece.to(wide).T).logsumexp(1) for piece in pieces]
+    return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)
