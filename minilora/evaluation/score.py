@@ -106,7 +106,7 @@ def score(
             scores = _label_scores(model, prefix, chosen, prompt)
         return nll.item(), count, scores.tolist()
 
-    batches = list(_iter_batches(examples, options))
+    batches = list(iter_batches(examples, options))
     try:
         parts = _divide(batches, examples, score_batch, options)
     finally:
@@ -131,7 +131,7 @@ def label_probabilities(
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
         return _label_scores(model, prefix, chosen, prompt).tolist()
 
-    batches = list(_iter_batches(examples, options))
+    batches = list(iter_batches(examples, options))
     return _softmax(batches, _divide(batches, examples, score_batch, options))
 
 
@@ -160,7 +160,7 @@ def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) 
     return torch.softmax(log_scores, dim=-1).numpy()
 
 
-def _iter_batches(examples: Sequence[Example], options: ScoringOptions) -> Iterator[list[int]]:
+def iter_batches(examples: Sequence[Example], options: ScoringOptions) -> Iterator[list[int]]:
     """Indices into `examples`, longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     limit = len(order) if options.batch_size is None else options.batch_size

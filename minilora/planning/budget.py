@@ -138,7 +138,8 @@ def largest_micro_batch(setup: Setup, budget_bytes: int) -> int:
     def fits(tokens: int) -> bool:
         tokens = max(tokens, own.longest)
         supervised = -(-own.supervised_positions * tokens // own.tokens)
-        return setup.estimate(BatchShape(round_up_tokens(tokens), supervised, own.longest)).total_bytes <= budget_bytes
+        shape = replace(own, tokens=round_up_tokens(tokens), supervised_positions=supervised)
+        return setup.with_keys([f"{TOKENS_KEY}={max(tokens, 16)}"]).estimate(shape).total_bytes <= budget_bytes
 
     tokens = largest_that_fits(fits)
     if tokens <= own.longest:

@@ -5,6 +5,7 @@
     at the peak,   the forward pass ends      activations of all layers, one chunk of logits
     the largest    the backward pass begins   activations of all layers, one layer's backward pass
     of             it ends                    activations of one layer, one layer's backward pass, gradients of A and B
+                   validation, test           one layer's MLP or attention, of a pass that no gradient is kept of
     around it      on a CPU Python and PyTorch, and fragmentation of the heap; on a GPU CUDA's context
 
 Activations are linear in the T packed tokens. A layer keeps what `_token_elements` lists, 27 kB a token in a
@@ -29,6 +30,7 @@ from torch import nn
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters
 from minilora.config import Config, LoraConfig
+from minilora.evaluation.score import MAX_TOKENS
 from minilora.qlora.attention import MAX_SCORES_BYTES
 from minilora.qlora.batch import FUSED_KEYS
 from minilora.qlora.loss import chunk_positions
@@ -98,6 +100,7 @@ class BatchShape:
     tokens: int  # T of the largest
     supervised_positions: int  # S of the one that has most of them
     longest: int  # tokens of the longest example that the model reads, with the prefix
+    scored_tokens: int = 0  # T of the largest pass of a validation before `scoring_tokens` caps it; 0 leaves it out
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,16 @@ def moments_bytes(optim: str, sizes: Sequence[int], device_type: str) -> int:
     return 8 * (sum(sizes) - in_8_bits) + in_8_bits * (2 * BLOCK_8BIT + 8) // BLOCK_8BIT
 
 
+def scoring_tokens(config: Config) -> int:
+    """Most tokens of a scoring pass: a run's validations and a later evaluation have the same passes, on any machine.
+
+    Without a gradient a token takes some 3 F + 5 C elements at most, in training at least the 5 F + 6 C of one layer's
+    activations and backward pass: with half as many again scoring fits wherever training does.
+    """
+    limit = config.train.max_tokens_per_micro_batch
+    return MAX_TOKENS if limit is None else min(MAX_TOKENS, limit * 3 // 2)
+
+
 def estimate_memory(config: Config, counts: ParameterCounts, shape: BatchShape, machine: Machine) -> MemoryEstimate:
     """What training takes with micro-batches of up to that shape."""
     width = machine.compute_dtype.itemsize
@@ -167,13 +180,15 @@ def estimate_memory(config: Config, counts: ParameterCounts, shape: BatchShape, 
         {"activations": all_layers, "logits": logits},
         {"activations": all_layers, "backward": backward},
         {"activations": one_layer, "backward": backward, "gradients": gradients},
+        {"scoring": dense_weight + _scoring_pass(config, model, shape, width) * width},
     )
     peak = max(moments_of_a_step, key=lambda moment: sum(moment.values()))
     in_step = {
-        f"activations of {shape.tokens} tokens": peak["activations"],
+        f"activations of {shape.tokens} tokens": peak.get("activations", 0),
         "one chunk of logits (float32)": peak.get("logits", 0),
         "one layer's backward pass": peak.get("backward", 0),
         "gradients of the adapter": peak.get("gradients", 0),
+        "a scoring pass": peak.get("scoring", 0),
     }
     slack = round(HEAP_SLACK * all_layers) + HEAP_SLACK_LAYERS * in_mlp
     slack += HEAP_SLACK_WEIGHTS * width * min(dense_weight, LARGEST_IN_HEAP)
@@ -241,6 +256,15 @@ def _mlp_backward(counts: ParameterCounts, shape: BatchShape) -> int:
     """Elements that the backward pass of a layer's MLP takes."""
     model = counts.config
     return shape.tokens * (2 * model.hidden_size + (4 if counts.dora_in_mlp else 3) * model.intermediate_size)
+
+
+def _scoring_pass(config: Config, model: Qwen2Config, shape: BatchShape, width: int) -> int:
+    """Elements of a layer in a scoring pass: gate, up and what SwiGLU makes of them, or attention with its scores."""
+    tokens = min(shape.scored_tokens, max(scoring_tokens(config), shape.longest))
+    keys = 0 if shape.longest >= FUSED_KEYS else shape.longest
+    scores = min(tokens * keys * model.num_attention_heads, MAX_SCORES_BYTES // width)
+    in_mlp, in_attention = 3 * model.intermediate_size + 5 * model.hidden_size, 6 * model.hidden_size
+    return max(tokens * in_mlp, tokens * in_attention + 2 * scores)
 
 
 # ---- Attention: all that the estimate says of it, except what `_token_elements` keeps

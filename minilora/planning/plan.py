@@ -15,8 +15,9 @@ from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_into_micro_batches
+from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
-from minilora.qlora.batch import count_packed_tokens, round_up_tokens
+from minilora.qlora.batch import common_prefix, count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.optim import check_optimizer
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -120,10 +121,14 @@ def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
         per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
         epochs = math.ceil(train.max_steps / math.ceil(len(examples) / per_step))
     batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch)]
+    # Validation and test set are assumed to be as long as the training set; their prefix is in a KV cache.
+    scored = next(iter_batches(examples, ScoringOptions(train.per_device_eval_batch_size)))
+    prefix = common_prefix(examples)
     return BatchShape(
         max(map(count_packed_tokens, batches)),
         max(sum(sum(example.supervised) for example in batch) for batch in batches),
         max(len(example.input_ids) - 1 for example in examples),
+        round_up_tokens(sum(len(examples[index].input_ids) - 1 - prefix for index in scored)),
     )
 
 
@@ -136,7 +141,8 @@ def uniform_batch(config: Config) -> BatchShape:
         fitting = (n for n in range(in_step, 1, -1) if round_up_tokens(n * inputs) <= train.max_tokens_per_micro_batch)
         at_most = next(fitting, 1)
         count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `split_into_micro_batches`
-    return BatchShape(round_up_tokens(count * inputs), count * ANSWER_TOKENS, inputs)
+    scored = max(1, min(train.per_device_eval_batch_size, MAX_TOKENS // (inputs + 1)))
+    return BatchShape(round_up_tokens(count * inputs), count * ANSWER_TOKENS, inputs, round_up_tokens(scored * inputs))
 
 
 def estimate_run_memory(

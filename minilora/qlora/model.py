@@ -157,8 +157,8 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) at `inputs.positions`."""
         norm, positions = self.input_layernorm, inputs.positions
-        mixed = self.self_attn(norm(hidden), norm.recompute(hidden), inputs)
-        hidden = mixed + (hidden if positions is None else hidden.index_select(0, positions))
+        stream = hidden if positions is None else hidden.index_select(0, positions)
+        hidden = stream + self.self_attn(norm(hidden), norm.recompute(hidden), inputs)
         norm = self.post_attention_layernorm
         return hidden + self.mlp(norm(hidden), norm.recompute(hidden))
 

@@ -30,6 +30,7 @@ from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics
 from minilora.evaluation.score import Scores, ScoringOptions, score
+from minilora.planning.memory import scoring_tokens
 from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
@@ -216,8 +217,13 @@ def score_split(
     """
     split = run.splits[name]
     prompt = run.prompt if split.labelled else None
-    size = run.config.train.per_device_eval_batch_size
-    options = ScoringOptions(size, on_progress=on_progress, ranks=run.ranks, interruptible=interruptible)
+    options = ScoringOptions(
+        run.config.train.per_device_eval_batch_size,
+        scoring_tokens(run.config),
+        on_progress=on_progress,
+        ranks=run.ranks,
+        interruptible=interruptible,
+    )
     scores = score(run.model, split.examples, prompt, options)
     if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
         raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number")

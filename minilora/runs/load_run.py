@@ -30,6 +30,7 @@ from minilora.data.hub import PACKAGE_ASSETS, fetch_model
 from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError
 from minilora.evaluation.score import ScoringOptions, score
+from minilora.planning.memory import scoring_tokens
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import changed_names, model_digests, read_provenance
@@ -46,6 +47,7 @@ KEYS_READ = (
     "data.max_length",
     "data.max_test_examples",
     "train.per_device_eval_batch_size",
+    "train.max_tokens_per_micro_batch",
 )
 
 
@@ -102,7 +104,7 @@ class LoadedRun:
         """
         size = self.config.train.per_device_eval_batch_size
         with progress(title, len(reviews.examples), "review") as bar:
-            options = ScoringOptions(size, on_progress=bar.update, ranks=ranks)
+            options = ScoringOptions(size, scoring_tokens(self.config), on_progress=bar.update, ranks=ranks)
             scores = score(model, reviews.examples, self.prompt, options)
         if not math.isfinite(scores.loss):
             raise UserError(

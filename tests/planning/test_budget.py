@@ -168,6 +168,7 @@ def test_every_option_saves_what_it_says_and_costs_something() -> None:
 def test_what_is_set_already_is_no_option() -> None:
     keys = ("train.gradient_checkpointing=true", "train.offload_checkpoints=true", "train.optim=paged_adamw_8bit")
     small = ("lora.r=1", "lora.target_modules=[q_proj]", "data.max_length=16", "train.per_device_train_batch_size=1")
+    small += ("train.per_device_eval_batch_size=1",)
     assert list_options(setup_of("7B", *keys, *small)) == []
 
 

@@ -17,6 +17,7 @@ import torch
 
 from minilora.adapters.attach import attach, parameter_groups
 from minilora.config import Config, LoraConfig, config_from_dict
+from minilora.evaluation.score import ScoringOptions, score
 from minilora.planning.memory import (
     CONTEXT_BYTES,
     BatchShape,
@@ -25,6 +26,7 @@ from minilora.planning.memory import (
     ParameterCounts,
     count_parameters,
     estimate_memory,
+    scoring_tokens,
 )
 from minilora.planning.plan import SIZES
 from minilora.qlora.batch import MicroBatch, pack
@@ -331,6 +333,43 @@ def test_the_estimate_is_what_pytorch_allocates_in_a_step(step: Step, tmp_path: 
     folder = write_checkpoint(tmp_path, "{}", dtype=torch.bfloat16, **sizes)
     # On a Qwen2.5-0.5B it is within 2 %; here what is not counted weighs more: index tables, small copies.
     assert step.predict(folder) == pytest.approx(step.measure(folder), rel=0.05)
+
+
+@pytest.mark.parametrize(("length", "count", "quantization"), [(64, 32, "nf4"), (256, 8, "none"), (1024, 2, "nf4")])
+def test_the_estimate_is_what_pytorch_allocates_in_a_scoring_pass(
+    length: int, count: int, quantization: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "intermediate": 1024, "layers": 2}
+    folder = write_checkpoint(tmp_path, "{}", dtype=torch.bfloat16, **sizes)
+    lora = LoraConfig(r=8, alpha=16, dropout=0)
+    model = load_model(folder, torch.bfloat16, quantization, True)
+    attach(model, lora)
+    # Ids that differ from the first on, so that no prefix is shared.
+    examples = [Example([i, *[3] * length], [False] * length + [True]) for i in range(count)]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    measured = held + allocated_peak(lambda: score(model, examples, None, ScoringOptions(count)))
+    counts = count_parameters(read_config(folder), lora)
+    shape = BatchShape(16, 2, length, scored_tokens=count * length)
+    found = estimate_memory(configuration(quantization=quantization), counts, shape, Machine("cpu", torch.bfloat16))
+    assert part(found, "a scoring pass") > 0
+    assert found.total_bytes - part(found, "AdamW") == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("is_last_only", [True, False])
+def test_scoring_takes_no_more_than_the_smallest_training_with_capped_micro_batches(
+    size: str, is_last_only: bool
+) -> None:
+    layers = [SIZES[size].num_hidden_layers - 1] if is_last_only else None
+    counts = count_parameters(SIZES[size], LoraConfig(r=1, layers_to_transform=layers))
+    keys = {"max_tokens_per_micro_batch": 512, "gradient_checkpointing": True}
+    config = config_from_dict({"train": keys}, [], "a test")
+    assert scoring_tokens(config) == 768
+    shape = BatchShape(512, 16, 200, scored_tokens=4096)
+    assert part(estimate_memory(config, counts, shape, GPU), "a scoring pass") == 0
+    free = config_from_dict({"train": {"gradient_checkpointing": True}}, [], "a test")
+    assert scoring_tokens(free) == 4096
+    assert part(estimate_memory(free, counts, shape, GPU), "a scoring pass") > 0 or size in ("32B", "72B")
 
 
 @pytest.mark.real

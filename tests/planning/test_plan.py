@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.build import build_prompt, read_split
-from minilora.config import LoraConfig, load_config
+from minilora.config import Config, LoraConfig, load_config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_into_micro_batches
+from minilora.evaluation.score import ScoringOptions, iter_batches
 from minilora.planning import plan
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
@@ -27,7 +28,7 @@ from minilora.planning.plan import (
     size_of,
     uniform_batch,
 )
-from minilora.qlora.batch import pack
+from minilora.qlora.batch import common_prefix, pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.weights.bnb_checkpoint import write_quantized
@@ -60,6 +61,13 @@ def examples(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> list
     return read_split(config, build_prompt(config, ChatTokenizer(tiny_checkpoint())), "train").examples
 
 
+def scored_in_a_pass(config: Config, examples: list[Example]) -> int:
+    """T of the largest pass that scores examples."""
+    prefix = common_prefix(examples)
+    passes = iter_batches(examples, ScoringOptions(config.train.per_device_eval_batch_size))
+    return max(len(pack([examples[i] for i in indices], cached_prefix=prefix).input_ids) for indices in passes)
+
+
 @pytest.mark.parametrize("tokens", ["null", "100"])
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(
@@ -77,6 +85,7 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(
         max(len(batch.input_ids) for batch in batches),
         max(batch.num_supervised for batch in batches),
         max(len(example.input_ids) for example in examples) - 1,
+        scored_in_a_pass(config, examples),
     )
 
 
@@ -110,7 +119,10 @@ def test_examples_of_one_length_are_split_as_real_ones_are(
     step = [Example([number] * length, flags) for number in range(count * accumulation)]
     batches = [pack(part) for part in split_into_micro_batches(step, count, tokens)]
     assert uniform_batch(config) == BatchShape(
-        max(len(batch.input_ids) for batch in batches), max(batch.num_supervised for batch in batches), length - 1
+        max(len(batch.input_ids) for batch in batches),
+        max(batch.num_supervised for batch in batches),
+        length - 1,
+        scored_in_a_pass(config, [Example([number] * length, flags) for number in range(32)]),
     )
 
 
