@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ LONG_LABEL_WORDS = ("差评", "好评")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="tests/faults with their normal counts: minutes")
     parser.addoption("--long", action="store_true", help="tests/faults with a release's counts: an hour")
+
+
+@pytest.fixture
+def break_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], None]:
+    """break_package("matplotlib", "raise OSError('no home folder')"): what Python runs when it is imported."""
+
+    def replace(name: str, source: str) -> None:
+        folder = tmp_path / "site-packages" / name
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(source, "utf-8")
+        monkeypatch.syspath_prepend(folder.parent)
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+
+    return replace
 
 
 def make_reviews(count: int, seed: int) -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minilora.errors import UserError, capped, shown
+from minilora.system.optional import MissingPackageError, import_optional
 
 ENCODINGS = ("utf-8", "gb18030", "utf-16")
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -180,10 +181,10 @@ def _read_txt(path: Path, encoding: str) -> Iterator[Fields]:
 
 def _read_arrow(path: Path, _: str) -> Iterator[Fields]:
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading it takes pyarrow; pip install -e '.[data]'") from None
+        pyarrow: Any = import_optional("pyarrow")
+        import_optional("pyarrow.parquet")
+    except MissingPackageError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
 
     def batches() -> Iterator[Any]:
         if path.suffix.lower() == ".parquet":

@@ -7,12 +7,14 @@ Chinese.
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from minilora.system.optional import broken, import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +41,14 @@ class Picture:
     uri: str
 
 
-def is_available() -> bool:
-    """Whether matplotlib is installed."""
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """Around what draws: MissingPackageError for whatever matplotlib raises, at its import or later."""
+    import_optional("matplotlib.figure")
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        yield
+    except Exception as error:
+        raise broken("matplotlib", error) from error
 
 
 def points(log: LogLines, name: str) -> tuple[list[int], list[float]]:
@@ -88,8 +91,9 @@ def _line(steps: list[int]) -> str:
     return "o" if len(steps) == 1 else "-"
 
 
-def save_loss_png(path: Path, log: LogLines) -> None:
-    """Writes loss.png: loss, scores and learning rate over the steps. OSError as it comes."""
+@_matplotlib()
+def loss_png(log: LogLines) -> bytes:
+    """Content of loss.png: loss, scores and learning rate over the steps. MissingPackageError without matplotlib."""
     from matplotlib.figure import Figure
 
     heights = {draw_loss: 3, draw_scores: 2, draw_rate: 1}
@@ -101,11 +105,14 @@ def save_loss_png(path: Path, log: LogLines) -> None:
         draw(axes, log)
         _dress(axes)
     parts[-1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()
 
 
+@_matplotlib()
 def curve_picture(title: str, draw: Draw, log: LogLines, alt: str) -> Picture:
-    """What one of the `draw_` functions above draws; `alt` says it in words."""
+    """What one of the `draw_` functions above draws; `alt` says it in words. MissingPackageError as above."""
     from matplotlib.ticker import MaxNLocator
 
     def fill(figure: "Figure") -> None:
@@ -117,6 +124,7 @@ def curve_picture(title: str, draw: Draw, log: LogLines, alt: str) -> Picture:
     return Picture(title, alt, _svg_uri(fill, height=3.2))
 
 
+@_matplotlib()
 def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Picture:
     """Accuracy over confidence, the gap to the diagonal, and below them the number of reviews in each bin.
 

@@ -18,6 +18,7 @@ from minilora.data.records import Record
 from minilora.evaluation.calibration import calibration_bins
 from minilora.reports import plots
 from minilora.reports.render import render
+from minilora.system.optional import MissingPackageError
 
 # The metrics in reading order, and their names on the page.
 NAMES = {
@@ -69,6 +70,7 @@ class Report:
 def render_report(report: Report) -> str:
     """The page as HTML."""
     last = list(report.results.values())[-1] if report.results else {}
+    curves, diagram, no_pictures = _pictures(report)
     page = render(
         "report.html",
         report=report,
@@ -76,7 +78,9 @@ def render_report(report: Report) -> str:
         last=last,
         headlines=[name for name in HEADLINES if name in last],
         metric_names=[name for name in NAMES if last.get(name) is not None],
-        curves=_curves(report.log) if report.log and plots.is_available() else None,
+        curves=curves,
+        diagram=diagram,
+        no_pictures=no_pictures,
         skipped=[line for line in report.log if line.get("skipped")],
         num_keys=sum(map(len, report.config.values())),
         num_changed=sum(
@@ -90,17 +94,30 @@ def render_report(report: Report) -> str:
     return page.translate(FORBIDDEN)
 
 
-def _calibration(examples: ScoredExamples) -> dict[str, Any]:
-    """The bins that are not empty (low, high, count, confidence, accuracy); the diagram, None without matplotlib."""
+def _pictures(report: Report) -> tuple[list[plots.Picture], plots.Picture | None, str | None]:
+    """The curves, the reliability diagram, and why there are none; all of them or none."""
+    try:
+        curves = _curves(report.log) if report.log else []
+        return curves, None if report.examples is None else plots.reliability_picture(*_bins(report.examples)), None
+    except MissingPackageError as error:
+        return [], None, str(error)
+
+
+def _bins(examples: ScoredExamples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reviews, accuracy and mean confidence of each bin of confidence, as `plots.reliability_picture` takes them."""
     counts, correct, confidence = calibration_bins(examples.labels, examples.probabilities)
-    accuracy, confidence = (sums / np.maximum(counts, 1) for sums in (correct, confidence))
+    return counts, correct / np.maximum(counts, 1), confidence / np.maximum(counts, 1)
+
+
+def _calibration(examples: ScoredExamples) -> dict[str, Any]:
+    """The bins that are not empty: low, high, count, confidence, accuracy."""
+    counts, accuracy, confidence = _bins(examples)
     num_bins = len(counts)
     bins = [
         (index / num_bins, (index + 1) / num_bins, counts[index], confidence[index], accuracy[index])
         for index in np.flatnonzero(counts)
     ]
-    diagram = plots.reliability_picture(counts, accuracy, confidence) if plots.is_available() else None
-    return {"bins": bins, "num_bins": num_bins, "diagram": diagram}
+    return {"bins": bins, "num_bins": num_bins}
 
 
 def _mistakes(examples: ScoredExamples) -> dict[str, Any]:

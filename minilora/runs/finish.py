@@ -35,13 +35,16 @@ from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import non_finite
+from minilora.runs.checkpoint import newest_checkpoint
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
-from minilora.runs.setup import check_best, share_adapter
+from minilora.runs.setup import check_best, open_run, share_adapter
 from minilora.system.console import info, progress, warn
+from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, json_bytes, read_json, replace_file
 from minilora.system.manifest import write_folder
+from minilora.system.optional import MissingPackageError
 
 # Keys that do not change the course of a run, but the content of its final folder.
 FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype", "portable")
@@ -118,19 +121,53 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
     if after is not None:
         print(f"test after training:  {format_metrics(after)}")
     print(f"final adapter (step {step}): {run.final}")
-    log = read_metrics(run.directory)
-    report = render_report(_report_of(run, results, probabilities, log))
-    _write_if_possible(run.directory / "report.html", lambda path: replace_file(path, report.encode()))
-    if plots.is_available():
-        _write_if_possible(run.directory / "loss.png", lambda path: plots.save_loss_png(path, log))
+    _write_report(run, results, probabilities)
+    _write_plot(run.directory)
+
+
+def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
+    """Writes report.html and loss.png of a finished run that lacks them, because it was killed or a disk was full.
+
+    The report's test set is scored again, with the checkpoint of which the final adapter is.
+    """
+    directory = Path(config.train.output_dir)
+    checkpoints, path = directory / "checkpoints", directory / "report.html"
+    try:
+        if not ranks.run_on_rank_0(path.is_file):
+            results = ranks.run_on_rank_0(lambda: read_json(checkpoints / "final" / "metrics.json"))
+            gone = UserError("the checkpoint of its adapter is gone; evaluate.py --output_dir writes one of a test set")
+            if ranks.run_on_rank_0(lambda: newest_checkpoint(checkpoints)) == "none":
+                raise gone
+            run = open_run(config, model_folder, ranks)
+            if ranks.run_on_rank_0(lambda: _load_best(run)) != results["step"]:
+                raise gone
+            share_adapter(run.model, ranks)
+            _, probabilities = score_test_set(run, "test after training") if config.train.do_predict else (None, None)
+            ranks.run_on_rank_0(lambda: _write_report(run, results, probabilities))
+    except UserError as error:
+        warn(f"note: {path} is missing and cannot be written: {error}")
+    if ranks.is_rank_0 and not (directory / "loss.png").is_file():
+        _write_plot(directory)
+
+
+def _write_report(run: Run, results: dict[str, Any], probabilities: np.ndarray | None) -> None:
+    report = render_report(_report_of(run, results, probabilities, read_metrics(run.directory)))
+    _write_if_possible(run.directory / "report.html", report.encode())
+
+
+def _write_plot(directory: Path) -> None:
+    try:
+        png = plots.loss_png(read_metrics(directory))
+    except MissingPackageError as error:
+        info(f"loss.png and the report's curves are left out: {error}")
     else:
-        info("loss.png and the report's curves are left out, because matplotlib is not installed")
+        _write_if_possible(directory / "loss.png", png)
 
 
-def _write_if_possible(path: Path, write: Callable[[Path], None]) -> None:
+def _write_if_possible(path: Path, content: bytes) -> None:
     """Writes what the run can do without: its content is in other files too."""
     try:
-        write(path)
+        replace_file(path, content)
     except (StorageError, OSError) as error:
         warn(f"note: {path} cannot be written ({getattr(error.__cause__ or error, 'strerror', None) or error})")
     else:

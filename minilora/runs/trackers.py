@@ -5,7 +5,6 @@ behind its checkpoint. TensorBoard is told to drop them (`purge_step`). Weights 
 own step to increase, so that step counts calls, and the curves are drawn over the entry's "step".
 """
 
-import importlib.util
 import os
 import secrets
 from collections.abc import Callable
@@ -15,6 +14,9 @@ from typing import Any
 from minilora.errors import UserError
 from minilora.system.console import info, warn
 from minilora.system.files import make_folder, replace_file
+from minilora.system.optional import MissingPackageError, import_optional
+
+LIBRARIES = {"none": (), "tensorboard": ("tensorboard", "torch.utils.tensorboard"), "wandb": ("wandb",)}
 
 
 class Tracker:
@@ -58,11 +60,9 @@ class Tracker:
 
 def _open_tensorboard(directory: Path, step: int) -> Tracker:
     """Event files in `directory/tensorboard`."""
-    from torch.utils.tensorboard import SummaryWriter
-
     folder = directory / "tensorboard"
     make_folder(folder, "train.output_dir")
-    events = SummaryWriter(folder, purge_step=step + 1)
+    events = import_optional("torch.utils.tensorboard").SummaryWriter(folder, purge_step=step + 1)
 
     def log(entry: dict[str, Any]) -> None:
         scalars = scalars_in(entry)
@@ -79,8 +79,7 @@ def _open_wandb(directory: Path, config: dict[str, Any]) -> Tracker:
     WANDB_MODE, WANDB_PROJECT, WANDB_API_KEY and the like work as usual. The run's id is in `directory/wandb/run-id`,
     beside the library's own files.
     """
-    import wandb
-
+    wandb = import_optional("wandb")
     folder = directory / "wandb"
     make_folder(folder, "train.output_dir")
     path = folder / "run-id"
@@ -112,9 +111,12 @@ def _open_wandb(directory: Path, config: dict[str, Any]) -> Tracker:
 
 
 def check_tracker(report_to: str) -> None:
-    """Raises UserError where the library that `train.report_to` names is not installed."""
-    if report_to != "none" and importlib.util.find_spec(report_to) is None:
-        raise UserError(f"train.report_to: {report_to} is not installed; pip install {report_to}, or use none")
+    """Imports what `train.report_to` names; UserError where it cannot be."""
+    try:
+        for name in LIBRARIES[report_to]:
+            import_optional(name)
+    except MissingPackageError as error:
+        raise UserError(f"train.report_to: {error}, or use none") from None
 
 
 def open_tracker(report_to: str, directory: Path, step: int, config: dict[str, Any]) -> Tracker:

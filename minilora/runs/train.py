@@ -28,7 +28,7 @@ from minilora.config import Config
 from minilora.qlora.step import StepResult, train_step
 from minilora.runs.advice import non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
-from minilora.runs.finish import check_finished, finish, score_split, score_test_set
+from minilora.runs.finish import check_finished, complete_report, finish, score_split, score_test_set
 from minilora.runs.folder import run_folder
 from minilora.runs.metrics_log import RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
@@ -50,6 +50,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
         if run is None:
             final = Path(config.train.output_dir) / "checkpoints" / "final"
             ranks.run_on_rank_0(lambda: check_finished(final, config, model_folder, ranks.size))
+            complete_report(config, model_folder, ranks)
             info(f"{final}: this run is finished; --restart begins anew")
             return final
         score_before_training(run)

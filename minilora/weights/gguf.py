@@ -13,7 +13,6 @@ Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part th
 """
 
 import contextlib
-import importlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,12 +24,13 @@ from tokenizers import Tokenizer
 
 from minilora.errors import UserError
 from minilora.system.files import storage_errors
+from minilora.system.optional import MissingPackageError, import_optional
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import read_checkpoint_entries, read_tensor
 
 gguf: Any = None
-with contextlib.suppress(ImportError):  # `check_gguf` says so
-    gguf = importlib.import_module("gguf")
+with contextlib.suppress(MissingPackageError):  # `check_gguf` says so
+    gguf = import_optional("gguf")
 
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
 CHUNK = 1 << 24  # values that are converted at a time
@@ -38,8 +38,10 @@ CHUNK = 1 << 24  # values that are converted at a time
 
 def check_gguf(checkpoint: Path) -> None:
     """Raises UserError for what `write_gguf` would lack, before anything is computed."""
-    if gguf is None:
-        raise UserError("--gguf: needs the gguf package; pip install -e '.[gguf]'")
+    try:
+        import_optional("gguf")
+    except MissingPackageError as error:
+        raise UserError(f"--gguf: {error}") from None
     if read_config(checkpoint).max_position_embeddings is None:
         raise UserError(
             f"{checkpoint / 'config.json'}: has no max_position_embeddings, llama.cpp needs the longest text in "

@@ -310,7 +310,7 @@ def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_without_pyarrow_its_files_ask_for_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=rf"{name}: reading it takes pyarrow; pip install -e '\.\[data\]'"):
+    with pytest.raises(UserError, match=rf"{name}: cannot be read: pyarrow is not installed; pip install pyarrow"):
         read_records(tmp_path / name)
 
 

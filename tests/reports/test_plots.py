@@ -1,18 +1,16 @@
 """Curves are drawn from whatever lines of the log there are."""
 
 import base64
-import builtins
 import random
 import re
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from minilora.reports import plots
+from minilora.system.optional import MissingPackageError
 
 LOG = [
     {"step": 1, "train_loss": 2.0, "learning_rate": 1e-4},
@@ -22,20 +20,18 @@ LOG = [
 DRAWN = (plots.draw_loss, plots.draw_scores, plots.draw_rate)
 
 
-def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **keywords: Any) -> ModuleType:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return plain(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingPackageError, match="matplotlib is not installed; pip install matplotlib"):
+        plots.loss_png(LOG)
 
 
-def test_a_missing_matplotlib_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_matplotlib(monkeypatch)
-    assert not plots.is_available()
+def test_a_matplotlib_that_fails_while_it_draws_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(figure.Figure, "savefig", lambda *_, **__: 1 / 0)
+    for draw in (lambda: plots.loss_png(LOG), lambda: plots.curve_picture("T", plots.draw_loss, LOG, "x")):
+        with pytest.raises(MissingPackageError, match=r"matplotlib .+ZeroDivisionError: division by zero"):
+            draw()
 
 
 def test_points_leave_out_the_lines_without_a_value() -> None:
@@ -57,9 +53,8 @@ def svg(picture: plots.Picture) -> str:
 
 
 @pytest.mark.parametrize("log", [[], LOG[:1], LOG], ids=["none", "one", "three"])
-def test_loss_png_is_drawn_from_lines_with_different_keys(tmp_path: Path, log: plots.LogLines) -> None:
-    plots.save_loss_png(tmp_path / "loss.png", log)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_loss_png_is_drawn_from_lines_with_different_keys(log: plots.LogLines) -> None:
+    assert plots.loss_png(log).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("draw", DRAWN, ids=["loss", "scores", "rate"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from minilora.config import Config, load_config
 from minilora.data.records import Record
 from minilora.evaluation.metrics import classification_metrics
-from minilora.reports import plots
 from minilora.reports.report import MAX_MISTAKES, Report, ScoredExamples, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"
@@ -249,7 +249,7 @@ def test_a_metric_that_one_side_lacks_is_a_dash_and_one_that_no_side_has_is_left
 
 
 def test_without_matplotlib_there_is_a_page_that_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = Page(render_report(make_report()))
     assert page.named("img") == []
     assert "pip install matplotlib" in page.text

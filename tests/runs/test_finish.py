@@ -151,6 +151,47 @@ def test_the_report_shows_the_run_and_is_written_again_with_the_final_folder(fin
     assert measured.split(report_of(final))[::2] == measured.split(page)[::2]
 
 
+@pytest.mark.usefixtures("with_plots")
+def test_a_finished_run_that_lacks_report_or_plot_writes_them(final: Path, run: Fit) -> None:
+    folder, before, page = final.parent.parent, contents(final), report_of(final)
+    plot = (folder / "loss.png").read_bytes()
+    for name in ("report.html", "loss.png"):
+        (folder / name).unlink()
+        run()
+    measured = re.compile("<section.aria-labelledby=.(?:memory|skipped-steps).>")
+    assert measured.split(report_of(final))[::2] == measured.split(page)[::2]
+    assert (folder / "loss.png").read_bytes() == plot
+    assert contents(final) == before
+
+
+@pytest.mark.parametrize("kept", [[], [1]], ids=["no checkpoint", "an earlier checkpoint"])
+def test_a_finished_run_without_its_checkpoint_says_how_to_get_a_report(
+    run: Fit, capsys: pytest.CaptureFixture[str], kept: list[int]
+) -> None:
+    final = run(**{"train.load_best_model_at_end": False})
+    for path in [path for path in final.parent.glob("step-*") if int(path.name[5:]) not in kept]:
+        shutil.rmtree(path)
+    (final.parent.parent / "report.html").unlink()
+    assert run(**{"train.load_best_model_at_end": False}) == final
+    assert "evaluate.py --output_dir" in capsys.readouterr().err
+    assert not (final.parent.parent / "report.html").exists()
+
+
+@pytest.mark.usefixtures("with_plots")
+def test_a_matplotlib_that_fails_costs_a_run_its_pictures_only(
+    run: Fit, break_package: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_package("matplotlib", "raise AttributeError('_ARRAY_API not found')")
+    final = run()
+    out, err = capsys.readouterr()
+    assert [line for line in (out + err).splitlines() if "matplotlib is" in line] == [
+        "loss.png and the report's curves are left out: matplotlib is installed and fails (AttributeError: "
+        "_ARRAY_API not found); pip install --upgrade matplotlib"
+    ]
+    assert "No curves: matplotlib" in report_of(final)
+    assert "_ARRAY_API not found" in report_of(final)
+
+
 def test_without_a_test_set_the_report_says_so_whatever_was_scored_before(final: Path, run: Fit) -> None:
     remove_folders(final)
     run(**{"train.do_predict": False})

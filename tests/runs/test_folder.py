@@ -1,10 +1,10 @@
 """The output folder: locked, refused early where it cannot be used, set aside on request; errors say what is saved."""
 
-import importlib.util
 import itertools
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def test_a_folder_in_place_of_the_log_is_refused_before_anything_is_computed(
 def test_a_missing_tensorboard_is_named_before_anything_is_computed(
     run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     open_nothing(monkeypatch)
     with pytest.raises(UserError, match=r"train\.report_to: .*pip install tensorboard"):
         run(**{"train.report_to": "tensorboard"})

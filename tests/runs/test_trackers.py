@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,8 +81,17 @@ def test_only_numeric_values_are_sent() -> None:
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     check_tracker("none")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=rf"^train\.report_to: {name} .+pip install {name}"):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"^train\.report_to: {name} .+pip install {name}, or use none"):
+        check_tracker(name)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_cannot_be_imported_is_named_before_the_run(
+    break_package: Callable[..., None], name: str
+) -> None:
+    break_package(name, "raise TypeError('Descriptors cannot be created directly.\\nIf this call came from')")
+    with pytest.raises(UserError, match=rf"^train\.report_to: {name} .+\(TypeError: Descriptors .+ly\.\); .+ none"):
         check_tracker(name)
 
 
