@@ -100,9 +100,9 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         parameters = parameters_of(self)
-        if not self._moments:
-            self._moments = {name: [torch.zeros_like(p) for p in parameters] for name in ("exp_avg", "exp_avg_sq")}
-            self._moments["step"] = [torch.zeros((), device=p.device) for p in parameters]
+        if not self._moments:  # all of them or, where memory runs out, none
+            moments = {name: [torch.zeros_like(p) for p in parameters] for name in ("exp_avg", "exp_avg_sq")}
+            self._moments = {**moments, "step": [torch.zeros((), device=p.device) for p in parameters]}
         start = 0
         for group in self.param_groups:
             own = slice(start, start + len(group["params"]))

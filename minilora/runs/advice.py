@@ -9,6 +9,10 @@ SHOWN_RECORDS = 8
 SHORTEST_MICRO_BATCH_TOKENS = 16
 
 
+class NonFiniteError(UserError):
+    """Losses or weights are NaN or infinite."""
+
+
 def out_of_memory(config: Config, run: Run | None, error: BaseException) -> UserError:
     """What the configuration takes, and what would make it less; first what changes no result."""
     train, tokens = config.train, config.train.max_tokens_per_micro_batch
@@ -41,20 +45,19 @@ def out_of_memory(config: Config, run: Run | None, error: BaseException) -> User
     )
 
 
-def too_many_skipped(run: Run, batch: StepBatch, in_a_row: int) -> UserError:
+def too_many_skipped(run: Run, batch: StepBatch, in_a_row: int) -> NonFiniteError:
     """Names the records of the last step."""
     shown, more = batch.records[:SHOWN_RECORDS], len(batch.records) - SHOWN_RECORDS
     records = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-    limit = f"train.max_skipped_steps is {run.config.train.max_skipped_steps}"
     what = f"the loss or its gradient is non-finite (NaN or inf), {in_a_row} steps in a row"
-    return non_finite(run, batch.settings.step, f"{what} ({limit}; records of the last one: {records})")
+    advice = f"raise train.max_skipped_steps (it is {run.config.train.max_skipped_steps}) and resume to pass them, or"
+    return non_finite(run, batch.settings.step, f"{what} (records of the last one: {records}); {advice}")
 
 
-def non_finite(run: Run, step: int, what: str) -> UserError:
-    """Why the run stops and saves nothing: a checkpoint with such weights would push out one that can be resumed."""
+def non_finite(run: Run, step: int, what: str) -> NonFiniteError:
+    """Why the run stops. Such weights are not saved: they would push out a checkpoint that can be resumed."""
     train, model = run.config.train, run.config.model
-    return UserError(
-        f"step {step}: {what}; begin anew with --restart and a lower train.learning_rate (it is "
-        f"{train.learning_rate:g}) or another model.compute_dtype (it is {model.compute_dtype}). The newest "
-        f"checkpoint: {newest_checkpoint(run.checkpoints)}"
+    return NonFiniteError(
+        f"step {step}: {what} begin anew with --restart and a lower train.learning_rate (it is "
+        f"{train.learning_rate:g}) or another model.compute_dtype (it is {model.compute_dtype})"
     )

@@ -49,7 +49,7 @@ class RunState(Provenance):
 
     step: int = 0  # optimizer steps done
     samples_seen: int = 0  # training examples done, over all epochs: the position in the data
-    pending_entry: dict[str, Any] | None = None  # of the log, for a step whose validation was interrupted
+    pending_entry: dict[str, Any] | None = None  # of the log, for a step that is not yet validated or logged
     validated_step: int = 0  # of the last validation; 0 before the first, as below
     best_step: int = 0  # of the best validation so far
     best_metric: float | None = None  # its value

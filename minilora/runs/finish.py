@@ -263,7 +263,8 @@ def score_split(
     )
     scores = score(run.model, split.examples, prompt, options)
     if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
-        raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number")
+        run.saved = run.state
+        raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number;")
     # On rank 0 only: all ranks have to agree on which checkpoint is best.
     return run.ranks.run_on_rank_0(lambda: _metrics(run, split, scores)), scores.probabilities
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minilora.config import Config
-from minilora.runs.advice import out_of_memory
+from minilora.runs.advice import NonFiniteError, out_of_memory
 from minilora.runs.checkpoint import list_checkpoints, newest_checkpoint, prune_checkpoints, step_of
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.run import Run
@@ -48,9 +48,9 @@ def run_folder(config: Config, model_folder: Path, restart: bool, ranks: Ranks) 
             newest = newest_checkpoint(run.checkpoints)
             where = "nothing done" if newest == "none" else f"the same command resumes from {newest}"
             raise Interrupted(stop.signum, f"{stop}: {where}") from None
-        except StorageError as error:
+        except (StorageError, NonFiniteError) as error:
             newest = newest_checkpoint(Path(config.train.output_dir) / "checkpoints")
-            raise StorageError(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error
+            raise type(error)(f"{error}\n  what is saved is intact; the newest checkpoint: {newest}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -55,7 +55,7 @@ class Run:
     scaler: torch.amp.GradScaler | None
     ranks: Ranks
     state: RunState  # as of now
-    saved: RunState = field(init=False)  # of the newest checkpoint that this process has written or begun with
+    saved: RunState = field(init=False)  # the newest that is in a checkpoint, or that no checkpoint can have
     tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class Run:
 
     @property
     def logged_steps(self) -> int:
-        """Steps whose entry the log has: not that of an interrupted validation."""
+        """Steps whose entry the log has: not one that is pending."""
         return self.state.step - (self.state.pending_entry is not None)
 
     @property
@@ -130,14 +130,15 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether neither a step nor an interrupted validation is left."""
+        """Whether neither a step nor a pending entry is left."""
         return self.state.pending_entry is None and (self.is_at_the_end or self.has_stalled)
 
     @property
     def is_validation_due(self) -> bool:
-        """Every `eval_steps`, at the end, and where one was interrupted."""
-        is_due = self.state.step % self.config.train.eval_steps == 0
-        return self.state.pending_entry is not None or is_due or self.is_at_the_end
+        """Every `eval_steps` and at the end."""
+        step = self.state.step
+        is_due = step % self.config.train.eval_steps == 0 or self.is_at_the_end
+        return is_due and step != self.state.validated_step
 
     def is_logging_due(self, entry: dict[str, Any]) -> bool:
         """Every `logging_steps`, and where there is a validation or a skipped step to log."""

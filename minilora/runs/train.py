@@ -7,7 +7,7 @@ A run is a function of its configuration, its data and its base model. What `fit
 where it begins: nothing, a checkpoint to resume from, or a finished run, which it leaves as it is.
 
 Two context managers keep the rest out of the loop. `run_folder` locks the folder and says of every error what is saved
-and what to do. `saving_on_exit` saves the steps done, however the loop ends, and delays signals while state changes.
+and what to do. `saving_on_exit` saves the steps done, whatever ends the loop, and delays signals while state changes.
 
 Several ranks go through the loop in step (`system/distributed.py`). Only rank 0 writes to the output folder; work that
 one rank can fail in is within `ranks.barrier()` or `ranks.run_on_rank_0()`, so that all ranks stop together.
@@ -15,6 +15,7 @@ one rank can fail in is within `ranks.barrier()` or `ranks.run_on_rank_0()`, so 
 
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,16 +26,17 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.config import Config
+from minilora.errors import UserError
 from minilora.qlora.step import StepResult, train_step
-from minilora.runs.advice import non_finite, too_many_skipped
+from minilora.runs.advice import NonFiniteError, non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
 from minilora.runs.finish import check_finished, complete_report, finish, score_split, score_test_set
 from minilora.runs.folder import run_folder
 from minilora.runs.metrics_log import RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
-from minilora.system.console import info
+from minilora.system.console import info, warn
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
-from minilora.system.memory import peak_memory_bytes
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes
 from minilora.system.signals import Interrupted, SafePoints
 
 
@@ -57,7 +59,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
         with saving_on_exit(run) as (log, safe_points):
             while not run.is_done:
                 entry, improved = run.state.pending_entry, False
-                if entry is None:  # otherwise that of a step whose validation was interrupted
+                if entry is None:  # otherwise that of a step whose validation or log was interrupted
                     started = time.perf_counter()
                     batch = batches(run, run.state.step + 1)
                     run.model.train()
@@ -67,6 +69,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
                     improved = validate(run, entry, safe_points)
                 if run.is_logging_due(entry):
                     log.write(entry)
+                run.state = replace(run.state, pending_entry=None)
                 log.show(entry, improved)
                 if improved or run.is_save_due:
                     save(run, log)
@@ -102,17 +105,19 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         if in_a_row >= run.config.train.max_skipped_steps:
             log.write(entry)
             raise too_many_skipped(run, batch, in_a_row)
-    scaler = run.scaler.state_dict() if run.scaler is not None else {}
+    peak = peak_memory_bytes(run.device)
+    if peak is not None:
+        entry["peak_memory_bytes"] = peak
     run.state = replace(
         state,
         step=step,
         samples_seen=samples,
-        scaler=scaler,
+        pending_entry=entry,
+        scaler=run.scaler.state_dict() if run.scaler is not None else {},
         skipped_steps=skipped,
         skipped_in_a_row=in_a_row,
     )
-    peak = peak_memory_bytes(run.device)
-    return entry if peak is None else {**entry, "peak_memory_bytes": peak}
+    return entry
 
 
 def score_before_training(run: Run) -> None:
@@ -126,12 +131,11 @@ def score_before_training(run: Run) -> None:
 
 def validate(run: Run, entry: dict[str, Any], safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `entry`; says whether they are the best so far, and keeps count of it."""
-    run.state = replace(run.state, pending_entry=entry)  # a signal within leaves a state that begins with it
     metrics, _ = score_split(run, "validation", interruptible=safe_points.anywhere)
     entry |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
     value, best = entry[run.best_by], run.state.best_metric
     improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)
-    run.state = replace(run.state, pending_entry=None, validated_step=run.state.step)
+    run.state = replace(run.state, validated_step=run.state.step)
     if improved:
         run.state = replace(run.state, best_step=run.state.step, best_metric=value, evals_without_improvement=0)
     else:
@@ -144,8 +148,9 @@ def save(run: Run, log: RunLog) -> None:
 
     UserError if the adapter is non-finite, or the ranks no longer have the same one.
     """
+    run.saved = run.state  # also where it fails: it is not tried again
     if not all(bool(torch.isfinite(parameter).all()) for parameter in lora_parameters(run.model)):
-        raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved")
+        raise non_finite(run, run.state.step, "the adapter holds non-finite values (NaN or inf), so it is not saved;")
     if run.ranks.size > 1:
         remedy = f"step {run.state.step} is not saved; run the same command on machines that are alike"
         run.ranks.require_same(state_digests(run.model, run.optimizer), remedy)
@@ -156,12 +161,11 @@ def save(run: Run, log: RunLog) -> None:
         prune_checkpoints(run.checkpoints, run.config.train.save_total_limit)
 
     run.ranks.run_on_rank_0(write)
-    run.saved = run.state
 
 
 @contextmanager
 def saving_on_exit(run: Run) -> Iterator[tuple[RunLog, SafePoints]]:
-    """Opens the log, and saves what was done however the block ends, unless it was the saving that failed.
+    """Opens the log, and saves what was done whatever ends the block, unless it was the saving that failed.
 
     Within it a signal waits for the next safe point. Interrupted and LostRankError then name the step that is saved.
     """
@@ -174,16 +178,40 @@ def saving_on_exit(run: Run) -> Iterator[tuple[RunLog, SafePoints]]:
         run.saved = run.state
         try:
             yield log, safe_points
-        except (Interrupted, LostRankError, OSError) as stop:
-            if not isinstance(stop, Interrupted):  # which all ranks agree on
-                run.ranks = run.ranks.detached()
+        except Interrupted as stop:  # which all ranks agree on
             if run.state is not run.saved:
                 save(run, log)
             step = run.state.step
-            if isinstance(stop, LostRankError):
-                saved = f"step {step} is saved; " if step and run.ranks.is_rank_0 else ""
-                raise LostRankError(f"{saved}{stop}") from None
-            if isinstance(stop, OSError):  # whoever read the output has gone, or the output's disk is full
-                raise
             where = f"saved step {step}; the same command resumes there" if step else "nothing done"
             raise Interrupted(stop.signum, f"{stop}: {where}") from None
+        except BaseException as stop:
+            is_saved = _save_after(stop, run, log)
+            if isinstance(stop, LostRankError):
+                raise LostRankError(f"step {run.state.step} is saved; {stop}" if is_saved else str(stop)) from None
+            if is_saved and not isinstance(stop, OSError | NonFiniteError):  # no output; a message that says it
+                warn(f"note: step {run.state.step} is saved; the same command resumes there")
+            raise
+
+
+def _save_after(error: BaseException, run: Run, log: RunLog) -> bool:
+    """Saves what was done before `error`, which stays the one that is shown; returns whether rank 0 has saved it."""
+    run.ranks = run.ranks.detached()  # the others are gone, or elsewhere in the program
+    if is_out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # the activations in them: saving takes memory too
+    is_lost = isinstance(error, LostRankError)  # perhaps in a save, before anything was written
+    if not run.state.step or (run.state is run.saved and not is_lost):
+        return False
+    try:
+        if not is_between_updates(run):
+            raise UserError("its update was cut short")
+        save(run, log)
+    except Exception as another:
+        warn(f"note: step {run.state.step} cannot be saved: {another}")
+        return False
+    return run.ranks.is_rank_0
+
+
+def is_between_updates(run: Run) -> bool:
+    """Whether weights and moments are those of the last step in the state: AdamW counts the updates of each tensor."""
+    updates = {int(count) for name, count in run.optimizer.tensors().items() if name.endswith(".step")}
+    return updates <= {run.state.step - run.state.skipped_steps}

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import pytest
 import torch
 
 from minilora.errors import UserError
+from minilora.qlora import optim
 from minilora.qlora.step import StepResult
 from minilora.runs import finish as finish_module
 from minilora.runs import folder as folder_module
 from minilora.runs import train
 from minilora.runs.checkpoint import list_checkpoints
-from minilora.runs.metrics_log import read_metrics
+from minilora.runs.metrics_log import RunLog, read_metrics
 from minilora.runs.run import Run
 from minilora.runs.trackers import Tracker
 from minilora.runs.train import fit
 from minilora.system.distributed import Ranks
+from minilora.system.files import StorageError
 from minilora.system.signals import Interrupted
 from tests.runs.conftest import (
     CONSTANT,
@@ -268,3 +271,122 @@ def test_a_tracker_has_every_entry_of_the_log_and_hears_of_an_interruption(
     assert [step for _, _, step, _ in opened] == [0, 2]
     assert ends == [False, True]
     assert heard == read_metrics(tmp_path / "run")
+
+
+def weights(final: Path) -> tuple[bytes, bytes]:
+    return (final / "adapter_model.safetensors").read_bytes(), (final / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        UserError("what a library found"),
+        BrokenPipeError(),
+        AssertionError(),
+    ],
+    ids=repr,
+)
+def test_whatever_ends_the_loop_the_steps_done_are_saved_and_the_run_resumes_to_the_bit(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    keys = {"train.save_steps": 100, "train.eval_steps": 100}
+    expected = run(**{"train.output_dir": tmp_path / "whole"}, **keys)
+    raised = UserError if isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error)
+    with monkeypatch.context() as patch:
+        raise_at(patch, 4, error)
+        with pytest.raises(raised) as caught:
+            run(**keys)
+    assert error in (caught.value, caught.value.__cause__)
+    assert saved_steps(expected.parents[2] / "run" / "checkpoints" / "final") == [3]
+    assert weights(run(**keys)) == weights(expected)
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+
+
+def test_an_error_of_the_save_that_follows_another_error_is_only_noted(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise StorageError("No space left")
+
+    monkeypatch.setattr(train, "save_checkpoint", fail)
+    raise_at(monkeypatch, 3, ZeroDivisionError("the first"))
+    with pytest.raises(ZeroDivisionError, match="the first"):
+        run(**{"train.save_steps": 100, "train.eval_steps": 100})
+    assert "note: step 2 cannot be saved: No space left" in capsys.readouterr().err
+
+
+def test_a_save_that_failed_is_not_tried_again(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def fail(*_: Any, state: Any, **__: Any) -> Path:
+        tried.append(state.step)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "save_checkpoint", fail)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert tried == [1]
+
+
+def test_an_update_that_was_cut_short_is_never_saved(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run(**{"train.output_dir": tmp_path / "whole"})
+    plain, calls = optim.adamw, iter(range(100))
+
+    def cut(*arguments: Any, **more: Any) -> None:
+        plain(*arguments, **more)
+        if next(calls) == 2:
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "adamw", cut)
+        with pytest.raises(ZeroDivisionError):
+            run(**{"train.save_steps": 100, "train.eval_steps": 100})
+    assert "step 2 cannot be saved: its update was cut short" in capsys.readouterr().err
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert weights(run()) == weights(expected)
+
+
+def test_a_step_that_could_not_be_logged_is_logged_by_the_run_that_resumes(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"train.save_steps": 100}
+    expected = run(**{"train.output_dir": tmp_path / "whole"}, **keys)
+    plain = RunLog.write
+
+    def write(log: RunLog, entry: dict[str, Any]) -> None:
+        if entry["step"] == 2:
+            raise StorageError("metrics.jsonl: No space left")
+        plain(log, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write", write)
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left"):
+            run(**keys)
+    assert weights(run(**keys)) == weights(expected)
+    assert lasting(tmp_path / "run") == lasting(tmp_path / "whole")
+
+
+def test_what_a_step_held_when_memory_ran_out_is_free_for_the_save(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    plain = train.save_checkpoint
+
+    def fill(*_: Any) -> None:
+        activations = torch.ones(8)
+        held.append(weakref.ref(activations))
+        if len(held) == 2:
+            raise MemoryError
+
+    def save(*arguments: Any, **more: Any) -> Path:
+        assert [reference() for reference in held] == [None, None]
+        return plain(*arguments, **more)
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    change_steps(monkeypatch, fill)
+    with pytest.raises(UserError, match="after step 1: memory ran out"):
+        run(**{"train.save_steps": 100})
