@@ -10,6 +10,8 @@ A fault is one of these, counted over the file operations (`os` functions) on pa
     {"fail": k, "errno": e}  operation k raises OSError; with "for_good" all later writing ones too
     {"signal": k, "signum": n}  operation k is preceded by a signal, with "twice" by two
     {"log": path}            every operation with what it writes, as JSON lines
+
+Or {"no_memory": s}: optimizer step s raises MemoryError.
 """
 
 import base64
@@ -180,6 +182,19 @@ class Disk:
                 os.kill(os.getpid(), self.fault["signum"])
 
 
+def _exhaust_memory(at: int) -> None:
+    from minilora.qlora.lora import DropoutSeed
+
+    plain = DropoutSeed.set
+
+    def set_or_raise(self: DropoutSeed, seed: int, step: int, micro_batch: int) -> None:
+        if step == at:
+            raise MemoryError
+        plain(self, seed, step, micro_batch)
+
+    DropoutSeed.set = set_or_raise  # type: ignore[method-assign]
+
+
 def _child(order: dict[str, Any], main: Callable[[], None]) -> None:
     """One run, in a forked process, to its exit."""
     for descriptor, ending in ((1, ".out"), (2, ".err")):
@@ -189,6 +204,8 @@ def _child(order: dict[str, Any], main: Callable[[], None]) -> None:
     os.environ.update(order["environment"])
     if order["fault"]:
         Disk(order["output"], order["fault"])
+    if "no_memory" in order["fault"]:
+        _exhaust_memory(order["fault"]["no_memory"])
     sys.argv = ["train.py", *order["keys"]]
     status = 1
     try:

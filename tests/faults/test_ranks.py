@@ -198,6 +198,19 @@ def test_within_the_loop_a_signal_to_any_rank_stops_all_at_the_same_step(
     assert second == ""
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_without_memory_ends_both_and_the_first_saves_what_was_done(
+    runs: Runs, rank_keys: list[str], tmp_path: Path, victim: int
+) -> None:
+    output, keys = tmp_path / "run", [*rank_keys, "train.eval_steps=99", "train.save_steps=99"]
+    assert wait(runs, runs.start_ranks(2, keys, output, {victim: {"no_memory": 3}})) == [2, 2]
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-000002"]
+    errors = errors_of(output)
+    assert "after step 2: memory ran out (MemoryError)" in errors[victim]
+    assert "memory ran out" not in errors[1 - victim]
+    assert "note: step 2 is saved" in errors[0]
+
+
 @pytest.mark.slow
 def test_a_full_disk_of_the_first_rank_ends_both_with_one_message(
     runs: Runs, rank_keys: list[str], finishes: Finishes, tmp_path: Path, how_many: HowMany
