@@ -4,8 +4,6 @@ Training, evaluation and inspection start here, so they cannot differ in how a p
 What this module imports, except `config.py`, takes plain values and never sees the configuration.
 """
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,8 @@ from pathlib import Path
 import torch
 
 from minilora.config import Config
-from minilora.data.records import Record, as_label, read_records
+from minilora.data.labels import class_indices
+from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
@@ -129,7 +128,10 @@ def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> E
         UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
     """
     texts = [record for record in records if record.messages is None]
-    labelled = iter(prompt.examples([record.content for record in texts], _label_indices(texts, prompt.labels)))
+    labels = class_indices(
+        ((record.where, record.label) for record in texts if record.label is not None), prompt.labels
+    )
+    labelled = iter(prompt.examples([record.content for record in texts], labels))
     examples = []
     for record in records:
         if record.messages is None:
@@ -145,32 +147,6 @@ def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> E
             )
         )
     return Examples(list(records), examples)
-
-
-def _label_indices(records: Sequence[Record], labels: tuple[str, ...]) -> list[int]:
-    """Class of each record. A label word has priority over an index; if any word is a number, there are no indices."""
-    words = [as_label(label) for label in labels]
-    has_indices = not any(isinstance(word, int) for word in words)
-    indices = []
-    for record in records:
-        if record.label in words:
-            indices.append(words.index(record.label))
-        elif has_indices and isinstance(record.label, int) and 0 <= record.label < len(labels):
-            indices.append(record.label)
-        else:
-            nor_an_index = f" nor an index 0 to {len(labels) - 1}" if has_indices else ""
-            raise UserError(
-                f"{record.where}: label {record.label!r} is not one of {list(labels)}{nor_an_index}; "
-                f"correct the file or set prompt.labels{_all_labels(records)}"
-            )
-    return indices
-
-
-def _all_labels(records: Sequence[Record]) -> str:
-    """All labels of the records, as a command line names them; nothing if they are too many to be classes."""
-    found = sorted({record.label for record in records}, key=lambda label: (isinstance(label, str), label))
-    words = json.dumps([str(label) for label in found], ensure_ascii=False)
-    return f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(words)}" if len(found) <= 20 else ""
 
 
 def build_model(

@@ -10,62 +10,16 @@ import torch
 
 from minilora.build import build_examples, build_prompt, choose_dtype
 from minilora.config import Config, load_config
-from minilora.data.records import Record, as_label
+from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
+from minilora.qlora.prompt import ChatTokenizer
 
 
-def prompt_with(tokenizer: ChatTokenizer, *labels: str) -> ClassificationPrompt:
-    return ClassificationPrompt(tokenizer, "s", "评论：", labels, 128)
-
-
-@pytest.mark.parametrize(
-    ("labels", "found", "index"),
-    [
-        (("负面", "正面"), "正面", 1),
-        (("负面", "正面"), 1, 1),
-        (("负面", "正面"), "0", 0),
-        (("1", "0"), "0", 1),
-        (("1", "0"), 1, 0),
-        (("1", "2", "3", "4", "5"), "5", 4),
-        (("1", "2", "3", "4", "5"), 1, 0),
-        (("01", "02"), "02", 1),
-        (("-1", "1"), -1, 0),
-    ],
-)
-def test_a_label_is_its_word_and_else_an_index(
-    chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, index: int
-) -> None:
-    prompt = prompt_with(chat_tokenizer, *labels)
-    (example,) = build_examples([Record("a.tsv:2", "好", as_label(found))], prompt).examples
-    assert example.label == index
-    answer = example.input_ids[example.answer_start :]
-    assert chat_tokenizer.decode(answer) == f"{labels[index]}<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("labels", "found", "message"),
-    [
-        (("负面", "正面"), "postive", r"label 'postive' .*\['负面', '正面'\] nor an index 0 to 1;.*prompt\.labels"),
-        (("负面", "正面"), 2, r"label 2 .*\['负面', '正面'\] nor an index 0 to 1;.*prompt\.labels"),
-        (("1", "2", "3"), 0, r"label 0 .*\['1', '2', '3'\];.*prompt\.labels"),
-    ],
-)
-def test_a_label_that_is_neither_word_nor_index_is_refused(
-    chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], found: str | int, message: str
-) -> None:
-    with pytest.raises(UserError, match=rf"a\.tsv:2: {message}"):
-        build_examples([Record("a.tsv:2", "好", found)], prompt_with(chat_tokenizer, *labels))
-
-
-def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them(chat_tokenizer: ChatTokenizer) -> None:
-    records = [Record(f"a.csv:{line}", "好", label) for line, label in enumerate((5, 1, 10, "无", 5), start=2)]
-    words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
-    with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
-        build_examples(records, prompt_with(chat_tokenizer, "负面", "正面"))
-    many = [Record("a.csv:2", "好", f"word {number}") for number in range(21)]
-    with pytest.raises(UserError, match=r"prompt\.labels$"):
-        build_examples(many, prompt_with(chat_tokenizer, "负面", "正面"))
+def test_an_example_answers_with_the_word_of_its_label(tiny_checkpoint: Callable[..., Path]) -> None:
+    prompt = build_prompt(load_config(), ChatTokenizer(tiny_checkpoint()))
+    for example in build_examples([Record("a.tsv:2", "好", "正面"), Record("a.tsv:3", "好", 1)], prompt).examples:
+        assert example.label == 1
+        assert prompt.tokenizer.decode(example.input_ids[example.answer_start :]) == "正面<|im_end|>"
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(

@@ -5,7 +5,6 @@ kept.
 """
 
 import importlib.util
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.conversations import read_turns
+from minilora.data.labels import as_label
 from minilora.data.readers import iter_fields, iter_file_lines
 from minilora.errors import UserError, capped, shown
 
@@ -76,19 +76,6 @@ def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Rec
 def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
     """Each line as a record without label, named after `where` and its line number."""
     return (_encodable(Record(f"{where}:{number}", line)) for number, line in enumerate(lines, start=1))
-
-
-def as_label(found: Any) -> Any:
-    """A label as records hold it: stripped text, and int where that is an integer.
-
-    "1.0" is one: pandas writes integers so where one of the column is missing.
-    """
-    if isinstance(found, float) and found.is_integer():
-        return int(found)
-    if not isinstance(found, str):
-        return found
-    found = found.strip()  # up to 18 digits: int() refuses thousands of them, such a label is a word
-    return int(found.removesuffix(".0")) if re.fullmatch(r"-?\d{1,18}(\.0)?", found, re.ASCII) else found
 
 
 def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> Record:
