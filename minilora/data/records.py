@@ -5,7 +5,7 @@ kept.
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -61,10 +61,22 @@ def read_records(path: Path, options: ReadOptions = ReadOptions()) -> list[Recor
     return list(iter_records(path, options))
 
 
-def iter_records(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:
-    """`read_records`, one at a time: an error comes when the reading gets to its line."""
-    for where, fields in iter_fields(path, options.encoding):
-        yield _encodable(_make_record(where, fields, options))
+def iter_records(
+    path: Path, options: ReadOptions = ReadOptions(), on_error: Callable[[str, UserError], None] | None = None
+) -> Iterator[Record]:
+    """`read_records`, one at a time: an error comes when the reading gets to its line.
+
+    With `on_error` a record that cannot be used goes there, with its place, and the next one is read.
+    """
+    for where, fields in iter_fields(path, options.encoding, on_error):
+        try:
+            record = _encodable(_make_record(where, fields, options))
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(where, error)
+        else:
+            yield record
 
 
 def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:

@@ -65,10 +65,13 @@ def warn(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: bool = False) -> "tqdm[Any]":
+def progress(
+    desc: str, total: int | None, unit: str, initial: int = 0, *, leave: bool = False, delay_s: float = 0
+) -> "tqdm[Any]":
     """A progress bar; in a log file or a pipe a line at the beginning, one every LINE_EVERY_S, and one at the end.
 
     `total` is None if unknown, `initial` what is done already; `leave` keeps the bar on the screen when it is done.
+    What is done within `delay_s` has no bar.
     """
     from tqdm import tqdm  # here: a script answers signals before this slow import
 
@@ -76,7 +79,7 @@ def progress(desc: str, total: int | None, unit: str, initial: int = 0, leave: b
     if not sys.stderr.isatty():
         settings = {"file": _Lines(sys.stderr), "mininterval": LINE_EVERY_S, "maxinterval": LINE_EVERY_S}
         settings["bar_format"] = LINE_FORMAT
-    return tqdm(desc=desc, total=total, unit=unit, initial=initial, disable=is_quiet(), **settings)
+    return tqdm(desc=desc, total=total, unit=unit, initial=initial, delay=delay_s, disable=is_quiet(), **settings)
 
 
 class _Lines:

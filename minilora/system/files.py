@@ -123,7 +123,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes | bytearray) -> None:
     """`os.write`, repeated until nothing is left."""
     rest = memoryview(content)
     while rest:
