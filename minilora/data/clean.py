@@ -12,8 +12,9 @@ import sys
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -42,21 +43,18 @@ def normalized(text: str) -> str:
 
 @functools.cache
 def _ignored() -> re.Pattern[str]:
-    """Runs of the characters of Unicode's categories P, Z and C; those above U+FFFF are looked up only where there are
-    any, because a regular expression has no table for them."""
-    low, high = (f"[{''.join(_ranges(*limits))}]+" for limits in ((0, 0x10000), (0x10000, sys.maxunicode + 1)))
-    return re.compile(f"{low}|(?=[\U00010000-\U0010ffff]){high}")
+    """Runs of characters of Unicode's categories P, Z and C.
 
-
-def _ranges(start: int, stop: int) -> Iterator[str]:
-    first = None
-    for code in range(start, stop + 1):
-        is_ignored = code < stop and unicodedata.category(chr(code))[0] in "PZC"
-        if is_ignored and first is None:
-            first = code
-        elif not is_ignored and first is not None:
-            yield f"\\U{first:08x}-\\U{code - 1:08x}"
-            first = None
+    Those above U+FFFF are looked up only at such a character: regular expressions have no table for them.
+    """
+    majors = "".join(map(itemgetter(0), map(unicodedata.category, map(chr, range(sys.maxunicode + 1)))))
+    low, high = (
+        "".join(
+            f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in re.compile("[PZC]+").finditer(majors, *limits)
+        )
+        for limits in ((0, 0x10000), (0x10000, len(majors)))
+    )
+    return re.compile(f"[{low}]+|(?=[\U00010000-\U0010ffff])[{high}]+")
 
 
 def text_key(text: str) -> bytes:
@@ -102,15 +100,15 @@ class Group:
     indices: Indices
 
 
-def first_of_equal(high: npt.NDArray[np.int64], low: npt.NDArray[np.int64]) -> Indices:
-    """For each key, given as two halves, the index of the first one that equals it.
+def first_of_equal(half: Callable[[str], npt.NDArray[np.int64]]) -> Indices:
+    """For each key, whose halves are "high" and "low", the index of the first one that equals it.
 
-    Peak memory is 36 bytes a key, the halves included.
+    The halves are asked for anew rather than kept: they are the most of what memory holds of a record.
     """
-    order = np.lexsort((low, high))  # stable
+    order = np.lexsort((half("low"), half("high")))  # stable
     is_new = np.ones(len(order), bool)
-    is_new[1:] = _differs(high[order])
-    is_new[1:] |= _differs(low[order])
+    is_new[1:] = _differs(half("high")[order])
+    is_new[1:] |= _differs(half("low")[order])
     order = order.astype(np.uint32)
     group = np.cumsum(is_new, dtype=np.uint32)
     group -= 1
@@ -147,13 +145,12 @@ def find_causes(table: Table, parts: Iterable[Indices]) -> None:
 def group_by_label(table: Table, indices: Indices) -> list[Group]:
     """The records of each label, sorted by the label's text."""
     label = table.label[indices]
-    order = np.argsort(label, kind="stable")
-    ends = np.flatnonzero(_differs(np.append(label[order], CHAT - 1))) + 1
-    groups = []
-    for begin, end in zip([0, *ends], ends, strict=False):
-        group = indices[order[begin:end]]
-        number = table.label[group[0]]
-        groups.append(Group(None if number == CHAT else table.labels[number], group))
+    numbers, counts = np.unique(label, return_counts=True)
+    parts = np.split(indices[np.argsort(label, kind="stable")], np.cumsum(counts)[:-1])
+    groups = [
+        Group(None if number == CHAT else table.labels[number], part)
+        for number, part in zip(numbers, parts, strict=False)  # no label has one part, an empty one
+    ]
     # Two labels may have one text (an integer, and a word of digits): the one that is read first comes first.
     return sorted(groups, key=lambda group: (str(group.label), group.indices[0]))
 

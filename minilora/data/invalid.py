@@ -36,7 +36,7 @@ class InvalidRecords:
         if len(places) < SHOWN_PLACES:
             places.append(where)
         if self._gives_up and self.are_all and self.count == TOO_MANY:
-            raise UserError("\n".join(["none of the first {TOO_MANY:,} records can be used:", *self.lines()]))
+            raise UserError("\n".join([f"none of the first {TOO_MANY:,} records can be used:", *self.lines()]))
 
     def lines(self) -> list[str]:
         """The message of the first record of each kind, with the number of such records and the next places."""

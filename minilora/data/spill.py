@@ -30,7 +30,7 @@ ENTRY = np.dtype(
 PACK_ENTRY = struct.Struct("<16siiqii").pack
 WRITE_BYTES = 1 << 20
 READ_ENTRIES = 1 << 15
-READ_BYTES = 1 << 25  # of lines that are read in the order of the file
+READ_BYTES = 1 << 23  # of lines, about, that are read in the order of the file
 
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -81,12 +81,10 @@ class Spill:
 
     def table(self) -> Table:
         """Keys and labels; nothing is dropped yet."""
-        high, low = self.column("high"), self.column("low")
-        empty = (high == 0) & (low == 0)
-        first = first_of_equal(high, low)
-        del high, low
+        empty = self.column("high") == 0
+        empty &= self.column("low") == 0
         causes = np.full(self._count, KEPT, np.uint8)
-        return Table(first, empty, self.column("label"), list(self._labels), causes)
+        return Table(first_of_equal(self.column), empty, self.column("label"), list(self._labels), causes)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One field of ENTRY, of all records."""
@@ -109,18 +107,15 @@ class Spill:
     def iter_lines(self, indices: Indices) -> Iterator[bytes]:
         """The JSON lines of the records, in blocks; each block is read in the order of the file."""
         offsets, sizes = self.column("offset")[indices], self.column("line_bytes")[indices]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        start = 0
-        while start < len(indices):
-            limit = READ_BYTES + (ends[start - 1] if start else 0)
-            stop = max(start + 1, int(np.searchsorted(ends, limit)))
-            lines = [b""] * (stop - start)
-            order = np.argsort(offsets[start:stop])
-            places = (array[start:stop][order].tolist() for array in (offsets, sizes))
+        step = max(1, READ_BYTES * self._count // max(self._end, 1))
+        for start in range(0, len(indices), step):
+            block = slice(start, start + step)
+            order = np.argsort(offsets[block])
+            lines = [b""] * len(order)
+            places = (values[block][order].tolist() for values in (offsets, sizes))
             for position, offset, size in zip(order.tolist(), *places, strict=True):
                 lines[position] = _read(self._lines, offset, size)
             yield b"".join(lines)
-            start = stop
 
     def _flush(self) -> None:
         for file, waiting in ((self._lines, self._waiting_lines), (self._entries, self._waiting_entries)):

@@ -1,40 +1,28 @@
 """No record is dropped without a count, none is on both sides of a split, and the order is a pure function."""
 
-import itertools
+import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minilora.data import prepare as prepare_module
-from minilora.data.prepare import (
-    SplitOptions,
-    clean_records,
-    epoch_order,
-    find_leaks,
-    normalized,
-    prepare,
-    prepare_demo,
-    recover_splits,
-    split_of,
-    split_records,
-)
-from minilora.data.records import Record, read_records
+from minilora.data import spill
+from minilora.data.clean import normalized
+from minilora.data.prepare import SPLITS, SplitOptions, epoch_order, prepare, prepare_demo, split_of
+from minilora.data.records import ReadOptions, Record, read_records
 from minilora.errors import UserError
-from minilora.system.files import StorageError, lock_folder, sha256
+from minilora.system.files import StorageError, sha256
+from tests.data import reference
+from tests.data.arrays import find_leaks
 
 KEEP_SPLITS = SplitOptions(keep_splits=True)
-
-
-def records_of(*pairs: tuple[str, int]) -> list[Record]:
-    return [Record(f"x:{number}", text, label) for number, (text, label) in enumerate(pairs, start=2)]
 
 
 def write_tsv(path: Path, pairs: list[tuple[str, int]]) -> Path:
@@ -42,86 +30,16 @@ def write_tsv(path: Path, pairs: list[tuple[str, int]]) -> Path:
     return path
 
 
-def test_normalised_text_ignores_width_space_and_punctuation() -> None:
-    assert normalized("Ａ b，好 ！_\u200b\n") == normalized("Ab好") == "Ab好"
+def read_splits(folder: Path) -> dict[str, list[Record]]:
+    return {name: read_records(folder / f"{name}.jsonl") for name in SPLITS}
 
 
-def test_symbols_tell_reviews_apart() -> None:
-    clean, dropped = clean_records({"a": records_of(("很好👍", 1), ("很好👎", 0), ("👍", 1))})
-    assert len(clean["a"]) == 3
-    assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 0}
-
-
-def test_each_cause_is_counted() -> None:
-    files = {
-        "a": records_of((" 好 ", 1), ("  ", 1), ("！！", 0), ("矛盾", 1)),
-        "b": records_of(("好！", 1), ("矛盾。", 0)),
-    }
-    clean, dropped = clean_records(files)
-    assert [record.text for record in clean["a"] + clean["b"]] == ["好"]
-    assert dropped == {"empty": 2, "contradictory": 2, "duplicate": 1}
-
-
-def test_text_is_stripped_and_the_first_of_duplicates_is_kept() -> None:
-    clean, dropped = clean_records(
-        {"a": records_of(("\u3000 好 的\n", 1), ("好的！", 1)), "b": records_of(("好，的", 1))}
-    )
-    assert [(record.where, record.text) for record in clean["a"]] == [("x:2", "好 的")]
-    assert clean["b"] == []
-    assert dropped == {"empty": 0, "contradictory": 0, "duplicate": 2}
-
-
-def test_a_review_with_two_labels_is_dropped_wherever_it_is() -> None:
-    files = {"a": records_of(("矛盾", 1), ("矛盾！", 1), ("好", 1)), "b": records_of(("矛盾", 0), ("差", 0))}
-    for across_files in (True, False):
-        clean, dropped = clean_records(files, across_files)
-        assert [record.text for part in clean.values() for record in part] == ["好", "差"]
-        assert dropped == {"empty": 0, "contradictory": 3, "duplicate": 0}
-
-
-def test_kept_splits_keep_what_is_in_another_file() -> None:
-    files = {"a": records_of(("好", 1), ("好。", 1)), "b": records_of(("好", 1))}
-    clean, dropped = clean_records(files, across_files=False)
-    assert [len(part) for part in clean.values()] == [1, 1]
-    assert dropped["duplicate"] == 1
-
-
-def test_one_label_as_text_and_as_a_number_is_no_contradiction(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"label": 1, "text": "好"}\n', "utf-8")
-    files = {
-        "tsv": read_records(write_tsv(tmp_path / "a.tsv", [("好", 1)])),
-        "jsonl": read_records(tmp_path / "a.jsonl"),
-    }
-    assert clean_records(files)[1] == {"empty": 0, "contradictory": 0, "duplicate": 1}
-
-
-@given(st.lists(st.tuples(st.text("好差a ，。", max_size=4), st.integers(0, 1)), max_size=30))
-def test_records_in_equal_records_out_and_records_dropped(pairs: list[tuple[str, int]]) -> None:
-    files = {"a": records_of(*pairs[::2]), "b": records_of(*pairs[1::2])}
-    clean, dropped = clean_records(files)
-    kept = [record for records in clean.values() for record in records]
-    assert len(kept) + sum(dropped.values()) == len(pairs)
-    assert len({normalized(record.content) for record in kept}) == len(kept)
-
-
-def test_splits_are_8_1_1_stratified_disjoint_and_deterministic() -> None:
-    records = records_of(*((f"评论{number}", int(number % 4 == 0)) for number in range(400)))
-    splits = split_records(records, 42)
-    assert {name: len(part) for name, part in splits.items()} == {"train": 320, "validation": 40, "test": 40}
-    assert all(Counter(record.label for record in part)[1] * 4 == len(part) for part in splits.values())
-    texts = [record.text for part in splits.values() for record in part]
-    assert len(set(texts)) == 400
-    assert split_records(records, 42) == splits
-    assert split_records(records, 43) != splits
-
-
-@given(st.integers(3, 60), st.integers(3, 60), st.integers())
-def test_every_label_is_split_in_the_same_proportion(zeros: int, ones: int, seed: int) -> None:
-    records = records_of(*((f"评论{number}", int(number < ones)) for number in range(zeros + ones)))
-    splits = {name: Counter(record.label for record in part) for name, part in split_records(records, seed).items()}
-    for label, count in ((0, zeros), (1, ones)):
-        tenth = max(1, round(count / 10))
-        assert [splits[name][label] for name in ("train", "validation", "test")] == [count - 2 * tenth, tenth, tenth]
+def test_text_is_stripped_and_the_first_of_duplicates_is_kept(tmp_path: Path) -> None:
+    lines = [{"text": text, "label": 1} for text in ("\u3000 好 的\n", "好的！", "好，的", "二", "三")]
+    source = tmp_path / "a.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    assert prepare([source], tmp_path / "out")["dropped"] == {"empty": 0, "contradictory": 0, "duplicate": 2}
+    assert {r.text for part in read_splits(tmp_path / "out").values() for r in part} == {"好 的", "二", "三"}
 
 
 def test_a_split_depends_only_on_records_and_seed(tmp_path: Path) -> None:
@@ -141,11 +59,6 @@ def test_a_split_depends_only_on_records_and_seed(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
         printed.add(done.stdout)
     assert len(printed) == 1
-
-
-def test_a_label_too_rare_to_split_is_named() -> None:
-    with pytest.raises(UserError, match=r"label 1: 2 distinct records.* 3 .*; add records"):
-        split_records(records_of(*((f"评论{number}", int(number < 2)) for number in range(20))), 42)
 
 
 def test_a_file_with_too_few_records_is_named_with_a_line_of_it(tmp_path: Path) -> None:
@@ -210,6 +123,8 @@ def test_the_report_holds_all_its_counts(tmp_path: Path) -> None:
         "keep_splits": False,
         "rows_in": {str(source): 44},
         "dropped": {"empty": 1, "contradictory": 2, "duplicate": 1},
+        "dropped_by_split": {},
+        "kept_in_test": {},
         "carved_from_train": {},
         "leaks": {**none_leaks, "dropped_from_train": 0},
         "rows_out": {"train": 32, "validation": 4, "test": 4},
@@ -335,36 +250,6 @@ def test_a_data_set_that_cleans_to_nothing_is_named(tmp_path: Path) -> None:
         prepare([write_tsv(tmp_path / "a.tsv", [("！", 1)])], tmp_path / "out")
 
 
-@given(st.lists(st.tuples(st.text("好差很 ，。", min_size=1, max_size=5), st.integers(0, 1)), min_size=1, max_size=80))
-def test_splits_share_no_text_and_lose_no_record(pairs: list[tuple[str, int]]) -> None:
-    clean, _ = clean_records({"a": records_of(*pairs)})
-    if any(count < 3 for count in Counter(record.label for record in clean["a"]).values()):
-        with pytest.raises(UserError, match=" 3 for train"):
-            split_records(clean["a"], 42)
-        return
-    splits = split_records(clean["a"], 42)
-    assert Counter(record for part in splits.values() for record in part) == Counter(clean["a"])
-    texts = {name: {normalized(record.content) for record in part} for name, part in splits.items()}
-    assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
-
-
-@given(st.permutations(["a", "b", "c"]))
-def test_no_order_of_the_files_makes_them_leak(order: list[str]) -> None:
-    files = {
-        name: records_of(*((f"{'，' * index}评论{n}", n % 2) for n in range(30))) for index, name in enumerate("abc")
-    }
-    clean, dropped = clean_records({name: files[name] for name in order})
-    assert [len(clean[name]) for name in order] == [30, 0, 0]
-    assert dropped["duplicate"] == 60
-    splits = split_records(clean[order[0]], 42)
-    assert not find_leaks(splits["train"], [*splits["validation"], *splits["test"]])
-
-
-def test_empty_texts_do_not_leak_into_each_other() -> None:
-    train = records_of(("！", 1), ("好", 1))
-    assert find_leaks(train, records_of(("。", 0), ("好。", 1))) == train[1:]
-
-
 def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path) -> None:
     turns = [{"prompt": f"问{n % 20}", "completion": "答。" if n < 20 else "答"} for n in range(25)]
     source = tmp_path / "chat.jsonl"
@@ -387,12 +272,203 @@ def test_the_leaks_of_the_files_as_given_are_counted_before_cleaning(tmp_path: P
     files = [
         write_tsv(tmp_path / "train.tsv", [(f"评论{n}", n % 2) for n in range(20)]),
         write_tsv(tmp_path / "dev.tsv", [("新的", 1)]),
-        # 评论4 twice, and 评论5 with the other label: cleaning drops one of the two and both 评论5
+        # 评论4 twice, and 评论5 with the other label: cleaning drops one of the two, and both 评论5
         write_tsv(tmp_path / "test.tsv", [("别的", 0), ("评论4", 0), ("评论4。", 0), ("评论5", 0)]),
     ]
-    leaks = prepare(files, tmp_path / "out", KEEP_SPLITS)["leaks"]
+    leaks = prepare(files, tmp_path / "out", SplitOptions(keep_splits=True, clean_test=True))["leaks"]
     assert leaks["as_given"]["test"] == {"rows": 4, "also_in_train": 3}
     assert leaks["test"] == {"rows": 2, "also_in_train": 1}
+
+
+def test_an_official_test_file_stays_whole_and_what_contradicts_it_leaves_train(tmp_path: Path) -> None:
+    test = [("别的", 0), ("评论4", 0), ("评论4。", 0), ("评论5", 0), ("！", 1)]
+    files = [
+        write_tsv(tmp_path / "train.tsv", [(f"评论{n}", n % 2) for n in range(20)]),
+        write_tsv(tmp_path / "dev.tsv", [("新的", 1), ("评论5", 1)]),
+        write_tsv(tmp_path / "test.tsv", test),
+    ]
+    report = prepare(files, tmp_path / "out", KEEP_SPLITS)
+    splits = read_splits(tmp_path / "out")
+    assert [(record.text, record.label) for record in splits["test"]] == test
+    assert report["kept_in_test"] == {"empty": 1, "contradictory": 1, "duplicate": 1}
+    assert report["dropped_by_split"] == {
+        "train": {"empty": 0, "contradictory": 1, "duplicate": 0},
+        "validation": {"empty": 0, "contradictory": 1, "duplicate": 0},
+        "test": {"empty": 0, "contradictory": 0, "duplicate": 0},
+    }
+    assert report["dropped"] == {"empty": 0, "contradictory": 2, "duplicate": 0}
+    assert "评论5" not in {record.text for record in splits["train"] + splits["validation"]}
+    cleaned = prepare(files, tmp_path / "cleaned", SplitOptions(keep_splits=True, clean_test=True))
+    assert cleaned["rows_out"]["test"] == 2
+    assert cleaned["dropped_by_split"]["test"] == report["kept_in_test"]
+
+
+RECORDS = st.lists(
+    st.tuples(st.text("好差很 ，。Ａa", max_size=4), st.sampled_from(["0", "1", "好评", "chat"])),
+    min_size=12,
+    max_size=60,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(RECORDS, st.sets(st.sampled_from(["validation", "test"])), st.tuples(*[st.booleans()] * 3), st.integers(0, 9))
+def test_what_is_written_is_what_the_definition_says(
+    tmp_path: Path, pairs: list[tuple[str, str]], held_out: set[str], switches: tuple[bool, bool, bool], seed: int
+) -> None:
+    keep_splits, drop_leaks, clean_test = switches
+    options = SplitOptions(seed, keep_splits, drop_leaks and keep_splits, clean_test, drop_rare=True)
+    names = [name for name in SPLITS if name in {"train", *held_out}]
+    for name in names:
+        lines = [
+            {"text": text, "label": label} if label != "chat" else {"prompt": text, "completion": "好"}
+            for text, label in pairs[names.index(name) :: len(names)]
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    paths = [tmp_path / f"{name}.jsonl" for name in names]
+    expected = reference.prepared({name: read_records(tmp_path / f"{name}.jsonl") for name in names}, options)
+    if not all(expected.values()):
+        with pytest.raises(UserError, match=r"no record is left|every training record"):
+            prepare(paths, tmp_path / "out", options)
+        return
+    report = prepare(paths, tmp_path / "out", options)
+    assert {name: (tmp_path / "out" / f"{name}.jsonl").read_bytes() for name in SPLITS} == expected
+    assert sum(report["rows_in"].values()) == len(pairs)
+    removed = sum(report["dropped"].values()) + report["leaks"]["dropped_from_train"]
+    assert sum(report["rows_out"].values()) == len(pairs) - removed
+
+
+def test_memory_grows_by_40_bytes_a_record_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("READ_BYTES", "WRITE_BYTES"):  # buffers that both files fill
+        monkeypatch.setattr(spill, name, 1 << 16)
+    monkeypatch.setattr(spill, "READ_ENTRIES", 1 << 10)
+    peaks = {}
+    for count in (100, 10_000, 40_000):  # the first one imports what is needed
+        source = write_tsv(tmp_path / "a.tsv", [(f"{n // 2 if n % 7 else n}号评论", n % 2) for n in range(count)])
+        tracemalloc.start()
+        prepare([source], tmp_path / "out")
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[40_000] - peaks[10_000] <= 40 * 30_000
+
+
+def test_nothing_is_left_of_the_records_on_the_disk(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(spill.Spill, "table", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(official, tmp_path / "deep" / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    prepare(official, tmp_path / "deep" / "out")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_full_disk_while_records_are_read_is_named(
+    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(descriptor: int, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spill, "write_all", full_disk)
+    with pytest.raises(StorageError, match=r"out: cannot be written \(No space left on device\).*bytes are free there"):
+        prepare(official, tmp_path / "out")
+
+
+def test_all_rare_labels_are_named_with_what_may_have_been_meant(tmp_path: Path) -> None:
+    lines = [f"{'positive' if n % 2 else 'negative'}\t评论{n}\n" for n in range(40)]
+    lines[3:7] = ["postive\t一\n", "mixed\t二\n", "postive\t三\n", "7\t四\n"]
+    source = tmp_path / "a.tsv"
+    source.write_text("label\ttext\n" + "".join(lines), "utf-8")
+    with pytest.raises(UserError) as raised:
+        prepare([source], tmp_path / "out")
+    expected = "expected at least 3 for train, validation, test"
+    assert str(raised.value).splitlines() == [
+        f"{source}:8: label 7: 1 distinct records to split, {expected}; add records",
+        f"{source}:6: label 'mixed': 1 distinct records to split, {expected}; add records",
+        f"{source}:5: label 'postive': 2 distinct records to split, {expected}; write 'positive' if that is meant, or "
+        "add records",
+        "  --drop_rare of preprocess_data.py drops the 4 records of 3 rare labels",
+    ]
+    report = prepare([source], tmp_path / "out", SplitOptions(drop_rare=True))
+    assert report["dropped"]["rare"] == 4
+    assert sum(report["rows_out"].values()) == 36
+    assert report["labels"]["test"] == {"negative": 2, "positive": 2}
+
+
+def test_a_column_of_ids_as_labels_is_not_printed_whole(tmp_path: Path) -> None:
+    source = write_tsv(tmp_path / "a.tsv", [(f"评论{n}", n) for n in range(5000)])
+    with pytest.raises(UserError, match=r"and 4,990 more labels; is it the label's column\?") as raised:
+        prepare([source], tmp_path / "out")
+    assert len(str(raised.value)) < 3000
+
+
+def test_a_rare_label_of_train_is_dropped_where_a_split_is_carved(tmp_path: Path) -> None:
+    train = write_tsv(tmp_path / "train.tsv", [*((f"评论{n}", n % 2) for n in range(40)), ("好", 2)])
+    test = write_tsv(tmp_path / "test.tsv", [("很好", 2), ("差", 0)])
+    with pytest.raises(UserError, match=r"train\.tsv:42: label 2: 1 distinct.* 2 for train, validation; add records"):
+        prepare([train, test], tmp_path / "out", KEEP_SPLITS)
+    report = prepare([train, test], tmp_path / "out", SplitOptions(keep_splits=True, drop_rare=True))
+    assert report["dropped"]["rare"] == 1
+    assert report["labels"]["test"] == {"0": 1, "2": 1}
+    assert report["labels"]["train"] == {"0": 18, "1": 18}
+
+
+def test_all_records_that_cannot_be_used_are_in_one_message(tmp_path: Path) -> None:
+    table = [f"评论{n},{n % 2}" for n in range(40)]
+    table[3], table[4], table[6:13], table[20] = "没有标签,", "多,了,1", [f"没有{n}," for n in range(7)], "少了"
+    lines = [
+        '{"text": "好", "label": 1}',
+        "{",
+        "[]",
+        '{"text": 3, "label": 1}',
+        '{"text": "坏\\ud83d", "label": 1}',
+        "{}",
+    ]
+    files = [tmp_path / "a.csv", tmp_path / "b.jsonl"]
+    files[0].write_text("\n".join(["text,label", *table]) + "\n", "utf-8")
+    files[1].write_text("\n".join(lines), "utf-8")
+    with pytest.raises(UserError) as raised:
+        prepare(files, tmp_path / "out")
+    kinds = str(raised.value).splitlines()
+    assert [kind.partition("; ")[0].removeprefix(f"{tmp_path}/") for kind in kinds[:-1]] == [
+        "a.csv:5: label is '', expected a word or an integer",
+        "a.csv:6: 3 fields, expected 2 (text, label)",
+        kinds[2].partition("; ")[0].removeprefix(f"{tmp_path}/"),
+        "b.jsonl:3: holds [], expected an object",
+        "b.jsonl:4: text is 3, expected a string",
+        kinds[5].partition("; ")[0].removeprefix(f"{tmp_path}/"),
+        "b.jsonl:6: no text column (text, text_a, review, sentence, content)",
+    ]
+    assert kinds[0].endswith("correct the record (8 such records, also a.csv:8, a.csv:9, a.csv:10, a.csv:11, ...)")
+    assert kinds[1].endswith("(2 such records, also a.csv:22)")
+    assert "b.jsonl:2: is not JSON" in kinds[2]
+    assert "b.jsonl:5: holds half a character" in kinds[5]
+    assert kinds[-1] == "  --drop_invalid of preprocess_data.py drops the 15 records that cannot be used"
+    assert not (tmp_path / "out").exists()
+    report = prepare(files, tmp_path / "out", SplitOptions(drop_invalid=True))
+    assert report["dropped"]["invalid"] == 15
+    assert sum(report["rows_in"].values()) == 46
+    assert sum(report["rows_out"].values()) == 46 - sum(report["dropped"].values())
+
+
+def test_a_file_of_which_no_record_can_be_used_is_not_read_to_its_end(tmp_path: Path) -> None:
+    source = write_tsv(tmp_path / "a.tsv", [(f"评论{n}", 1) for n in range(3000)])
+    with pytest.raises(UserError, match=r"none of the first 1,000 records can be used.*\n.*--label_column"):
+        prepare([source], tmp_path / "out", reading=ReadOptions(label_column="stars"))
+
+
+def test_a_check_of_records_is_a_reason_to_drop_them(official: list[Path], tmp_path: Path) -> None:
+    def check(record: Record) -> None:
+        if "3" in record.content:
+            raise UserError(f"{record.where}: is too long")
+
+    with pytest.raises(
+        UserError, match=r"train\.tsv:5: is too long \(3 such records, also train\.tsv:15, dev\.tsv:3\)"
+    ):
+        prepare(official, tmp_path / "out", check=check)
+    report = prepare(official, tmp_path / "out", SplitOptions(drop_invalid=True), check=check)
+    assert report["dropped"]["invalid"] == 3
 
 
 @pytest.mark.parametrize(
@@ -445,130 +521,6 @@ def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:10: holds half a character"):
         prepare([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_failed_write_leaves_the_earlier_splits_together(
-    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(official, tmp_path / "out", SplitOptions(seed=1))
-    before = contents(tmp_path / "out")
-    plain = prepare_module.write_file
-
-    def full_disk(path: Path, content: bytes) -> None:
-        plain(path, content[:9] if "test.jsonl" in path.name else content)
-        if "test.jsonl" in path.name:
-            raise StorageError(f"{path}: cannot be written (No space left on device)")
-
-    monkeypatch.setattr(prepare_module, "write_file", full_disk)
-    with pytest.raises(StorageError, match="cannot be written"):
-        prepare(official, tmp_path / "out", SplitOptions(seed=2))
-    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
-    recover_splits(tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-@pytest.mark.parametrize("has_earlier", [True, False])
-def test_a_replacing_killed_anywhere_is_completed_with_all_old_files_or_all_new_ones(
-    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_earlier: bool
-) -> None:
-    prepare(official, tmp_path / "old", SplitOptions(seed=1))
-    prepare(official, tmp_path / "new", SplitOptions(seed=2))
-    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
-    assert old["train.jsonl"] != new["train.jsonl"]
-    ends = []
-    for moment in ("written", *range(1, 6)):
-        folder = tmp_path / f"{moment}"
-        if has_earlier:
-            shutil.copytree(tmp_path / "old", folder)
-        with monkeypatch.context() as patch:
-            if moment == "written":  # in the middle of the temporary files
-                stop_at(patch, prepare_module, "write_file", 3)
-            else:
-                stop_at(patch, Path, "replace", moment)
-            if moment == 5:  # there are four files
-                prepare(official, folder, SplitOptions(seed=2))
-            else:
-                with pytest.raises(KeyboardInterrupt):
-                    prepare(official, folder, SplitOptions(seed=2))
-        recover_splits(folder)
-        ends.append(contents(folder))
-    assert ends == [old if has_earlier else {}, *[new] * 5]
-
-
-def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, number: int) -> None:
-    """Kills the process, as it were, in call `number` of a function."""
-    plain = getattr(owner, name)
-    calls = itertools.count(1)
-
-    def stop(*arguments: object) -> object:
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        return plain(*arguments)
-
-    patch.setattr(owner, name, stop)
-
-
-def test_a_recovery_that_was_killed_is_completed(
-    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(official, tmp_path / "new", SplitOptions(seed=2))
-    for moment in range(1, 5):
-        folder = tmp_path / f"{moment}"
-        prepare(official, folder, SplitOptions(seed=1))
-        with monkeypatch.context() as patch:
-            stop_at(patch, Path, "replace", 1)
-            with pytest.raises(KeyboardInterrupt):
-                prepare(official, folder, SplitOptions(seed=2))
-        with monkeypatch.context() as patch:
-            stop_at(patch, Path, "replace", moment)
-            with pytest.raises(KeyboardInterrupt):
-                recover_splits(folder)
-        recover_splits(folder)
-        assert contents(folder) == contents(tmp_path / "new")
-
-
-def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
-    official: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "out"
-    wholes = []
-    for seed in (1, 2, 3):
-        prepare(official, tmp_path / f"{seed}", SplitOptions(seed=seed))
-        wholes.append(contents(tmp_path / f"{seed}"))
-    prepare(official, folder, SplitOptions(seed=1))
-    for seed, owner, name in ((2, Path, "replace"), (3, prepare_module, "write_file")):
-        with monkeypatch.context() as patch:
-            stop_at(patch, owner, name, 2)
-            with pytest.raises(KeyboardInterrupt):
-                prepare(official, folder, SplitOptions(seed=seed))
-    recover_splits(folder)
-    assert contents(folder) in wholes
-
-
-def test_without_leftovers_nothing_is_recovered(official: list[Path], tmp_path: Path) -> None:
-    recover_splits(tmp_path / "absent")
-    assert not (tmp_path / "absent").exists()
-    prepare(official, tmp_path / "out", SplitOptions(seed=1))
-    before = contents(tmp_path / "out")
-    recover_splits(tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-
-
-@pytest.mark.skipif(os.name == "nt", reason="folders are not locked there")
-def test_what_another_process_is_writing_is_no_leftover(official: list[Path], tmp_path: Path) -> None:
-    prepare(official, tmp_path / "out", SplitOptions(seed=1))
-    (tmp_path / "out" / ".writing-train.jsonl").write_text("begun", "utf-8")
-    with lock_folder(tmp_path / "out", "folder for the data"):
-        before = contents(tmp_path / "out")
-        with pytest.raises(UserError, match="out: another run is writing there"):
-            recover_splits(tmp_path / "out")
-        with pytest.raises(UserError, match="out: another run is writing there"):
-            prepare(official, tmp_path / "out", SplitOptions(seed=2))
-        assert contents(tmp_path / "out") == before
 
 
 def test_the_quickstarts_held_out_reviews_are_those_that_the_embedded_model_never_saw(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from minilora.adapters.attach import attach
 from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter
 from minilora.config import Config, LoraConfig, load_config
-from minilora.data.prepare import clean_records, prepare
+from minilora.data.prepare import prepare
 from minilora.data.records import read_records
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.weights.safetensors_io import read_checkpoint_entries
 from tests.conftest import save_adapter
+from tests.data.arrays import clean_records
 from tests.faults.conftest import Count, HowMany
 
 CASES = (60, 300, 10_000)
