@@ -1,5 +1,6 @@
 """The two data scripts as they are called from outside: what they print, and how they end a mistake."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import minilora
 from minilora.data.prepare import SplitOptions, prepare
+from minilora.errors import UserError
+from tests.scripts.conftest import RunMain, load_script
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+TINY = Path(minilora.__file__).parent / "assets" / "tiny-qwen2.5"
 
 
 def call(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -55,6 +60,36 @@ def test_a_split_that_is_carved_out_of_train_is_announced(official: list[Path], 
     assert done.returncode == 0, done.stderr
     assert "carved         2  of train for test" in done.stdout
     assert "wrote         18  data/processed/train.jsonl" in done.stdout
+
+
+def test_what_an_official_test_keeps_and_others_lose_is_printed(
+    official: list[Path], tmp_path: Path, run_main: RunMain
+) -> None:
+    write_tsv(official[2], [("别的", 0), ("评论4", 1), ("评论5。", 1), ("评论5", 1)])
+    script = load_script("preprocess_data")
+    options = ("--input", *official, "--keep-splits", "--output-dir", tmp_path / "out")
+    printed, _ = run_main(script, *options)
+    assert "dropped        1  contradictory (1 of train)\n" in printed
+    assert "kept           1  contradictory in test, which stays whole (--clean_test drops them)\n" in printed
+    assert "kept           1  duplicate in test, which stays whole (--clean_test drops them)\n" in printed
+    assert "wrote          4  " in printed
+    printed, _ = run_main(script, *options, "--clean-test")
+    assert "dropped        2  contradictory (1 of train, 1 of test)\n" in printed
+    assert "stays whole" not in printed
+
+
+def test_all_answers_that_are_too_long_are_in_one_message_or_dropped(tmp_path: Path, run_main: RunMain) -> None:
+    turns = [{"prompt": f"问{n}", "completion": "很长的答案" * (1 + 30 * (n % 10 == 3))} for n in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, turns)), "utf-8")
+    script = load_script("preprocess_data")
+    options = ["--input", tmp_path / "chat.jsonl", "--output_dir", tmp_path / "out"]
+    options += ["--tokenizer", TINY, "--max-length", 100]
+    with pytest.raises(UserError, match=r"chat\.jsonl:4: the assistant turns exceed data\.max_length = 100") as raised:
+        run_main(script, *options)
+    assert "(4 such records, also chat.jsonl:14, chat.jsonl:24, chat.jsonl:34)" in str(raised.value)
+    printed, _ = run_main(script, *options, "--drop-invalid")
+    assert "dropped        4  invalid" in printed
+    assert "wrote         28  " in printed
 
 
 def test_a_fresh_split_prints_what_was_dropped_and_written(official: list[Path], tmp_path: Path) -> None:
@@ -104,6 +139,8 @@ def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_p
         (["--input", "dev.tsv"], "label 1: 1 distinct records to split"),
         (["--input", "train.tsv", "--seed", "x"], "argument --seed: invalid int value"),
         (["--input", "train.tsv", "--drop-leaks"], "--drop_leaks needs --keep_splits"),
+        (["--input", "train.tsv", "--clean-test"], "--clean_test needs --keep_splits"),
+        (["--input", "train.tsv", "--max-length", "99"], "--max_length and --tokenizer need each other"),
         (["--input", "dev.tsv", "--keep_splits"], "no file for train"),
         (["--input", "train.tsv", "--text-column", "comment"], "--text_column of preprocess_data.py"),
         (["--input", "train.tsv", "--output", "dev.tsv"], "dev.tsv: cannot be written"),
@@ -131,6 +168,7 @@ def test_a_download_without_network_ends_with_status_2_and_names_both_sources(tm
     [
         ("download_data.py", "--output_dir --repo --revision"),
         ("preprocess_data.py", "--input --output_dir --seed --keep_splits --drop_leaks --text_column --label_column"),
+        ("preprocess_data.py", "--clean_test --drop_rare --drop_invalid --max_length --tokenizer"),
     ],
 )
 def test_help_shows_options_and_examples(script: str, options: str, tmp_path: Path) -> None:
