@@ -27,9 +27,9 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from minilora.data.hub_errors import MIRROR, ClientError, cause_of, client_errors, explain, may_pass, reason_of
 from minilora.data.prepare import SPLITS, split_of
 from minilora.errors import UserError, capped
-from minilora.system.cli import DISK_ERRORS
 from minilora.system.console import is_quiet, warn
 from minilora.system.files import WRITING, sha256
 from minilora.system.signals import nothing_at_stake
@@ -44,11 +44,7 @@ SUBFOLDERS = ["*/*"]
 PACKAGE_ASSETS = "minilora/assets/"
 CHNSENTICORP_SOURCES = ("lansinuote/ChnSentiCorp", "seamew/ChnSentiCorp")
 
-RETRY_STATUSES = {408, 429, 500, 502, 503, 504}  # of a server that may do better in a moment
 PAUSES_S = (1, 3, 6)  # before the attempts that follow on a failed one
-HTTP_CLIENTS = ("httpx", "requests", "urllib3")  # httpx2 as well; which one depends on huggingface-hub's version
-MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
-NO_FOLDER = (NotADirectoryError, FileExistsError)  # a file where the cache's folder would be
 SHA256, GIT_SHA1 = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
@@ -184,7 +180,7 @@ def download_snapshot(kind: str, name: str, revision: str | None, **patterns: An
     except UserError:  # a file of the cache that may not be read
         raise
     except Exception as error:  # any: which client's and which parser's errors come depends on the library's version
-        raise UserError(f"{name}: {_explain(error, kind, name, local)}") from error
+        raise UserError(f"{name}: {explain(error, kind, name, local)}") from error
     for file, problem in damaged.items():
         advice = f"another download did not replace it: check the network and the disk, {MIRROR}"
         if constants.HF_HUB_OFFLINE:
@@ -194,20 +190,31 @@ def download_snapshot(kind: str, name: str, revision: str | None, **patterns: An
 
 
 def _download(name: str, **wanted: Any) -> Path:
-    """`snapshot_download` of what is missing, retried after PAUSES_S where an error may pass."""
-    from huggingface_hub import snapshot_download
+    """`snapshot_download` of what is missing, retried after PAUSES_S where an error may pass.
 
+    Where HF_HUB_OFFLINE is set, or the client fails before it reaches the hub, the cache is enough if it has all.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        return Path(snapshot_download(name, local_files_only=True, **wanted))
     pauses = iter(PAUSES_S)
     while True:
         try:
-            with _progress_bars(), nothing_at_stake():  # files in transfer are temporary
+            with _progress_bars(), nothing_at_stake(), client_errors():  # files in transfer are temporary
                 return Path(snapshot_download(name, **wanted))
+        except ClientError as error:
+            if "force_download" not in wanted:
+                with contextlib.suppress(Exception):  # it is not in the cache
+                    folder = Path(snapshot_download(name, local_files_only=True, **wanted))
+                    warn(f"note: {name}: taken from the cache, without asking the hub: {error}")
+                    return folder
+            raise
         except Exception as error:
-            is_broken = type(error).__module__.startswith(HTTP_CLIENTS)  # in the middle of a file
             pause_s = next(pauses, None)
-            if pause_s is None or not (is_broken or _status_of(error) in RETRY_STATUSES):
+            if pause_s is None or not may_pass(error):
                 raise
-            warn(f"{name}: {_reason(_cause_of(error))}; retries in {pause_s} s")
+            warn(f"{name}: {reason_of(cause_of(error))}; retries in {pause_s} s")
         time.sleep(pause_s)
 
 
@@ -253,63 +260,3 @@ def _git_sha1(path: Path) -> str:
     """Git's hash of a file: SHA-1 of "blob", its length, a zero byte, and its content."""
     content = path.read_bytes()  # small: the hub keeps files of more than 10 MB in LFS
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-
-
-def _explain(error: Exception, kind: str, name: str, local: str) -> str:
-    """What went wrong and what to do, as the rest of a message."""
-    from huggingface_hub import constants, errors
-
-    cause, status, endpoint = _cause_of(error), _status_of(error), constants.ENDPOINT
-    reason = _reason(cause)
-    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    by_type = {
-        errors.HFValidationError: f"is no hub name, expected owner/name; check the name, or {local}",
-        errors.GatedRepoError: f"is gated ({status}); accept its terms at {page} and set HF_TOKEN to a token of that "
-        "account",
-        errors.RevisionNotFoundError: "has no such revision; check model.revision or --revision",
-        errors.RepositoryNotFoundError: f"no such {kind} on the hub, or private; check the name, set HF_TOKEN, or "
-        f"{local}",
-        errors.OfflineModeIsEnabled: f"not in the cache {constants.HF_HUB_CACHE}, or not all of it; unset "
-        f"HF_HUB_OFFLINE, or {local}",
-        UnicodeEncodeError: "HF_TOKEN holds characters that no token has; correct it",  # it goes into a header
-    }
-    by_status = {
-        401: "the hub refused your token (401); correct HF_TOKEN, or the token that `hf auth login` has kept",
-        403: f"the hub refused access ({reason}); give the token in HF_TOKEN the right to read it, or {local}",
-        429: f"the hub has had too many requests (429); wait some minutes, set HF_TOKEN, {MIRROR}, or {local}",
-    }
-    for type_, message in by_type.items():
-        if isinstance(cause, type_):
-            return message
-    failed = f"download failed ({reason}); run it again, {MIRROR}, or {local}"
-    if status is not None:
-        return by_status.get(status, failed)
-    if isinstance(error, OSError) and (error.errno in DISK_ERRORS or isinstance(error, NO_FOLDER)):
-        return f"cannot be stored in {constants.HF_HUB_CACHE} ({error}); make room there, or set HF_HOME"
-    bad_answer = (errors.FileMetadataError, ValueError, AssertionError, AttributeError, LookupError, TypeError)
-    if isinstance(cause, bad_answer) or not endpoint.startswith("http"):
-        return f"{endpoint!r} does not answer as a hub does ({reason}); correct HF_ENDPOINT, or {local}"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"not in the cache, and {endpoint} cannot be reached ({reason}); check the network, {MIRROR}, or {local}"
-    return f"{failed}, or set HF_HUB_DISABLE_XET=1" if isinstance(error, RuntimeError) else failed  # hf-xet's error
-
-
-def _cause_of(error: Exception) -> BaseException:
-    """What `snapshot_download` met before it looked into the cache in vain and raised `error`."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError | ValueError) and error.__cause__ is not None:
-        return error.__cause__
-    return error
-
-
-def _status_of(error: Exception) -> int | None:
-    """The hub's HTTP status, None for an error of another kind."""
-    status = getattr(getattr(_cause_of(error), "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's text, after the name of a Python error that does not explain itself."""
-    text = capped(str(error).strip().partition("\n")[0], 200)
-    return f"{type(error).__name__}: {text}" if type(error).__module__ == "builtins" or not text else text

@@ -30,6 +30,7 @@ from minilora.data.hub import (
     fetch_model,
     local_folder,
 )
+from minilora.data.hub_errors import CERTIFICATES, PROXIES, ClientError, client_errors
 from minilora.errors import UserError
 from minilora.weights.hf_config import COMPANIONS
 from tests.local_hub import COMMIT, Fault, LocalHub
@@ -453,6 +454,50 @@ def test_without_a_hub_the_message_names_what_is_missing(make_hub: MakeHub, tmp_
     found = fetch(hub, tmp_path).stdout
     assert found.startswith(f"error: some/thing: {hub.endpoint!r} does not answer as a hub does (")
     assert "; correct HF_ENDPOINT" in found
+
+
+@needs_links
+def test_a_proxy_that_no_client_can_use_does_not_keep_from_a_complete_cache(make_hub: MakeHub, tmp_path: Path) -> None:
+    hub, proxy = make_hub(), {"ALL_PROXY": "socks5://127.0.0.1:9"}
+    folder = fetch(hub, tmp_path).stdout
+    offline = fetch(hub, tmp_path, **proxy, HF_HUB_OFFLINE="1")
+    assert (offline.stdout, offline.stderr) == (folder, "")
+    online = fetch(hub, tmp_path, **proxy)
+    assert online.stdout == folder
+    assert online.stderr.startswith("note: some/thing: taken from the cache, without asking the hub: ALL_PROXY=socks5")
+    found = fetch(hub, tmp_path / "empty", **proxy).stdout
+    assert found.startswith("error: some/thing: ALL_PROXY=socks5://127.0.0.1:9: a SOCKS proxy takes ")
+    assert "; pip install 'httpx[socks]', or unset ALL_PROXY" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ALL_PROXY", "socks://127.0.0.1:1080", r"socks:// is not known.+; write socks5://\.\.\., or unset ALL_PROXY"),
+        ("https_proxy", "htp://127.0.0.1:1080", r"htp:// is not known.+; write http://\.\.\., or unset https_proxy"),
+        ("HTTPS_PROXY", "http://me:secret@proxy:80a", r"\.\.\.@proxy:80a: .*; correct it, or unset HTTPS_PROXY"),
+        ("SSL_CERT_FILE", "/no/such.pem", r"there is no such file or folder; correct it, or unset SSL_CERT_FILE"),
+        ("NO_PROXY", "[", r"the client cannot reach the hub \(ValueError: x\); correct or unset NO_PROXY"),
+    ],
+)
+def test_a_variable_that_keeps_the_client_from_the_hub_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    def fail() -> None:
+        raise ValueError("x")
+
+    for known in [known for known in os.environ if known.lower() in (*PROXIES, *CERTIFICATES, "no_proxy")]:
+        monkeypatch.delenv(known)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", fail)
+    with pytest.raises(ClientError, match=message) as raised, client_errors():
+        pass
+    assert "secret" not in str(raised.value)
+
+
+def test_a_proxy_that_is_not_reached_is_named(make_hub: MakeHub, tmp_path: Path) -> None:
+    found = fetch(make_hub(), tmp_path, HTTP_PROXY=NOBODY, NO_PROXY="").stdout
+    assert "; check the network and HTTP_PROXY, " in found
 
 
 def test_an_endpoint_that_is_none_is_named(tmp_path: Path) -> None:
