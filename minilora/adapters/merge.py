@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_layers, merged_weight
-from minilora.adapters.peft_files import load_adapter
+from minilora.adapters.peft_files import load_adapter, read_adapter_tensors
+from minilora.adapters.peft_keys import peft_keys, without_base_tensors
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
@@ -30,7 +31,7 @@ from minilora.system.files import StorageError, json_bytes, write_file
 from minilora.system.manifest import MANIFEST, read_manifest
 from minilora.weights.hf_config import copy_config, read_config
 from minilora.weights.load import BaseWeights, LoadSettings, is_finite, open_weights
-from minilora.weights.safetensors_io import dtype_name, write_tensors
+from minilora.weights.safetensors_io import dtype_name, read_tensor, write_tensors
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -108,8 +109,20 @@ def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: 
         model = Qwen2ForCausalLM(config)
     weights = open_weights(model, base, settings)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    _refuse_changed_base_tensors(model, adapter, weights, allow_bin)
     load_adapter(model, adapter, allow_bin, device="cpu")
     return Merge(base=base, config=config, weights=weights, layers=dict(iter_lora_layers(model)), shapes=shapes)
+
+
+def _refuse_changed_base_tensors(model: Qwen2ForCausalLM, adapter: Path, weights: BaseWeights, allow_bin: bool) -> None:
+    """`load_adapter` compares what an adapter repeats of the base with the model, which here has no values."""
+
+    def base(name: str) -> torch.Tensor:
+        return read_tensor(weights.entries[name]) if name in weights.entries else torch.empty(0)
+
+    path, tensors = read_adapter_tensors(adapter, allow_bin, is_verified=True)  # `load_adapter` verifies it
+    if any("lora_" not in key for key in tensors):
+        without_base_tensors(path, peft_keys(path, tensors), model, base)
 
 
 def refuse_variant(merge: Merge, into: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minilora.adapters.attach import iter_lora_weights
+from minilora.adapters.peft_keys import refuse_other_kinds
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -117,6 +118,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; write the adapter again")
+    refuse_other_kinds(folder, content)
     known = {PEFT_KEYS.get(item.name, item.name) for kind in (LoraConfig, BaseModel) for item in fields(kind)}
     for name in sorted(set(content) - (known - PLAIN_VALUES.keys()) - NEUTRAL_KEYS):
         value = content[name]

@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from minilora.adapters.attach import DEFAULT, active_adapter, attach, iter_lora_weights, remove_adapter, set_adapter
 from minilora.adapters.peft_config import BaseModel, read_adapter_config, to_peft
+from minilora.adapters.peft_keys import KEY_PREFIX, peft_keys, refuse_empty_tensors, without_base_tensors
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
@@ -31,8 +32,6 @@ from minilora.system.files import json_bytes
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.weights.load import is_finite
 from minilora.weights.safetensors_io import find_mismatches, read_header, read_tensor, show_problems
-
-KEY_PREFIX = "base_model.model."
 
 
 def adapter_files(
@@ -146,6 +145,9 @@ def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: boo
 def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Copies the tensors of the file `path` into the LoRA layers, all of them or none."""
     slots = {key: slot for name, w in iter_lora_weights(model) for key, slot in _slots(name, w).items()}
+    refuse_empty_tensors(path, tensors)
+    if tensors.keys() != slots.keys():
+        tensors = without_base_tensors(path, peft_keys(path, tensors), model)
     problems = find_mismatches({key: torch.cat(*slot).shape for key, slot in slots.items()}, tensors)
     if not problems:
         problems = [f"{name}: holds NaN or infinite values" for name in sorted(tensors) if not is_finite(tensors[name])]

@@ -37,6 +37,7 @@ from minilora.system.signals import nothing_at_stake
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+ADAPTER_FILES = ["adapter_*", "manifest.json", "metrics.json", "training_args.json"]
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 ENDINGS = (".parquet", ".arrow")
 DATA_FILES = [f"*{ending}" for ending in ENDINGS]
@@ -66,8 +67,34 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
                 "the network, or choose a model that has them (.bin files are not read: they can run code)"
             )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: holds no config.json; give the folder or name of a Hugging Face checkpoint")
+        raise UserError(f"{folder}: holds no config.json{_instead(folder)}")
+    shards, others = list(folder.glob("model-*-of-*.safetensors")), list(folder.glob("pytorch_model*.bin"))
+    if weights and (folder / "model.safetensors").is_file() and (shards or others):
+        warn(f"note: {folder}: model.safetensors is read, {(shards + others)[0].name} and its like beside it are not")
     return folder
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without a checkpoint holds, and what to do."""
+    if (folder / "adapter_config.json").is_file():
+        return ", but an adapter; give the base model that its adapter_config.json names"
+    if any(folder.glob("*.gguf")):
+        return ", but a GGUF file, which is not read; give the checkpoint in safetensors that it was made from"
+    inner = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
+    if inner:
+        return f"; {capped(', '.join(inner))} in it do: give one of them"
+    return "; give the folder or name of a Hugging Face checkpoint"
+
+
+def fetch_adapter(name: str) -> Path:
+    """Folder with the files of an adapter on the hub; without them where the name is a base model's."""
+    return download_snapshot("model", name, None, allow_patterns=ADAPTER_FILES, ignore_patterns=SUBFOLDERS)
+
+
+def is_hub_name(name_or_path: str) -> bool:
+    """Whether it can only be owner/name: a path has another form, or begins with a folder that is here."""
+    owner, _, name = name_or_path.partition("/")
+    return bool(name) and "/" not in name and owner not in ("", ".", "..", "~") and not Path(owner).is_dir()
 
 
 def local_folder(name_or_path: str) -> Path | None:

@@ -26,9 +26,9 @@ from minilora.build import (
     read_split,
 )
 from minilora.config import Config, config_from_dict
-from minilora.data.hub import PACKAGE_ASSETS, fetch_model
+from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, is_hub_name
 from minilora.data.records import ReadOptions, read_records
-from minilora.errors import UserError
+from minilora.errors import UserError, capped
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.planning.memory import scoring_tokens
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -127,8 +127,10 @@ def load_run(
         other_data: the run's test split is not what is scored, so the run's limit on its size does not apply.
         keys_read: beginnings of the keys that the caller reads; it warns of other overrides.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: is not a folder; give the one that training wrote, as checkpoints/final")
+    path = _find(path)
+    if not (path / "adapter_config.json").is_file():
+        raise UserError(f"{path}: {_no_adapter(path)}")
+    _say_what_is_not_read(path)
     problem = damage_of_adapter(path) if (path / MANIFEST).is_file() else None
     if problem is not None:
         raise UserError(f"{path}: is damaged ({problem}); take another copy of it")
@@ -143,15 +145,25 @@ def load_run(
         raise UserError(f"{path}: adapter_config.json names no base model; give it with --base")
     if other_data:
         data = {**data, "max_test_examples": None}
-    run = _open({**saved.config, "model": model, "data": data}, overrides, str(path), keys_read)
+    try:
+        run = _open({**saved.config, "model": model, "data": data}, overrides, str(path), keys_read)
+    except _NoBaseError as error:
+        if base is not None or any(override.startswith("model.name_or_path=") for override in overrides):
+            raise
+        written = ("training_args.json", "state.json") if saved.config else ()
+        name = next((name for name in written if (path / name).is_file()), "adapter_config.json")
+        raise UserError(
+            f"{error}\n  {path / name} names this base model; say with --base where it is on this machine"
+        ) from None
     _refuse_another_base(path, saved.model_sha256, run.model_folder, base is not None)
     return replace(run, path=path)
 
 
 def load_run_or_base(path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...]) -> LoadedRun:
     """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
-    if not _is_base(path):
-        return load_run(path, base, overrides, keys_read=keys_read)
+    folder = _find(path)
+    if not _is_base(path, folder):
+        return load_run(folder, base, overrides, keys_read=keys_read)
     if base is not None:
         raise UserError(f"{path}: is a base model itself; leave out --base, or give an adapter")
     return _open({"model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)
@@ -163,16 +175,49 @@ def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: 
     for override in overrides:
         if not override.startswith(keys_read):
             warn(f"note: {override.partition('=')[0]} changes nothing here: an adapter is as its files say")
-    folder = fetch_model(config.model.name_or_path, config.model.revision)
+    try:
+        folder = fetch_model(config.model.name_or_path, config.model.revision)
+    except UserError as error:
+        raise _NoBaseError(str(error)) from None
     return LoadedRun(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 
-def _is_base(path: Path) -> bool:
-    """Whether `path` is a folder with a model and no adapter, or a name on the hub."""
-    if path.is_dir():
-        return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-    is_hub_name = len(path.parts) == 2 and not path.is_absolute() and not path.parent.is_dir()
-    return is_hub_name or path.as_posix().startswith(PACKAGE_ASSETS)
+class _NoBaseError(UserError):
+    """The base model is not there."""
+
+
+def _find(path: Path) -> Path:
+    """The folder of what --model_path names; of a name on the hub, one with its adapter's files if it has them."""
+    return fetch_adapter(path.as_posix()) if not path.is_dir() and is_hub_name(path.as_posix()) else path
+
+
+def _is_base(path: Path, folder: Path) -> bool:
+    """Whether `path`, found in `folder`, is a model and no adapter."""
+    if (folder / "adapter_config.json").is_file():
+        return False
+    return folder != path or (folder / "config.json").is_file() or path.as_posix().startswith(PACKAGE_ASSETS)
+
+
+def _no_adapter(folder: Path) -> str:
+    """Why a folder cannot be used as an adapter, and what to do."""
+    if not folder.is_dir():
+        return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
+    if (folder / "config.json").is_file():
+        return "is a base model, without adapter_config.json; give an adapter"
+    inner = [path.parent.relative_to(folder).as_posix() for path in folder.glob("*/adapter_config.json")]
+    inner += [path.parent.relative_to(folder).as_posix() for path in folder.glob("*/*/adapter_config.json")]
+    if inner:
+        return f"holds no adapter_config.json; {capped(', '.join(sorted(inner)))} in it do: give one of them"
+    return "holds no adapter_config.json; give the folder that training wrote, as checkpoints/final"
+
+
+def _say_what_is_not_read(folder: Path) -> None:
+    """A note where a folder holds more weights than those that are read."""
+    inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    if (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_model.bin").is_file():
+        inner.insert(0, "adapter_model.bin")
+    if inner:
+        warn(f"note: {folder}: its own adapter_model.safetensors is read, not {capped(', '.join(inner))} in it")
 
 
 def warn_of_another_test_set(model_path: Path, data: Path) -> None:
