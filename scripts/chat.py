@@ -86,7 +86,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__, EXAMPLES)
-    add_adapter_options(parser, "folder of the adapter, or a base model")
+    add_adapter_options(parser, "adapter, or a base model as it is: a folder or a name on the hub")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end; - for all of standard input")
     parser.add_argument("--system", metavar="TEXT", help="system turn (default: prompt.system of the adapter's run)")
     parser.add_argument("--greedy", action="store_true", help="always the most probable token")

@@ -1,4 +1,4 @@
-"""Scores an adapter on labelled reviews: label probabilities from the logits, then the metrics.
+"""Scores an adapter or a base model on labelled reviews: label probabilities from the logits, then the metrics.
 
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare_base the same under "base".
 """
@@ -26,7 +26,7 @@ from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.reports.report import Report, ScoredExamples, render_report
-from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run
+from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
@@ -39,6 +39,7 @@ examples:
   python scripts/evaluate.py --model_path outputs/checkpoints/final --data reviews.tsv --compare_base
   python scripts/evaluate.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --data reviews.tsv \\
       model.quantization=none model.compute_dtype=float32
+  python scripts/evaluate.py --model_path Qwen/Qwen2.5-0.5B-Instruct --data reviews.tsv
   torchrun --nproc-per-node 4 scripts/evaluate.py --model_path outputs/checkpoints/final
 """
 
@@ -46,7 +47,7 @@ examples:
 def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, scores, writes the results."""
     parser = build_parser(__doc__, EXAMPLES)
-    add_adapter_options(parser, "folder of the adapter")
+    add_adapter_options(parser, "adapter, or a base model as it is: a folder or a name on the hub")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
@@ -57,7 +58,13 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     if arguments.output_dir is not None:
         ranks.run_on_rank_0(lambda: make_folder(arguments.output_dir, "--output_dir"))
     with ranks.rank_0_first():
-        trained = load_run(arguments.model_path, arguments.base, arguments.overrides, arguments.data is not None)
+        trained = load_run_or_base(
+            arguments.model_path, arguments.base, arguments.overrides, KEYS_READ, arguments.data is not None
+        )
+    if arguments.compare_base and trained.path is None:
+        raise UserError(
+            f"--compare_base: {arguments.model_path} is the base model itself; leave it out, or give an adapter"
+        )
     config, prompt = trained.config, trained.prompt
     data, examples = trained.read_reviews(arguments.data, ReadOptions(encoding=arguments.encoding))
     model = trained.load(arguments.allow_bin, ranks)
@@ -72,7 +79,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     if not ranks.is_rank_0:
         return
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
-    print_table(results, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
+    print_table(results, trained.kind, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
         report = render_report(report_of(trained, results, examples, probabilities))
@@ -92,12 +99,12 @@ def evaluate(
     return {**metrics, "loss": loss, "reviews_per_s": round(len(labels) / seconds, 2)}, probabilities
 
 
-def print_table(results: dict[str, Any], truncated: str) -> None:
-    """The main figures with their intervals, beside the base model's if it was scored."""
+def print_table(results: dict[str, Any], kind: str, truncated: str) -> None:
+    """The main figures of an "adapter" or "base model" with their intervals, beside the base's if both were scored."""
     base = results.get("base")
     intervals = results["confidence_intervals_95"]
     print(f"{results['num_examples']} reviews of {results['data']}, {truncated}")
-    print(f"{'':28}{'adapter':>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
+    print(f"{'':28}{kind:>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
     single = (
         "accuracy",
         "precision",
@@ -127,7 +134,8 @@ def _figure(value: float | None) -> str:
 def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, probabilities: np.ndarray) -> Report:
     """The report of an evaluation; of the configuration only the keys that scoring reads."""
     config, data = trained.config, Path(results["data"])
-    scored = {"base model": results["base"], "adapter": results} if "base" in results else {"adapter": results}
+    scored = {"base model": results["base"]} if "base" in results else {}
+    scored[trained.kind] = results
     cut = f"{examples.num_truncated:,} cut to {config.data.max_length} tokens"
     remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
     if "mcnemar" in results:
@@ -148,7 +156,7 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
         },
         defaults=Config().to_dict(),
         facts={
-            "adapter": trained.path,
+            **({} if trained.path is None else {"adapter": trained.path}),
             "base model": {"name": config.model.name_or_path, "folder": trained.model_folder},
             "speed": f"{results['reviews_per_s']} reviews a second",
             "SHA-256 of the data": {data.name: sha256(data)},

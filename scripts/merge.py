@@ -117,7 +117,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = build_parser(__doc__, EXAMPLES)
-    add_adapter_options(parser, "folder of the adapter")
+    add_adapter_options(parser, "adapter: a folder or a name on the hub")
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder for the merged model; replaces another merge"
     )

@@ -77,7 +77,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line, with its defaults."""
     parser = build_parser(__doc__, EXAMPLES)
-    add_adapter_options(parser, "folder of the adapter, or a base model")
+    add_adapter_options(parser, "adapter, or a base model as it is: a folder or a name on the hub")
     parser.add_argument(
         "--input",
         type=Path,

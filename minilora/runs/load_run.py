@@ -60,6 +60,11 @@ class LoadedRun:
     model_folder: Path
     prompt: ClassificationPrompt
 
+    @property
+    def kind(self) -> str:
+        """What it is, for tables."""
+        return "base model" if self.path is None else "adapter"
+
     def load(self, allow_bin: bool = False, ranks: Ranks = SINGLE_RANK) -> Qwen2ForCausalLM:
         """The base model with the adapter, if there is one, in evaluation mode, on each of `ranks`."""
         device = choose_device(self.config)
@@ -159,11 +164,13 @@ def load_run(
     return replace(run, path=path)
 
 
-def load_run_or_base(path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...]) -> LoadedRun:
+def load_run_or_base(
+    path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...], other_data: bool = True
+) -> LoadedRun:
     """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
     folder = _find(path)
     if not _is_base(path, folder):
-        return load_run(folder, base, overrides, keys_read=keys_read)
+        return load_run(folder, base, overrides, other_data, keys_read)
     if base is not None:
         raise UserError(f"{path}: is a base model itself; leave out --base, or give an adapter")
     return _open({"model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)

@@ -146,10 +146,11 @@ def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[
 
 def _refuse_other_formats(folder: Path) -> None:
     """Raises UserError for weights in a compressed form that is not bitsandbytes' 4 bits."""
-    found = read_json(folder / "config.json").get("quantization_config")
+    content = read_json(folder / "config.json")
+    found = content.get("quantization_config") or content.get("quantization")
     if not found:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else found
+    method = found.get("quant_method", "MLX") if isinstance(found, dict) else found
     if method != "bitsandbytes" or not isinstance(found, dict) or found.get("load_in_8bit"):
         in_8bit = " in 8 bits" if method == "bitsandbytes" else ""
         raise UserError(

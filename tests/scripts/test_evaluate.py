@@ -99,7 +99,7 @@ def test_a_key_that_scoring_does_not_read_is_noted(
 def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
     trained: Path, evaluate: Evaluate, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "load_run", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(script, "load_run_or_base", lambda *_: pytest.fail("too late"))
     (tmp_path / "file").write_text("a file", "utf-8")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"cannot be written to .*--output_dir"):
@@ -204,6 +204,34 @@ def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_r
     # one of two equal texts with different labels is answered wrong
     assert "1 of 2 reviews are answered wrong" in page
     assert '<p class="review" dir="auto">&lt;script&gt;alert(1)&lt;/script&gt;</p>' in page
+
+
+def test_a_base_model_is_scored_as_it_is(
+    trained: Path,
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    evaluate: Evaluate,
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = ("--data", processed_data / "test.jsonl", "prompt.instruction=评论：", "model.compute_dtype=float32")
+    base = evaluate(tiny_checkpoint(), *keys, "--output_dir", tmp_path / "out")
+    beside = evaluate(trained / "final", *keys[:2], "--compare_base")["base"]
+    assert {name: base[name] for name in beside if name != "reviews_per_s"} == {
+        name: value for name, value in beside.items() if name != "reviews_per_s"
+    }
+    assert base["model_path"] == str(tiny_checkpoint())
+    assert not {"base", "mcnemar"} & base.keys()
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert '<th scope="col">base model</th>' in page
+    assert ">adapter<" not in page
+    with pytest.raises(UserError, match=r"--compare_base: .+ is the base model itself; leave it out, or give an"):
+        evaluate(tiny_checkpoint(), *keys, "--compare_base")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model_path", str(tiny_checkpoint()), *map(str, keys)])
+    script.main()
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["base", "model"]
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"model": {}}', '{"train": {}}', '{"model": 3}'])

@@ -247,10 +247,10 @@ def test_the_model_of_the_package_is_found_from_anywhere(
 def test_what_is_no_model_is_named(predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty.adapter_config\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"empty: holds no adapter_config\.json; give the folder"):
         predict("好", model=tmp_path / "empty")
     for missing in ("nowhere", "empty/nowhere", str(tmp_path / "nowhere")):
-        with pytest.raises(UserError, match=r"nowhere: is not a folder; give the one that training wrote"):
+        with pytest.raises(UserError, match=r"nowhere: is neither a folder nor a name on the hub; give the"):
             predict("好", model=Path(missing))
     with pytest.raises(UserError, match=r"some/model: not in the cache .*; unset HF_HUB_OFFLINE"):
         predict("好", model=Path("some/model"))  # conftest.py sets HF_HUB_OFFLINE

@@ -218,6 +218,7 @@ def test_a_missing_or_wrong_part_is_named(
     [
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, only bitsandbytes in 4 bits"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
+        ({"group_size": 64, "bits": 4}, "quantised by MLX"),
         ("awq", "quantised by awq"),
         ("bitsandbytes", "only bitsandbytes in 4 bits is read"),
     ],
