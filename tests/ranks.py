@@ -27,6 +27,7 @@ from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
+from minilora.system import distributed
 from minilora.system.cli import run_script
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
 from minilora.system.process import tuned_process
@@ -189,6 +190,36 @@ def check_waiting(ranks: Ranks) -> list[str]:
     return []
 
 
+class GpuWork:
+    """A sum on GPUs that is done when it has been asked about so many times."""
+
+    def __init__(self, times: int):
+        self.left = times
+
+    def is_completed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def check_gpus(ranks: Ranks) -> Found:
+    """How ranks wait for a sum that is done at other times on each, and for one that a rank never begins."""
+    aborted: list[str] = []
+    found: Found = {"aborted": aborted}
+    works = {
+        "done": GpuWork(3 * ranks.rank),
+        "missed": GpuWork(10**9),
+    }
+    for name, work in works.items():
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+        distributed.dist.distributed_c10d._abort_process_group = lambda: aborted.append(name)  # noqa: B023
+        if (name, ranks.rank) == ("missed", 1):
+            time.sleep(2)
+        else:
+            found[name] = caught(lambda: distributed._await_gpus(work, group))  # type: ignore[arg-type]  # noqa: B023
+        found[f"{name}: left"] = work.left
+    return found
+
+
 def check_scripts(ranks: Ranks, folder: Path, adapter: str) -> dict[str, str]:
     """What evaluate.py and predict.py print with all ranks, and on rank 0 as a single process."""
     reviews = "".join(f"{text}\n" for text, _ in make_reviews(40, seed=3))
@@ -225,6 +256,7 @@ def main(ranks: Ranks) -> None:
         "compiler": "torch._dynamo" in sys.modules,
         "scripts": check_scripts(ranks, folder, adapter),
         "waiting": check_waiting(ranks),
+        "gpus": check_gpus(ranks),
     }
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found), "utf-8")
 

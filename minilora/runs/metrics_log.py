@@ -6,10 +6,10 @@ metrics.jsonl has a line for every logged step, with the keys that apply to it:
      "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
 
 A step that was skipped, because its loss or gradient was non-finite, has null for it, "skipped": true, and "rows": file
-and line of its records.
+and line of its records. On a GPU "reserved_bytes" is what PyTorch holds of it, with holes: more than the peak.
 
 When a run is interrupted and resumed, lines behind the checkpoint are removed and written anew; all of them are equal
-to the bit, except tokens_per_s and peak_memory_bytes, which are measured.
+to the bit, except those that are measured (MEASURED_KEYS).
 """
 
 import json
@@ -21,7 +21,7 @@ from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
 from minilora.system.files import GrowingFile, replace_file
 
-MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes")
+MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes", "reserved_bytes")
 
 
 class RunLog:

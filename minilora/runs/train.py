@@ -36,7 +36,7 @@ from minilora.runs.metrics_log import RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
 from minilora.system.console import info, warn
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
-from minilora.system.memory import is_out_of_memory, peak_memory_bytes
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved_memory_bytes
 from minilora.system.signals import Interrupted, SafePoints
 
 
@@ -105,9 +105,8 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
         if in_a_row >= run.config.train.max_skipped_steps:
             log.write(entry)
             raise too_many_skipped(run, batch, in_a_row)
-    peak = peak_memory_bytes(run.device)
-    if peak is not None:
-        entry["peak_memory_bytes"] = peak
+    peaks = {"peak_memory_bytes": peak_memory_bytes(run.device), "reserved_bytes": reserved_memory_bytes(run.device)}
+    entry |= {name: peak for name, peak in peaks.items() if peak is not None}
     run.state = replace(
         state,
         step=step,

@@ -28,6 +28,7 @@ import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 TIMEOUT = timedelta(minutes=30)  # how long ranks that do the same work wait for each other
 LONG_TIMEOUT = timedelta(days=1)  # and for what rank 0 does for all: a download, a 4-bit copy, a checkpoint
+POLL_S = 0.001  # how often ranks with GPUs ask each other whether a sum is done
 FAILED = 255  # a rank's status at a barrier; else 0 or the number of a signal
 
 
@@ -184,7 +186,10 @@ class Ranks:
             parameter.grad = part.view_as(parameter)
         total.copy_(loss)
         with _lost_rank_errors():
-            dist.all_reduce(buffer)
+            work = dist.all_reduce(buffer, async_op=True)
+            if buffer.is_cuda:
+                _await_gpus(work)
+            work.wait(TIMEOUT)  # with a limit it raises what NCCL itself has met
         return total[0]
 
     def broadcast_tensors(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -299,6 +304,23 @@ def _lost_rank_errors() -> Iterator[None]:
             f"another rank is gone or does not answer ({_reason(error)}); its own message, if it could leave one, says "
             "why; run the same command again"
         ) from error
+
+
+def _await_gpus(work: dist.Work, group: dist.ProcessGroup | None = None) -> None:
+    """Returns when `work` is done on the GPUs of all ranks; RuntimeError, with NCCL stopped, where a rank is gone.
+
+    NCCL waits for a rank that was killed, and nothing can end that wait once this process is in it. So the ranks ask
+    each other over gloo meanwhile, which notices a closed connection.
+    """
+    try:
+        done = torch.tensor([0])
+        while not done.item():
+            done[0] = work.is_completed()
+            dist.all_reduce(done, dist.ReduceOp.MIN, group)
+            time.sleep(0 if done.item() else POLL_S)
+    except RuntimeError:
+        dist.distributed_c10d._abort_process_group()  # else neither a checkpoint nor the end of the process is reached
+        raise
 
 
 def _bytes_tensor(content: bytes) -> torch.Tensor:

@@ -40,6 +40,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def reserved_memory_bytes(device: torch.device) -> int | None:
+    """The most that PyTorch has held of a GPU, with holes: what a card must have beside CUDA's context. Else None."""
+    return int(torch.cuda.max_memory_reserved(device)) if device.type == "cuda" else None
+
+
 def trim_heap() -> None:
     """Returns what was freed to the system, holes between live buffers too; does nothing without glibc.
 

@@ -13,6 +13,8 @@
 
     CUDA              cuBLAS with the workspaces that make its sums repeatable, and an allocator whose segments grow:
                       micro-batches differ in size, and fixed segments keep holes between them.
+    NCCL              does not abort this process where a rank is lost: `distributed.py` notices and ends the run, with
+                      its checkpoint and a message.
     OpenMP            threads that wait for each other spin some 20 us and then sleep (`limit_spinning`). By default
                       they spin for 0.1 s and more, on the core that another program needs, or the thread waited for.
                       Beside one busy core a training run is 15 % faster for it, and alone as fast as before.
@@ -27,7 +29,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 COMPILED_PRODUCTS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # read at the first product
-VARIABLES = dict.fromkeys(COMPILED_PRODUCTS, "64") | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+VARIABLES = dict.fromkeys(COMPILED_PRODUCTS, "64") | {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its earlier name
     VARIABLES["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed

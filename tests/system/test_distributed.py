@@ -188,6 +188,15 @@ def test_ranks_wait_for_a_late_one_until_the_timeout(found: Found) -> None:
         assert "\n" not in one["waiting"][1]
 
 
+def test_a_sum_on_gpus_is_waited_for_until_all_have_it_or_one_is_lost(found: Found) -> None:
+    for rank, one in enumerate(found):
+        told = one["gpus"]
+        assert told["done"] == []
+        assert told["done: left"] == 3 * rank - 7  # all have asked as often as the last one, which asks 7 times
+    assert [one["gpus"].get("missed", [""])[0] for one in found] == ["RuntimeError", "", "RuntimeError"]
+    assert [one["gpus"]["aborted"] for one in found] == [["missed"], [], ["missed"]]
+
+
 # Whole runs, in forked processes: 44 examples are seven steps of 6 and one of 2, of which a third rank gets none.
 
 

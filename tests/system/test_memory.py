@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from minilora.system import memory
-from minilora.system.memory import is_out_of_memory, peak_memory_bytes
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved_memory_bytes
+
+
+def test_only_a_gpu_has_reserved_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7 + device.index)
+    assert reserved_memory_bytes(torch.device("cuda", 1)) == 8
+    assert reserved_memory_bytes(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
