@@ -35,15 +35,10 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask:
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """A `SegmentGroup` as indices into q, k and v with tokens and heads flattened together: what a gather takes."""
+    """The attention mask of a `SegmentGroup`, and the sizes of its products."""
 
     prefix: int  # P
     shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
-    queries: torch.Tensor  # (n * K * G * Q,) int64, indices into (T * H, D)
-    outputs: torch.Tensor  # the same, except that padding points behind the end
-    padding: torch.Tensor  # int64, which of `queries` are padding
-    keys: torch.Tensor  # (n * K * (P + L),) int64, indices into (T * K, D), prefix first
-    own: torch.Tensor  # (n * K * L,) int64, those of the segment itself
     last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
     mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
 
@@ -53,6 +48,34 @@ class HeadGroup:
             return self.mask
         masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
         return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Groups of short segments as indices into q, k and v with tokens and heads flattened together.
+
+    The groups follow each other in every table, so that one gather serves all of them.
+    """
+
+    groups: tuple[HeadGroup, ...]
+    queries: torch.Tensor  # (sum of n * K * G * Q,) int64, indices into (T * H, D)
+    outputs: torch.Tensor  # the same, except that padding points behind the end
+    padding: torch.Tensor  # int64, which of `queries` are padding
+    keys: torch.Tensor  # (sum of n * K * (P + L),) int64, indices into (T * K, D), each segment's prefix first
+    own: torch.Tensor  # the same counted from 1, except that the prefix points to 0
+
+    def fold_queries(self, gathered: torch.Tensor) -> list[torch.Tensor]:
+        """By group (n * K, G * Q, D)."""
+        return _fold(gathered, [(n * kv_heads, g * q) for n, kv_heads, g, q, _ in (x.shape for x in self.groups)])
+
+    def fold_keys(self, gathered: torch.Tensor) -> list[torch.Tensor]:
+        """By group (n * K, P + L, D)."""
+        return _fold(gathered, [(n * kv_heads, keys) for n, kv_heads, _, _, keys in (x.shape for x in self.groups)])
+
+
+def _fold(gathered: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    parts = gathered.split([heads * tokens for heads, tokens in sizes], dim=-2)
+    return [part.unflatten(-2, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class FusedGroup:
     entries: torch.Tensor | None = None  # (M,) int64, where these are in the batch of n * (P + L)
 
 
-AttentionGroup = HeadGroup | FusedGroup
+AttentionGroup = HeadGroups | FusedGroup
 
 
 def split_heads(
@@ -85,19 +108,21 @@ def split_heads(
         like: q's dtype and the device that the tables go to.
     """
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
-    split: list[AttentionGroup] = []
+    short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
+    split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []
     for group in groups:
         if group.is_fused:
             whole = len(groups) == 1 and group.prefix == 0 and group.queries.numel() == group.num_keys
             split.append(FusedGroup((1, num_queries)) if whole else _fuse(group))
-        else:
-            split += [_split_group(piece, heads, kv_heads, num_queries) for piece in group.cut(max_scores)]
-    tables = [{name: x for name, x in vars(group).items() if isinstance(x, torch.Tensor)} for group in split]
+    parts = [*split, *(split[0].groups if short else ())]
+    tables = [{name: x for name, x in vars(part).items() if isinstance(x, torch.Tensor)} for part in parts]
     tensors = [tensor for table in tables for tensor in table.values()]
     moved = iter(move_together(tensors, like.device) if tensors else [])
     on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
-    split = [replace(group, **table) for group, table in zip(split, on_device, strict=True)]
-    return tuple(_keep_mask(group, like.dtype) if isinstance(group, HeadGroup) else group for group in split)
+    parts = [replace(part, **table) for part, table in zip(parts, on_device, strict=True)]
+    if short:
+        parts[0] = replace(parts[0], groups=tuple(_keep_mask(group, like.dtype) for group in parts[len(split) :]))
+    return tuple(parts[: len(split)])
 
 
 def _keep_mask(group: HeadGroup, dtype: torch.dtype) -> HeadGroup:
@@ -111,22 +136,21 @@ def _fuse(group: SegmentGroup) -> FusedGroup:
     return FusedGroup((n, num_keys), group.seen().flatten(), group.queries[~group.padding], entries)
 
 
-def _split_group(group: SegmentGroup, heads: int, kv_heads: int, num_queries: int) -> HeadGroup:
-    n, per_segment = group.queries.shape
-    head = torch.arange(heads)
-    queries = (group.queries[:, None, None, :] * heads + head.view(1, kv_heads, -1, 1)).flatten()
-    padding = group.padding[:, None].expand(n, heads, per_segment).flatten().nonzero().flatten()
-    keys = group.seen()[:, None, :] * kv_heads + torch.arange(kv_heads)[:, None]
-    return HeadGroup(
-        prefix=group.prefix,
-        shape=(n, kv_heads, heads // kv_heads, per_segment, group.num_keys),
-        queries=queries,
-        outputs=queries.index_fill(0, padding, num_queries * heads),
-        padding=padding,
-        keys=keys.flatten(),
-        own=keys[:, :, group.prefix :].flatten(),
-        last_key=group.last_key[:, None, None, :, None],
-    )
+def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int) -> HeadGroups:
+    head, kv_head = torch.arange(heads).view(1, kv_heads, -1, 1), torch.arange(kv_heads)[:, None]
+    groups, queries, padded, keys, own = [], [], [], [], []
+    for piece in pieces:
+        n, per_segment = piece.queries.shape
+        shape = (n, kv_heads, heads // kv_heads, per_segment, piece.num_keys)
+        groups.append(HeadGroup(piece.prefix, shape, piece.last_key[:, None, None, :, None]))
+        queries.append((piece.queries[:, None, None] * heads + head).flatten())
+        padded.append(piece.padding[:, None].expand(n, heads, per_segment).flatten())
+        of_piece = piece.seen()[:, None] * kv_heads + kv_head
+        keys.append(of_piece.flatten())
+        own.append((of_piece + 1).index_fill(2, torch.arange(piece.prefix), 0).flatten())
+    padding, all_queries = torch.cat(padded).nonzero().flatten(), torch.cat(queries)
+    outputs = all_queries.index_fill(0, padding, num_queries * heads)
+    return HeadGroups(tuple(groups), all_queries, outputs, padding, torch.cat(keys), own=torch.cat(own))
 
 
 # ---- Short segments: two products and a softmax
@@ -147,37 +171,45 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[HeadGroup]
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, short: HeadGroups) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.groups = groups
-        out = _with_spare_entry(q)
-        for group in groups:
-            queries, keys, values = _gather_group(q, k, v, group)
-            mixed = torch.bmm(_attention_weights(queries, keys, group), values)
-            out.index_copy_(0, group.outputs, mixed.view(-1, q.shape[-1]))
-        return out[:-1].view(q.shape)
+        ctx.short = short
+        queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
+        mixed = torch.empty_like(queries)
+        parts = (short.fold_queries(queries), short.fold_keys(keys), short.fold_keys(values), short.fold_queries(mixed))
+        for group, of_queries, of_keys, of_values, of_mixed in zip(short.groups, *parts, strict=True):
+            torch.bmm(_attention_weights(of_queries, of_keys, group), of_values, out=of_mixed)
+        return _with_spare_entry(q).index_copy_(0, short.outputs, mixed)[:-1].view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout,) = grads
         q, k, v = ctx.saved_tensors
-        dq, dkv = _with_spare_entry(q), k.new_zeros(2, *k.shape)
+        short: HeadGroups = ctx.short
+        queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
+        dmixed, dqueries, dkeys = (
+            _gather(dout, short.queries),
+            torch.empty_like(queries),
+            keys.new_empty(2, *keys.shape),
+        )
+        if len(short.padding):
+            dmixed.index_fill_(0, short.padding, 0)
+        inputs = (short.fold_queries(queries), short.fold_keys(keys), short.fold_keys(values))
+        outputs = (short.fold_queries(dmixed), short.fold_queries(dqueries), short.fold_keys(dkeys))
         scale = q.shape[-1] ** -0.5
-        for group in ctx.groups:
-            queries, keys, values = _gather_group(q, k, v, group)
-            weights = _attention_weights(queries, keys, group)
-            dmixed = _gather(dout, group.queries, group)
-            if len(group.padding):
-                dmixed.view(-1, q.shape[-1]).index_fill_(0, group.padding, 0)
-            of_group = keys.new_empty(2, *keys.shape)
-            torch.bmm(weights.mT, dmixed, out=of_group[1])
-            dscores = torch._softmax_backward_data(torch.bmm(dmixed, values.mT), weights, -1, weights.dtype)
-            of_group[0].baddbmm_(dscores.mT, queries, beta=0, alpha=scale)
-            dqueries = queries.new_empty(queries.shape).baddbmm_(dscores, keys, beta=0, alpha=scale)
-            dq.index_copy_(0, group.outputs, dqueries.view(-1, q.shape[-1]))
-            _scatter_add(dkv, of_group, group)
+        for group, of_q, of_k, of_v, of_dmixed, of_dq, of_dkv in zip(short.groups, *inputs, *outputs, strict=True):
+            weights = _attention_weights(of_q, of_k, group)
+            torch.bmm(weights.mT, of_dmixed, out=of_dkv[1])
+            dscores = torch._softmax_backward_data(torch.bmm(of_dmixed, of_v.mT), weights, -1, weights.dtype)
+            of_dkv[0].baddbmm_(dscores.mT, of_q, beta=0, alpha=scale)
+            of_dq.baddbmm_(dscores, of_k, beta=0, alpha=scale)
+        dq = _with_spare_entry(q).index_copy_(0, short.outputs, dqueries)
+        dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2]).index_add_(1, short.own, dkeys)
+        dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
+        for group, of_dkv in zip(short.groups, short.fold_keys(dkeys), strict=True):
+            if group.prefix:  # which gets the segments' sum
+                by_segment = of_dkv.unflatten(1, group.shape[:2])[:, :, :, : group.prefix]
+                dkv[:, : group.prefix] += by_segment.sum(1).transpose(1, 2)
         return dq[:-1].view(q.shape), dkv[0], dkv[1], None
 
 
@@ -197,24 +229,9 @@ def _with_spare_entry(q: torch.Tensor) -> torch.Tensor:
     return q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2])
 
 
-def _gather_group(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: HeadGroup) -> tuple[torch.Tensor, ...]:
-    return _gather(q, group.queries, group), _gather(k, group.keys, group), _gather(v, group.keys, group)
-
-
-def _gather(x: torch.Tensor, indices: torch.Tensor, group: HeadGroup) -> torch.Tensor:
-    """Tokens of a group, folded: (T, H or K, D) -> (n * K, G * Q or P + L, D)."""
-    n, kv_heads = group.shape[:2]
-    return x.reshape(-1, x.shape[-1]).index_select(0, indices).view(n * kv_heads, -1, x.shape[-1])
-
-
-def _scatter_add(total: torch.Tensor, of_group: torch.Tensor, group: HeadGroup) -> None:
-    """Adds the gradients of a group's keys and values to `total` (2, T, K, D); the prefix gets the segments' sum."""
-    n, kv_heads = group.shape[:2]
-    by_segment = of_group.view((2, n, kv_heads, -1, total.shape[-1]))
-    if group.prefix:
-        total[:, : group.prefix] += by_segment[:, :, :, : group.prefix].sum(1).transpose(1, 2)
-    own = by_segment[:, :, :, group.prefix :].reshape(2, -1, total.shape[-1])
-    total.view(2, -1, total.shape[-1]).index_add_(1, group.own, own)
+def _gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """(T, H or K, D) -> (len(indices), D)."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, indices)
 
 
 # ---- Long segments: PyTorch's fused attention
@@ -268,8 +285,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
         The shape and dtype of q. Source: arXiv 1706.03762, grouped queries 2305.13245, the subtraction 2410.02367.
     """
     k = k - k[:1].detach()
-    short = [group for group in groups if isinstance(group, HeadGroup)]
-    out: torch.Tensor = _Attention.apply(q, k, v, short) if short else torch.zeros_like(q)
+    short = [group for group in groups if isinstance(group, HeadGroups)]
+    out: torch.Tensor = _Attention.apply(q, k, v, *short) if short else torch.zeros_like(q)
     for group in groups:
         if isinstance(group, FusedGroup):
             mixed = _fused_attention(q, k, v, group)

@@ -8,7 +8,7 @@ import torch
 
 from minilora.qlora import attention as attention_module
 from minilora.qlora import batch, ops
-from minilora.qlora.attention import FusedGroup, attention_reference, decode_attention, split_heads
+from minilora.qlora.attention import FusedGroup, HeadGroups, attention_reference, decode_attention, split_heads
 from minilora.qlora.batch import SegmentGroup, pack, pack_segments
 from minilora.qlora.prompt import Example
 
@@ -61,7 +61,9 @@ def test_attention_in_blocks_of_queries_equals_one_segment_at_a_time(monkeypatch
     monkeypatch.setattr(attention_module, "MAX_SCORES_BYTES", 20 * 4 * 8)
     q, k, v = random(12, 4, 4), random(12, 2, 4), random(12, 2, 4)
     groups = pack_segments([9, 3])
-    assert len(split_heads(groups, 4, 2, num_queries=12, like=q)) > 2
+    (split,) = split_heads(groups, 4, 2, num_queries=12, like=q)
+    assert isinstance(split, HeadGroups)
+    assert len(split.groups) > 2
     dout = random(12, 4, 4, requires_grad=False)
     found, expected = attention(q, k, v, groups), reference(q, k, v, [(0, 9), (9, 12)], prefix=0)
     torch.testing.assert_close(found, expected)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.qlora import batch
-from minilora.qlora.attention import split_heads
+from minilora.qlora.attention import HeadGroups, split_heads
 from minilora.qlora.batch import (
     MicroBatch,
     SegmentGroup,
@@ -224,4 +224,6 @@ def test_moving_a_batch_moves_what_the_model_reads_and_keeps_every_number() -> N
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert moved.groups is packed.groups
     split = split_heads(moved.groups, 4, 2, num_queries=12, like=torch.empty(0, device="meta"))
-    assert all(tensor.device.type == "meta" for g in split for tensor in vars(g).values() if hasattr(tensor, "device"))
+    parts = [*split, *(group for heads in split if isinstance(heads, HeadGroups) for group in heads.groups)]
+    assert len(parts) > len(split)
+    assert all(tensor.device.type == "meta" for g in parts for tensor in vars(g).values() if hasattr(tensor, "device"))
