@@ -24,7 +24,8 @@ from minilora.system.schema import coerce, default_of, limits, takes_text, type_
 def key(default: Any, meaning: str, *, is_free: bool = False, **within: float) -> Any:
     """A configuration key: default, one-line meaning for --help, and the `schema.limits` of a number.
 
-    A free key may differ between a run and its continuation: it does not change what is computed.
+    A free key may differ between a run and its continuation: it changes nothing of what is computed except last bits,
+    or names what is compared by checksum.
     """
     metadata = {"help": meaning, "is_free": is_free, **limits(**within)}
     if isinstance(default, list | dict):
@@ -37,8 +38,10 @@ MAX_SEED = 2**63 - 1  # what PyTorch's generators take
 
 @dataclass(frozen=True)
 class ModelSection:
-    name_or_path: str = key("Qwen/Qwen2.5-0.5B-Instruct", "base model: a local folder or a name on the hub")
-    revision: str | None = key(None, "branch, tag or commit on the hub")
+    name_or_path: str = key(
+        "Qwen/Qwen2.5-0.5B-Instruct", "base model: a local folder or a name on the hub", is_free=True
+    )
+    revision: str | None = key(None, "branch, tag or commit on the hub", is_free=True)
     quantization: Literal["nf4", "fp4", "none"] = key("nf4", "4-bit type of the frozen weights; none is plain LoRA")
     double_quantization: bool = key(True, "store the scales of the 4-bit blocks in 8 bits")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -50,7 +53,7 @@ class ModelSection:
     cache_dequantized: bool = key(
         False, "keep projections dequantised beside their 4 bits: faster, for 2 bytes per parameter", is_free=True
     )
-    device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    device: str = key("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", is_free=True)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataSection:
-    dir: str = key("data/processed", "folder with train.jsonl, validation.jsonl and test.jsonl")
+    dir: str = key("data/processed", "folder with train.jsonl, validation.jsonl and test.jsonl", is_free=True)
     source: Literal["chnsenticorp", "demo"] = key(
-        "chnsenticorp", "prepared where data.dir is missing: the hub's ChnSentiCorp, or the reviews of [demo]"
+        "chnsenticorp",
+        "prepared where data.dir is missing: the hub's ChnSentiCorp, or the reviews of [demo]",
+        is_free=True,
     )
     max_length: int = key(512, "longest example in tokens; a longer review is cut", minimum=16)
     max_train_examples: int | None = key(None, "use the first N training records", minimum=1)
@@ -118,10 +123,15 @@ class TrainSection:
     num_train_epochs: int = key(3, "passes over the training data", minimum=1)
     max_steps: int | None = key(None, "stop after N optimizer steps, instead of num_train_epochs", minimum=1)
     per_device_train_batch_size: int = key(8, "examples in a micro-batch of each process", minimum=1)
-    per_device_eval_batch_size: int = key(32, "examples in a forward pass of validation and test", minimum=1)
+    per_device_eval_batch_size: int = key(
+        32, "examples in a forward pass of validation and test", minimum=1, is_free=True
+    )
     gradient_accumulation_steps: int = key(1, "micro-batches of each process in an optimizer step", minimum=1)
     max_tokens_per_micro_batch: int | None = key(
-        None, "cut a step into even micro-batches of at most N tokens, instead of by examples: memory", minimum=16
+        None,
+        "cut a step into even micro-batches of at most N tokens, instead of by examples: memory",
+        minimum=16,
+        is_free=True,
     )
     gradient_checkpointing: bool = key(False, "recompute in backward: less memory, 50 % more work", is_free=True)
     offload_checkpoints: bool = key(False, "what checkpointing keeps on a GPU waits in the CPU's memory", is_free=True)
@@ -262,7 +272,8 @@ def describe_keys() -> str:
 def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     """`section.key: before -> now` of every key that would change the course of a run that has begun.
 
-    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS.
+    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS, nor a compute
+    dtype of auto, which is compared as what it became.
     """
     is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
     lines = []
@@ -271,6 +282,7 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
         old = before.get(section, {}).get(attribute, default_of(item))  # an older version had no such key
         now = getattr(getattr(config, section), attribute)
         is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
+        is_free = is_free or (attribute == "compute_dtype" and "auto" in (old, now))
         if old != now and not is_free:
             why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if attribute in LENGTHS else ""
             shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))

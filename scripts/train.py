@@ -45,7 +45,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if ranks.is_rank_0:
-            show_plan(config)
+            show_plan(config, ranks.size)
         return
     with ranks.rank_0_first():
         if not has_data(config):
@@ -54,7 +54,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     fit(config, model_folder, arguments.restart, ranks)
 
 
-def show_plan(config: Config) -> None:
+def show_plan(config: Config, ranks: int) -> None:
     """Prints the plan and leaves no files: missing data is prepared in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if not has_data(config):
@@ -63,7 +63,7 @@ def show_plan(config: Config) -> None:
                 shutil.copytree(downloads, Path(folder) / DOWNLOADS)
             config = replace(config, data=replace(config.data, dir=str(Path(folder) / "processed")))
             prepare_data(config)
-        print_plan(config, fetch_model(config.model.name_or_path, config.model.revision))
+        print_plan(config, fetch_model(config.model.name_or_path, config.model.revision), ranks)
 
 
 def has_data(config: Config) -> bool:

@@ -423,6 +423,15 @@ def test_a_run_of_a_version_that_had_a_removed_key_is_read_and_continued(name: s
         refuse_other_run(read_provenance(folder), now, load_config(None, ["lora.r=4"]), tmp_path)
 
 
+def test_a_compute_dtype_of_auto_is_compared_as_what_it_became() -> None:
+    auto, named, other = (
+        load_config(None, [f"model.compute_dtype={name}"]) for name in ("auto", "float32", "bfloat16")
+    )
+    for before, now in ((auto, named), (named, auto)):
+        assert changed_keys(before.to_dict(), now) == []
+    assert changed_keys(named.to_dict(), other) == ['model.compute_dtype: "float32" -> "bfloat16"']
+
+
 def test_free_keys_exist_and_may_change() -> None:
     assert set(KEYS) >= FREE_KEYS
     now = load_config(
@@ -480,7 +489,7 @@ def test_every_key_is_read_somewhere() -> None:
 def test_readme_names_the_keys_that_may_change_in_the_middle_of_a_run() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     passage = readme[readme.index("Free to change in the middle are") : readme.index("Two runs in one folder")]
-    named = set(re.findall(r"`(\w+)`", passage)) - {"train", "model"}
+    named = set(re.findall(r"`(\w+)`", passage)) - {"train", "model", "data"}
     assert named == {key.partition(".")[2] for key in FREE_KEYS} | set(LENGTHS)
 
 

@@ -14,7 +14,7 @@ import torch
 from minilora.build import build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
-from minilora.data.sampler import split_into_micro_batches
+from minilora.data.sampler import split_across_ranks, split_into_micro_batches
 from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
 from minilora.qlora.batch import common_prefix, count_packed_tokens, round_up_tokens
@@ -74,8 +74,8 @@ def _width_and_depth(config: Qwen2Config) -> tuple[int, int]:
     return config.hidden_size, config.num_hidden_layers
 
 
-def print_plan(config: Config, model_folder: Path) -> None:
-    """Prints what `--dry-run` shows; reads only config.json, tokenizer.json and the data."""
+def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
+    """Prints what `--dry-run` shows of a run of so many ranks; reads only config.json, tokenizer.json and the data."""
     process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as `fit` does
     check_optimizer(config.train.optim)
     tokenizer = ChatTokenizer(model_folder)
@@ -84,43 +84,51 @@ def print_plan(config: Config, model_folder: Path) -> None:
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
-    batches = list(epoch_batches(config, examples, 0))
+    batches = list(epoch_batches(config, examples, 0, ranks))
+    in_step = examples_per_step(config, ranks)
     real = sum(len(example.input_ids) for example in examples)
     supervised = sum(sum(example.supervised) for example in examples)
 
-    estimate = estimate_run_memory(config, model_folder, examples, dtype=dtype, process_bytes=process_bytes)
-    print(f"memory estimate ({device}, {dtype_name(dtype)}, largest micro-batch of the run):\n{estimate}\n")
+    shape = largest_batch(config, examples, ranks)
+    estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
+    where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
+    print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
     print(
-        f"an epoch: {real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
+        f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
+        f"{f' on {ranks} ranks' if ranks > 1 else ''}; "
+        f"{real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
         f"{sum(map(count_packed_tokens, batches)):,} computed (shared prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
 
 
-def epoch_batches(config: Config, examples: Sequence[Example], epoch: int) -> Iterator[list[Example]]:
-    """The examples of each micro-batch of an epoch."""
+def examples_per_step(config: Config, ranks: int) -> int:
+    """Training examples of a full optimizer step, of all ranks."""
+    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks
+
+
+def epoch_batches(config: Config, examples: Sequence[Example], epoch: int, ranks: int = 1) -> Iterator[list[Example]]:
+    """The examples of each micro-batch of an epoch, of all ranks."""
     order = epoch_order(len(examples), config.train.seed, epoch)
-    train = config.train
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    for start in range(0, len(order), per_step):
-        step_examples = [examples[index] for index in order[start : start + per_step]]
-        yield from split_into_micro_batches(
-            step_examples, train.per_device_train_batch_size, train.max_tokens_per_micro_batch
-        )
+    size, max_tokens = config.train.per_device_train_batch_size, config.train.max_tokens_per_micro_batch
+    in_step = examples_per_step(config, ranks)
+    for start in range(0, len(order), in_step):
+        step_examples = [examples[index] for index in order[start : start + in_step]]
+        for share in split_across_ranks(step_examples, ranks, in_step // ranks):
+            yield from split_into_micro_batches(share, size, max_tokens)
 
 
-def largest_batch(config: Config, examples: Sequence[Example]) -> BatchShape:
+def largest_batch(config: Config, examples: Sequence[Example], ranks: int = 1) -> BatchShape:
     """The shape of a run's micro-batches; the order of every epoch is known beforehand."""
     train = config.train
     epochs = train.num_train_epochs
     if train.max_steps is not None:
-        per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        epochs = math.ceil(train.max_steps / math.ceil(len(examples) / per_step))
-    batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch)]
+        epochs = math.ceil(train.max_steps / math.ceil(len(examples) / examples_per_step(config, ranks)))
+    batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch, ranks)]
     # Validation and test set are assumed to be as long as the training set; their prefix is in a KV cache.
     scored = next(iter_batches(examples, ScoringOptions(train.per_device_eval_batch_size)))
     prefix = common_prefix(examples)
@@ -146,9 +154,9 @@ def uniform_batch(config: Config) -> BatchShape:
 
 
 def estimate_run_memory(
-    config: Config, model_folder: Path, examples: Sequence[Example], dtype: torch.dtype, process_bytes: int | None
+    config: Config, model_folder: Path, shape: BatchShape, dtype: torch.dtype, process_bytes: int | None
 ) -> MemoryEstimate:
-    """What training on `examples` takes with its largest micro-batch; `process_bytes` as in `Machine`."""
+    """What training takes with micro-batches of up to `shape`; `process_bytes` as in `Machine`."""
     counts = count_parameters(read_config(model_folder), config.lora, model_folder)
     machine = Machine(choose_device(config).type, dtype, process_bytes)
-    return estimate_memory(config, counts, largest_batch(config, examples), machine)
+    return estimate_memory(config, counts, shape, machine)

@@ -19,5 +19,6 @@ def render_model_card(config: dict[str, dict[str, Any]], results: dict[str, Any]
         before=results["test_before"] or {},
         after=results["test"] or {},
         step=results["step"],
+        ranks=results["machine"].get("ranks", 1),
         labelled=labelled,
     )

@@ -2,6 +2,8 @@
 
 from minilora.config import Config
 from minilora.errors import UserError
+from minilora.evaluation.score import MAX_TOKENS
+from minilora.qlora.batch import round_up_tokens
 from minilora.runs.checkpoint import newest_checkpoint
 from minilora.runs.run import Run, StepBatch
 
@@ -14,35 +16,57 @@ class NonFiniteError(UserError):
 
 
 def out_of_memory(config: Config, run: Run | None, error: BaseException) -> UserError:
-    """What the configuration takes, and what would make it less; first what changes no result."""
-    train, tokens = config.train, config.train.max_tokens_per_micro_batch
+    """What the configuration takes, and what would make it less: first what resumes, then what needs a new run."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if run is None:
         return UserError(
             f"{config.model.name_or_path}: memory ran out while the model was loaded ({reason}); --dry-run says what "
             "it takes; choose a smaller model or model.quantization=nf4"
         )
-    keys = [
-        f"train.max_tokens_per_micro_batch={max((tokens or 640) // 2, SHORTEST_MICRO_BATCH_TOKENS)}",
-        f"data.max_length={config.data.max_length // 2}",
-    ]
-    if config.model.quantization == "none":
-        keys.append("model.quantization=nf4")
-    if train.optim == "adamw_torch_fused" and config.lora.r >= 32:
-        keys.append("train.optim=adamw_bnb_8bit")
-    harmless = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-    if config.model.cache_dequantized:
-        harmless.append("model.cache_dequantized=false")
-    resuming = (
-        f"set {', '.join(harmless)} and run the same command to resume from {newest_checkpoint(run.checkpoints)}; or "
-        if harmless
-        else ""
-    )
+    newest = newest_checkpoint(run.checkpoints)
+    place, first, *others = _resuming_keys(run)
+    resuming = "run the same command" if newest == "none" else f"to resume from {newest}, run the same command"
+    further = f" (and, if need be, {', '.join(others)})" if others else ""
+    resuming = f"{resuming} with {first}{further}; or " if first else ""
+    anew = "with" if newest == "none" else "begin anew with --restart and"
     return UserError(
-        f"after step {run.state.step}: memory ran out ({reason}); {resuming}begin anew with --restart and, what helps "
-        f"most first, {', '.join(keys)}\n  what this configuration takes, by the largest micro-batch of an epoch:\n"
+        f"after step {run.state.step}: memory ran out {place} ({reason}); {resuming}{anew}, what helps most first, "
+        f"{', '.join(_other_keys(config))}\n  what this configuration takes, by the largest micro-batch of an epoch:\n"
         f"{run.memory_estimate}"
     )
+
+
+def _resuming_keys(run: Run) -> list[str]:
+    """Where memory ran out, and the keys that take less there in the same run, the mildest first; "" for none."""
+    model, train = run.config.model, run.config.train
+    keys = []
+    if run.scoring is not None:
+        examples = run.splits[run.scoring].examples
+        longest = max(len(example.input_ids) for example in examples)
+        if (size := min(train.per_device_eval_batch_size, MAX_TOKENS // longest, len(examples))) > 1:
+            keys.append(f"train.per_device_eval_batch_size={size // 2}")
+    else:
+        one_example = round_up_tokens(run.batch_shape.longest)
+        if run.batch_shape.tokens > one_example:
+            tokens = max(run.batch_shape.tokens // 2, one_example, SHORTEST_MICRO_BATCH_TOKENS)
+            keys.append(f"train.max_tokens_per_micro_batch={tokens}")
+        if not train.gradient_checkpointing:
+            keys.append("train.gradient_checkpointing=true")
+        elif run.device.type == "cuda" and not train.offload_checkpoints:
+            keys.append("train.offload_checkpoints=true")
+    if model.cache_dequantized:
+        keys.append("model.cache_dequantized=false")
+    return [f"in scoring the {run.scoring} set" if run.scoring else "in training", *(keys or [""])]
+
+
+def _other_keys(config: Config) -> list[str]:
+    """The keys that take less and make another run."""
+    keys = [f"data.max_length={config.data.max_length // 2}"]
+    if config.model.quantization == "none":
+        keys.append("model.quantization=nf4")
+    if config.train.optim == "adamw_torch_fused" and config.lora.r >= 32:
+        keys.append("train.optim=adamw_bnb_8bit")
+    return keys
 
 
 def too_many_skipped(run: Run, batch: StepBatch, in_a_row: int) -> NonFiniteError:

@@ -203,7 +203,11 @@ def _report_of(
         config=config.to_dict(),
         defaults=Config().to_dict(),
         facts={
-            "adapter": {"step": results["step"], "steps that were skipped": results["skipped_steps"]},
+            "adapter": {
+                "step": results["step"],
+                "steps that were skipped": results["skipped_steps"],
+                "examples a step, of all ranks": run.samples_per_step,
+            },
             "best validation": results["validation"],
             "base model": {"name": config.model.name_or_path, "folder": folder},
             "data": {
@@ -261,7 +265,9 @@ def score_split(
         ranks=run.ranks,
         interruptible=interruptible,
     )
+    run.scoring = name
     scores = score(run.model, split.examples, prompt, options)
+    run.scoring = None
     if not math.isfinite(scores.loss):  # no single record does that: the adapter is ruined
         run.saved = run.state
         raise non_finite(run, run.state.step, f"the {name} loss is {scores.loss}, expected a finite number;")

@@ -2,14 +2,15 @@
 
 A run is a function of its configuration, its data, its base model, and the machine's arithmetic. All of them are
 compared with what a checkpoint says before anything is loaded: a continuation that differs would be a third run,
-neither the old nor the new. Data and base model are known by SHA-256, not by path.
+neither the old nor the new. Data and base model are known by SHA-256, not by path or name.
 
     state.json           of a checkpoint: all of it, and the run's state
     training_args.json   of a final adapter: the configuration
     metrics.json         beside it: SHA-256 of data and base model, machine
 
 The number of ranks may change as long as a step has the same examples: a run may resume with 2 ranks of 4 examples each
-where it had one of 8. The step is divided differently then, which changes the last bits, and the dropout masks.
+where it had one of 8. The step is divided differently then, which changes the last bits, and the dropout masks; so is
+it with another train.max_tokens_per_micro_batch.
 """
 
 import importlib.metadata
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minilora.config import CUTS, Config, changed_keys, drop_removed_keys
+from minilora.config import CUTS, PATHS, Config, changed_keys, drop_removed_keys
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
@@ -48,6 +49,7 @@ class Provenance:
     def facts(self) -> dict[str, Any]:
         """What all ranks have in common, by name, as messages name what differs."""
         keys = {f"{section}.{name}": value for section, keys in self.config.items() for name, value in keys.items()}
+        keys = {name: value for name, value in keys.items() if name not in PATHS}  # of each machine its own
         machine = {name: value for name, value in self.machine.items() if name != "threads"}
         return {**keys, **self.data_sha256, **self.model_sha256, **machine}
 
@@ -156,12 +158,19 @@ def refuse_other_machine(before: Provenance, now: Provenance, directory: Path) -
             f"{directory}: its run had another device or dtype ({', '.join(serious)}); set model.device and "
             "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
         )
-    divided = _changed_factors(before, now)
-    if divided or changes:
+    divided = [*_changed_factors(before, now), *_changed_key(before, now, "max_tokens_per_micro_batch")]
+    others = [*_changed_key(before, now, "per_device_eval_batch_size"), *changes.values()]
+    if divided or others:
         masks = " and has other dropout masks" if divided else ""
-        warn(f"note: {', '.join([*divided, *changes.values()])}; the rest may differ in the last bits{masks}")
+        warn(f"note: {', '.join([*divided, *others])}; the rest may differ in the last bits{masks}")
 
 
 def _changed_factors(before: Provenance, now: Provenance) -> list[str]:
     pairs = zip(before.step_factors.items(), now.step_factors.values(), strict=True)
     return [f"{name}: {old} -> {new}" for (name, old), new in pairs if old != new]
+
+
+def _changed_key(before: Provenance, now: Provenance, name: str) -> list[str]:
+    """`train.{name}: before -> now` where that differs."""
+    old, new = (run.config["train"].get(name, getattr(Config().train, name)) for run in (before, now))
+    return [f"train.{name}: {old} -> {new}"] if old != new else []

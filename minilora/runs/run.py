@@ -16,8 +16,8 @@ from minilora.build import Examples, choose_dtype
 from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
-from minilora.planning.memory import MemoryEstimate
-from minilora.planning.plan import estimate_run_memory
+from minilora.planning.memory import BatchShape, MemoryEstimate
+from minilora.planning.plan import estimate_run_memory, examples_per_step, largest_batch
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -56,6 +56,7 @@ class Run:
     ranks: Ranks
     state: RunState  # as of now
     saved: RunState = field(init=False)  # the newest that is in a checkpoint, or that no checkpoint can have
+    scoring: str | None = None  # the split that is being scored
     tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:
@@ -75,11 +76,16 @@ class Run:
         return self.checkpoints / "final"
 
     @property
+    def batch_shape(self) -> BatchShape:
+        """The shape of the largest micro-batch."""
+        return largest_batch(self.config, self.splits["train"].examples, self.ranks.size)
+
+    @property
     def memory_estimate(self) -> MemoryEstimate:
-        """What the run takes, by part."""
-        folder, examples = self.prompt.tokenizer.folder, self.splits["train"].examples
+        """What each rank takes, by part."""
+        folder, shape = self.prompt.tokenizer.folder, self.batch_shape
         dtype = choose_dtype(self.config, self.device)
-        return estimate_run_memory(self.config, folder, examples, dtype=dtype, process_bytes=self.process_bytes)
+        return estimate_run_memory(self.config, folder, shape, dtype=dtype, process_bytes=self.process_bytes)
 
     @property
     def train_state(self) -> TrainState:
@@ -89,13 +95,12 @@ class Run:
     @property
     def samples_per_rank(self) -> int:
         """Most training examples that one rank has in an optimizer step."""
-        train = self.config.train
-        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return examples_per_step(self.config, 1)
 
     @property
     def samples_per_step(self) -> int:
         """Training examples of a full optimizer step, of all ranks."""
-        return self.samples_per_rank * self.ranks.size
+        return examples_per_step(self.config, self.ranks.size)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -98,10 +98,32 @@ def test_a_run_that_is_counted_in_steps_is_as_long_as_they_say(examples: list[Ex
     assert shape("train.max_steps=2") == shape("train.num_train_epochs=1")
 
 
-def test_every_example_of_an_epoch_is_in_one_micro_batch(examples: list[Example]) -> None:
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_example_of_an_epoch_is_in_one_micro_batch(examples: list[Example], ranks: int) -> None:
     config = load_config(None, ["train.per_device_train_batch_size=7"])
-    found = [example for batch in epoch_batches(config, examples, 2) for example in batch]
+    found = [example for batch in epoch_batches(config, examples, 2, ranks) for example in batch]
     assert sorted(map(id, found)) == sorted(map(id, examples))
+
+
+def test_the_plan_of_several_ranks_counts_their_steps(
+    processed_data: Path, tiny_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(
+        None,
+        [
+            f"data.dir={processed_data}",
+            "model.device=cpu",
+            "model.compute_dtype=float32",
+            "train.per_device_train_batch_size=4",
+        ],
+    )
+    plan.print_plan(config, tiny_checkpoint(), ranks=3)
+    printed = capsys.readouterr().out
+    assert "an epoch: 4 steps of 12 examples on 3 ranks; " in printed
+    assert " in 12 micro-batches" in printed
+    assert "float32, each of 3 ranks, largest micro-batch of the run)" in printed
+    plan.print_plan(config, tiny_checkpoint())
+    assert "an epoch: 12 steps of 4 examples; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("length", [16, 100, 333])
@@ -170,9 +192,9 @@ def test_a_runs_estimate_is_for_its_device_and_its_own_examples(
     examples: list[Example], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     config = load_config(None, ["model.device=cpu"])
-    found = estimate_run_memory(config, tiny_checkpoint(), examples, dtype=torch.float32, process_bytes=1_000_000)
-    tokens = largest_batch(config, examples).tokens
-    assert f"activations of {tokens} tokens" in found.parts
+    shape = largest_batch(config, examples)
+    found = estimate_run_memory(config, tiny_checkpoint(), shape, dtype=torch.float32, process_bytes=1_000_000)
+    assert f"activations of {shape.tokens} tokens" in found.parts
     assert found.parts["Python and PyTorch themselves (measured)"] == 1_000_000
     assert not any(value == CONTEXT_BYTES for value in found.parts.values())
 

@@ -19,7 +19,7 @@ AFTER = {
 
 
 def card(results: dict[str, Any], *overrides: str, labelled: bool = True) -> str:
-    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, **results}, labelled)
+    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, "machine": {}, **results}, labelled)
 
 
 def test_it_begins_with_the_metadata_of_the_hub() -> None:
@@ -42,6 +42,10 @@ def test_it_names_how_it_was_made() -> None:
     )
     assert "nf4 base weights, LoRA r 4, alpha 16, dropout 0.05 on q_proj, v_proj" in text
     assert "learning rate 0.0002 (cosine), 24 examples a step, 120 steps, seed 7" in text
+
+
+def test_the_examples_of_a_step_are_those_of_all_ranks() -> None:
+    assert "32 examples a step" in card({"test_before": None, "test": None, "machine": {"ranks": 4}})
 
 
 def test_it_shows_the_test_set_before_and_after() -> None:

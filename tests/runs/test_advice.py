@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minilora.errors import UserError
+from minilora.qlora.batch import MicroBatch
+from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.step import StepResult, StepSettings, TrainState
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import read_metrics
-from tests.runs.conftest import Fit, change_steps, raise_at, saved_steps, spoil_steps
+from tests.runs.conftest import Fit, change_steps, raise_at, read, saved_steps, spoil_steps
 
 NO_MEMORY = RuntimeError(
     "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
@@ -24,18 +27,21 @@ NO_MEMORY = RuntimeError(
         (
             {},
             [
-                "train.gradient_checkpointing=true",
-                "resume from {newest}",
-                "--restart",
-                "train.max_tokens_per_micro_batch=320, data.max_length=256\n",
+                "to resume from {newest}, run the same command with train.max_tokens_per_micro_batch=",
+                " (and, if need be, train.gradient_checkpointing=true); or begin anew with --restart",
+                "data.max_length=256\n",
             ],
             "model.quantization=nf4",
         ),
-        ({"train.gradient_checkpointing": True}, ["--restart"], "resume from"),
-        ({"model.cache_dequantized": True}, ["model.cache_dequantized=false", "resume from {newest}"], "=nf4"),
         (
-            {"model.quantization": "none", "lora.r": 32, "train.max_tokens_per_micro_batch": 100},
-            ["train.max_tokens_per_micro_batch=50", "model.quantization=nf4, train.optim=adamw_bnb_8bit"],
+            {"train.gradient_checkpointing": True, "train.per_device_train_batch_size": 1},
+            ["(not enough memory); begin anew with --restart and"],
+            "resume from",
+        ),
+        ({"model.cache_dequantized": True}, [", model.cache_dequantized=false); or"], "=nf4"),
+        (
+            {"model.quantization": "none", "lora.r": 32, "train.gradient_checkpointing": True},
+            ["train.max_tokens_per_micro_batch=", "; or begin", "model.quantization=nf4, train.optim=adamw_bnb_8bit"],
             "cache_dequantized",
         ),
     ],
@@ -53,8 +59,9 @@ def test_a_lack_of_memory_says_what_the_run_takes_and_which_keys_help(
     raise_at(monkeypatch, 2, error)
     with pytest.raises(UserError) as caught:
         run(**keys)
-    message = str(caught.value)
-    assert message.startswith("after step 1: memory ran out (")
+    reason = str(error).partition("\n")[0] or "MemoryError"
+    message = str(caught.value).replace(reason, "not enough memory")
+    assert message.startswith("after step 1: memory ran out in training (")
     assert "more" not in message.partition(")")[0]  # the first line of PyTorch's message is enough
     newest = tmp_path / "run" / "checkpoints" / "step-000001"
     for part in shown:
@@ -62,6 +69,56 @@ def test_a_lack_of_memory_says_what_the_run_takes_and_which_keys_help(
     assert hidden not in message
     assert re.search(r"\n  projections \(.+\n  total +\d+\.\d MB$", message, re.DOTALL)
     assert list_checkpoints(newest.parent) == [newest]
+
+
+def limit_tokens(monkeypatch: pytest.MonkeyPatch, most: int, scoring: bool) -> None:
+    """Lets larger forward passes, of training or of scoring, run out of memory."""
+    plain = Qwen2ForCausalLM.forward
+
+    def forward(model: Qwen2ForCausalLM, batch: MicroBatch, *cache: Any) -> torch.Tensor:
+        if len(batch.input_ids) > most and bool(cache) == scoring:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, batch, *cache)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", forward)
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_the_first_remedy_resumes_the_run_with_steps_that_are_cut_finer(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_begun: bool
+) -> None:
+    keys = {"train.do_predict": False, "train.eval_steps": 9}
+    if is_begun:
+        with monkeypatch.context() as patch:
+            raise_at(patch, 2, ZeroDivisionError())
+            with pytest.raises(ZeroDivisionError):
+                run(**keys)
+    limit_tokens(monkeypatch, 75, scoring=False)  # an example has some 50 tokens, four have some 90
+    with pytest.raises(UserError) as caught:
+        run(**keys)
+    message = str(caught.value)
+    assert [words in message for words in ("--restart", "to resume from")] == [is_begun, is_begun]
+    ((name, value),) = re.findall(r"the same command with (train\.\w+)=(\d+) ", message)
+    assert name == "train.max_tokens_per_micro_batch"
+    run(**keys, **{name: value})
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_where_a_validation_runs_out_of_memory_the_remedy_is_a_smaller_pass_that_resumes(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"train.do_predict": False, "train.save_steps": 99}
+    whole = run(**keys, **{"train.output_dir": tmp_path / "whole"})
+    limit_tokens(monkeypatch, 64, scoring=True)  # three reviews have some 55 tokens
+    for size in (6, 3):  # of 12
+        with pytest.raises(UserError, match="memory ran out in scoring the validation set") as caught:
+            run(**keys)
+        newest = tmp_path / "run" / "checkpoints" / "step-000002"
+        remedy = f"to resume from {newest}, run the same command with train.per_device_eval_batch_size={size}; or"
+        assert remedy in str(caught.value)
+        keys["train.per_device_eval_batch_size"] = size
+    found = read(run(**keys) / "metrics.json")["validation"]
+    assert found == pytest.approx(read(whole / "metrics.json")["validation"])
 
 
 def test_a_lack_of_memory_while_the_model_is_loaded_names_the_model(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,19 @@ from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.runs import setup
 from minilora.runs.provenance import Provenance, describe_machine, read_provenance
+from minilora.runs.train import fit
 from minilora.system.files import json_bytes, sha256
-from tests.runs.conftest import STEPS, Fit, contents, load_no_model, read, remove_folders, rewrite
+from tests.runs.conftest import (
+    STEPS,
+    Fit,
+    contents,
+    lasting,
+    load_no_model,
+    make_config,
+    read,
+    remove_folders,
+    rewrite,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +90,61 @@ def test_a_run_that_resumes_with_other_versions_or_threads_says_so_once(
     remove_folders(final)
     run()  # from step 4, which was computed there
     assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_is_known_by_checksums_and_not_by_paths_and_names(
+    tiny_checkpoint: Callable[..., Path],
+    final: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_finished: bool,
+) -> None:
+    expected = contents(final)
+    moved = shutil.copytree(tiny_checkpoint(), tmp_path / "mounted" / "base")
+    shutil.move(data, tmp_path / "mounted" / "data")
+    if not is_finished:
+        remove_folders(final, 4, 3)
+    monkeypatch.chdir(tmp_path)
+    keys = {
+        "model.name_or_path": "mounted/base",
+        "model.revision": "main",
+        "model.device": "cpu",
+        "data.source": "demo",
+    }
+    assert fit(make_config(Path("mounted/data/"), Path("run/"), **keys), moved) == Path("run/checkpoints/final")
+    found = contents(final)
+    for name in ("adapter_model.safetensors", "metrics.json"):
+        assert found[name] == expected[name]
+    if not is_finished:
+        assert read(final / "adapter_config.json")["base_model_name_or_path"] == "mounted/base"
+        assert read(final / "training_args.json")["data"]["dir"] == "mounted/data"
+
+
+def test_ranks_may_have_their_files_at_other_places(tmp_path: Path) -> None:
+    configs = [load_config(None, [f"data.dir={place}", f"model.name_or_path={place}"]) for place in ("/a", "/b")]
+    first, second = (Provenance(config.to_dict(), {"train.jsonl": "1"}, {}, {}).facts for config in configs)
+    assert first == second
+    assert first["train.jsonl"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("key", "now", "masks"),
+    [("max_tokens_per_micro_batch", 100, True), ("per_device_eval_batch_size", 1, False)],
+)
+def test_a_run_may_resume_with_smaller_passes_and_says_what_they_change(
+    final: Path, run: Fit, capsys: pytest.CaptureFixture[str], key: str, now: int, masks: bool
+) -> None:
+    expected, log = read(final / "metrics.json"), lasting(final.parent.parent)
+    remove_folders(final, 4, 3)
+    run(**{f"train.{key}": now})
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"note: train.{key}: ")]
+    assert note.endswith("dropout masks" if masks else "last bits")
+    found = read(final / "metrics.json")
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], rel=0.2 if masks else 1e-5)
+    losses = [[entry["train_loss"] for entry in entries] for entries in (log, lasting(final.parent.parent))]
+    assert masks or losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4)])

@@ -39,6 +39,21 @@ def test_the_ranks_share_the_examples_of_a_step(opened: Run) -> None:
     assert sum(part.num_supervised for share in shares for part in share) == batches(step, 1).settings.num_supervised
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_memory_estimate_is_for_the_largest_share_of_any_rank(opened: Run, ranks: int) -> None:
+    run = replace(opened, ranks=Ranks(size=ranks))
+    steps = range(1, run.total_steps + 1)
+    shares = [
+        share
+        for step in steps
+        for rank in range(ranks)
+        for share in batches(replace(run, ranks=Ranks(rank, ranks)), step).micro_batches
+    ]
+    tokens = max(len(share.input_ids) for share in shares)
+    assert run.batch_shape.tokens == tokens
+    assert f"activations of {tokens} tokens" in run.memory_estimate.parts
+
+
 @pytest.mark.parametrize(
     ("step", "saved", "skipped", "validation", "save"),
     [
