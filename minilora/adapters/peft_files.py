@@ -14,6 +14,7 @@ tensors and parameters must correspond.
 Source: peft 0.21, src/peft/utils/save_and_load.py (behaviour, tests/parity/test_adapter.py).
 """
 
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,13 @@ import torch
 from safetensors.torch import save
 
 from minilora.adapters.attach import DEFAULT, active_adapter, attach, iter_lora_weights, remove_adapter, set_adapter
-from minilora.adapters.peft_config import BaseModel, read_adapter_config, to_peft
+from minilora.adapters.peft_config import PEFT_KEYS, BaseModel, read_adapter_config, to_peft
 from minilora.adapters.peft_keys import KEY_PREFIX, peft_keys, refuse_empty_tensors, without_base_tensors
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRAWeights
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.system.files import json_bytes
+from minilora.system.files import json_bytes, read_json
 from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.weights.load import is_finite
 from minilora.weights.safetensors_io import find_mismatches, read_header, read_tensor, show_problems
@@ -129,12 +130,29 @@ def load_adapter(
 
 
 def damage_of_adapter(folder: Path) -> str | None:
-    """What differs from the manifest of an adapter's folder, or None. README.md may be edited."""
+    """What differs from the manifest of an adapter's folder, or None.
+
+    README.md may be edited, and adapter_config.json name another place of the base model.
+    """
     try:
-        names = [name for name in read_manifest(folder)["files"] if name != "README.md"]
+        entries = read_manifest(folder)["files"]
     except UserError as error:
         return str(error)
-    return verify_folder(folder, names)
+    name = "adapter_config.json"
+    is_moved = name in entries and _digest_before_move(folder) == entries[name]["sha256"]
+    return verify_folder(folder, [other for other in entries if other not in ("README.md", name if is_moved else "")])
+
+
+def _digest_before_move(folder: Path) -> str | None:
+    """SHA-256 of adapter_config.json with the base model that the run's configuration names; None if that is gone."""
+    path = folder / ("state.json" if (folder / "state.json").is_file() else "training_args.json")
+    try:
+        content, run = read_json(folder / "adapter_config.json"), read_json(path)
+        model = run.get("config", run)["model"]
+        content |= {PEFT_KEYS["name_or_path"]: model["name_or_path"], "revision": model["revision"]}
+        return hashlib.sha256(json_bytes(content)).hexdigest()
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def load_adapter_weights(model: Qwen2ForCausalLM, folder: Path, is_verified: bool = False) -> None:

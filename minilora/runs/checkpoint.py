@@ -4,14 +4,14 @@
         adapter_config.json, adapter_model.safetensors   the adapter, as peft reads it, float32
         optimizer.safetensors                            AdamW's moments
         state.json                                       step, position in the data, best metric, hashes, configuration
-        manifest.json                                    size and SHA-256 of each of them (`manifest.py`)
+        manifest.json                                    size and SHA-256 of each (`manifest.py`); format, version
 
 A run's state is small because little of it lives in objects: the order of the data is a function of (seed, epoch), the
 learning rate of the step, dropout of (seed, step, micro-batch). There is no random generator to save.
 
 A checkpoint is hashed once when it is written, as it is read back, and once when it is read: `load_checkpoint` trusts
 what `find_checkpoint` returns. Tensors are safetensors and the rest is JSON; nothing is pickled. Older checkpoints are
-removed only after a newer one was verified, and the best one never.
+removed only after a newer one was verified, and the best one never. Those of earlier versions are read.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from safetensors.torch import save
 from minilora import __version__
 from minilora.adapters.attach import lora_parameters
 from minilora.adapters.peft_config import BaseModel
-from minilora.adapters.peft_files import adapter_files, load_adapter_weights
+from minilora.adapters.peft_files import adapter_files, damage_of_adapter, load_adapter_weights
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -36,10 +36,11 @@ from minilora.qlora.optim import Optimizer
 from minilora.runs.provenance import Provenance
 from minilora.system.console import warn
 from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
-from minilora.system.manifest import DAMAGED, set_aside, verify_folder, write_folder
+from minilora.system.manifest import DAMAGED, read_manifest, set_aside, write_folder
 from minilora.weights.safetensors_io import read_header, read_tensor
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
+FORMAT = 1  # raised where an earlier version would misread a checkpoint; 0 had no number
 RENAMED_FIELDS = {"unfinished_row": "pending_entry"}  # as earlier versions wrote them in state.json
 
 
@@ -79,7 +80,12 @@ def save_checkpoint(
 
     target = checkpoint_path(directory, state.step)
     config_sha256 = hashlib.sha256(json_bytes(state.config)).hexdigest()
-    facts = {"step": state.step, "config_sha256": config_sha256, "minilora_version": __version__}
+    facts = {
+        "format": FORMAT,
+        "step": state.step,
+        "config_sha256": config_sha256,
+        "minilora_version": __version__,
+    }
     write_folder(target, files(), facts)
     return target
 
@@ -97,7 +103,7 @@ def find_checkpoint(directory: Path) -> Path | None:
     UserError where there are checkpoints, and none is sound.
     """
     for path in reversed(list_checkpoints(directory)):
-        problem = verify_folder(path)
+        problem = damage_of_adapter(path)
         if problem is None:
             return path
         warn(f"{path}: is damaged ({problem}); set aside as {set_aside(path).name}")
@@ -108,6 +114,19 @@ def find_checkpoint(directory: Path) -> Path | None:
             "copy of one back under its own name, or begin anew with --restart"
         )
     return None
+
+
+def check_format(checkpoint: Path) -> None:
+    """UserError for a checkpoint of a later format; a note on one that another version wrote."""
+    facts = read_manifest(checkpoint)["facts"]
+    version = facts.get("minilora_version", "unknown")
+    if facts.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{checkpoint}: has format {facts['format']} (minilora {version}), and minilora {__version__} reads up to "
+            f"{FORMAT}; resume with that version, or begin anew with --restart"
+        )
+    if version != __version__:
+        warn(f"note: {checkpoint}: minilora {version} -> {__version__}; the rest may differ in the last bits")
 
 
 def load_checkpoint(checkpoint: Path, model: Qwen2ForCausalLM, optimizer: Optimizer) -> None:

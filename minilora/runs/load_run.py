@@ -144,9 +144,9 @@ def load_run(
     model, data = saved.config.get("model", {}), saved.config.get("data", {})
     if base:
         model = {**model, "name_or_path": base, "revision": None}
-    elif model.get("name_or_path") is None:
+    elif named.name_or_path is not None:  # which may have been corrected since the run
         model = {**model, "name_or_path": named.name_or_path, "revision": named.revision}
-    if model["name_or_path"] is None:
+    if model.get("name_or_path") is None:
         raise UserError(f"{path}: adapter_config.json names no base model; give it with --base")
     if other_data:
         data = {**data, "max_test_examples": None}

@@ -8,6 +8,7 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
+from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
 from minilora.build import build_model, build_prompt, choose_device, choose_dtype, read_split
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
@@ -15,18 +16,26 @@ from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import AdamWSettings, Optimizer, build_optimizer, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.runs.checkpoint import RunState, checkpoint_path, find_checkpoint, load_checkpoint, read_state
+from minilora.runs.checkpoint import (
+    RunState,
+    check_format,
+    checkpoint_path,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+)
 from minilora.runs.provenance import (
     Provenance,
+    changed_names,
     current_provenance,
     describe_machine,
+    read_provenance,
     refuse_other_machine,
     refuse_other_run,
 )
 from minilora.runs.run import Run
-from minilora.system.console import info, progress
+from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.manifest import verify_folder
 from minilora.system.memory import peak_memory_bytes, trim_heap
 from minilora.weights.safetensors_io import dtype_name
 
@@ -39,7 +48,7 @@ def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
     if state.best_step in (0, state.step) or not config.train.load_best_model_at_end:
         return None
     best = checkpoint_path(directory, state.best_step)
-    problem = verify_folder(best)
+    problem = damage_of_adapter(best)
     if problem is not None:
         raise UserError(
             f"{best}: the best checkpoint so far cannot be read ({problem}); put it back, or take the last adapter "
@@ -53,6 +62,7 @@ def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) 
     checkpoint = find_checkpoint(directory / "checkpoints")
     if checkpoint is None:
         return None
+    check_format(checkpoint)
     state = read_state(checkpoint)
     refuse_other_run(state, provenance, config, directory)
     check_best(config, directory / "checkpoints", state)
@@ -82,7 +92,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach(model, config.lora, seed=config.train.seed)
     if checkpoint is None:
-        ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config.lora.init_lora_weights))
+        ranks.run_on_rank_0(lambda: _initialize(model, model_folder, config, provenance))
     trim_heap()  # DoRA, PiSSA and LoftQ dequantise all weights, one after another
     run = Run(
         config=config,
@@ -141,9 +151,18 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     )
 
 
-def _initialize(model: Qwen2ForCausalLM, model_folder: Path, init_lora_weights: str) -> None:
-    """Initial values of the adapter that depend on the base weights: minutes for a large model."""
-    if init_lora_weights in BY_WEIGHTS:
+def _initialize(model: Qwen2ForCausalLM, model_folder: Path, config: Config, provenance: Provenance) -> None:
+    """Initial values of the adapter: another adapter's, or those that depend on the base: minutes for a large model."""
+    init_lora_weights = config.lora.init_lora_weights
+    if config.model.adapter is not None:
+        folder = Path(config.model.adapter)
+        load_adapter_weights(model, folder)
+        before = read_provenance(folder).model_sha256
+        changed = changed_names(before, provenance.model_sha256) if before else []
+        if changed:
+            warn(f"note: {folder}: was trained on another base model (SHA-256 of {', '.join(changed)})")
+        info(f"beginning with the adapter in {folder}")
+    elif init_lora_weights in BY_WEIGHTS:
         with progress(init_lora_weights, None, "layer") as bar:
 
             def on_progress(done: int, total: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs import checkpoint
 from minilora.runs.checkpoint import (
     RunState,
+    check_format,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -181,10 +183,56 @@ def test_a_state_of_another_content_does_not_stop_the_pruning(tmp_path: Path, be
 def test_the_manifest_says_which_step_and_configuration_it_is_of(tiny_model: LoadModel, tmp_path: Path) -> None:
     folder = Trainee(tiny_model).save(tmp_path, 7)
     assert read_manifest(folder)["facts"] == {
+        "format": checkpoint.FORMAT,
         "step": 7,
         "config_sha256": hashlib.sha256(json_bytes(state_at(7).config)).hexdigest(),
         "minilora_version": __version__,
     }
+
+
+@pytest.mark.parametrize(
+    ("facts", "note"),
+    [
+        ({"format": checkpoint.FORMAT, "minilora_version": __version__}, ""),
+        ({"minilora_version": __version__}, ""),  # before there were numbers
+        ({"minilora_version": "0.0.9"}, f": minilora 0.0.9 -> {__version__}; "),
+        ({}, f": minilora unknown -> {__version__}; "),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: dict[str, Any], note: str
+) -> None:
+    write_folder(tmp_path / "step-000001", [], facts)
+    check_format(tmp_path / "step-000001")
+    printed = capsys.readouterr().err
+    assert (note in printed) if note else not printed
+
+
+def test_a_checkpoint_of_a_later_format_is_refused_and_stays(
+    tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    monkeypatch.setattr(checkpoint, "__version__", "9.0")
+    folder = Trainee(tiny_model).save(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"step-000001: has format 2 \(minilora 9\.0\), .+ up to 1; .+--restart"):
+        check_format(folder)
+    assert find_checkpoint(tmp_path) == folder
+
+
+def test_a_base_model_whose_name_was_corrected_by_hand_is_no_damage(tiny_model: LoadModel, tmp_path: Path) -> None:
+    trainee = Trainee(tiny_model)
+    model = {"name_or_path": "tiny", "revision": None}
+    state = dataclasses.replace(state_at(1), config={"model": model})
+    adapter = (ADAPTER, BaseModel("tiny"))
+    folder = save_checkpoint(tmp_path, trainee.model, adapter, optimizer=trainee.optimizer, state=state)
+    path = folder / "adapter_config.json"
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**content, "base_model_name_or_path": "D:/models/qwen", "revision": "main"}), "utf-8")
+    assert find_checkpoint(tmp_path) == folder
+    path.write_text(json.dumps({**content, "base_model_name_or_path": "D:/models/qwen", "lora_alpha": 9}), "utf-8")
+    with pytest.raises(UserError, match="damaged-step-000001"):
+        find_checkpoint(tmp_path)
 
 
 def test_an_interrupted_write_leaves_the_older_checkpoint_as_it_was(

@@ -15,7 +15,9 @@ from minilora.adapters.peft_files import adapter_files
 from minilora.errors import UserError
 from minilora.runs import finish as finish_module
 from minilora.runs import setup
+from minilora.runs.load_run import load_run
 from minilora.system import console
+from minilora.system.files import json_bytes
 from minilora.system.manifest import verify_folder
 from tests.runs.conftest import STEPS, Fit, change_best_step, contents, flip_bit, read, remove_folders
 
@@ -66,6 +68,19 @@ def test_a_damaged_final_folder_is_refused_and_written_again_once_it_is_away(fin
         run()
     shutil.rmtree(final)
     assert contents(run()) == expected
+
+
+def test_the_base_models_place_may_be_corrected_by_hand_and_counts(
+    final: Path, run: Fit, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    path = final / "adapter_config.json"
+    content = {**read(path), "base_model_name_or_path": str(tiny_checkpoint())}
+    path.write_bytes(json_bytes(content))
+    assert run() == final
+    assert load_run(final, None, []).model_folder == tiny_checkpoint()
+    path.write_bytes(json_bytes({**content, "lora_alpha": 1}))
+    with pytest.raises(UserError, match=r"final: is damaged \(adapter_config\.json has SHA-256"):
+        run()
 
 
 def test_a_model_card_may_be_changed_by_hand(final: Path, run: Fit) -> None:
