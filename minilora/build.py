@@ -5,19 +5,20 @@ What this module imports, except `config.py`, takes plain values and never sees 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from minilora.adapters.peft_config import read_adapter_config
 from minilora.config import Config
 from minilora.data.labels import class_indices
 from minilora.data.records import Record, read_records
-from minilora.errors import UserError
+from minilora.errors import UserError, capped
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from minilora.system.console import progress, warn
+from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -47,6 +48,22 @@ class Examples:
     def labels(self) -> list[int]:
         """Class of each example; only where all are labelled."""
         return [example.label for example in self.examples if example.label is not None]
+
+
+def take_adapter(config: Config) -> Config:
+    """The configuration with the shape of the adapter that `model.adapter` names; says what that changes."""
+    if config.model.adapter is None:
+        return config
+    folder = Path(config.model.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give the folder of a peft adapter")
+    found, _ = read_adapter_config(folder)
+    own = config.lora
+    lora = replace(found, dropout=own.dropout, init_lora_weights=own.init_lora_weights)
+    changed = [f"lora.{name}={value}" for name, value in vars(lora).items() if value != getattr(own, name)]
+    if changed:
+        info(f"model.adapter: as it is, {', '.join(map(capped, changed))}")
+    return replace(config, lora=lora)
 
 
 def choose_device(config: Config) -> torch.device:

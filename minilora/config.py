@@ -42,6 +42,9 @@ class ModelSection:
         "Qwen/Qwen2.5-0.5B-Instruct", "base model: a local folder or a name on the hub", is_free=True
     )
     revision: str | None = key(None, "branch, tag or commit on the hub", is_free=True)
+    adapter: str | None = key(
+        None, "folder of a peft adapter to begin with: its next stage; lora.* is as that adapter is", is_free=True
+    )
     quantization: Literal["nf4", "fp4", "none"] = key("nf4", "4-bit type of the frozen weights; none is plain LoRA")
     double_quantization: bool = key(True, "store the scales of the 4-bit blocks in 8 bits")
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
@@ -196,7 +199,7 @@ FREE_KEYS = frozenset(name for name, item in KEYS.items() if item.metadata["is_f
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
 # `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
-PATHS = ("model.name_or_path", "model.quantized_cache", "data.dir", "train.output_dir")
+PATHS = ("model.name_or_path", "model.adapter", "model.quantized_cache", "data.dir", "train.output_dir")
 # Keys that users of peft look for, and why they are not here.
 KEYS_OF_PEFT = {
     "lora.modules_to_save": "the base stays frozen, also head and embedding, which in small models are one matrix"
@@ -312,6 +315,8 @@ def _iter_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "prompt.positive_label", f"{config.prompt.positive_label!r} is not one of {labels}"
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype", "float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
+    if config.lora.init_lora_weights in ("pissa", "loftq") and config.model.adapter is not None:
+        yield "lora.init_lora_weights", f"{config.lora.init_lora_weights} makes a new adapter, model.adapter brings one"
     if config.lora.init_lora_weights == "loftq" and config.model.quantization == "none":
         yield "lora.init_lora_weights", "loftq starts from the 4-bit error, so it needs model.quantization=nf4 or fp4"
     if config.lora.init_lora_weights == "pissa" and config.lora.dropout:

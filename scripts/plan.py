@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from minilora.build import take_adapter
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
 from minilora.data.readers import ENCODINGS
@@ -72,7 +73,7 @@ def main() -> None:
         overrides.append(f"model.name_or_path={hub_name(arguments.size)}")
         config = load_config(arguments.config, overrides)
     setup = Setup(
-        config=config,
+        config=take_adapter(config),
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
         shape_of=uniform_batch if tokenizer is None else shapes_of_records(records, tokenizer),
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from minilora.build import take_adapter
 from minilora.config import Config, describe_keys, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.prepare import SPLITS, prepare, prepare_demo
@@ -45,7 +46,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         if ranks.is_rank_0:
-            show_plan(config, ranks.size)
+            show_plan(take_adapter(config), ranks.size)
         return
     with ranks.rank_0_first():
         if not has_data(config):

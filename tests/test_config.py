@@ -529,6 +529,12 @@ def test_pissa_has_no_dropout() -> None:
     load_config(None, ["lora.init_lora_weights=pissa", "lora.dropout=0"])
 
 
+@pytest.mark.parametrize("kind", ["pissa", "loftq"])
+def test_an_adapter_to_begin_with_has_its_first_values(kind: str) -> None:
+    (line,) = refusal(f"lora.init_lora_weights={kind}", "model.adapter=outputs/final", "lora.dropout=0")
+    assert line.startswith(f"lora.init_lora_weights: {kind} makes a new adapter, model.adapter brings one")
+
+
 def test_loftq_needs_four_bits() -> None:
     with pytest.raises(UserError, match=r"^lora\.init_lora_weights: .*model\.quantization=nf4"):
         load_config(None, ["lora.init_lora_weights=loftq", "model.quantization=none"])

@@ -104,6 +104,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         "data_sha256": run.state.data_sha256,
         "model_sha256": run.state.model_sha256,
         "model_bytes": {name: (base / name).stat().st_size for name in run.state.model_sha256},
+        **({"adapter_sha256": run.state.adapter_sha256} if run.state.adapter_sha256 else {}),
         "machine": run.state.machine,
         "model_revision": base.name if base.parent.name == "snapshots" else None,  # the commit, in the hub's cache
     }
@@ -217,6 +218,7 @@ def _report_of(
             "computed with": run.state.machine,
             "SHA-256 of the data": run.state.data_sha256,
             "SHA-256 of the base model": run.state.model_sha256,
+            **({"SHA-256 of the adapter before training": sha} if (sha := run.state.adapter_sha256) else {}),
         },
     )
 

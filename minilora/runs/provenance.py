@@ -2,7 +2,7 @@
 
 A run is a function of its configuration, its data, its base model, and the machine's arithmetic. All of them are
 compared with what a checkpoint says before anything is loaded: a continuation that differs would be a third run,
-neither the old nor the new. Data and base model are known by SHA-256, not by path or name.
+neither the old nor the new. Data, base model and an adapter to begin with are known by SHA-256, not by path or name.
 
     state.json           of a checkpoint: all of it, and the run's state
     training_args.json   of a final adapter: the configuration
@@ -15,18 +15,21 @@ it with another train.max_tokens_per_micro_batch.
 
 import importlib.metadata
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minilora import __version__
 from minilora.config import CUTS, PATHS, Config, changed_keys, drop_removed_keys
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256
 from minilora.weights.safetensors_io import dtype_name
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Provenance:
     data_sha256: dict[str, str]  # of the split files, by name
     model_sha256: dict[str, str]  # of the base model's files, by name
     machine: dict[str, Any]  # device, dtype, threads, GPU, library versions, number of ranks
+    adapter_sha256: dict[str, str] = field(default_factory=dict)  # of the weights that it began with, by file name
 
     @property
     def step_factors(self) -> dict[str, int]:
@@ -51,11 +55,12 @@ class Provenance:
         keys = {f"{section}.{name}": value for section, keys in self.config.items() for name, value in keys.items()}
         keys = {name: value for name, value in keys.items() if name not in PATHS}  # of each machine its own
         machine = {name: value for name, value in self.machine.items() if name != "threads"}
-        return {**keys, **self.data_sha256, **self.model_sha256, **machine}
+        version = {"minilora": __version__}
+        return {**keys, **self.data_sha256, **self.model_sha256, **self.adapter_sha256, **machine, **version}
 
 
 def current_provenance(config: Config, model_folder: Path, machine: dict[str, Any]) -> Provenance:
-    """What a run would be made from now; hashes the files of data and base model.
+    """What a run would be made from now; hashes the files of data, base model and the adapter that it begins with.
 
     Warns of splits that are not as they were prepared: they may have been edited on purpose.
     """
@@ -66,7 +71,10 @@ def current_provenance(config: Config, model_folder: Path, machine: dict[str, An
     changed = [name for name, digest in data.items() if written.get(name, digest) != digest]
     if changed:
         warn(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared")
-    return Provenance(config.to_dict(), data, model_digests(model_folder), machine)
+    adapter = {}
+    if config.model.adapter is not None:
+        adapter = {ADAPTER_WEIGHTS: sha256(Path(config.model.adapter) / ADAPTER_WEIGHTS)}
+    return Provenance(config.to_dict(), data, model_digests(model_folder), machine, adapter)
 
 
 def model_digests(folder: Path) -> dict[str, str]:
@@ -137,6 +145,7 @@ def refuse_other_run(before: Provenance, now: Provenance, config: Config, direct
     for what, changed in (
         (f"data in {config.data.dir}", changed_names(before.data_sha256, now.data_sha256)),
         (f"base model {config.model.name_or_path}", changed_names(before.model_sha256, now.model_sha256)),
+        (f"model.adapter ({config.model.adapter})", changed_names(before.adapter_sha256, now.adapter_sha256)),
     ):
         if changed:
             raise UserError(

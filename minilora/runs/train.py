@@ -17,7 +17,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
+from minilora.build import take_adapter
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.qlora.step import StepResult, train_step
@@ -48,6 +49,8 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
             are non-finite, memory, disk or a rank is lost, or the final adapter cannot be read back as it was.
         Interrupted: a signal came; the steps done by then are saved.
     """
+    with ranks.rank_0_first():
+        config = take_adapter(config)
     with run_folder(config, model_folder, restart, ranks) as run:
         if run is None:
             final = Path(config.train.output_dir) / "checkpoints" / "final"
@@ -120,9 +123,11 @@ def count_step(run: Run, batch: StepBatch, result: StepResult, seconds: float, l
 
 
 def score_before_training(run: Run) -> None:
-    """The test set on the base model, once in a run."""
-    if run.config.train.do_predict and run.state.test_before is None:
-        with adapter_disabled(run.model):  # a run that began without do_predict may have a trained adapter by now
+    """The test set on what training begins with, once in a run: the base model, or the adapter that it goes on from."""
+    has_adapter = run.config.model.adapter is not None
+    is_trained = has_adapter and run.state.step > 0  # by now, as in a run that began without do_predict
+    if run.config.train.do_predict and run.state.test_before is None and not is_trained:
+        with nullcontext() if has_adapter else adapter_disabled(run.model):
             run.state = replace(run.state, test_before=score_test_set(run, "test before training")[0])
     if run.state.test_before is not None:
         info(f"test before training: {format_metrics(run.state.test_before)}")
