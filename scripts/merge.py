@@ -42,7 +42,7 @@ from minilora.evaluation.metrics import drift
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import without_ranks
-from minilora.system.files import WRITING, json_bytes, make_folder, remove, storage_errors, write_file
+from minilora.system.files import WRITING, json_bytes, lock_output, make_folder, remove, storage_errors, write_file
 from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
@@ -62,11 +62,18 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def main() -> None:
-    """Reads the command line, merges, measures, renames the finished folder into place."""
+    """Reads the command line; one process at a time writes a folder."""
     arguments = parse_arguments()
     output: Path = arguments.output_dir.resolve()
     refuse_output(output)
     make_folder(output.parent, "--output_dir")
+    with lock_output(output, "--output_dir"):
+        write_merge(arguments, output)
+
+
+def write_merge(arguments: argparse.Namespace, output: Path) -> None:
+    """Merges, measures, renames the finished folder into place."""
+    refuse_output(output)  # again: another merge may have ended since
     limit = [] if arguments.max_examples is None else [f"data.max_test_examples={arguments.max_examples}"]
     trained = load_run(arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None)
     if output == trained.model_folder.resolve():

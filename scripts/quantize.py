@@ -5,6 +5,7 @@ from minilora.system.cli import begin_script, build_parser, run_script
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
 
+import argparse
 from pathlib import Path
 
 from minilora.build import DTYPES, build_model, choose_device
@@ -13,7 +14,7 @@ from minilora.data.hub import fetch_model
 from minilora.errors import UserError
 from minilora.qlora.nf4 import LEVELS
 from minilora.system.distributed import without_ranks
-from minilora.system.files import make_folder
+from minilora.system.files import lock_output, make_folder
 from minilora.system.process import tuned_process
 from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 
@@ -25,7 +26,7 @@ examples:
 
 
 def main() -> None:
-    """Reads the command line, quantises, writes the folder."""
+    """Reads the command line; one process at a time writes a folder."""
     parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--model_path", required=True, help="base model: a local folder or a name on the hub")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -46,9 +47,15 @@ def main() -> None:
     arguments = parser.parse_args()
 
     output = arguments.output_dir.expanduser().resolve()
+    make_folder(output.parent, "--output_dir")
+    with lock_output(output, "--output_dir"):
+        quantize(arguments, output)
+
+
+def quantize(arguments: argparse.Namespace, output: Path) -> None:
+    """Loads the base model in 4 bits and writes it to the new folder `output`."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: exists already; choose a new folder for --output_dir, or remove it")
-    make_folder(output.parent, "--output_dir")
     keys = {
         "model.name_or_path": arguments.model_path,
         "model.quantization": arguments.quant_type,

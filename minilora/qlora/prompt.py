@@ -39,7 +39,7 @@ class Example:
     input_ids: list[int]  # the whole conversation
     supervised: list[bool]  # for each of its ids, whether that counts in the loss
     label: int | None = None  # index of the label word, None for free-form chat
-    truncated_tokens: int = 0  # cut from the review, or from system and user turns, to fit `max_length`
+    truncated_tokens: int = 0  # at least so many cut from the review, or system and user turns, to fit `max_length`
 
     @property
     def answer_start(self) -> int:
@@ -73,6 +73,7 @@ class ChatTokenizer:
                 raise UserError(f"{path}: has no {token} token, which ChatML needs; use a Qwen2.5 tokenizer")
         self.im_start, self.im_end = ids[IM_START], ids[IM_END]
         self.vocab_size = 1 + max(ids.values())
+        self._longest_token = max(map(len, ids))  # in bytes, which are characters at least
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""
@@ -81,6 +82,14 @@ class ChatTokenizer:
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
         return [list(e.ids) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """So much of a text that its first `num_tokens` ids are those of the whole, which may be megabytes of one line.
+
+        A token has no more characters than the longest one, and NFC makes one character of 4 at most. No text has both,
+        so enough stays between these ids and the cut, near which byte pairs merge differently.
+        """
+        return text[: 4 * self._longest_token * (num_tokens + 8)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens spelled out."""
@@ -153,6 +162,7 @@ class ClassificationPrompt:
                 "raise data.max_length or shorten prompt.instruction"
             )
         examples = []
+        texts = [self.tokenizer.beginning(text, self.max_length) for text in texts]
         for review, label in zip(self.tokenizer.encode_all(texts), labels, strict=True):
             answer = [*self.label_ids[label], self.tokenizer.im_end]
             room = self.max_length - len(self.prefix) - len(self.suffix) - len(answer)

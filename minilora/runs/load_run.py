@@ -186,6 +186,8 @@ def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: 
         folder = fetch_model(config.model.name_or_path, config.model.revision)
     except UserError as error:
         raise _NoBaseError(str(error)) from None
+    if (folder / MANIFEST).is_file():
+        model_digests(folder)  # which compares them
     return LoadedRun(None, config, folder, build_prompt(config, ChatTokenizer(folder)))
 
 

@@ -27,6 +27,7 @@ from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256
+from minilora.system.manifest import MANIFEST, read_manifest
 from minilora.weights.safetensors_io import dtype_name
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -78,9 +79,29 @@ def current_provenance(config: Config, model_folder: Path, machine: dict[str, An
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that define a base model, by name."""
+    """SHA-256 of the files that define a base model, by name.
+
+    UserError for weights that are not as scripts/merge.py or quantize.py wrote them; a note on other files.
+    """
     paths = [folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]
-    return {path.name: sha256(path) for path in sorted(paths)}
+    digests = {path.name: sha256(path) for path in sorted(paths)}
+    if not (folder / MANIFEST).is_file():
+        return digests
+    try:
+        written = read_manifest(folder)["files"]
+    except UserError:
+        warn(f"note: {folder / MANIFEST}: is damaged or another program's, so the base model cannot be verified")
+        return digests
+    changed = [name for name in digests if name in written and written[name]["sha256"] != digests[name]]
+    damaged = [name for name in changed if name.endswith(".safetensors")]
+    if damaged:
+        raise UserError(
+            f"{folder}: {', '.join(damaged)}: damaged since they were written (by SHA-256 of {MANIFEST}); copy or make "
+            f"the folder again, or remove its {MANIFEST} if you changed them on purpose"
+        )
+    if changed:
+        warn(f"note: {folder}: {', '.join(changed)}: edited or damaged since they were written")
+    return digests
 
 
 def describe_machine(device: torch.device, dtype: torch.dtype, ranks: int) -> dict[str, Any]:

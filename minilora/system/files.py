@@ -203,10 +203,33 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
 
     UserError with id, host and start of another process that has it.
     """
-    with storage_errors(folder / LOCK):
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    with _lock_file(folder / LOCK, folder, key):
+        yield
+
+
+@contextlib.contextmanager
+def lock_output(output: Path, key: str) -> Iterator[None]:
+    """`lock_folder` for a folder that is renamed into place, by a file beside it, which is removed in the end.
+
+    Windows renames no folder in which a file is open, and a lock in the replaced folder would be gone with it.
+    """
+    path = output.with_name(f"{LOCK}-{output.name}")
+    with _lock_file(path, output, key):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows keeps it
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path, folder: Path, key: str) -> Iterator[None]:
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, folder, key)
+        if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):  # removed since it was opened
+            raise UserError(f"{folder}: another run has just ended there; run the same command again")
         holder = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with contextlib.suppress(OSError):  # a full disk: the lock holds nevertheless
             os.ftruncate(descriptor, 0)

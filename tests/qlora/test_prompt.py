@@ -3,6 +3,7 @@
 import json
 import shutil
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from tests.conftest import make_reviews
 
 SYSTEM = "You are a helpful assistant."
 INSTRUCTION = "判断下面评论的情感倾向，只回答正面或负面。\n评论："
@@ -46,6 +48,49 @@ def test_an_example_reads_as_chatml(chat_tokenizer: ChatTokenizer) -> None:
     )
     assert example.label == 1
     assert example.truncated_tokens == 0
+
+
+LONG_TEXTS = {
+    "spaces": " " * 90_000,
+    "spaces and a line at the end": " " * 90_000 + "\n好",
+    "one word": "好" * 90_000,
+    "one word of tokens": "非常好房间这家酒店" * 10_000,
+    "alternating": "ab" * 45_000,
+    "decomposed": unicodedata.normalize("NFD", "ΐế각") * 10_000,
+    "reviews": "".join(text for text, _ in make_reviews(9000, seed=3)),
+    "digits and marks": "120元……！？" * 12_000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG_TEXTS)
+@pytest.mark.parametrize("count", [1, 64, 512])
+def test_the_beginning_of_a_text_has_the_first_ids_of_the_whole(
+    chat_tokenizer: ChatTokenizer, kind: str, count: int
+) -> None:
+    text = LONG_TEXTS[kind]
+    beginning = chat_tokenizer.beginning(text, count)
+    assert len(beginning) < len(text)
+    assert chat_tokenizer.encode(beginning)[:count] == chat_tokenizer.encode(text)[:count]
+
+
+def test_of_a_line_of_megabytes_only_the_beginning_is_tokenised(
+    chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, texts = build_prompt(chat_tokenizer), [*LONG_TEXTS.values(), "好"]
+    lengths: list[int] = []
+    plain = ChatTokenizer.encode_all
+
+    def encode_all(tokenizer: ChatTokenizer, texts: Sequence[str]) -> list[list[int]]:
+        lengths.extend(map(len, texts))
+        return plain(tokenizer, texts)
+
+    monkeypatch.setattr(ChatTokenizer, "encode_all", encode_all)
+    found = prompt.examples(texts, [1] * len(texts))
+    assert max(lengths) < 80_000
+    monkeypatch.setattr(ChatTokenizer, "beginning", lambda _, text, __: text)
+    for example, whole in zip(found, prompt.examples(texts, [1] * len(texts)), strict=True):
+        assert (example.input_ids, example.supervised) == (whole.input_ids, whole.supervised)
+        assert bool(example.truncated_tokens) == bool(whole.truncated_tokens)
 
 
 @pytest.mark.parametrize("control", CONTROLS)

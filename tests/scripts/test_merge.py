@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from minilora import build
 from minilora.config import load_config
 from minilora.errors import UserError
+from minilora.runs.load_run import load_run_or_base
 from minilora.runs.train import fit
 from minilora.system.files import WRITING, StorageError
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
+from tests.runs.conftest import flip_bit
 from tests.scripts.conftest import SCRIPTS, load_script
 
 Merge = Callable[..., dict[str, Any]]
@@ -232,6 +234,45 @@ def test_reviews_for_a_table_that_is_not_wanted_are_a_mistake(
     with pytest.raises(SystemExit):
         merge("--no_drift", *option)
     assert "leave out --no_drift, or --data and --max_examples" in capsys.readouterr().err
+
+
+def test_a_second_merge_into_the_same_folder_is_told_who_writes_there(
+    merge: Merge, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = script.write_merged
+
+    def write(*arguments: object, **more: object) -> None:
+        plain(*arguments, **more)
+        with pytest.raises(UserError, match=rf"merged: another run .+process {os.getpid()} .+another --output_dir"):
+            merge("--no_drift")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_merged", write)
+        merge("--no_drift")
+    assert names(tmp_path) == ["merged"]
+    assert verify_folder(tmp_path / "merged") is None
+
+
+def test_a_merged_model_that_was_damaged_is_refused_as_a_base(
+    merge: Merge, tmp_path: Path, processed_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge("--no_drift")
+    base = tmp_path / "merged"
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "comment": "mine"}), "utf-8")
+    adapter = train(base, processed_data, tmp_path / "second")
+    assert f"note: {base}: config.json: edited or damaged" in capsys.readouterr().err
+    flip_bit(base / "model.safetensors")
+    damaged = r"merged: model\.safetensors: damaged since they were written"
+    with pytest.raises(UserError, match=damaged):
+        train(base, processed_data, tmp_path / "third")
+    with pytest.raises(UserError, match=damaged):
+        merge("--no_drift", model_path=adapter, output=tmp_path / "twice")
+    with pytest.raises(UserError, match=damaged):
+        load_run_or_base(base, None, [], ())
+    (base / "manifest.json").write_text("{}", "utf-8")  # as another program's
+    load_run_or_base(base, None, [], ())
+    assert "cannot be verified" in capsys.readouterr().err
 
 
 def test_what_a_killed_merge_left_does_not_get_in(merge: Merge, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minilora.errors import UserError
+from minilora.system.files import lock_output
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights.load import load_model
 from tests.scripts.conftest import load_script
@@ -64,6 +65,13 @@ def test_a_checkpoint_that_is_in_4_bits_already_is_refused(
     with pytest.raises(UserError, match="once: is in 4 bits already"):
         quantize("--model_path", tmp_path / "once", "--output", tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_folder_that_another_process_writes_is_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize
+) -> None:
+    with lock_output(tmp_path / "once", "--output_dir"), pytest.raises(UserError, match="once: another run is writing"):
+        quantize("--model_path", tiny_checkpoint(), "--output_dir", tmp_path / "once")
 
 
 @pytest.mark.parametrize("is_file", [True, False])

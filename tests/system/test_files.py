@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from minilora.system.files import (
     StorageError,
     json_bytes,
     lock_folder,
+    lock_output,
     make_folder,
     parse_json,
     remove,
@@ -228,6 +230,36 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone_however_that_ha
     with lock_folder(tmp_path, "train.output_dir"):
         assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text("utf-8")
     assert (tmp_path / ".lock").read_bytes() == b""
+
+
+@needs_locks
+def test_a_folder_that_is_yet_to_be_made_is_locked_beside_it_and_nothing_of_the_lock_is_left(tmp_path: Path) -> None:
+    output, other = tmp_path / "merged", tmp_path / "other"
+    with lock_output(output, "--output_dir"), lock_output(other, "--output_dir"):
+        output.mkdir()
+        with pytest.raises(UserError, match=rf"process {os.getpid()} .+ choose another --output_dir"):
+            lock_output(output, "--output_dir").__enter__()
+        assert list(output.iterdir()) == []  # no open file keeps Windows from renaming it
+        output.rename(tmp_path / "renamed")
+    assert names_in(tmp_path) == ["renamed"]
+    with pytest.raises(ZeroDivisionError), lock_output(output, "--output_dir"):
+        raise ZeroDivisionError
+    assert names_in(tmp_path) == ["renamed"]
+
+
+@needs_locks
+def test_a_lock_that_was_removed_between_opening_and_locking_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = files._lock
+
+    def remove_and_lock(*arguments: Any) -> None:
+        (tmp_path / ".lock-merged").unlink()
+        plain(*arguments)
+
+    monkeypatch.setattr(files, "_lock", remove_and_lock)
+    with pytest.raises(UserError, match="merged: another run has just ended there"):
+        lock_output(tmp_path / "merged", "--output_dir").__enter__()
 
 
 @needs_locks
