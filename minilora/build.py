@@ -4,7 +4,7 @@ Training, evaluation and inspection start here, so they cannot differ in how a p
 What this module imports, except `config.py`, takes plain values and never sees the configuration.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import torch
 
 from minilora.adapters.peft_config import read_adapter_config
 from minilora.config import Config
-from minilora.data.labels import class_indices
-from minilora.data.records import Record, read_records
+from minilora.data.labels import class_indices, index_note, missing_classes
+from minilora.data.records import ReadOptions, Record, read_records
+from minilora.data.sampler import stratified_sample
 from minilora.errors import UserError, capped
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
@@ -131,23 +132,35 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
     )
 
 
-def read_split(config: Config, prompt: ClassificationPrompt, split: str) -> Examples:
+def read_split(
+    config: Config,
+    prompt: ClassificationPrompt,
+    split: str,
+    reading: ReadOptions = ReadOptions(),
+    is_trained: bool = False,
+) -> Examples:
     """The examples of one file of `data.dir`, at most `data.max_{split}_examples`."""
-    limit = getattr(config.data, f"max_{split}_examples")
     path = Path(config.data.dir) / f"{split}.jsonl"
-    return build_examples(read_records(path)[:limit], prompt)
+    return build_examples(limited(read_records(path, reading), config, split), prompt, is_trained)
 
 
-def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> Examples:
+def limited(records: Sequence[Record], config: Config, split: str) -> Sequence[Record]:
+    """At most `data.max_{split}_examples` of the records, in their order, chosen as `data.sample` says."""
+    limit = getattr(config.data, f"max_{split}_examples")
+    if limit is None or config.data.sample == "first":
+        return records[:limit]
+    return [records[index] for index in stratified_sample([record.label for record in records], limit)]
+
+
+def build_examples(records: Sequence[Record], prompt: ClassificationPrompt, is_trained: bool = False) -> Examples:
     """One example per record: a labelled text, or a conversation, whose default system turn is the prompt's.
 
     Raises:
         UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
     """
     texts = [record for record in records if record.messages is None]
-    labels = class_indices(
-        ((record.where, record.label) for record in texts if record.label is not None), prompt.labels
-    )
+    found = [(record.where, record.label) for record in texts if record.label is not None]
+    labels = class_indices(found, prompt.labels, is_trained)
     labelled = iter(prompt.examples([record.content for record in texts], labels))
     examples = []
     for record in records:
@@ -164,6 +177,21 @@ def build_examples(records: Sequence[Record], prompt: ClassificationPrompt) -> E
             )
         )
     return Examples(list(records), examples)
+
+
+def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list[str]:
+    """A sentence for each labelled file that has no example of some class, with its name."""
+    texts = {name: missing_classes(file.labels, words) for name, file in files.items() if file.labelled}
+    return [f"{name}: {text}" for name, text in texts.items() if text is not None]
+
+
+def tell_of_labels(files: Mapping[str, Examples], words: Sequence[str]) -> None:
+    """Says which labels of some files were read as indices, and warns of `lacking_classes`."""
+    note = index_note({record.label for file in files.values() for record in file.records}, words)
+    if note is not None:
+        info(note)
+    for text in lacking_classes(files, words):
+        warn(f"warning: {text}")
 
 
 def build_model(

@@ -92,9 +92,12 @@ class DataSection:
         is_free=True,
     )
     max_length: int = key(512, "longest example in tokens; a longer review is cut", minimum=16)
-    max_train_examples: int | None = key(None, "use the first N training records", minimum=1)
-    max_validation_examples: int | None = key(None, "use the first N validation records", minimum=1)
-    max_test_examples: int | None = key(None, "use the first N test records", minimum=1)
+    max_train_examples: int | None = key(None, "use N training records, as data.sample chooses them", minimum=1)
+    max_validation_examples: int | None = key(None, "use N validation records, likewise", minimum=1)
+    max_test_examples: int | None = key(None, "use N test records, likewise", minimum=1)
+    sample: Literal["stratified", "first"] = key(
+        "stratified", "which N: a seeded sample with each label's share, or the first N, as earlier versions did"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class TrainSection:
     save_steps: int = key(100, "save a checkpoint every N steps, and at the end", minimum=1, is_free=True)
     save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1, is_free=True)
     metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
-        "auto", "decides which checkpoint is best; auto is eval_f1 for labelled data, else eval_loss"
+        "auto", "decides which checkpoint is best; auto is eval_f1 where validation has every label, else eval_loss"
     )
     load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last", is_free=True)
     early_stopping_patience: int | None = key(None, "stop after N validations in a row without a better one", minimum=1)
@@ -198,6 +201,11 @@ FREE_KEYS = frozenset(name for name, item in KEYS.items() if item.metadata["is_f
 # (`runs/provenance.py`).
 CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTHS = ("num_train_epochs", "max_steps")
+REASONS = {  # behind a key that a continuation cannot change
+    **dict.fromkeys(LENGTHS, "  (free with lr_scheduler_type=constant, warmup_ratio=0)"),
+    "sample": "  (which N a limit takes; a run of an earlier version has data.sample=first)",
+}
+LIMITS = ("max_train_examples", "max_validation_examples", "max_test_examples")
 # `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
 PATHS = ("model.name_or_path", "model.adapter", "model.quantized_cache", "data.dir", "train.output_dir")
 # Keys that users of peft look for, and why they are not here.
@@ -255,12 +263,19 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
     return config
 
 
-def drop_removed_keys(content: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A configuration that an earlier version saved, without the keys that are gone since."""
-    return {
+def of_earlier_version(content: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A saved configuration as this version says it: without keys that are gone since, and with `data.sample`.
+
+    A version that had no such key took the first N.
+    """
+    kept = {
         section: {name: value for name, value in keys.items() if f"{section}.{name}" not in REMOVED_KEYS}
         for section, keys in content.items()
     }
+    data = kept.get("data", {})
+    if "sample" not in data and any(data.get(name) for name in LIMITS):
+        kept["data"] = {**data, "sample": "first"}
+    return kept
 
 
 def describe_keys() -> str:
@@ -278,6 +293,7 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
     The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS, nor a compute
     dtype of auto, which is compared as what it became.
     """
+    before = of_earlier_version(before)
     is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
     lines = []
     for name, item in KEYS.items():
@@ -287,9 +303,8 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
         is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
         is_free = is_free or (attribute == "compute_dtype" and "auto" in (old, now))
         if old != now and not is_free:
-            why = "  (free with lr_scheduler_type=constant, warmup_ratio=0)" if attribute in LENGTHS else ""
             shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))
-            lines.append(f"{name}: {' -> '.join(shown)}{why}")
+            lines.append(f"{name}: {' -> '.join(shown)}{REASONS.get(attribute, '')}")
     return lines
 
 

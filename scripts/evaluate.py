@@ -3,7 +3,14 @@
 Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --compare_base the same under "base".
 """
 
-from minilora.system.cli import add_adapter_options, add_overrides, begin_script, build_parser, run_script
+from minilora.system.cli import (
+    add_adapter_options,
+    add_label_map,
+    add_overrides,
+    begin_script,
+    build_parser,
+    run_script,
+)
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -18,16 +25,18 @@ from typing import Any
 import numpy as np
 
 from minilora.adapters.attach import adapter_disabled
-from minilora.build import Examples, choose_device
+from minilora.build import Examples, choose_device, lacking_classes
 from minilora.config import Config
+from minilora.data.labels import read_label_map
 from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
-from minilora.evaluation.metrics import classification_metrics, mcnemar_test
+from minilora.evaluation.metrics import classification_metrics, mcnemar_test, only_answer
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests
+from minilora.system.console import warn
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.system.memory import peak_memory_bytes
@@ -50,6 +59,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     add_adapter_options(parser, "adapter, or a base model as it is: a folder or a name on the hub")
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
+    add_label_map(parser)
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
     parser.add_argument("--compare_base", action="store_true", help="also score the model without the adapter")
     add_overrides(parser)
@@ -66,7 +76,8 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
             f"--compare_base: {arguments.model_path} is the base model itself; leave it out, or give an adapter"
         )
     config, prompt = trained.config, trained.prompt
-    data, examples = trained.read_reviews(arguments.data, ReadOptions(encoding=arguments.encoding))
+    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
+    data, examples = trained.read_reviews(arguments.data, reading)
     model = trained.load(arguments.allow_bin, ranks)
 
     results, probabilities = evaluate(trained, model, examples, title="evaluate", ranks=ranks)
@@ -78,6 +89,10 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         results["mcnemar"] = mcnemar_test(correct, base_probabilities.argmax(1) == labels)
     if not ranks.is_rank_0:
         return
+    answers = only_answer(str(data), results)
+    for text in answers:
+        warn(f"warning: {text}")
+    results["warnings"] = [*lacking_classes({str(data): examples}, prompt.labels), *answers]
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
     print_table(results, trained.kind, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
     print(json.dumps(results, ensure_ascii=False))
@@ -162,6 +177,7 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
             "SHA-256 of the data": {data.name: sha256(data)},
             "SHA-256 of the base model": model_digests(trained.model_folder),
         },
+        warnings=results["warnings"],
     )
 
 

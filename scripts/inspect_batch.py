@@ -1,6 +1,6 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
+from minilora.system.cli import add_config_options, add_label_map, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -9,11 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from minilora.build import build_examples, build_prompt
+from minilora.build import build_examples, build_prompt, limited
 from minilora.config import load_config
 from minilora.data.hub import fetch_model
+from minilora.data.labels import read_label_map
 from minilora.data.prepare import epoch_order
-from minilora.data.records import read_records
+from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
@@ -32,6 +33,7 @@ def main() -> None:
     """Reads the command line and prints the first micro-batch of training, or the first records of --data."""
     parser = build_parser(__doc__, EXAMPLES)
     parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
+    add_label_map(parser)
     parser.add_argument("--json", action="store_true", help="a JSON line for each example")
     add_config_options(parser)
     arguments = parser.parse_intermixed_args()
@@ -44,12 +46,12 @@ def main() -> None:
         )
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
-    records = read_records(path)
+    records = read_records(path, ReadOptions(map_labels=read_label_map(arguments.map_labels)))
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data")
     size = config.train.per_device_train_batch_size
     if arguments.data is None:  # what the first step of training takes
-        records = records[: config.data.max_train_examples]
+        records = limited(records, config, "train")
         chosen = epoch_order(len(records), config.train.seed, 0)[:size]
     else:
         chosen = list(range(min(size, len(records))))

@@ -5,7 +5,14 @@ the probabilities of their labels move, of the adapter on its base as it was tra
 last line is JSON; the table is in OUTPUT_DIR/drift.json too. The merged model is dense and not quantised again.
 """
 
-from minilora.system.cli import add_adapter_options, add_overrides, begin_script, build_parser, run_script
+from minilora.system.cli import (
+    add_adapter_options,
+    add_label_map,
+    add_overrides,
+    begin_script,
+    build_parser,
+    run_script,
+)
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -35,6 +42,7 @@ from minilora.adapters.merge import (
     write_merged,
 )
 from minilora.build import Examples, choose_device, choose_dtype
+from minilora.data.labels import read_label_map
 from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
@@ -90,7 +98,7 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
     dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
     refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
-    reading = ReadOptions(encoding=arguments.encoding)
+    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
     data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, reading)
 
     temporary = output.with_name(WRITING + output.name)
@@ -143,9 +151,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="reviews for the drift table (default: the test split of its run)")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
-    parser.add_argument(
-        "--max_examples", help="score only the first MAX_EXAMPLES reviews; same as data.max_test_examples"
-    )
+    add_label_map(parser)
+    parser.add_argument("--max_examples", help="score MAX_EXAMPLES of the reviews; same as data.max_test_examples")
     parser.add_argument("--no_drift", action="store_true", help="only merge, without the drift table")
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()

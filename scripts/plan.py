@@ -4,7 +4,7 @@ A model is named by its size, a folder or a name on the hub, of which only confi
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
-from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
+from minilora.system.cli import add_config_options, add_label_map, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from minilora.build import take_adapter
+from minilora.build import limited, take_adapter
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
+from minilora.data.labels import read_label_map
 from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions, Record, read_records
 from minilora.errors import UserError
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of every example (default: data.max_length)")
     parser.add_argument("--data", type=Path, help="plan for this TSV, CSV, JSONL or parquet file's examples")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
+    add_label_map(parser)
     parser.add_argument("--all", action="store_true", help="a table of all sizes")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     add_config_options(parser)
@@ -118,7 +120,8 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
             raise
         info(f"{path} is ignored, because there is no tokenizer ({error})\n")
         return [], None
-    records = read_records(path, ReadOptions(encoding=arguments.encoding))[: config.data.max_train_examples]
+    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
+    records = limited(read_records(path, reading), config, "train")
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
     return records, tokenizer

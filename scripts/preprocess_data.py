@@ -1,6 +1,6 @@
 """Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
 
-from minilora.system.cli import begin_script, build_parser, run_script
+from minilora.system.cli import add_label_map, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.hub import downloaded_files, fetch_model
+from minilora.data.labels import POLARITY, read_label_map
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions, Record
@@ -23,6 +24,7 @@ examples:
   python scripts/preprocess_data.py --input train.tsv dev.tsv --keep_splits --drop_leaks
   python scripts/preprocess_data.py --input mine.csv --text_column comment --label_column stars --drop_rare
   python scripts/preprocess_data.py --input chats.jsonl --tokenizer Qwen/Qwen2.5-0.5B-Instruct --max_length 512
+  python scripts/preprocess_data.py --input mine.csv --map_labels negative=负面,positive=正面
 """
 
 
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--text_column", help="default: text, text_a, review, sentence or content")
     parser.add_argument("--label_column", help="default: label, labels, sentiment or target")
     parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files; UTF-8 is written")
+    add_label_map(parser)
     arguments = parser.parse_args()
     if arguments.drop_leaks and not arguments.keep_splits:
         parser.error("--drop_leaks needs --keep_splits: without it nothing leaks")
@@ -70,7 +73,12 @@ def main() -> None:
         files,
         arguments.output_dir,
         SplitOptions(**{name: getattr(arguments, name) for name in names}),
-        ReadOptions(arguments.text_column, arguments.label_column, arguments.encoding),
+        ReadOptions(
+            arguments.text_column,
+            arguments.label_column,
+            arguments.encoding,
+            read_label_map(arguments.map_labels) or ({} if arguments.input else POLARITY),
+        ),
         check=length_check(arguments.tokenizer, arguments.max_length) if arguments.tokenizer else bool,
     )
     print_report(report, arguments.output_dir)

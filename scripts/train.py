@@ -13,7 +13,9 @@ from pathlib import Path
 from minilora.build import take_adapter
 from minilora.config import Config, describe_keys, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
+from minilora.data.labels import POLARITY
 from minilora.data.prepare import SPLITS, prepare, prepare_demo
+from minilora.data.records import ReadOptions
 from minilora.data.split_files import recover_splits
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
@@ -87,7 +89,7 @@ def prepare_data(config: Config) -> None:
     if config.data.source == "demo":
         prepare_demo(directory)
     else:
-        prepare(fetch_dataset(directory.parent / DOWNLOADS), directory)
+        prepare(fetch_dataset(directory.parent / DOWNLOADS), directory, reading=ReadOptions(map_labels=POLARITY))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.build import build_examples, build_prompt, choose_dtype
+from minilora.build import build_examples, build_prompt, choose_dtype, read_split
 from minilora.config import Config, load_config
 from minilora.data.records import Record
 from minilora.errors import UserError
@@ -20,6 +20,18 @@ def test_an_example_answers_with_the_word_of_its_label(tiny_checkpoint: Callable
     for example in build_examples([Record("a.tsv:2", "好", "正面"), Record("a.tsv:3", "好", 1)], prompt).examples:
         assert example.label == 1
         assert prompt.tokenizer.decode(example.input_ids[example.answer_start :]) == "正面<|im_end|>"
+
+
+@pytest.mark.parametrize(("sample", "labels"), [("stratified", [1, 1, 1, 0]), ("first", [1, 1, 1, 1])])
+def test_a_limit_takes_of_a_sorted_file_the_share_of_each_label_or_else_the_first(
+    sample: str, labels: list[int], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"评论{number}", "label": int(number < 30)}) for number in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    keys = [f"data.dir={tmp_path}", "data.max_train_examples=4", f"data.sample={sample}"]
+    config = load_config(None, keys)
+    split = read_split(config, build_prompt(config, ChatTokenizer(tiny_checkpoint())), "train")
+    assert list(split.labels) == labels
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(

@@ -19,6 +19,7 @@ from minilora.config import (
     config_from_dict,
     describe_keys,
     load_config,
+    of_earlier_version,
 )
 from minilora.errors import UserError
 from minilora.runs.provenance import Provenance, read_provenance, refuse_other_run
@@ -430,6 +431,18 @@ def test_a_compute_dtype_of_auto_is_compared_as_what_it_became() -> None:
     for before, now in ((auto, named), (named, auto)):
         assert changed_keys(before.to_dict(), now) == []
     assert changed_keys(named.to_dict(), other) == ['model.compute_dtype: "float32" -> "bfloat16"']
+
+
+@pytest.mark.parametrize(("limit", "sample"), [(None, "stratified"), (7, "first")])
+def test_a_limit_of_a_version_without_data_sample_took_the_first_records(limit: int | None, sample: str) -> None:
+    config = load_config(None, [f"data.max_test_examples={json.dumps(limit)}"])
+    saved = config.to_dict()
+    del saved["data"]["sample"]
+    assert of_earlier_version(saved)["data"].get("sample", "stratified") == sample
+    lines = changed_keys(saved, config)
+    assert [line.partition("  ")[0] for line in lines] == ['data.sample: "first" -> "stratified"'][: limit is not None]
+    assert all("data.sample=first" in line for line in lines)
+    assert of_earlier_version(config.to_dict()) == config.to_dict()  # one that says it
 
 
 def test_free_keys_exist_and_may_change() -> None:

@@ -1,12 +1,29 @@
-"""A data file's labels in, classes out: what a label names is its word, or else its index."""
+"""A data file's labels in, classes out: what a label means is its word, or else its index, and never a guess.
 
+    label -> --map_labels -> a label word (prompt.labels)    its class
+                             an integer from 0               the class of that index; a line on the screen says so
+                             anything else                   UserError, which offers the mapping that is likely meant
+
+Integers that a file itself has names for (ClassLabel of Hugging Face's datasets) are read as these names
+(`readers.py`).
+"""
+
+import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from minilora.errors import UserError
+from minilora.errors import UserError, capped, shown
+
+MOST_CLASSES = 20  # more labels are a wrong column, and no message lists them
+# Names of sentiments, for which a message can offer a pair, and what is made of those of ChnSentiCorp's parquet files.
+POLARITY = {
+    **dict.fromkeys(("negative", "neg", "bad", "负面", "消极", "差评", "差", "负", "0", "false"), 0),
+    **dict.fromkeys(("positive", "pos", "good", "正面", "积极", "好评", "好", "正", "1", "true"), 1),
+}
+Label = str | int
 
 
 def as_label(found: Any) -> Any:
@@ -22,14 +39,43 @@ def as_label(found: Any) -> Any:
     return int(found.removesuffix(".0")) if re.fullmatch(r"-?\d{1,18}(\.0)?", found, re.ASCII) else found
 
 
-def class_indices(found: Iterable[tuple[str, str | int]], words: Sequence[str]) -> list[int]:
+def read_label_map(text: str | None) -> dict[str, Label]:
+    """What --map_labels says: "negative=负面,1=正面", or a JSON object where a label holds a comma. UserError."""
+    if not text:
+        return {}
+    try:
+        pairs = list(json.loads(text).items()) if text.startswith("{") else []
+    except ValueError:
+        pairs = [("", "")]
+    if not pairs:  # a Chinese keyboard has its own comma and equals sign
+        pairs = [tuple(re.split("[=＝]", pair)) for pair in re.split("[,，]", text)]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(word, str) and word.strip() for word in pair):
+            raise UserError(
+                f"--map_labels: got {shown(text)}, expected LABEL=WORD pairs as negative=负面,positive=正面, or a JSON "
+                'object as {"negative": "负面"}'
+            )
+    meant = {label.strip(): as_label(word) for label, word in pairs}
+    if len(meant) < len(pairs):
+        raise UserError(f"--map_labels: got {shown(text)}, which names a label twice; leave one of the pairs")
+    return meant
+
+
+def mapped(found: Any, meant: Mapping[str, Label]) -> Any:
+    """A label as it is meant: what `meant` has for it, or else `as_label`."""
+    label = as_label(found)
+    return meant.get(str(label).lower() if isinstance(label, bool) else str(label), label) if meant else label
+
+
+def class_indices(found: Iterable[tuple[str, Label]], words: Sequence[str], is_trained: bool = False) -> list[int]:
     """Class of each label, an index into `words`, which are those of `prompt.labels`.
 
     A label word has priority over an index; if any word is a number, there are no indices.
 
     Args:
-        found: file and line of each label, for messages, and the label as `as_label` gives it.
+        found: file and line of each label, for messages, and the label as `mapped` gives it.
         words: the K label words.
+        is_trained: an adapter answers with them, so they cannot be others.
 
     Raises:
         UserError: a label that is neither.
@@ -37,23 +83,92 @@ def class_indices(found: Iterable[tuple[str, str | int]], words: Sequence[str]) 
     found = list(found)
     named = [as_label(word) for word in words]
     has_indices = not any(isinstance(word, int) for word in named)
-    indices = []
+    classes: dict[Label, int] = {index: index for index in range(len(words)) if has_indices}
+    classes |= {word: index for index, word in enumerate(named)}
     for where, label in found:
-        if label in named:
-            indices.append(named.index(label))
-        elif has_indices and isinstance(label, int) and 0 <= label < len(words):
-            indices.append(label)
-        else:
+        if label not in classes:
             nor_an_index = f" nor an index 0 to {len(words) - 1}" if has_indices else ""
             raise UserError(
-                f"{where}: label {label!r} is not one of {list(words)}{nor_an_index}; "
-                f"correct the file or set prompt.labels{_all_labels(label for _, label in found)}"
+                f"{where}: label {shown(label)} is not one of {capped(str(list(words)), 200)}{nor_an_index}; "
+                f"{_remedy({label for _, label in found}, words, is_trained)}"
             )
-    return indices
+    return [classes[label] for _, label in found]
 
 
-def _all_labels(labels: Iterable[str | int]) -> str:
-    """All labels, as a command line names them; nothing if they are too many to be classes."""
-    found = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
-    words = json.dumps([str(label) for label in found], ensure_ascii=False)
-    return f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(words)}" if len(found) <= 20 else ""
+def index_note(found: Iterable[Label | None], words: Sequence[str]) -> str | None:
+    """Which labels of a file were read as indices, with the word of each; None where none was."""
+    named = {as_label(word) for word in words}
+    indices = sorted({label for label in found if isinstance(label, int) and label not in named})
+    if not indices:
+        return None
+    pairs = _listed([f"{index} = {words[index]}" for index in indices])
+    note = f"labels {_listed(indices)} are read as indices: {pairs}"
+    if indices[0] == 0 or len(indices) == 1:
+        return note
+    return f"{note}; if they begin at 1 there: {_option({i: words[i - 1] for i in indices})}"
+
+
+def missing_classes(labels: Iterable[int], words: Sequence[str]) -> str | None:
+    """The words that no example has, as a message says it; None where each has one."""
+    labels = list(labels)
+    present = set(labels)
+    missing = [word for index, word in enumerate(words) if index not in present]
+    if not missing:
+        return None
+    return f"none of {len(labels):,} examples is {_listed(missing, ' or ')}: nothing is learned or measured of it there"
+
+
+def other_words(words: Sequence[str], trained: Sequence[str]) -> str:
+    """What is wrong with other label words than those an adapter was trained with, and the remedy."""
+    text = f"prompt.labels: this adapter answers with {_listed(trained)}, in this order, not with {_listed(words)}"
+    if set(words) & set(trained) or len(words) > MOST_CLASSES:
+        return f"{text}; leave the key out"
+    pairs = _option(_likely_pairs(set(words), trained))
+    return f"{text}; leave the key out, and take {pairs} for data with such labels"
+
+
+def _remedy(labels: set[Label], words: Sequence[str], is_trained: bool) -> str:
+    """What to do about labels of which one at least is no word and no index."""
+    is_few = len(labels) <= MOST_CLASSES
+    option = _option(_likely_pairs(labels, words)) if is_few else "--map_labels"
+    if is_trained:
+        return f"these are the words that this adapter answers with; say which of them a label means: {option}"
+    written = json.dumps([str(label) for label in _in_order(labels)], ensure_ascii=False)
+    others = f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(written)}" if is_few else ""
+    return (
+        f"correct the file, say which word a label means with preprocess_data.py {option}, or train on other words "
+        f"with prompt.labels{others}"
+    )
+
+
+def _likely_pairs(labels: set[Label], words: Sequence[str]) -> dict[Label, str]:
+    """The word that each foreign label probably means, for a message to offer; "..." where nothing tells."""
+    named = [as_label(word) for word in words]
+    foreign = [label for label in _in_order(labels) if label not in named]
+    if len(foreign) == len(words) and all(isinstance(label, int) for label in foreign):  # stars, or -1 and 1
+        return dict(zip(foreign, words, strict=True))
+    sides = {POLARITY[word.lower()]: word for word in words if word.lower() in POLARITY}
+    pairs = {}
+    for label in foreign:
+        name = str(label).lower()
+        side = sides.get(POLARITY[name]) if name in POLARITY else None
+        pairs[label] = side or next(iter(difflib.get_close_matches(name, words, n=1, cutoff=0.75)), "...")
+    return pairs
+
+
+def _option(pairs: Mapping[Label, str]) -> str:
+    """--map_labels as a command line has it; JSON where a label holds what separates the pairs."""
+    text = ",".join(f"{label}={word}" for label, word in pairs.items())
+    if any(re.search("[,，=＝]", f"{label}{word}") for label, word in pairs.items()):
+        text = json.dumps({str(label): word for label, word in pairs.items()}, ensure_ascii=False)
+    equals = "=" if text.startswith("-") else " "  # such a label, -1, looks like an option
+    return f"--map_labels{equals}" + (text if re.fullmatch(r"[\w.,=+-]+", text) else shlex.quote(text))
+
+
+def _in_order(labels: Iterable[Label]) -> list[Label]:
+    """Integers by size, then words."""
+    return sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+
+
+def _listed(found: Iterable[object], separator: str = ", ") -> str:
+    return capped(separator.join(map(str, found)), 200)

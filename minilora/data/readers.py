@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -220,14 +220,29 @@ def _read_arrow(path: Path, _: str) -> Iterator[Found]:
     number = 0
     try:
         for batch in batches():
+            names = _class_names(batch.schema.metadata)
             for record in batch.to_pylist():
                 number += 1
+                for column, words in names.items():
+                    index = record.get(column)
+                    if isinstance(index, int) and 0 <= index < len(words):  # datasets writes -1 where there is no label
+                        record[column] = words[index]
                 yield f"{path}:{number}", record
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path}: cannot be read as {path.suffix} ({capped(str(error), 200)}); check the path, or download or "
             "write the file again"
         ) from None
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The words of each integer column for which Hugging Face's datasets stored them in a file: its ClassLabels."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {column: kind for column, kind in features.items() if isinstance(kind, dict)}  # a list is of a list
+        return {column: kind["names"] for column, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):  # not there, or of another program
+        return {}
 
 
 # By a file's ending; each gives a record's place and its fields.

@@ -5,14 +5,14 @@ kept.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from minilora.data.conversations import read_turns
-from minilora.data.labels import as_label
+from minilora.data.labels import Label, mapped
 from minilora.data.readers import iter_fields, iter_file_lines
 from minilora.errors import UserError, capped, shown
 
@@ -29,6 +29,7 @@ class ReadOptions:
     text_column: str | None = None  # by default the first of USUAL_COLUMNS that a record has
     label_column: str | None = None  # likewise
     encoding: str = "utf-8"  # one of ENCODINGS, for a text file
+    map_labels: Mapping[str, Label] = field(default_factory=dict)  # what a label means, see `read_label_map`
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Record:
 
     where: str  # file and line ("data/x.tsv:17"), for messages
     text: str | None = None
-    label: str | int | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
+    label: Label | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content) pairs
 
     @property
@@ -96,9 +97,12 @@ def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> Re
     if turns is not None:
         return Record(where, messages=turns)
     text = _text(where, fields, options.text_column)
-    label = as_label(fields[_find_column(where, fields, "label", options.label_column)])
+    label = mapped(fields[_find_column(where, fields, "label", options.label_column)], options.map_labels)
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise UserError(f"{where}: label is {shown(label)}, expected a word or an integer; correct the record")
+        raise UserError(
+            f"{where}: label is {shown(label)}, expected a word or an integer; correct the record, or say "
+            "what such a label means with --map_labels"
+        )
     return Record(where, text, label)
 
 

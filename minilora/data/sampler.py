@@ -1,13 +1,36 @@
-"""Which examples an optimizer step takes, and how they become micro-batches of each rank.
+"""Which records of a file a limit takes; which examples an optimizer step takes, and each rank's micro-batches of them.
 
 How a step is cut changes its result only by rounding, and the dropout masks: `step.py` divides once, by the supervised
 tokens of the whole step.
 """
 
+import heapq
+import random
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from minilora.qlora.batch import common_prefix, round_up_tokens
 from minilora.qlora.prompt import Example
+
+SAMPLE_SEED = 42  # a limit takes the same records in every run, whatever the seed of its training
+
+
+def stratified_sample(labels: Sequence[Any], limit: int) -> list[int]:
+    """Indices of `limit` records, in their order: of each label its share, and one of each label at least.
+
+    A label's n records are shuffled; the first is at 0, the second at 1/n, and so on, and the sample is what comes
+    first over all labels. So a smaller sample is part of a larger one. A file may be sorted by label: its first records
+    would be of one class.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        groups[label].append(index)
+    places: list[tuple[float, int]] = []
+    for label, group in groups.items():
+        random.Random(f"{SAMPLE_SEED}-{label}").shuffle(group)
+        places += [(rank / len(group), index) for rank, index in enumerate(group[:limit])]
+    return sorted(index for _, index in heapq.nsmallest(limit, places))
 
 
 def split_into_micro_batches(

@@ -20,7 +20,7 @@ Left out: sample weights and several labels per review, which nothing here asks 
 two classes, because there is no single one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,15 @@ def classification_metrics(
         "expected_calibration_error": expected_calibration_error(labels, probabilities),
         "confidence_intervals_95": {name: list(bounds) for name, bounds in intervals.items()},
     }
+
+
+def only_answer(where: str, metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence if `classification_metrics` has one and the same prediction for all reviews, of two at least."""
+    table = np.array(metrics.get("confusion_matrix", [[]]))
+    answers = np.flatnonzero(table.sum(axis=0))
+    if len(answers) != 1 or metrics["num_examples"] < 2:
+        return []
+    return [f"{where}: all {metrics['num_examples']:,} predictions are {list(metrics['per_class'])[answers[0]]}"]
 
 
 def _headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, np.ndarray]:

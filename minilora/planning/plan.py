@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.build import build_prompt, choose_device, choose_dtype, read_split
+from minilora.build import build_prompt, choose_device, choose_dtype, read_split, tell_of_labels
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
@@ -93,6 +93,7 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
     where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
+    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
     for name, split in splits.items():
         cut = split.num_truncated
         print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")

@@ -65,6 +65,7 @@ class Report:
     config: Mapping[str, Values]  # values by section and key
     defaults: Mapping[str, Values]  # the same of the default configuration
     facts: Values  # its provenance by name; a value may itself be a mapping
+    warnings: Sequence[str] = ()  # why the figures may say little
 
 
 def render_report(report: Report) -> str:

@@ -25,10 +25,10 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import DTYPES, Examples
+from minilora.build import DTYPES, Examples, lacking_classes
 from minilora.config import LENGTHS, Config
 from minilora.errors import UserError
-from minilora.evaluation.metrics import classification_metrics
+from minilora.evaluation.metrics import classification_metrics, only_answer
 from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.memory import scoring_tokens
 from minilora.reports import plots
@@ -121,6 +121,8 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
     write_folder(run.final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
     if after is not None:
         print(f"test after training:  {format_metrics(after)}")
+        for text in only_answer("test after training", after):
+            warn(f"warning: {text}")
     print(f"final adapter (step {step}): {run.final}")
     _write_report(run, results, probabilities)
     _write_plot(run.directory)
@@ -220,6 +222,10 @@ def _report_of(
             "SHA-256 of the base model": run.state.model_sha256,
             **({"SHA-256 of the adapter before training": sha} if (sha := run.state.adapter_sha256) else {}),
         },
+        warnings=[
+            *lacking_classes({f"{name}.jsonl": split for name, split in splits.items()}, run.prompt.labels),
+            *only_answer("test.jsonl", results["test"] or {}),
+        ],
     )
 
 

@@ -23,10 +23,13 @@ from minilora.build import (
     build_prompt,
     choose_device,
     choose_dtype,
+    limited,
     read_split,
+    tell_of_labels,
 )
 from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, is_hub_name
+from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError, capped
 from minilora.evaluation.score import ScoringOptions, score
@@ -46,6 +49,7 @@ KEYS_READ = (
     "data.dir",
     "data.max_length",
     "data.max_test_examples",
+    "data.sample",
     "train.per_device_eval_batch_size",
     "train.max_tokens_per_micro_batch",
 )
@@ -87,17 +91,18 @@ class LoadedRun:
 
     def read_reviews(self, data: Path | None, reading: ReadOptions = ReadOptions()) -> tuple[Path, Examples]:
         """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
-        config, prompt = self.config, self.prompt
+        config, prompt, is_trained = self.config, self.prompt, self.path is not None
         if data is None:
             path = Path(config.data.dir) / "test.jsonl"
-            reviews = read_split(config, prompt, "test")
+            reviews = read_split(config, prompt, "test", ReadOptions(map_labels=reading.map_labels), is_trained)
             if self.path is not None:
                 warn_of_another_test_set(self.path, path)
         else:
             path = data
-            reviews = build_examples(read_records(path, reading)[: config.data.max_test_examples], prompt)
+            reviews = build_examples(limited(read_records(path, reading), config, "test"), prompt, is_trained)
         if not reviews.examples or not reviews.labelled:
             raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+        tell_of_labels({str(path): reviews}, prompt.labels)
         return path, reviews
 
     def score(
@@ -149,7 +154,7 @@ def load_run(
     if model.get("name_or_path") is None:
         raise UserError(f"{path}: adapter_config.json names no base model; give it with --base")
     if other_data:
-        data = {**data, "max_test_examples": None}
+        data = {name: value for name, value in data.items() if name not in ("max_test_examples", "sample")}
     try:
         run = _open({**saved.config, "model": model, "data": data}, overrides, str(path), keys_read)
     except _NoBaseError as error:
@@ -160,6 +165,9 @@ def load_run(
         raise UserError(
             f"{error}\n  {path / name} names this base model; say with --base where it is on this machine"
         ) from None
+    words = saved.config.get("prompt", {}).get("labels", run.config.prompt.labels)
+    if words != run.config.prompt.labels:
+        warn(f"warning: {path}: {other_words(run.config.prompt.labels, words)}")
     _refuse_another_base(path, saved.model_sha256, run.model_folder, base is not None)
     return replace(run, path=path)
 

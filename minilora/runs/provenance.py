@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from minilora import __version__
-from minilora.config import CUTS, PATHS, Config, changed_keys, drop_removed_keys
+from minilora.config import CUTS, PATHS, Config, changed_keys, of_earlier_version
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
@@ -131,7 +131,7 @@ def read_provenance(folder: Path) -> Provenance:
                 raise UserError(f"{path}: does not say what a run was made from; put the file back")
             found |= content
     saved = {item.name: found.get(item.name, {}) for item in fields(Provenance)}
-    return Provenance(**{**saved, "config": drop_removed_keys(saved["config"])})
+    return Provenance(**{**saved, "config": of_earlier_version(saved["config"])})
 
 
 def _is_provenance(content: Any) -> bool:

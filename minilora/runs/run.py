@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minilora.adapters.peft_config import BaseModel
-from minilora.build import Examples, choose_dtype
+from minilora.build import Examples, choose_dtype, lacking_classes
 from minilora.config import Config, LoraConfig
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
@@ -116,7 +116,14 @@ class Run:
     def best_by(self) -> str:
         """The metric that decides which checkpoint is best: F1 for labelled data unless the user chose."""
         chosen = self.config.train.metric_for_best_model
-        return ("eval_f1" if self.splits["validation"].labelled else "eval_loss") if chosen == "auto" else chosen
+        has_f1 = self.splits["validation"].labelled and not self.lacks_a_class_for_f1
+        return ("eval_f1" if has_f1 else "eval_loss") if chosen == "auto" else chosen
+
+    @property
+    def lacks_a_class_for_f1(self) -> bool:
+        """Whether F1 would decide, but may be 1 from the first validation on, because no example is of some class."""
+        is_open = self.config.train.metric_for_best_model == "auto"
+        return is_open and bool(lacking_classes({"validation": self.splits["validation"]}, self.prompt.labels))
 
     @property
     def has_stalled(self) -> bool:

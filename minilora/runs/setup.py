@@ -9,7 +9,7 @@ import torch
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
-from minilora.build import build_model, build_prompt, choose_device, choose_dtype, read_split
+from minilora.build import build_model, build_prompt, choose_device, choose_dtype, read_split, tell_of_labels
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
@@ -128,6 +128,8 @@ def _resume(run: Run, checkpoint: Path, state: RunState) -> None:
     """Puts the run where the checkpoint is; UserError if that has more steps than the configuration asks for."""
     run.ranks.run_on_rank_0(lambda: load_checkpoint(checkpoint, run.model, run.optimizer))
     run.state = replace(state, config=run.state.config, machine=run.state.machine)
+    if state.best_loss is None and run.lacks_a_class_for_f1:  # an earlier version compared F1 there
+        run.state = replace(run.state, best_metric=None)
     if run.scaler is not None:
         run.scaler.load_state_dict(state.scaler)
     is_validated = state.step == state.validated_step or state.pending_entry is not None
@@ -143,6 +145,9 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     """A line about what is trained on what."""
     config, splits = run.config, run.splits
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
+    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, run.prompt.labels)
+    if run.lacks_a_class_for_f1:
+        info("eval_loss decides which checkpoint is best, because F1 of such a validation set says nothing")
     truncated = sum(split.num_truncated for split in splits.values())
     info(
         f"{config.model.name_or_path} ({config.model.quantization}, {dtype_name(dtype)}, {run.device}): "

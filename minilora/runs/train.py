@@ -28,6 +28,7 @@ from minilora.adapters.attach import adapter_disabled, lora_parameters
 from minilora.build import take_adapter
 from minilora.config import Config
 from minilora.errors import UserError
+from minilora.evaluation.metrics import only_answer
 from minilora.qlora.step import StepResult, train_step
 from minilora.runs.advice import NonFiniteError, non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
@@ -69,7 +70,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
                     result = train_step(run.train_state, batch.micro_batches, batch.settings, safe_points.anywhere)
                     entry = count_step(run, batch, result, time.perf_counter() - started, log=log)
                 if run.is_validation_due:
-                    improved = validate(run, entry, safe_points)
+                    improved = validate(run, entry, log, safe_points)
                 if run.is_logging_due(entry):
                     log.write(entry)
                 run.state = replace(run.state, pending_entry=None)
@@ -133,15 +134,24 @@ def score_before_training(run: Run) -> None:
         info(f"test before training: {format_metrics(run.state.test_before)}")
 
 
-def validate(run: Run, entry: dict[str, Any], safe_points: SafePoints) -> bool:
-    """Adds the validation metrics to `entry`; says whether they are the best so far, and keeps count of it."""
+def validate(run: Run, entry: dict[str, Any], log: RunLog, safe_points: SafePoints) -> bool:
+    """Adds the validation metrics to `entry`; says whether they are the best so far, and keeps count of it.
+
+    Of equal F1 the lower loss is better.
+    """
     metrics, _ = score_split(run, "validation", interruptible=safe_points.anywhere)
     entry |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
-    value, best = entry[run.best_by], run.state.best_metric
-    improved = best is None or (value > best if run.best_by == "eval_f1" else value < best)
+    for text in only_answer("validation", metrics):
+        log.info(f"step {entry['step']}: {text}")
+    value, loss, best = entry[run.best_by], entry["eval_loss"], run.state.best_metric
+    sign = 1 if run.best_by == "eval_f1" else -1
+    best_loss = -math.inf if run.state.best_loss is None else run.state.best_loss  # None in an earlier version's state
+    improved = best is None or (sign * value, -loss) > (sign * best, -best_loss)
     run.state = replace(run.state, validated_step=run.state.step)
     if improved:
-        run.state = replace(run.state, best_step=run.state.step, best_metric=value, evals_without_improvement=0)
+        run.state = replace(
+            run.state, best_step=run.state.step, best_metric=value, best_loss=loss, evals_without_improvement=0
+        )
     else:
         run.state = replace(run.state, evals_without_improvement=run.state.evals_without_improvement + 1)
     return improved

@@ -71,6 +71,13 @@ def add_adapter_options(parser: argparse.ArgumentParser, model_path: str) -> Non
     parser.add_argument("--allow_bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
 
 
+def add_label_map(parser: argparse.ArgumentParser) -> None:
+    """--map_labels, as `read_label_map` reads it."""
+    parser.add_argument(
+        "--map_labels", metavar="LABEL=WORD,...", help="what the file's labels mean, as negative=负面,positive=正面"
+    )
+
+
 def add_overrides(parser: argparse.ArgumentParser, example: str = "section.key=value") -> None:
     """Configuration keys, as positional arguments."""
     parser.add_argument("overrides", nargs="*", metavar=example, help="configuration keys, as train.py --help lists")

@@ -1,8 +1,15 @@
 """A label is the class that its file means, or it is refused."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from minilora.data.labels import as_label, class_indices
+from minilora.data.labels import as_label, class_indices, index_note, mapped, missing_classes, read_label_map
+from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError
 
 WORDS = ("负面", "正面")
@@ -46,5 +53,118 @@ def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them() -> No
     words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
     with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
         class_indices(found, WORDS)
-    with pytest.raises(UserError, match=r"prompt\.labels$"):
+    with pytest.raises(UserError, match=r"--map_labels, or .*prompt\.labels$"):
         class_indices([("a.csv:2", f"word {number}") for number in range(21)], WORDS)
+
+
+STARS = ("很差", "差", "一般", "好", "很好")
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "option"),
+    [
+        (["negative", "positive"], WORDS, "negative=负面,positive=正面"),
+        (["正面", "Neg", "POS"], WORDS, "Neg=负面,POS=正面"),
+        (["差评", "好评"], ("negative", "positive"), "好评=positive,差评=negative"),
+        ([1, 2], WORDS, "1=负面,2=正面"),
+        ([3, 1, 5, 4, 2], STARS, "1=很差,2=差,3=一般,4=好,5=很好"),
+        ([1, -1], WORDS, "=-1=负面,1=正面"),  # with "=", because argparse takes -1 for an option
+        (["postive"], ("negative", "positive"), "postive=positive"),
+        (["体育", "正面"], WORDS, "体育=..."),
+        (["体育,娱乐"], WORDS, """'{"体育,娱乐": "..."}'"""),
+    ],
+)
+def test_the_message_offers_the_mapping_that_is_likely_meant(
+    found: list[str | int], words: tuple[str, ...], option: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        class_indices([("a.csv:2", label) for label in found], words, is_trained=True)
+    assert str(caught.value).endswith(f": --map_labels{'' if option[0] == '=' else ' '}{option}")
+    assert "prompt.labels" not in str(caught.value)  # the adapter would be asked for words that it never learned
+    if "..." not in option:  # and it is what --map_labels takes
+        meant = read_label_map(option.removeprefix("="))
+        indices = class_indices([("a.csv:2", mapped(label, meant)) for label in found], words, is_trained=True)
+        assert len(set(indices)) == len({meant.get(str(label), label) for label in found})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "negative=负面,1=正面",
+        "negative＝负面，1＝正面",
+        " negative = 负面 , 1 = 正面 ",
+        '{"negative": "负面", "1": "正面"}',
+    ],
+)
+def test_a_mapping_is_read_as_it_is_typed(text: str) -> None:
+    meant = read_label_map(text)
+    assert meant == {"negative": "负面", "1": "正面"}
+    assert [mapped(found, meant) for found in ("negative", " 1 ", 1, 1.0, "other", 0)] == [
+        *("负面", "正面", "正面", "正面", "other", 0)
+    ]
+
+
+@pytest.mark.parametrize("text", ["negative", "a=b=c", "a=", "=b", '{"a": 1}', '{"a"', "a=b,", "1=x,1=y"])
+def test_what_is_no_mapping_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--map_labels: got "):
+        read_label_map(text)
+
+
+def test_values_that_are_no_labels_by_themselves_can_be_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "好", "label": true}\n{"text": "差", "label": 2.5}\n', "utf-8")
+    records = read_records(path, ReadOptions(map_labels={"true": "正面", "2.5": "负面"}))
+    assert [record.label for record in records] == ["正面", "负面"]
+    with pytest.raises(UserError, match=r"a\.jsonl:1: label is True, .*--map_labels"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_indices_with_names_in_the_files_own_metadata_are_these_names(kind: str, tmp_path: Path) -> None:
+    """As `datasets.Dataset.to_parquet` and `save_to_disk` write them; -1 is their missing label."""
+    other = {"text": {"dtype": "string", "_type": "Value"}, "list": [{"dtype": "int8"}], "struct": {"a": {}}}
+    features = {**other, "label": {"names": [*"正负"], "_type": "ClassLabel"}}
+    table = pyarrow.table({"text": ["好", "差", "?"], "label": [0, 1, -1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    records = read_records(path)
+    assert [record.label for record in records] == ["正", "负", -1]
+    # By name, and not by position, as the words are in another order.
+    assert class_indices([(record.where, record.label or 0) for record in records[:2]], ("负", "正")) == [1, 0]
+
+
+@pytest.mark.parametrize("metadata", [{}, {"huggingface": "no JSON"}, {"huggingface": '{"info": null}'}])
+def test_metadata_of_another_kind_is_not_read(metadata: dict[str, str], tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["好"], "label": [1]}).replace_schema_metadata(metadata)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [record.label for record in read_records(tmp_path / "a.parquet")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("found", "words", "note"),
+    [
+        ([0, 1, "正面"], WORDS, "labels 0, 1 are read as indices: 0 = 负面, 1 = 正面"),
+        (
+            [1, 2],
+            ("a", "b", "c"),
+            "labels 1, 2 are read as indices: 1 = b, 2 = c; if they begin at 1 there: --map_labels 1=a,2=b",
+        ),
+        (["正面"], WORDS, None),
+        ([1, 2], ("1", "2"), None),
+    ],
+)
+def test_indices_are_said_to_be_read_as_such(found: list[Any], words: tuple[str, ...], note: str | None) -> None:
+    assert index_note(found, words) == note
+
+
+def test_classes_without_an_example_are_named() -> None:
+    assert missing_classes([0, 1, 1], WORDS) is None
+    assert missing_classes([1] * 1200, WORDS) == (
+        "none of 1,200 examples is 负面: nothing is learned or measured of it there"
+    )
+    assert str(missing_classes([3], STARS)).startswith("none of 1 examples is 很差 or 差 or 一般 or 很好: ")

@@ -1,9 +1,11 @@
-"""How a step is split: every example once, within the limit, even across ranks."""
+"""What a limit takes of a file, and how a step is split: every example once, within the limit, even across ranks."""
+
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.data.sampler import split_across_ranks, split_into_micro_batches, stratified_sample
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import Example
 
@@ -74,3 +76,20 @@ def test_shares_are_even_in_tokens() -> None:
 def test_a_rank_without_an_example_has_no_micro_batch() -> None:
     assert split_across_ranks(EXAMPLES, 5, 1) == [[EXAMPLES[2]], [EXAMPLES[0]], [EXAMPLES[1]], [], []]
     assert split_into_micro_batches([], 2) == split_into_micro_batches([], 2, 100) == []
+
+
+@given(labels=st.lists(st.sampled_from("aaaaabbc"), max_size=60), limit=st.integers(1, 70))
+def test_a_sample_has_each_labels_share_in_the_files_order(labels: list[str], limit: int) -> None:
+    chosen = stratified_sample(labels, limit)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(limit, len(labels))
+    taken, counts = Counter(labels[index] for index in chosen), Counter(labels)
+    for label, count in counts.items():
+        assert abs(taken[label] - count * len(chosen) / len(labels)) < len(counts)
+        assert taken[label] >= 1 or limit < len(counts)
+    assert set(stratified_sample(labels, max(limit - 1, 1))) <= set(chosen)
+
+
+def test_a_sample_is_the_same_in_every_run_and_not_the_first_of_each_label() -> None:
+    assert stratified_sample([1] * 50 + [0] * 50, 6) == [28, 29, 42, 65, 75, 93]
+    assert stratified_sample([None] * 100, 4) == [8, 44, 58, 71]

@@ -17,6 +17,7 @@ from minilora.evaluation.metrics import (
     drift,
     log_loss,
     mcnemar_test,
+    only_answer,
     precision_recall_f1,
     roc_auc,
 )
@@ -438,3 +439,18 @@ def test_drift_is_about_the_probability_of_the_true_label() -> None:
         pytest.approx(0.4),
         pytest.approx(0.4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "said"),
+    [
+        ([0, 1, 1], [1, 1, 1], ["a.tsv: all 3 predictions are 正面"]),
+        ([0, 0], [0, 0], ["a.tsv: all 2 predictions are 负面"]),
+        ([0, 1], [0, 1], []),
+        ([1], [1], []),
+    ],
+)
+def test_that_all_predictions_are_one_is_said(labels: list[int], predictions: list[int], said: list[str]) -> None:
+    metrics = classification_metrics(np.array(labels), np.eye(2)[predictions], ["负面", "正面"], 1)
+    assert only_answer("a.tsv", metrics) == said
+    assert only_answer("a.tsv", {"loss": 1.0, "num_examples": 3}) == []  # conversations

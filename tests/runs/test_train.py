@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ from minilora.runs.run import Run
 from minilora.runs.trackers import Tracker
 from minilora.runs.train import fit
 from minilora.system.distributed import Ranks
-from minilora.system.files import StorageError
+from minilora.system.files import StorageError, json_bytes
 from minilora.system.signals import Interrupted
 from tests.runs.conftest import (
     CONSTANT,
@@ -38,6 +39,7 @@ from tests.runs.conftest import (
     raise_at,
     read,
     remove_folders,
+    rewrite,
     saved_steps,
     spoil_steps,
 )
@@ -153,6 +155,96 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_the_run(run: Fit, monke
     spoil_steps(monkeypatch, 1, 3, 5)
     final = run(**{"train.max_steps": 6, "train.max_skipped_steps": 2})
     assert read(final / "metrics.json")["skipped_steps"] == 3
+
+
+def score_as(monkeypatch: pytest.MonkeyPatch, *scores: dict[str, Any]) -> None:
+    """What the validations of a run find, one after another."""
+    found = iter(scores)
+    monkeypatch.setattr(train, "score_split", lambda *_, **__: ({"num_examples": 12, **next(found)}, None))
+
+
+def test_of_equal_f1_the_lower_loss_is_better(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = [{"f1": f1, "loss": loss} for f1, loss in ((0.5, 1.0), (0.5, 0.8), (0.4, 0.1), (0.5, 0.9))]
+    score_as(monkeypatch, *scores)
+    keys = {"train.eval_steps": 1, "train.do_predict": False}
+    final = run(**keys)
+    assert read(final / "metrics.json")["validation"] == {"eval_f1": 0.5, "step": 2}
+    assert [read(final.with_name(f"step-00000{n}") / "state.json")["best_step"] for n in (1, 2, 3, 4)] == [1, 2, 2, 2]
+    # A checkpoint of a version that did not know the loss: what is no better by F1 does not take its place.
+    remove_folders(final, 3, 4)
+    state = read(final.with_name("step-000002") / "state.json")
+    assert state.pop("best_loss") == 0.8
+    rewrite(final.with_name("step-000002"), "state.json", json_bytes(state))
+    score_as(monkeypatch, {"f1": 0.5, "loss": 0.1}, {"f1": 0.6, "loss": 9.0})
+    assert read(run(**keys) / "metrics.json")["validation"] == {"eval_f1": 0.6, "step": 4}
+
+
+def keep_label(path: Path, label: int) -> None:
+    """Leaves the records of one label in a split."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if f'"label": {label}' in line), "utf-8")
+
+
+def test_a_validation_set_that_lacks_a_class_is_warned_of_and_compared_by_loss(
+    run: Fit, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_label(data / "validation.jsonl", 1)
+    final = run()
+    printed = capsys.readouterr()
+    missing = "none of 6 examples is 负面: nothing is learned or measured of it there"
+    assert f"warning: {data}/validation.jsonl: {missing}\n" in printed.err
+    assert "train.jsonl: none" not in printed.err
+    assert "eval_loss decides which checkpoint is best" in printed.out
+    assert printed.out.count("labels 0, 1 are read as indices: 0 = 负面, 1 = 正面\n") == 1
+    losses = {entry["step"]: entry["eval_loss"] for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert read(final / "metrics.json")["validation"] == {"eval_loss": losses[best], "step": best}
+    assert f"<mark>validation.jsonl: {missing}</mark>" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_a_best_f1_of_an_earlier_version_is_not_compared_with_a_loss(run: Fit, data: Path) -> None:
+    keep_label(data / "validation.jsonl", 1)
+    final = run()
+    remove_folders(final, 3, 4)
+    state = read(final.with_name("step-000002") / "state.json")
+    del state["best_loss"]
+    before = {**state, "best_metric": 1.0, "best_step": 2}  # F1 of one class, which no loss of this model is below
+    rewrite(final.with_name("step-000002"), "state.json", json_bytes(before))
+    run()
+    assert read(final.with_name("step-000004") / "state.json")["best_step"] == 4
+
+
+def test_one_answer_to_all_reviews_is_said(
+    run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = finish_module.score
+
+    def one_sided(*arguments: Any) -> Any:
+        scores = plain(*arguments)
+        return dataclasses.replace(scores, probabilities=np.tile([0.25, 0.75], (len(scores.probabilities), 1)))
+
+    monkeypatch.setattr(finish_module, "score", one_sided)
+    run()
+    printed = capsys.readouterr()
+    assert "step 2: validation: all 12 predictions are 正面\n" in printed.out
+    assert "warning: test after training: all 12 predictions are 正面\n" in printed.err
+    report = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "<mark>test.jsonl: all 12 predictions are 正面</mark>" in report
+
+
+def test_a_limited_run_of_an_earlier_version_continues_with_the_first_records_when_told_so(run: Fit) -> None:
+    limit = {"data.max_train_examples": 10, "data.max_test_examples": 4}
+    first = {**limit, "data.sample": "first"}
+    final = run(**first)
+    expected = contents(final)
+    remove_folders(final, 3, 4)
+    checkpoint = final.with_name("step-000002")
+    state = read(checkpoint / "state.json")
+    del state["config"]["data"]["sample"]
+    rewrite(checkpoint, "state.json", json_bytes(state))
+    with pytest.raises(UserError, match=r'data\.sample: "first" -> "stratified" .*data\.sample=first'):
+        run(**limit)
+    assert contents(run(**first)) == expected
 
 
 def test_an_infinite_gradient_is_skipped_as_well(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

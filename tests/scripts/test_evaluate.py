@@ -17,7 +17,8 @@ from minilora.errors import UserError
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
 from minilora.system.files import StorageError, sha256
-from tests.scripts.conftest import load_script
+from tests.conftest import make_reviews
+from tests.scripts.conftest import RunMain, load_script
 
 Evaluate = Callable[..., dict[str, Any]]
 KEYS = (
@@ -81,6 +82,75 @@ def test_the_runs_limit_is_not_for_other_data_and_a_limit_that_is_given_is(
     assert evaluate(trained / "final", "--data", path)["num_examples"] == 12
     assert evaluate(trained / "final", "--data", path, "data.max_test_examples=5")["num_examples"] == 5
     assert evaluate(trained / "final", "data.max_test_examples=4")["num_examples"] == 4
+
+
+def write_reviews(path: Path, pairs: list[tuple[str, object]]) -> Path:
+    path.write_text("label\ttext\n" + "".join(f"{label}\t{text}\n" for text, label in pairs), "utf-8")
+    return path
+
+
+def test_labels_that_are_not_the_adapters_words_are_mapped_to_them(
+    trained: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    """A file of indices, of other words, of stars: the same figures, or a message with the very option."""
+    pairs = make_reviews(12, seed=5)
+    expected = evaluate(trained / "final", "--data", write_reviews(tmp_path / "a.tsv", pairs))
+    for names in (("negative", "positive"), (1, 2), (-1, 1)):
+        path = write_reviews(tmp_path / "a.tsv", [(text, names[label]) for text, label in pairs])
+        with pytest.raises(UserError, match=r"the words that this adapter answers with; .*--map_labels") as caught:
+            evaluate(trained / "final", "--data", path)
+        assert "prompt.labels" not in str(caught.value)
+        option = str(caught.value).rpartition(": ")[2]
+        assert option.endswith(f"{names[0]}=负面,{names[1]}=正面")
+        results = evaluate(trained / "final", "--data", path, *option.split())
+        assert {**results, "reviews_per_s": 0} == {**expected, "reviews_per_s": 0}
+
+
+def test_other_words_than_the_adapters_are_warned_of(
+    trained: Path, script: ModuleType, run_main: RunMain, tmp_path: Path
+) -> None:
+    path = write_reviews(tmp_path / "a.tsv", [("好", "positive"), ("差", "negative")])
+    own = ["--model_path", trained / "final", "--data", path]
+    _, said = run_main(script, *own, 'prompt.labels=["negative", "positive"]')
+    warning = (
+        f"warning: {trained / 'final'}: prompt.labels: this adapter answers with 负面, 正面, in this order, not with"
+    )
+    assert f"{warning} negative, positive; leave the key out, and take --map_labels negative=负面,positive=正面" in said
+    _, said = run_main(script, *own, "--map-labels", "negative=负面,positive=正面", 'prompt.labels=["正面", "负面"]')
+    assert f"{warning} 正面, 负面; leave the key out\n" in said
+    _, said = run_main(script, *own, "--map-labels", "negative=负面,positive=正面", 'prompt.labels=["负面", "正面"]')
+    assert "prompt.labels" not in said
+
+
+def test_the_first_reviews_of_a_sorted_file_are_not_all_that_a_limit_takes(
+    trained: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    pairs = sorted(make_reviews(40, seed=5), key=lambda pair: -pair[1])
+    path = write_reviews(tmp_path / "a.tsv", pairs)
+    keys = ("--data", path, "data.max_test_examples=10")
+    results = evaluate(trained / "final", *keys)
+    assert [figures["support"] for figures in results["per_class"].values()] == [5, 5]
+    assert results["warnings"] == []
+    results = evaluate(trained / "final", *keys, "data.sample=first")
+    assert [figures["support"] for figures in results["per_class"].values()] == [0, 10]
+
+
+def test_a_class_without_a_review_and_one_answer_to_all_are_warned_of(
+    trained: Path, script: ModuleType, run_main: RunMain, tmp_path: Path
+) -> None:
+    path = write_reviews(tmp_path / "a.tsv", [("好", 1)] * 3)
+    printed, said = run_main(script, "--model_path", trained / "final", "--data", path, "--output_dir", tmp_path)
+    results = json.loads(printed.splitlines()[-1])
+    answer = "负面" if results["accuracy"] == 0 else "正面"
+    warnings = [
+        f"{path}: none of 3 examples is 负面: nothing is learned or measured of it there",
+        f"{path}: all 3 predictions are {answer}",
+    ]
+    assert results["warnings"] == warnings
+    for text in warnings:
+        assert f"warning: {text}\n" in said
+        assert f"<mark>{text}</mark>" in (tmp_path / "report.html").read_text("utf-8")
+    assert "labels 1 are read as indices: 1 = 正面" in printed
 
 
 @pytest.mark.parametrize("override", ["lora.r=4", "train.seed=1", "data.max_train_examples=2"])

@@ -257,6 +257,8 @@ def test_a_dry_run_without_data_prepares_it_elsewhere_and_leaves_nothing_behind(
     folder.mkdir(parents=True)
     for split, numbers in (("train", range(40)), ("validation", range(40, 50)), ("test", range(50, 60))):
         table = pyarrow.table({"label": [n % 2 for n in numbers], "text": [f"评论{n}" for n in numbers]})
+        features = {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}  # of this known data set
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
         pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
     before = sorted(tmp_path.rglob("*"))
     keys = (f"data.source={source}", f"model.name_or_path={tiny_checkpoint()}", "data.max_train_examples=8")
