@@ -45,7 +45,7 @@ class InvalidRecords:
             count, others = self._counts[kind], [_short(where) for where in self._places[kind][1:]]
             more = ", ..." if count > len(self._places[kind]) else ""
             lines.append(f"{message} ({count:,} such records, also {', '.join(others)}{more})" if others else message)
-        if self.count:
+        if self.count and not self.are_all:
             lines.append(f"  --drop_invalid of preprocess_data.py drops the {self.count:,} records that cannot be used")
         return lines
 
