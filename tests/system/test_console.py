@@ -31,6 +31,13 @@ def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr() == ("result\n", "note: look at this\n")
 
 
+def test_what_is_done_at_once_needs_no_bar_where_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for delay_s in (60, 0):
+        with console.progress("read", 3, "record", delay_s=delay_s) as bar:
+            bar.update(3)
+        assert ("read: 3/3" in capsys.readouterr().err) == (delay_s == 0)
+
+
 def test_a_silent_rank_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     console.set_silent(True)
     console.info("going on")
