@@ -246,6 +246,7 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
         if not equals:
             problems.append(f"{override}: expected section.key=value (command line)")
             continue
+        name = name.replace("-", "_")
         given[name] = _read_override(text, KEYS[name].type) if name in KEYS else text
         sources[name] = "command line"
     values: dict[str, dict[str, Any]] = {item.name: {} for item in dataclasses.fields(Config)}

@@ -49,7 +49,7 @@ computed; a line from a pipe waits a second at most for others of its batch. The
 0; empty ones are skipped and counted at the end.
 """
 KEYS_READ = ("model.", "prompt.", "data.max_length")
-OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.\w+=.*", re.DOTALL)
+OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.[\w-]+=.*", re.DOTALL)
 
 
 def main(ranks: Ranks = SINGLE_RANK) -> None:

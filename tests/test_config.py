@@ -56,6 +56,11 @@ def test_the_last_override_wins() -> None:
     assert load_config(None, ["lora.r=4", "lora.r=2"]).lora.r == 2
 
 
+def test_a_key_of_the_command_line_may_have_dashes() -> None:
+    config = load_config(overrides=["train.learning-rate=1e-3", "data.dir=a-b"])
+    assert (config.train.learning_rate, config.data.dir) == (1e-3, "a-b")
+
+
 def test_defaults_are_not_shared_between_configurations() -> None:
     assert Config().prompt.labels is not Config().prompt.labels
 

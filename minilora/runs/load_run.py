@@ -94,6 +94,10 @@ class LoadedRun:
         config, prompt, is_trained = self.config, self.prompt, self.path is not None
         if data is None:
             path = Path(config.data.dir) / "test.jsonl"
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: is not there; give labelled reviews with --data, or their folder with data.dir"
+                )
             reviews = read_split(config, prompt, "test", ReadOptions(map_labels=reading.map_labels), is_trained)
             if self.path is not None:
                 warn_of_another_test_set(self.path, path)
@@ -188,7 +192,7 @@ def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: 
     """The base model that a configuration names; warns of overrides that change nothing."""
     config = config_from_dict(content, overrides, where)
     for override in overrides:
-        if not override.startswith(keys_read):
+        if not override.partition("=")[0].replace("-", "_").startswith(keys_read):
             warn(f"note: {override.partition('=')[0]} changes nothing here: an adapter is as its files say")
     try:
         folder = fetch_model(config.model.name_or_path, config.model.revision)

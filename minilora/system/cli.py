@@ -18,7 +18,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -84,22 +84,28 @@ def add_overrides(parser: argparse.ArgumentParser, example: str = "section.key=v
 
 
 class _Parser(argparse.ArgumentParser):
-    """Options are declared with underscores, --model_path; --model-path is the same."""
+    """Options are declared with underscores, --model_path; --model-path is the same, and --lora.r 4 is lora.r=4."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        found, rest = super().parse_known_args([*map(_with_underscores, words[:end]), *words[end:]], namespace)
+        found, rest = super().parse_known_args([*_iter_normalized(words[:end]), *words[end:]], namespace)
         set_quiet(found.quiet)
         return found, rest
 
 
-def _with_underscores(word: str) -> str:
-    """--max-shard-size=2-GB -> --max_shard_size=2-GB"""
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+def _iter_normalized(words: Iterable[str]) -> Iterator[str]:
+    """--max-shard-size=2-GB -> --max_shard_size=2-GB; --lora.r=4 and --lora.r 4 -> lora.r=4"""
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = f"--{name[2:].replace('-', '_')}"
+            if "." in name:
+                name, equals, value = name[2:], "=", value if equals else next(rest, "")
+        yield f"{name}{equals}{value}"
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -299,6 +299,8 @@ def test_a_base_model_is_scored_as_it_is(
     assert ">adapter<" not in page
     with pytest.raises(UserError, match=r"--compare_base: .+ is the base model itself; leave it out, or give an"):
         evaluate(tiny_checkpoint(), *keys, "--compare_base")
+    with pytest.raises(UserError, match=r"test\.jsonl: is not there; give labelled reviews with --data"):
+        evaluate(tiny_checkpoint(), f"data.dir={tmp_path}")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model_path", str(tiny_checkpoint()), *map(str, keys)])
     script.main()
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["base", "model"]

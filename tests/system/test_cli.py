@@ -61,6 +61,11 @@ def test_an_option_has_both_spellings_and_may_be_abbreviated(parser: argparse.Ar
         assert (arguments.output_dir, arguments.allow_bin) == ("a-b", True)
 
 
+@pytest.mark.parametrize("words", [["--lora.r", "4"], ["--lora.r=4"], ["lora.r=4"]])
+def test_a_key_may_be_spelled_as_an_option(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    assert parser.parse_intermixed_args([*words, "--output_dir", "a", "b"]).words == ["lora.r=4", "b"]
+
+
 def test_after_two_hyphens_and_in_values_nothing_is_respelled(parser: argparse.ArgumentParser) -> None:
     arguments = parser.parse_args(["--output_dir=--a-b", "a-b", "--", "--c-d"])
     assert arguments.output_dir == "--a-b"
