@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from minilora.errors import UserError
+from minilora.system.files import similar_path
 from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
 
 
@@ -229,6 +230,14 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
 
 
+def layer_of(name: str, path: Path | None, overrides: Sequence[str]) -> int:
+    """Who names a key: 0 nobody, so that it has its default; 1 the YAML file; 2 the command line."""
+    section, _, attribute = name.partition(".")
+    if any(override.partition("=")[0] == name for override in overrides):
+        return 2
+    return int(path is not None and attribute in (_read_yaml(path).get(section) or {}))
+
+
 def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Config:
     """`load_config` for content that was read before, such as a run's `training_args.json`."""
     if not isinstance(content, dict):
@@ -421,7 +430,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         content = _parse_yaml(path.read_text("utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config{similar_path(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:

@@ -21,7 +21,7 @@ import torch
 
 from minilora.adapters.attach import adapter_disabled
 from minilora.config import MAX_SEED
-from minilora.data.readers import iter_lines
+from minilora.data.lines import iter_lines
 from minilora.errors import UserError
 from minilora.generation.chat import Conversation, read_generation_config
 from minilora.generation.decode import GenerationConfig, use_gemv

@@ -5,8 +5,8 @@ Ends with one line of JSON: accuracy, precision, recall, f1 and more; with --com
 
 from minilora.system.cli import (
     add_adapter_options,
-    add_label_map,
     add_overrides,
+    add_reading_options,
     begin_script,
     build_parser,
     run_script,
@@ -27,8 +27,7 @@ import numpy as np
 from minilora.adapters.attach import adapter_disabled
 from minilora.build import Examples, choose_device, lacking_classes
 from minilora.config import Config
-from minilora.data.labels import read_label_map
-from minilora.data.readers import ENCODINGS
+from minilora.data.readers import data_files
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, mcnemar_test, only_answer
@@ -57,9 +56,10 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     """Reads the command line, scores, writes the results."""
     parser = build_parser(__doc__, EXAMPLES)
     add_adapter_options(parser, "adapter, or a base model as it is: a folder or a name on the hub")
-    parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: the test split of its run)")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
-    add_label_map(parser)
+    parser.add_argument(
+        "--data", type=Path, help="TSV, CSV, JSON, parquet, Excel ... (default: the test split of its run)"
+    )
+    add_reading_options(parser, "--data")
     parser.add_argument("--output_dir", type=Path, help="folder for predictions.jsonl, evaluation.json, report.html")
     parser.add_argument("--compare_base", action="store_true", help="also score the model without the adapter")
     add_overrides(parser)
@@ -76,8 +76,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
             f"--compare_base: {arguments.model_path} is the base model itself; leave it out, or give an adapter"
         )
     config, prompt = trained.config, trained.prompt
-    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
-    data, examples = trained.read_reviews(arguments.data, reading)
+    data, examples = trained.read_reviews(arguments.data, ReadOptions.given(arguments, trained.columns))
     model = trained.load(arguments.allow_bin, ranks)
 
     results, probabilities = evaluate(trained, model, examples, title="evaluate", ranks=ranks)
@@ -174,7 +173,7 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
             **({} if trained.path is None else {"adapter": trained.path}),
             "base model": {"name": config.model.name_or_path, "folder": trained.model_folder},
             "speed": f"{results['reviews_per_s']} reviews a second",
-            "SHA-256 of the data": {data.name: sha256(data)},
+            "SHA-256 of the data": {file.name: sha256(file) for file in data_files(data)},
             "SHA-256 of the base model": model_digests(trained.model_folder),
         },
         warnings=results["warnings"],

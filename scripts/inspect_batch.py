@@ -1,6 +1,6 @@
 """Shows one micro-batch as the model sees it: every token, the supervised ones coloured."""
 
-from minilora.system.cli import add_config_options, add_label_map, begin_script, build_parser, run_script
+from minilora.system.cli import add_config_options, add_reading_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -12,13 +12,14 @@ from pathlib import Path
 from minilora.build import build_examples, build_prompt, limited
 from minilora.config import load_config
 from minilora.data.hub import fetch_model
-from minilora.data.labels import read_label_map
 from minilora.data.prepare import epoch_order
 from minilora.data.records import ReadOptions, read_records
+from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import ChatTokenizer, Example
 from minilora.system.console import uses_colour
+from minilora.system.files import similar_path
 
 GREEN, RESET = "\033[1;32m", "\033[0m"
 EXAMPLES = """\
@@ -32,8 +33,10 @@ examples:
 def main() -> None:
     """Reads the command line and prints the first micro-batch of training, or the first records of --data."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--data", type=Path, help="TSV, CSV, JSONL or parquet (default: train.jsonl of data.dir)")
-    add_label_map(parser)
+    parser.add_argument(
+        "--data", type=Path, help="TSV, CSV, JSON, parquet, Excel ... (default: train.jsonl of data.dir)"
+    )
+    add_reading_options(parser, "--data")
     parser.add_argument("--json", action="store_true", help="a JSON line for each example")
     add_config_options(parser)
     arguments = parser.parse_intermixed_args()
@@ -42,11 +45,12 @@ def main() -> None:
     if arguments.data is None and not path.exists():
         raise UserError(
             f"{path}: does not exist yet; prepare it with scripts/preprocess_data.py or scripts/train.py, or give a "
-            "file with --data"
+            f"file with --data{similar_path(path)}"
         )
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
-    records = read_records(path, ReadOptions(map_labels=read_label_map(arguments.map_labels)))
+    reading = ReadOptions.given(arguments, prepared_columns(config.data.dir))
+    records = read_records(path, reading)
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data")
     size = config.train.per_device_train_batch_size

@@ -7,8 +7,8 @@ last line is JSON; the table is in OUTPUT_DIR/drift.json too. The merged model i
 
 from minilora.system.cli import (
     add_adapter_options,
-    add_label_map,
     add_overrides,
+    add_reading_options,
     begin_script,
     build_parser,
     run_script,
@@ -42,8 +42,6 @@ from minilora.adapters.merge import (
     write_merged,
 )
 from minilora.build import Examples, choose_device, choose_dtype
-from minilora.data.labels import read_label_map
-from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
@@ -98,7 +96,7 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
     dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
     refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
-    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
+    reading = ReadOptions.given(arguments, trained.columns)
     data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, reading)
 
     temporary = output.with_name(WRITING + output.name)
@@ -150,8 +148,7 @@ def parse_arguments() -> argparse.Namespace:
         "--gguf", choices=KINDS, nargs="?", const="f16", help="also write a GGUF file for llama.cpp (default type: f16)"
     )
     parser.add_argument("--data", type=Path, help="reviews for the drift table (default: the test split of its run)")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, if it is a text file")
-    add_label_map(parser)
+    add_reading_options(parser, "--data")
     parser.add_argument("--max_examples", help="score MAX_EXAMPLES of the reviews; same as data.max_test_examples")
     parser.add_argument("--no_drift", action="store_true", help="only merge, without the drift table")
     add_overrides(parser)

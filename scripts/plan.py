@@ -4,7 +4,7 @@ A model is named by its size, a folder or a name on the hub, of which only confi
 data.max_length allows, unless data is prepared or given with --data. Ends with a command line that fits.
 """
 
-from minilora.system.cli import add_config_options, add_label_map, begin_script, build_parser, run_script
+from minilora.system.cli import add_config_options, add_reading_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
@@ -19,9 +19,8 @@ import torch
 from minilora.build import limited, take_adapter
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
-from minilora.data.labels import read_label_map
-from minilora.data.readers import ENCODINGS
 from minilora.data.records import ReadOptions, Record, read_records
+from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.planning.budget import (
     MOST,
@@ -36,7 +35,8 @@ from minilora.planning.budget import (
 from minilora.planning.plan import SIZES, hub_name, size_of, uniform_batch
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
-from minilora.system.console import info
+from minilora.system.console import info, note
+from minilora.system.files import similar_path
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import dtype_name
@@ -57,9 +57,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, help="Qwen2.5 by size (default: what model.name_or_path names)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda, unless model.device is cpu")
     parser.add_argument("--length", type=int, help="tokens of every example (default: data.max_length)")
-    parser.add_argument("--data", type=Path, help="plan for this TSV, CSV, JSONL or parquet file's examples")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of --data, where it is a text file")
-    add_label_map(parser)
+    parser.add_argument("--data", type=Path, help="plan for the examples of this TSV, CSV, JSON, parquet ... file")
+    add_reading_options(parser, "--data")
     parser.add_argument("--all", action="store_true", help="a table of all sizes")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     add_config_options(parser)
@@ -108,6 +107,7 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
     """
     path = arguments.data or Path(config.data.dir) / "train.jsonl"
     if arguments.data is None and not path.is_file():
+        note(f"{path} does not exist, so every example has data.max_length tokens{similar_path(path)}")
         return [], None
     name, revision = config.model.name_or_path, config.model.revision
     folder = local_folder(name)
@@ -120,7 +120,7 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
             raise
         info(f"{path} is ignored, because there is no tokenizer ({error})\n")
         return [], None
-    reading = ReadOptions(encoding=arguments.encoding, map_labels=read_label_map(arguments.map_labels))
+    reading = ReadOptions.given(arguments, prepared_columns(config.data.dir))
     records = limited(read_records(path, reading), config, "train")
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")

@@ -3,12 +3,13 @@
 The probabilities are the model's softmax over the label words, not calibrated.
 """
 
-from minilora.system.cli import add_adapter_options, begin_script, build_parser, run_script
+from minilora.system.cli import add_adapter_options, add_reading_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
 
 import argparse
+import codecs
 import csv
 import functools
 import io
@@ -18,16 +19,17 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from minilora.data.readers import ENCODINGS, count_lines, iter_lines
+from minilora.data.lines import encoding_named, iter_lines
+from minilora.data.readers import approximate_count
 from minilora.data.records import ReadOptions, Record, iter_line_records, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.predict import MAX_WAIT_S, Prediction, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
-from minilora.runs.load_run import load_run_or_base
+from minilora.runs.load_run import columns_of, load_run_or_base
 from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
 from minilora.system.files import GrowingFile, make_folder
@@ -46,7 +48,8 @@ examples:
 
 Every word after -- is a review. Results are written in the order of the input, the first ones while the rest is still
 computed; a line from a pipe waits a second at most for others of its batch. The index counts the input's records from
-0; empty ones are skipped and counted at the end.
+0; empty ones are skipped and counted at the end. CSV and JSONL carry the input's other columns behind the results, as
+input_label and the like where a name is taken; CSV those of the first record.
 """
 KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.[\w-]+=.*", re.DOTALL)
@@ -58,18 +61,18 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
         ranks.run_on_rank_0(lambda: check_output(arguments.output, path, arguments.overwrite))
+    reading = ReadOptions.given(arguments, columns_of(arguments.model_path))
     if path == STANDARD_INPUT:
-        lines = iter_lines(standard_input(), "standard input", arguments.encoding)
+        lines = iter_lines(standard_input(), "standard input", reading.encoding)
         windows = iter_windows(with_pauses(iter_line_records(lines, "standard input")), MAX_WAIT_S)
     elif path is not None:
-        records = iter_texts(path, ReadOptions(arguments.text_column, encoding=arguments.encoding))
-        windows = iter_windows(read_first(records, path))
+        windows = iter_windows(read_first(iter_texts(path, reading), path))
     else:
         windows = iter_windows(iter_line_records(reviews, "command line"))
 
     with ranks.rank_0_first():
         trained = load_run_or_base(arguments.model_path, arguments.base, arguments.overrides, KEYS_READ)
-    total = len(reviews) if path is None else count_lines(path) if is_text_file(path) else None
+    total = len(reviews) if path is None else approximate_count(path)
     predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
     write_all(windows, predictor, arguments, total, ranks=ranks)
 
@@ -82,13 +85,19 @@ def parse_arguments() -> argparse.Namespace:
         "--input",
         type=Path,
         metavar="FILE",
-        help="TSV, CSV, JSONL or parquet with a text column, .txt with a review a line, or - for such lines on "
+        help="TSV, CSV, JSON, parquet or Excel with a text column, .txt with a review a line, or - for such lines on "
         "standard input (the default without reviews)",
     )
-    parser.add_argument("--text_column", help="of --input (default: text, text_a, review, sentence or content)")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files and standard input")
+    add_reading_options(parser, "--input", has_labels=False)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="written record by record (default: standard output)"
+    )
+    parser.add_argument(
+        "--output_encoding",
+        type=output_encoding,
+        default="utf-8",
+        metavar="NAME",
+        help="of --output; utf-8-sig is what Excel takes for UTF-8 (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument(
@@ -130,6 +139,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def output_encoding(name: str) -> str:
+    """Python's name of an encoding, in any spelling."""
+    return "utf-8-sig" if name.lower().replace("_", "-") in ("utf-8-sig", "utf8-sig") else encoding_named(name)
+
+
 def check_output(output: Path, path: Path | None, overwrite: bool) -> None:
     """Refuses an output that cannot or must not be written, before anything is computed."""
     if path is not None and output.exists() and path.exists() and output.samefile(path):
@@ -144,11 +158,6 @@ def check_output(output: Path, path: Path | None, overwrite: bool) -> None:
 def standard_input() -> BinaryIO:
     """A reader of its own: the thread that waits in Python's would hold its lock at exit."""
     return open(0, "rb", closefd=False)
-
-
-def is_text_file(path: Path) -> bool:
-    """Whether its number of lines is about its number of reviews, and counting consumes nothing."""
-    return path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
 
 
 def read_first(records: Iterator[Record], path: Path) -> Iterator[Record]:
@@ -172,31 +181,34 @@ def write_all(
     """
     output = None if arguments.output is None else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
-    num_written, header = 0, render_header(arguments.format, predictor.prompt.labels)
+    renderer = Renderer(arguments.format, predictor.prompt.labels, width)
+    encoder = codecs.getincrementalencoder(arguments.output_encoding)("backslashreplace")  # writes a mark once
+    num_written = 0
+    own: list[Record] = []
 
     def write(text: str) -> None:
         if output is None:
             write_results(text)
         else:
-            output.append(text.encode())
+            output.append(encoder.encode(text))
 
     try:
         with progress("predict", total, "review") as bar, SafePoints() as safe_points:
 
-            def read() -> list[tuple[str, str]] | None:
+            def read() -> list[tuple[str, str]]:
                 with safe_points.anywhere():
-                    window = next(windows, None)
-                return None if window is None else [(record.where, record.content) for record in window]
+                    own[:] = next(windows, [])
+                return [(record.where, record.content) for record in own]
 
-            window: list[tuple[str, str]] | None = []
-            while window is not None:
+            is_over = False
+            while not is_over:
                 window = ranks.run_on_rank_0(read)
-                records = [Record(where, content) for where, content in window or []]
+                is_over = not window
+                records = own if ranks.is_rank_0 else [Record(where, content) for where, content in window]
                 predictions = predictor.predict(records, bar.update, safe_points.anywhere)
                 # Also after the last window: an output without results is still created.
-                text = header + "".join(render(arguments.format, prediction, width) for prediction in predictions)
-                ranks.run_on_rank_0(functools.partial(write, text))
-                num_written, header = num_written + len(predictions), ""
+                ranks.run_on_rank_0(functools.partial(write, renderer.render(records, predictions)))
+                num_written += len(predictions)
             bar.total = bar.n
         if output is not None:
             output.sync()
@@ -223,32 +235,64 @@ def summarize(predictor: Predictor, num_written: int, output: Path | None) -> st
     return "; ".join(parts)
 
 
-def render_header(kind: str, labels: Sequence[str]) -> str:
-    """The line above the results."""
-    if kind == "table":
-        return f"{'index':>7}  {padded('label', column_width(labels))}  probability  text\n"
-    if kind == "csv":
-        return csv_line(["index", "text", "label", "probability", *(f"probability_{label}" for label in labels)])
-    return ""
+class Renderer:
+    """Predictions as text: a table, JSONL or CSV, with the input's other columns behind the results.
+
+    A table's line fits into `width` columns of a terminal. CSV has the columns of the first record.
+    """
+
+    def __init__(self, kind: str, labels: Sequence[str], width: int | None = None):
+        self._kind = kind
+        self._labels = labels
+        self._width = width
+        self._other: dict[str, str] | None = None  # CSV's columns beside the results, by the input's names
+
+    def render(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> str:
+        """The lines of a window's predictions, the first time after a header."""
+        header = "" if self._other is not None else self._begin(records[0].other or {} if records else {})
+        return header + "".join(map(self._line, predictions))
+
+    def _begin(self, first: Mapping[str, Any]) -> str:
+        self._other = self._names(first)
+        if self._kind == "table":
+            return f"{'index':>7}  {padded('label', column_width(self._labels))}  probability  text\n"
+        if self._kind == "csv":
+            scores = (f"probability_{label}" for label in self._labels)
+            return csv_line(["index", "text", "label", "probability", *scores, *self._other.values()])
+        return ""
+
+    def _names(self, other: Mapping[str, Any]) -> dict[str, str]:
+        """What the input's columns are called in the output: input_label, because `label` is the predicted one."""
+        taken = {"index", "text", "label", "probability", "probabilities"}
+        taken |= {f"probability_{label}" for label in self._labels}
+        names: dict[str, str] = {}
+        for name in filter(None, other):
+            names[name] = name
+            while names[name] in taken:
+                names[name] = f"input_{names[name]}"
+            taken.add(names[name])
+        return names
+
+    def _line(self, prediction: Prediction) -> str:
+        found, scores, other = prediction, prediction.probabilities, prediction.other or {}
+        if self._kind == "csv":
+            carried = [as_csv(other.get(name)) for name in self._other or {}]
+            return csv_line([found.index, found.text, found.label, found.probability, *scores.values(), *carried])
+        if self._kind == "jsonl":
+            line = {"index": found.index, "text": found.text, "label": found.label, "probability": found.probability}
+            line["probabilities"] = scores
+            line |= {given: other[name] for name, given in self._names(other).items()}
+            return json.dumps(line, ensure_ascii=False, default=str) + "\n"
+        label = padded(found.label, column_width(list(scores)))
+        begin = f"{found.index:7}  {label}  {found.probability:11.4f}  "
+        return begin + fitted(found.text, None if self._width is None else self._width - columns(begin)) + "\n"
 
 
-def render(kind: str, prediction: Prediction, width: int | None) -> str:
-    """A result as a line of a table, jsonl or csv; a table's line fits into `width` columns."""
-    scores = prediction.probabilities
-    if kind == "csv":
-        return csv_line([prediction.index, prediction.text, prediction.label, prediction.probability, *scores.values()])
-    if kind == "jsonl":
-        line = {
-            "index": prediction.index,
-            "text": prediction.text,
-            "label": prediction.label,
-            "probability": prediction.probability,
-            "probabilities": scores,
-        }
-        return json.dumps(line, ensure_ascii=False) + "\n"
-    label = padded(prediction.label, column_width(list(scores)))
-    begin = f"{prediction.index:7}  {label}  {prediction.probability:11.4f}  "
-    return begin + fitted(prediction.text, None if width is None else width - columns(begin)) + "\n"
+def as_csv(value: Any) -> Any:
+    """A value of another column: text and numbers as they are, the rest as JSON."""
+    if value is None:
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
 def csv_line(values: Sequence[object]) -> str:

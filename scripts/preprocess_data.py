@@ -1,19 +1,19 @@
 """Cleans data files and splits them 8:1:1, duplicates removed across all files first."""
 
-from minilora.system.cli import add_label_map, begin_script, build_parser, run_script
+from minilora.system.cli import add_reading_options, begin_script, build_parser, run_script
 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minilora.data.hub import downloaded_files, fetch_model
-from minilora.data.labels import POLARITY, read_label_map
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
-from minilora.data.readers import ENCODINGS
-from minilora.data.records import ReadOptions, Record
+from minilora.data.readers import data_files, split_folders
+from minilora.data.records import Record
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, chat_example
 
@@ -31,7 +31,13 @@ examples:
 def main() -> None:
     """Reads the command line, prepares, prints the report."""
     parser = build_parser(__doc__, EXAMPLES)
-    parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="TSV, CSV, JSONL or parquet files")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="TSV, CSV, JSON, parquet, Excel files; save_to_disk folders",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("data/processed"), help="folder for the splits")
     parser.add_argument("--seed", type=int, default=SPLIT_SEED, help="of the split")
     parser.add_argument(
@@ -54,10 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--max_length", type=int, help="most tokens of a conversation, as data.max_length of training")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the model that counts them")
-    parser.add_argument("--text_column", help="default: text, text_a, review, sentence or content")
-    parser.add_argument("--label_column", help="default: label, labels, sentiment or target")
-    parser.add_argument("--encoding", choices=ENCODINGS, default="utf-8", help="of text files; UTF-8 is written")
-    add_label_map(parser)
+    add_reading_options(parser, "--input")
     arguments = parser.parse_args()
     if arguments.drop_leaks and not arguments.keep_splits:
         parser.error("--drop_leaks needs --keep_splits: without it nothing leaks")
@@ -65,20 +68,19 @@ def main() -> None:
         parser.error("--clean_test needs --keep_splits: without it no file is the test")
     if (arguments.max_length is None) != (arguments.tokenizer is None):
         parser.error("--max_length and --tokenizer need each other: tokens are those of a model")
-    files = arguments.input or downloaded_files(DOWNLOADED)
+    folders = [folder for path in arguments.input or [] for folder in split_folders(path)]
+    files = [file for folder in folders for file in data_files(folder)] or downloaded_files(DOWNLOADED)
     if not files:
         raise UserError(f"{DOWNLOADED}: holds no data; run scripts/download_data.py, or name files with --input")
+    reading = ReadOptions.given(arguments, {})
+    if not arguments.input and not reading.map_labels:
+        reading = replace(reading, map_labels=POLARITY)
     names = ("seed", "keep_splits", "drop_leaks", "clean_test", "drop_rare", "drop_invalid")
     report = prepare(
         files,
         arguments.output_dir,
         SplitOptions(**{name: getattr(arguments, name) for name in names}),
-        ReadOptions(
-            arguments.text_column,
-            arguments.label_column,
-            arguments.encoding,
-            read_label_map(arguments.map_labels) or ({} if arguments.input else POLARITY),
-        ),
+        reading,
         check=length_check(arguments.tokenizer, arguments.max_length) if arguments.tokenizer else bool,
     )
     print_report(report, arguments.output_dir)

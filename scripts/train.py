@@ -7,11 +7,12 @@ if __name__ == "__main__":
 
 import shutil
 import tempfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from minilora.build import take_adapter
-from minilora.config import Config, describe_keys, load_config
+from minilora.config import Config, describe_keys, layer_of, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.labels import POLARITY
 from minilora.data.prepare import SPLITS, prepare, prepare_demo
@@ -22,6 +23,7 @@ from minilora.planning.plan import print_plan
 from minilora.runs.train import fit
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
+from minilora.system.files import similar_path
 from minilora.system.process import tuned_process
 
 DOWNLOADS = "chn_senti_corp"  # beside data.dir
@@ -46,6 +48,8 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     arguments = parser.parse_intermixed_args()
     with ranks.rank_0_first():
         config = load_config(arguments.config, arguments.overrides)
+        if not has_data(config):
+            refuse_slip(config, arguments)
     if arguments.dry_run:
         if ranks.is_rank_0:
             show_plan(take_adapter(config), ranks.size)
@@ -80,6 +84,19 @@ def has_data(config: Config) -> bool:
             f"scripts/preprocess_data.py --output {directory}"
         )
     return not missing
+
+
+def refuse_slip(config: Config, arguments: Namespace) -> None:
+    """UserError where `data.dir` was named and what to prepare there was not: it may be misspelt."""
+    path, overrides = arguments.config, arguments.overrides
+    is_own = Path(config.data.dir) == Path(load_config(path).data.dir)
+    named = [] if is_own else overrides
+    if layer_of("data.source", path, overrides) < layer_of("data.dir", path, named):
+        raise UserError(
+            f"data.dir: {config.data.dir} holds no train.jsonl; prepare it with python scripts/preprocess_data.py "
+            f"--input FILES --output_dir {config.data.dir}, or name what to prepare there with "
+            f"data.source={config.data.source}{similar_path(Path(config.data.dir))}"
+        )
 
 
 def prepare_data(config: Config) -> None:

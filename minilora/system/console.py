@@ -3,6 +3,7 @@
 print          results, on standard output                  always
 write_results  results that come one by one                 always
 info           what the program does, on standard output    not with --quiet
+note           the same beside results, on standard error   not with --quiet
 warn           warnings, on standard error                  always
 progress       a bar on standard error                      not with --quiet; lines if it is not a terminal
 """
@@ -49,6 +50,11 @@ def uses_colour() -> bool:
 def info(text: str) -> None:
     if not is_quiet():
         print(text)
+
+
+def note(text: str) -> None:
+    if not is_quiet():
+        print(text, file=sys.stderr)
 
 
 def write_results(text: str) -> None:

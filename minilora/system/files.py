@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -33,6 +34,18 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 
 class StorageError(UserError):
     """A full or failing disk, or a folder without write access: the run itself is sound."""
+
+
+def similar_path(path: Path) -> str:
+    """ "; did you mean data/mine?" for data/mnie: the end of a message about a path that is not there."""
+    with contextlib.suppress(OSError):
+        missing = next((part for part in (*reversed(path.parents), path) if not part.exists()), None)
+        if missing is not None:
+            names = [found.name for found in missing.parent.iterdir()]
+            close = difflib.get_close_matches(missing.name, names, n=1)
+            meant = [missing.with_name(name) / path.relative_to(missing) for name in close]
+            return "".join(f"; did you mean {found}?" for found in meant if found.exists())
+    return ""
 
 
 def hash_file(path: Path) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 import minilora
 from minilora.data.prepare import SplitOptions, prepare
+from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from tests.scripts.conftest import RunMain, load_script
 
@@ -111,6 +112,22 @@ def test_columns_are_named_on_the_command_line(tmp_path: Path) -> None:
     done = call("preprocess_data.py", "--input", "mine.csv", *columns, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "(0: 8, 1: 8; median" in done.stdout
+    assert done.stderr == "mine.csv: text from 'comment', label from 'stars'; other columns: label, text\n"
+    assert prepared_columns(tmp_path / "data" / "processed") == {"text": "comment", "label": "stars"}
+
+
+def test_a_folder_of_save_to_disk_names_its_splits(tmp_path: Path) -> None:
+    for split, numbers in (("train", range(20)), ("test", range(15, 25))):
+        (tmp_path / "mine" / split).mkdir(parents=True)
+        table = pyarrow.table({"label": [n % 2 for n in numbers], "text": [f"评论{n}" for n in numbers]})
+        name = "data-00000-of-00001.arrow"
+        path = str(tmp_path / "mine" / split / name)
+        with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        (tmp_path / "mine" / split / "state.json").write_text(f'{{"_data_files": [{{"filename": "{name}"}}]}}', "utf-8")
+    (tmp_path / "mine" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}', "utf-8")
+    done = call("preprocess_data.py", "--input", "mine", "--keep_splits", cwd=tmp_path)
+    assert "5  of 10 test records are in train (50.0%)" in done.stdout, done.stderr
 
 
 def test_downloaded_files_are_taken_without_input_in_the_order_of_training(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
+from minilora.data.prepare import prepare
+from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
@@ -151,6 +153,30 @@ def test_a_class_without_a_review_and_one_answer_to_all_are_warned_of(
         assert f"warning: {text}\n" in said
         assert f"<mark>{text}</mark>" in (tmp_path / "report.html").read_text("utf-8")
     assert "labels 1 are read as indices: 1 = 正面" in printed
+
+
+def test_a_raw_file_is_scored_by_the_columns_that_the_run_was_prepared_with(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, run_main: RunMain, script: ModuleType
+) -> None:
+    labels = ("酒店", "书籍", "电脑")
+    lines = [f"{labels[n % 3]},{n % 2},评论{n}\n" for n in range(60)]
+    raw = tmp_path / "raw.csv"
+    raw.write_text("cat,label,review\n" + "".join(lines), "utf-8")
+    reading = ReadOptions("review", "cat")
+    prepare([raw], tmp_path / "data", reading=reading)
+    places = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={tmp_path / 'data'}")
+    words = f"prompt.labels={json.dumps(labels, ensure_ascii=False)}"
+    config = load_config(None, [*KEYS, *places, words, f"train.output_dir={tmp_path / 'run'}"])
+    final = fit(config, tiny_checkpoint())
+    shutil.rmtree(tmp_path / "data")
+    out, err = run_main(script, "--model_path", final, "--data", raw)
+    results = json.loads(out.splitlines()[-1])
+    assert f"{raw}: text from 'review', label from 'cat'; other columns: label\n" in err
+    assert {name: figures["support"] for name, figures in results["per_class"].items()} == dict.fromkeys(labels, 20)
+    named = json.loads(
+        run_main(script, "--model_path", final, "--data", raw, "--label-column", "label")[0].splitlines()[-1]
+    )
+    assert [figures["support"] for figures in named["per_class"].values()] == [30, 30, 0]
 
 
 @pytest.mark.parametrize("override", ["lora.r=4", "train.seed=1", "data.max_train_examples=2"])
@@ -388,6 +414,17 @@ def test_inspection_says_how_many_examples_were_cut_and_never_between_lines_of_j
     assert "2 examples, 1 cut to 128 tokens" in (printed.err if more else printed.out)
     if more:
         assert len([json.loads(line) for line in printed.out.splitlines()]) == 2
+
+
+def test_inspection_reads_the_columns_that_are_named(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], run_main: RunMain
+) -> None:
+    (tmp_path / "a.csv").write_text("label,stars,review\n0,1,好\n", "utf-8")
+    keys = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={tmp_path / 'nowhere'}")
+    inspect = load_script("inspect_batch")
+    out, err = run_main(inspect, "--data", tmp_path / "a.csv", "--label_column", "stars", "--json", *keys)
+    assert json.loads(out)["label"] == "正面"
+    assert "text from 'review', label from 'stars'; other columns: label" in err
 
 
 def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(

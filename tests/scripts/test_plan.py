@@ -21,7 +21,7 @@ from minilora.planning.memory import ParameterCounts, count_parameters
 from minilora.planning.plan import SIZES
 from minilora.qlora.model import Qwen2Config
 from minilora.system.cli import QUICKSTART
-from tests.scripts.conftest import SCRIPTS, load_script
+from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
 RECIPE = SCRIPTS / "configs" / "chnsenticorp.yaml"
 Plan = Callable[..., str]
@@ -150,6 +150,19 @@ def test_a_folder_is_planned_for_its_prepared_data(
     assert first.startswith(f"{model} on cuda, bfloat16: 48 examples of up to ")
     assert "4 examples of" in plan(*arguments, "data.max_train_examples=4").splitlines()[0]
     assert f"{model} on cuda, bfloat16: examples of up to 200 tokens" in plan(*arguments, "--length", "200")
+
+
+def test_columns_and_encoding_of_the_data_to_plan_for_are_named(
+    script: ModuleType, run_main: RunMain, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("text,words,stars\n,好,1\n,差,2\n", "gb18030")
+    reading = ("--text-column", "words", "--label-column", "stars", "--encoding", "GBK")
+    keys = (f"model.name_or_path={tiny_checkpoint()}", 'prompt.labels=["1", "2"]', f"data.dir={tmp_path / 'nowhere'}")
+    out, err = run_main(script, "--budget", "12GB", "--data", tmp_path / "a.csv", *reading, *keys)
+    assert "2 examples of up to" in out
+    assert err == f"{tmp_path / 'a.csv'}: text from 'words', label from 'stars'; other columns: text\n"
+    err = run_main(script, "--budget", "12GB", keys[0], f"data.dir={tmp_path / 'mnie'}")[1]
+    assert "mnie/train.jsonl does not exist, so every example has data.max_length tokens" in err
 
 
 def test_a_size_is_planned_for_data_by_the_tokenizer_of_a_local_folder(

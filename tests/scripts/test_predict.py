@@ -1,5 +1,6 @@
 """scripts/predict.py predicts as scripts/evaluate.py does, in every format, from every source, or refuses."""
 
+import codecs
 import csv
 import io
 import json
@@ -9,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,12 +23,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
+from minilora.data.records import ReadOptions, Record, iter_texts
 from minilora.errors import UserError
-from minilora.evaluation.predict import Prediction
+from minilora.evaluation.predict import LAST_WINDOW, Prediction
 from minilora.runs.train import fit
 from minilora.system.console import set_quiet
 from tests.conftest import make_reviews
-from tests.scripts.conftest import SCRIPTS, load_script
+from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
 KEYS = (
     "lora.r=2",
@@ -108,14 +111,15 @@ def test_predictions_are_those_of_evaluation(
 def test_every_source_gives_the_same_lines(predict: Predict, reviews: Path, tmp_path: Path) -> None:
     lines = "".join(f"{text}\n" for text in TEXTS).encode()
     (tmp_path / "a.txt").write_bytes(lines)
-    (tmp_path / "a.csv").write_text("id,comment\n" + "".join(f'1,"{text}"\n' for text in TEXTS), "utf-8")
+    (tmp_path / "a.csv").write_text("comment\n" + "".join(f'"{text}"\n' for text in TEXTS), "utf-8")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), "utf-8")
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
-    expected = predict("--input", reviews)
+    expected = predict("--input", tmp_path / "a.jsonl")
     assert [line["text"] for line in read_json_lines(expected)] == TEXTS
+    for line, with_label in zip(read_json_lines(expected), read_json_lines(predict("--input", reviews)), strict=True):
+        assert with_label == {**line, "input_label": "1"}
     assert predict("--input", tmp_path / "a.txt") == expected
     assert predict("--input", tmp_path / "a.csv", "--text_column", "comment") == expected
-    assert predict("--input", tmp_path / "a.jsonl") == expected
     assert predict("--input", tmp_path / "a.parquet") == expected
     assert predict(*TEXTS) == expected
     for arguments in ((), ("-",), ("--input", "-")):
@@ -137,8 +141,65 @@ def test_csv_is_quoted_and_can_be_read_again(predict: Predict, tmp_path: Path) -
         assert int(line["index"]) == expected["index"]
         assert line["label"] == expected["label"]
         assert float(line["probability"]) == expected["probability"] == float(line[f"probability_{line['label']}"])
-    again = predict("--input", tmp_path / "out.csv", "--format", "csv")
-    assert again.encode() == (tmp_path / "out.csv").read_bytes()
+    again = list(csv.DictReader(io.StringIO(predict("--input", tmp_path / "out.csv", "--format", "csv"), newline="")))
+    for line, before in zip(again, found, strict=True):
+        carried = {f"input_{name}": value for name, value in before.items() if name != "text"}
+        assert line == {**before, **carried}
+
+
+def test_other_columns_are_carried_in_every_format(predict: Predict, tmp_path: Path) -> None:
+    records = [
+        {"id": 7, "text": "好", "label": None, "input_label": "x", "tags": ["a", "b"]},
+        {"text": "差", "id": "八\ud83d", "later": 1},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    predict("--input", tmp_path / "a.jsonl", "--output", tmp_path / "out.jsonl")
+    first, second = read_json_lines((tmp_path / "out.jsonl").read_text("utf-8"))
+    assert second["id"] == "八\ud83d"
+    assert (first["id"], first["input_label"], first["tags"]) == (7, None, ["a", "b"])
+    assert (first["input_input_label"], first["label"] in ("正面", "负面")) == ("x", True)
+    assert second["later"] == 1
+    predict("--input", tmp_path / "a.jsonl", "--output", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file, strict=True))
+    assert list(lines[0])[6:] == ["id", "input_label", "input_input_label", "tags"]
+    assert [list(line.values())[6:] for line in lines] == [["7", "", "x", '["a", "b"]'], ["八\\ud83d", "", "", ""]]
+
+
+@pytest.mark.parametrize(
+    ("name", "mark", "encoding"),
+    [("utf-8-sig", codecs.BOM_UTF8, "utf-8-sig"), ("UTF8-SIG", codecs.BOM_UTF8, "utf-8-sig"), ("GBK", b"", "gb18030")],
+)
+def test_predictions_are_written_for_excel(
+    predict: Predict, tmp_path: Path, name: str, mark: bytes, encoding: str
+) -> None:
+    output = tmp_path / "out.csv"
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in TEXTS), "utf-8")  # more than a window
+    predict("--input", tmp_path / "a.txt", "--output", output, "--output-encoding", name)
+    found = output.read_bytes()
+    assert found.startswith(mark + b'"index"')
+    assert found.count(codecs.BOM_UTF8) == len(mark) // 3
+    assert [line["text"] for line in csv.DictReader(io.StringIO(found.decode(encoding)))] == TEXTS
+    with pytest.raises(UserError, match="encoding 'latin-1': is not one of"):
+        predict("好", "--output", tmp_path / "other.csv", "--output_encoding", "latin-1")
+
+
+def test_memory_does_not_grow_with_the_columns_that_are_carried(
+    predict: Predict, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = weakref.WeakSet[Record]()
+    most = [0]
+
+    def watched(path: Path, reading: ReadOptions) -> Iterator[Record]:
+        for record in iter_texts(path, reading):
+            alive.add(record)
+            most[0] = max(most[0], len(alive))
+            yield record
+
+    monkeypatch.setattr(script, "iter_texts", watched)
+    (tmp_path / "a.jsonl").write_text('{"text": "好", "id": 1}\n' * 2500, "utf-8")
+    assert predict("--input", tmp_path / "a.jsonl").count('"id": 1') == 2500
+    assert most[0] <= 3 * LAST_WINDOW
 
 
 def test_a_table_has_its_columns_under_each_other_and_no_control_characters(predict: Predict, tmp_path: Path) -> None:
@@ -154,7 +215,9 @@ def test_a_table_has_its_columns_under_each_other_and_no_control_characters(pred
 
 @pytest.mark.parametrize("text", ["short", "短", "中文" * 30, "latin " * 30, "é" * 100, "长" * 200_000])
 def test_a_tables_line_fits_the_terminal(script: ModuleType, text: str) -> None:
-    line = script.render("table", Prediction(0, text, {"a": 0.75, "一二": 0.25}), 60)
+    prediction = Prediction(0, text, {"a": 0.75, "一二": 0.25})
+    rendered = script.Renderer("table", ("a", "一二"), 60).render([Record("a:1", text)], [prediction])
+    line = rendered.partition("\n")[2]
     assert script.columns(line.rstrip("\n")) <= 60
     assert line.count("\n") == 1
     assert line.endswith("…\n") == (script.columns(text) > 30)
@@ -291,6 +354,23 @@ def test_an_output_without_results_is_created(predict: Predict, tmp_path: Path) 
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
+def test_an_encoding_that_is_not_read_is_refused_before_anything_is_loaded(
+    predict: Predict, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "load_run_or_base", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UserError, match="encoding 'latin-1': is not one of utf-8, gb18030"):
+        predict("--encoding", "latin-1", piped=b"x\n")
+
+
+def test_what_is_predicted_is_said_beside_the_results(
+    script: ModuleType, final: Path, reviews: Path, run_main: RunMain
+) -> None:
+    out, err = run_main(script, "--model_path", final, "--input", reviews)
+    assert f"{reviews}: text from 'text_a'; other columns: label\n" in err
+    assert len(read_json_lines(out)) == len(TEXTS)
+    assert "text from" not in run_main(script, "--model_path", final, "--input", reviews, "-q")[1]
+
+
 def test_results_before_a_bad_line_are_written(predict: Predict, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\xff\nfour\n")
     message = r"a\.txt:3: is not UTF-8 \(byte 0xFF\); save it as UTF-8\n  predictions written to .*out\.jsonl: 2$"
@@ -328,7 +408,6 @@ def test_an_existing_output_stays_without_overwrite(
         (["好", "--input", "a.txt"], "give reviews or --input, not both"),
         (["好", "--output", "a.tsv"], "--output a.tsv: "),
         (["好", "--max-batch-tokens", "0"], "--max_batch_tokens: expected 1 or more"),
-        (["好", "--encoding", "latin-1"], "argument --encoding: invalid choice: 'latin-1'"),
     ],
 )
 def test_a_command_line_that_makes_no_sense_ends_with_status_2(

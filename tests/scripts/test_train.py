@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from minilora.errors import UserError
 from minilora.runs.metrics_log import MEASURED_KEYS
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
 
 def run_script(
@@ -266,6 +266,40 @@ def test_a_dry_run_without_data_prepares_it_elsewhere_and_leaves_nothing_behind(
     assert f"preparing it from {source}\n" in done.stdout
     assert "train: 8 examples" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_a_slip_in_the_data_folder_trains_on_nothing_else(
+    more: list[str], tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = load_script("train")
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "mine.yaml").write_text("data: {dir: data/mnie}\n", "utf-8")
+    named = (
+        r"data/mnie holds no train\.jsonl; .*preprocess_data\.py --input FILES --output_dir data/mnie, .*data\.source="
+    )
+    for arguments in (["data.dir=data/mnie"], ["--config", "mine.yaml"]):
+        with pytest.raises(UserError, match=rf"^data\.dir: {named}.*; did you mean data/mine\?$"):
+            run_main(script, *arguments, *more)
+    with pytest.raises(UserError, match=r"mien\.yaml: cannot be read .*; did you mean mine\.yaml\?"):
+        run_main(script, "--config", "mien.yaml", *more)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "mine", "mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["data.dir=data/quickstart/"], ["data.dir=data/other", "data.source=demo"], ["data.source=demo"]]
+)
+def test_data_is_prepared_where_it_is_asked_for(
+    arguments: list[str], tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = load_script("train")
+    prepared = []
+    monkeypatch.setattr(script, "prepare_demo", prepared.append)
+    monkeypatch.setattr(script, "fit", lambda *_: None)
+    run_main(script, *arguments)
+    assert prepared == [Path("data/other" if "other" in str(arguments) else "data/quickstart")]
 
 
 def test_splits_of_which_some_are_missing_are_never_prepared_over(tmp_path: Path) -> None:

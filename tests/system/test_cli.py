@@ -285,3 +285,14 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", body]
     done = subprocess.run(command, capture_output=True, encoding="ascii", timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("name", ["preprocess_data", "predict", "evaluate", "merge", "inspect_batch", "plan"])
+def test_every_script_that_reads_data_is_told_how(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        load_script(name).main()
+    options = {"--text_column", "--encoding", *({"--label_column"} if name != "predict" else set())}
+    assert options <= set(capsys.readouterr().out.replace("[", " ").split())

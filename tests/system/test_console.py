@@ -24,6 +24,7 @@ def not_quiet() -> Iterator[None]:
 def test_quiet_leaves_warnings_and_results(capsys: pytest.CaptureFixture[str]) -> None:
     build_parser("does something", "examples:").parse_args(["--quiet"])
     console.info("going on")
+    console.note("read as")
     console.warn("note: look at this")
     with console.progress("train", 3, "step") as bar:
         bar.update(3)
@@ -41,6 +42,7 @@ def test_what_is_done_at_once_needs_no_bar_where_that_is_said(capsys: pytest.Cap
 def test_a_silent_rank_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     console.set_silent(True)
     console.info("going on")
+    console.note("read as")
     console.warn("note: look at this")
     with console.progress("train", 3, "step") as bar:
         bar.update(3)

@@ -460,3 +460,13 @@ def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
     assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"first")
     replace_file(path, b"third")
     assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"third")
+
+
+def test_a_path_that_is_not_there_reminds_of_one_that_is(tmp_path: Path) -> None:
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "train.jsonl").write_text("x", "utf-8")
+    for slip in ("data/mnie", "dta/mine", "data/mine/trian.jsonl", "data/mnie/train.jsonl"):
+        meant = slip.replace("mnie", "mine").replace("dta", "data").replace("trian", "train")
+        assert files.similar_path(tmp_path / slip) == f"; did you mean {tmp_path / meant}?"
+    for path in ("data/mine", "data/xyz", "data/mnie/test.jsonl", "data/mine/train.jsonl/below"):
+        assert files.similar_path(tmp_path / path) == ""
