@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from minilora.config import load_config
 from minilora.data.records import ReadOptions, Record, iter_texts
 from minilora.errors import UserError
-from minilora.evaluation.predict import LAST_WINDOW, Prediction
+from minilora.evaluation.predict import LAST_WINDOW
 from minilora.runs.train import fit
 from minilora.system.console import set_quiet
 from tests.conftest import make_reviews
@@ -211,16 +211,6 @@ def test_a_table_has_its_columns_under_each_other_and_no_control_characters(pred
     assert label in ("正面", "负面")
     assert 0.5 <= float(probability) <= 1
     assert line.index(text) == header.index("text") - 2  # each of the label's two characters takes two columns
-
-
-@pytest.mark.parametrize("text", ["short", "短", "中文" * 30, "latin " * 30, "é" * 100, "长" * 200_000])
-def test_a_tables_line_fits_the_terminal(script: ModuleType, text: str) -> None:
-    prediction = Prediction(0, text, {"a": 0.75, "一二": 0.25})
-    rendered = script.Renderer("table", ("a", "一二"), 60).render([Record("a:1", text)], [prediction])
-    line = rendered.partition("\n")[2]
-    assert script.columns(line.rstrip("\n")) <= 60
-    assert line.count("\n") == 1
-    assert line.endswith("…\n") == (script.columns(text) > 30)
 
 
 @pytest.mark.parametrize(
