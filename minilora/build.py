@@ -58,6 +58,10 @@ def take_adapter(config: Config) -> Config:
     folder = Path(config.model.adapter)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give the folder of a peft adapter")
+    if folder.resolve().is_relative_to(Path(config.train.output_dir).resolve() / "checkpoints"):
+        raise UserError(
+            f"model.adapter: {folder} is of the run in train.output_dir; give the next stage one of its own"
+        )
     found, _ = read_adapter_config(folder)
     own = config.lora
     lora = replace(found, dropout=own.dropout, init_lora_weights=own.init_lora_weights)

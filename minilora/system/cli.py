@@ -1,7 +1,7 @@
 """How a script begins and ends: its arguments, an error message instead of a traceback, its exit status.
 
     0     done
-    2     UserError: what is wrong and what to do; or a full disk, or a path that cannot be used
+    2     UserError: what is wrong and what to do; or a full disk, no memory, or a path that cannot be used
     129   SIGHUP: the terminal was closed
     130   SIGINT: Ctrl-C
     141   the reader of the output closed it, as `head` does
@@ -132,6 +132,17 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         _discard(sys.stdout)
         raise SystemExit(141) from None
+    except (MemoryError, RuntimeError) as error:
+        from minilora.system.memory import is_out_of_memory  # here: it imports PyTorch
+
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        _exit(
+            2,
+            f"error: memory ran out ({reason}); lower train.per_device_eval_batch_size or data.max_length, or take "
+            "model.quantization=nf4 or a smaller model",
+        )
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -4,6 +4,7 @@ import argparse
 import ast
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from minilora.errors import UserError
 from minilora.system.cli import COMMANDS, QUICKSTART, build_parser, run_command, run_script
@@ -156,6 +158,27 @@ def test_each_end_has_its_status_and_message(
         run_script(main)
     assert caught.value.code == status
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")], ids=repr)
+def test_a_lack_of_memory_is_a_message(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    assert caught.value.code == 2
+    assert re.match(
+        r"error: memory ran out \((MemoryError|CUDA out of memory\. Tried)\); lower train\.", capsys.readouterr().err
+    )
+
+
+def test_another_error_of_pytorch_is_a_traceback() -> None:
+    def main() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_script(main)
 
 
 def test_a_script_that_is_done_returns() -> None:
