@@ -103,7 +103,7 @@ def test_the_adapters_shape_is_taken_and_said(
 def test_an_adapter_that_is_damaged_or_none_is_refused_before_a_step(adapter: Path, run: Fit, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.adapter: .+first holds no adapter_config\.json"):
         run(**{"model.adapter": tmp_path / "first"})
-    with pytest.raises(UserError, match=r"model\.adapter: .+ train\.output_dir; give the next stage one of its own"):
+    with pytest.raises(UserError, match=r"model\.adapter: .+ train\.output_dir; choose another one"):
         run(**{"model.adapter": adapter, "train.output_dir": tmp_path / "first"})
     flip_bit(adapter / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"final: is damaged \(adapter_model\.safetensors has SHA-256"):
