@@ -12,6 +12,7 @@ import torch
 
 from minilora.adapters.peft_config import read_adapter_config
 from minilora.config import Config
+from minilora.data.hub import fetch_adapter, is_hub_name
 from minilora.data.labels import class_indices, index_note, missing_classes
 from minilora.data.records import ReadOptions, Record, read_records
 from minilora.data.sampler import stratified_sample
@@ -51,17 +52,20 @@ class Examples:
         return [example.label for example in self.examples if example.label is not None]
 
 
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter that is named by path or as owner/name on the hub."""
+    return fetch_adapter(name) if is_hub_name(name) and not Path(name).is_dir() else Path(name)
+
+
 def take_adapter(config: Config) -> Config:
     """The configuration with the shape of the adapter that `model.adapter` names; says what that changes."""
     if config.model.adapter is None:
         return config
-    folder = Path(config.model.adapter)
+    folder = adapter_folder(config.model.adapter)
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give the folder of a peft adapter")
+        raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give a peft adapter")
     if folder.resolve().is_relative_to(Path(config.train.output_dir).resolve() / "checkpoints"):
-        raise UserError(
-            f"model.adapter: {folder} is of the run in train.output_dir; give the next stage one of its own"
-        )
+        raise UserError(f"model.adapter: {folder} belongs to the run in train.output_dir; choose another one")
     found, _ = read_adapter_config(folder)
     own = config.lora
     lora = replace(found, dropout=own.dropout, init_lora_weights=own.init_lora_weights)

@@ -44,7 +44,9 @@ class ModelSection:
     )
     revision: str | None = key(None, "branch, tag or commit on the hub", is_free=True)
     adapter: str | None = key(
-        None, "folder of a peft adapter to begin with: its next stage; lora.* is as that adapter is", is_free=True
+        None,
+        "peft adapter to begin with, a folder or a name on the hub: its next stage; lora.* is as that adapter is",
+        is_free=True,
     )
     quantization: Literal["nf4", "fp4", "none"] = key("nf4", "4-bit type of the frozen weights; none is plain LoRA")
     double_quantization: bool = key(True, "store the scales of the 4-bit blocks in 8 bits")

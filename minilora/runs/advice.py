@@ -2,9 +2,10 @@
 
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.evaluation.score import MAX_TOKENS
+from minilora.evaluation.score import ScoringOptions, iter_batches
+from minilora.planning.memory import scoring_tokens
 from minilora.qlora.batch import round_up_tokens
-from minilora.runs.checkpoint import newest_checkpoint
+from minilora.runs.checkpoint import checkpoint_path, newest_checkpoint
 from minilora.runs.run import Run, StepBatch
 
 SHOWN_RECORDS = 8
@@ -24,6 +25,8 @@ def out_of_memory(config: Config, run: Run | None, error: BaseException) -> User
             "it takes; choose a smaller model or model.quantization=nf4"
         )
     newest = newest_checkpoint(run.checkpoints)
+    if not run.ranks.is_rank_0 and run.state.step:  # which rank 0 saves meanwhile
+        newest = checkpoint_path(run.checkpoints, run.state.step)
     place, first, *others = _resuming_keys(run)
     resuming = "run the same command" if newest == "none" else f"to resume from {newest}, run the same command"
     further = f" (and, if need be, {', '.join(others)})" if others else ""
@@ -42,8 +45,8 @@ def _resuming_keys(run: Run) -> list[str]:
     keys = []
     if run.scoring is not None:
         examples = run.splits[run.scoring].examples
-        longest = max(len(example.input_ids) for example in examples)
-        if (size := min(train.per_device_eval_batch_size, MAX_TOKENS // longest, len(examples))) > 1:
+        passes = iter_batches(examples, ScoringOptions(train.per_device_eval_batch_size, scoring_tokens(run.config)))
+        if (size := len(next(passes))) > 1:
             keys.append(f"train.per_device_eval_batch_size={size // 2}")
     else:
         one_example = round_up_tokens(run.batch_shape.longest)

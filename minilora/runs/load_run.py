@@ -170,7 +170,7 @@ def load_run(
     except _NoBaseError as error:
         if base is not None or any(override.startswith("model.name_or_path=") for override in overrides):
             raise
-        written = ("training_args.json", "state.json") if saved.config else ()
+        written = () if named.name_or_path is not None else ("training_args.json", "state.json")
         name = next((name for name in written if (path / name).is_file()), "adapter_config.json")
         raise UserError(
             f"{error}\n  {path / name} names this base model; say with --base where it is on this machine"

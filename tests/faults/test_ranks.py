@@ -206,7 +206,7 @@ def test_a_rank_without_memory_ends_both_and_the_first_saves_what_was_done(
     assert wait(runs, runs.start_ranks(2, keys, output, {victim: {"no_memory": 3}})) == [2, 2]
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-000002"]
     errors = errors_of(output)
-    assert "after step 2: memory ran out (MemoryError)" in errors[victim]
+    assert "after step 2: memory ran out in training (MemoryError); to resume from " in errors[victim]
     assert "memory ran out" not in errors[1 - victim]
     assert "note: step 2 is saved" in errors[0]
 

@@ -64,15 +64,17 @@ def test_a_base_that_is_not_here_is_named_with_the_file_that_names_it(final: Pat
         assert "names this base" not in str(raised.value)
 
 
-def test_the_base_of_a_run_is_named_with_the_runs_own_file(final: Path, tmp_path: Path) -> None:
-    shutil.copytree(final, tmp_path / "moved")
-    (tmp_path / "moved" / "manifest.json").unlink()
-    path = tmp_path / "moved" / "training_args.json"
-    content = json.loads(path.read_text("utf-8"))
+def test_the_base_of_a_run_is_that_of_adapter_config_and_else_of_the_runs_own_file(final: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(final, tmp_path / "moved"))
+    (folder / "manifest.json").unlink()
+    adapter, run = folder / "adapter_config.json", folder / "training_args.json"
+    content, named = json.loads(run.read_text("utf-8")), json.loads(adapter.read_text("utf-8"))
     content["model"]["name_or_path"] = "/gone"
-    path.write_text(json.dumps(content), "utf-8")
-    with pytest.raises(UserError, match=r"/gone: .+\n  .+training_args\.json names this base model; say with --base"):
-        load_run(tmp_path / "moved", None, [])
+    run.write_text(json.dumps(content), "utf-8")
+    for name, path, file in (("/corrected", "/corrected", "adapter_config"), (None, "/gone", "training_args")):
+        adapter.write_text(json.dumps({**named, "base_model_name_or_path": name}), "utf-8")
+        with pytest.raises(UserError, match=rf"{path}: .+\n  .+{file}\.json names this base model; say with --base"):
+            load_run(folder, None, [])
 
 
 def test_an_adapter_by_its_name_on_the_hub_is_one_and_a_base_model_is_none(

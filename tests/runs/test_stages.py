@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minilora import build
 from minilora.build import take_adapter
 from minilora.errors import UserError
 from minilora.planning.plan import print_plan
@@ -109,6 +110,15 @@ def test_an_adapter_that_is_damaged_or_none_is_refused_before_a_step(adapter: Pa
     with pytest.raises(UserError, match=r"final: is damaged \(adapter_model\.safetensors has SHA-256"):
         run(**{"model.adapter": adapter})
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_an_adapter_may_be_a_name_on_the_hub(adapter: Path, run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(build, "fetch_adapter", lambda name: asked.append(name) or adapter)
+    final = run(**{"model.adapter": "somebody/adapter"})
+    assert set(asked) == {"somebody/adapter"}
+    assert "beginning with the adapter somebody/adapter:" in (final / "README.md").read_text("utf-8")
+    assert run(**{"model.adapter": adapter}) == final  # the same, by its SHA-256
 
 
 def test_an_adapter_of_another_base_is_noted(adapter: Path, run: Fit, capsys: pytest.CaptureFixture[str]) -> None:
