@@ -64,18 +64,11 @@ class HeadGroups:
     keys: torch.Tensor  # (sum of n * K * (P + L),) int64, indices into (T * K, D), each segment's prefix first
     own: torch.Tensor  # the same counted from 1, except that the prefix points to 0
 
-    def fold_queries(self, gathered: torch.Tensor) -> list[torch.Tensor]:
-        """By group (n * K, G * Q, D)."""
-        return _fold(gathered, [(n * kv_heads, g * q) for n, kv_heads, g, q, _ in (x.shape for x in self.groups)])
-
-    def fold_keys(self, gathered: torch.Tensor) -> list[torch.Tensor]:
-        """By group (n * K, P + L, D)."""
-        return _fold(gathered, [(n * kv_heads, keys) for n, kv_heads, _, _, keys in (x.shape for x in self.groups)])
-
-
-def _fold(gathered: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    parts = gathered.split([heads * tokens for heads, tokens in sizes], dim=-2)
-    return [part.unflatten(-2, size) for part, size in zip(parts, sizes, strict=True)]
+    def fold(self, gathered: torch.Tensor, is_keys: bool = False) -> list[torch.Tensor]:
+        """What was gathered by `queries` or by `keys`, by group: (n * K, G * Q or P + L, D)."""
+        sizes = [(n * k, keys if is_keys else g * q) for n, k, g, q, keys in (group.shape for group in self.groups)]
+        parts = gathered.split([heads * tokens for heads, tokens in sizes], dim=-2)
+        return [part.unflatten(-2, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,12 @@ class _Attention(torch.autograd.Function):
         ctx.short = short
         queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
         mixed = torch.empty_like(queries)
-        parts = (short.fold_queries(queries), short.fold_keys(keys), short.fold_keys(values), short.fold_queries(mixed))
+        parts = (
+            short.fold(queries),
+            short.fold(keys, is_keys=True),
+            short.fold(values, is_keys=True),
+            short.fold(mixed),
+        )
         for group, of_queries, of_keys, of_values, of_mixed in zip(short.groups, *parts, strict=True):
             torch.bmm(_attention_weights(of_queries, of_keys, group), of_values, out=of_mixed)
         return _with_spare_entry(q).index_copy_(0, short.outputs, mixed)[:-1].view(q.shape)
@@ -194,8 +192,8 @@ class _Attention(torch.autograd.Function):
         )
         if len(short.padding):
             dmixed.index_fill_(0, short.padding, 0)
-        inputs = (short.fold_queries(queries), short.fold_keys(keys), short.fold_keys(values))
-        outputs = (short.fold_queries(dmixed), short.fold_queries(dqueries), short.fold_keys(dkeys))
+        inputs = (short.fold(queries), short.fold(keys, is_keys=True), short.fold(values, is_keys=True))
+        outputs = (short.fold(dmixed), short.fold(dqueries), short.fold(dkeys, is_keys=True))
         scale = q.shape[-1] ** -0.5
         for group, of_q, of_k, of_v, of_dmixed, of_dq, of_dkv in zip(short.groups, *inputs, *outputs, strict=True):
             weights = _attention_weights(of_q, of_k, group)
@@ -206,7 +204,7 @@ class _Attention(torch.autograd.Function):
         dq = _with_spare_entry(q).index_copy_(0, short.outputs, dqueries)
         dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2]).index_add_(1, short.own, dkeys)
         dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
-        for group, of_dkv in zip(short.groups, short.fold_keys(dkeys), strict=True):
+        for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
             if group.prefix:  # which gets the segments' sum
                 by_segment = of_dkv.unflatten(1, group.shape[:2])[:, :, :, : group.prefix]
                 dkv[:, : group.prefix] += by_segment.sum(1).transpose(1, 2)

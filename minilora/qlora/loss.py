@@ -24,9 +24,9 @@ LOGITS_BYTES = {"cpu": 40_000_000, "cuda": 320_000_000}
 FLOAT16_SCALE = 1024
 
 
-def chunk_positions(vocab_size: int, device_type: str) -> int:
-    """Positions of a chunk."""
-    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"]) // (4 * vocab_size))
+def chunk_positions(size: int, device_type: str) -> int:
+    """Positions of a chunk, whose float32 logits are `size` each."""
+    return max(1, LOGITS_BYTES.get(device_type, LOGITS_BYTES["cpu"]) // (4 * size))
 
 
 def head_logits(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,6 @@ def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_we
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.to(wide)
-    limit = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cpu"])
-    pieces = head_weight.split(max(1, limit // (4 * sum(hidden.shape))))  # (size, C), with logits of (S, size)
+    pieces = head_weight.split(chunk_positions(sum(hidden.shape), hidden.device.type))  # with their logits (size, S)
     normalizers = [(hidden @ piece.to(wide).T).logsumexp(1) for piece in pieces]
     return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)

@@ -71,8 +71,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def recompute(self, x: torch.Tensor) -> Recompute:
-        return Recompute(partial(ops.rms_norm, eps=self.eps), (x, self.weight))
+    def recomputable(self, x: torch.Tensor) -> tuple[torch.Tensor, Recompute]:
+        """The same, and how it is computed in backward."""
+        y, inverse_rms = ops.rms_norm_and_scale(x, self.weight, self.eps)
+        return y, Recompute(ops.scaled_rms_norm, (x, self.weight, inverse_rms))
 
 
 class Embedding(nn.Embedding):
@@ -156,11 +158,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         """(T, C) -> (T, C), or (S, C) at `inputs.positions`."""
-        norm, positions = self.input_layernorm, inputs.positions
-        stream = hidden if positions is None else hidden.index_select(0, positions)
-        hidden = stream + self.self_attn(norm(hidden), norm.recompute(hidden), inputs)
-        norm = self.post_attention_layernorm
-        return hidden + self.mlp(norm(hidden), norm.recompute(hidden))
+        stream = hidden if inputs.positions is None else hidden.index_select(0, inputs.positions)
+        hidden = stream + self.self_attn(*self.input_layernorm.recomputable(hidden), inputs)
+        return hidden + self.mlp(*self.post_attention_layernorm.recomputable(hidden))
 
 
 class Qwen2Model(nn.Module):

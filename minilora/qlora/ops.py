@@ -32,21 +32,22 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         y, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
-        return y
+        ctx.mark_non_differentiable(inverse_rms)
+        return y, inverse_rms
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dy,) = grads
+        dy, _ = grads
         x, weight, inverse_rms = ctx.saved_tensors
         normed = x * inverse_rms  # in float32, as 1 / rms is
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             g = dy * weight.to(normed.dtype)
             mean = (g * normed).mean(-1, keepdim=True)
-            dx = g.addcmul_(normed, mean, value=-1).mul_(inverse_rms).to(x.dtype)
+            dx = torch.mul(g.addcmul_(normed, mean, value=-1), inverse_rms, out=torch.empty_like(x))
         if ctx.needs_input_grad[1]:
             dweight = (dy * normed).sum(0).to(weight.dtype)
         return dx, dweight, None
@@ -57,7 +58,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Source: arXiv 1910.07467. Rounds once, where transformers' Qwen2RMSNorm does twice.
     """
+    return rms_norm_and_scale(x, weight, eps)[0]
+
+
+def rms_norm_and_scale(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm`, and 1 / rms, (T, 1) float32 or wider, from which `scaled_rms_norm` computes the same bits."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def scaled_rms_norm(x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor) -> torch.Tensor:
+    return torch.mul(x * inverse_rms, weight, out=torch.empty_like(x))
 
 
 # ---- SwiGLU

@@ -24,6 +24,14 @@ def test_rms_norm_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (random(5, 8), random(8)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rms_norm_from_the_kept_scale_has_the_same_bits(dtype: torch.dtype) -> None:
+    x, weight = (torch.randn(size) * 30 for size in ((70, 96), (96,)))
+    y, inverse_rms = ops.rms_norm_and_scale(x.to(dtype), weight.to(dtype), 1e-6)
+    assert inverse_rms.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(ops.scaled_rms_norm(x.to(dtype), weight.to(dtype), inverse_rms), y)
+
+
 def test_rms_norm_of_large_float16_values_is_finite() -> None:
     x = torch.full((2, 64), 1000.0, dtype=torch.float16)
     torch.testing.assert_close(ops.rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6), torch.ones_like(x))
