@@ -169,12 +169,7 @@ class _Attention(torch.autograd.Function):
         ctx.short = short
         queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
         mixed = torch.empty_like(queries)
-        parts = (
-            short.fold(queries),
-            short.fold(keys, is_keys=True),
-            short.fold(values, is_keys=True),
-            short.fold(mixed),
-        )
+        parts = (short.fold(queries), *(short.fold(x, is_keys=True) for x in (keys, values)), short.fold(mixed))
         for group, of_queries, of_keys, of_values, of_mixed in zip(short.groups, *parts, strict=True):
             torch.bmm(_attention_weights(of_queries, of_keys, group), of_values, out=of_mixed)
         return _with_spare_entry(q).index_copy_(0, short.outputs, mixed)[:-1].view(q.shape)
@@ -192,7 +187,7 @@ class _Attention(torch.autograd.Function):
         )
         if len(short.padding):
             dmixed.index_fill_(0, short.padding, 0)
-        inputs = (short.fold(queries), short.fold(keys, is_keys=True), short.fold(values, is_keys=True))
+        inputs = (short.fold(queries), *(short.fold(x, is_keys=True) for x in (keys, values)))
         outputs = (short.fold(dmixed), short.fold(dqueries), short.fold(dkeys, is_keys=True))
         scale = q.shape[-1] ** -0.5
         for group, of_q, of_k, of_v, of_dmixed, of_dq, of_dkv in zip(short.groups, *inputs, *outputs, strict=True):
