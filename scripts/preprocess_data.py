@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.hub import downloaded_files, fetch_model
+from minilora.data.labels import POLARITY
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.readers import data_files, split_folders
-from minilora.data.records import Record
+from minilora.data.records import ReadOptions, Record
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, chat_example
 
