@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--drop_invalid",
         action="store_true",
-        help="drop records that cannot be used: without a label, with too many or too few fields, answers too long",
+        help="drop records that cannot be used: without a label, with too many or too few fields, answers empty or too long",
     )
     parser.add_argument("--max_length", type=int, help="most tokens of a conversation, as data.max_length of training")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the model that counts them")
@@ -102,6 +102,8 @@ def print_report(report: dict[str, Any], output: Path) -> None:
     """What went in, what was dropped and why, what came out."""
     for name, count in report["rows_in"].items():
         print(f"read     {count:>7,}  {name}")
+    for key, count in report.get("not_read", {}).items():
+        print(f"not read {count:>7,}  key {key}")
     for cause, count in report["dropped"].items():
         by_split = {name: counts.get(cause, 0) for name, counts in report["dropped_by_split"].items()}
         of_which = ", ".join(f"{number:,} of {name}" for name, number in by_split.items() if number)

@@ -117,8 +117,8 @@ def prepare(
         check: raises UserError for a record that cannot be learnt from.
 
     Returns:
-        The report: records read, dropped by cause, carved out of train, leaks, labels and lengths by split, SHA-256 of
-        every file.
+        The report: records read, their keys that were not, dropped by cause, carved out of train, leaks, labels and
+        lengths by split, SHA-256 of every file.
 
     Raises:
         UserError: a file cannot be read or would be overwritten, its records are an error by `options`, or a split
@@ -162,6 +162,7 @@ def _prepare(
         rows_in, given = _read_all(sources, split_names, spill, invalid)
         table = spill.table()
         report: dict[str, Any] = {"seed": options.seed, "keep_splits": options.keep_splits, "rows_in": rows_in}
+        report |= {"not_read": dict(sorted(spill.unread.items()))} if spill.unread else {}
         report |= _clean(table, given, options)
         splits, rare = _split(table, given, options)
         problems = [

@@ -17,6 +17,7 @@ from minilora.data.labels import Label, mapped, read_label_map
 from minilora.data.lines import encoding_named, iter_file_lines
 from minilora.data.readers import iter_fields, kind_of
 from minilora.errors import UserError, capped, shown
+from minilora.qlora.prompt import Turn
 from minilora.system.console import note
 
 USUAL_COLUMNS = {  # of several that a record has, the first counts
@@ -66,19 +67,25 @@ class Record:
     where: str  # file and line ("data/x.tsv:17"), for messages
     text: str | None = None
     label: Label | None = None  # an integer is int, so that TSV's "1", JSON's 1 and pandas' 1.0 are equal
-    messages: tuple[tuple[str, str], ...] | None = None  # (role, content) pairs
+    messages: tuple[Turn, ...] | None = None
+    unread: frozenset[str] = field(default=frozenset(), compare=False)  # keys of a conversation that nothing reads
     other: Mapping[str, Any] | None = field(default=None, compare=False)  # columns beside the text, of `iter_texts`
 
     @property
     def content(self) -> str:
         """All of its text; a conversation's turns joined by newlines."""
-        return self.text or "" if self.messages is None else "\n".join(content for _, content in self.messages)
+        return self.text or "" if self.messages is None else "\n".join(turn.content for turn in self.messages)
 
     def to_json(self) -> dict[str, Any]:
         """Its object in a processed JSONL file."""
         if self.messages is None:
             return {"text": self.text, "label": self.label}
-        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+        return {
+            "messages": [
+                {"role": turn.role, "content": turn.content, **({} if turn.train else {"train": False})}
+                for turn in self.messages
+            ]
+        }
 
 
 def read_records(path: Path, options: ReadOptions = ReadOptions()) -> list[Record]:
@@ -151,9 +158,10 @@ def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
 def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tuple[Record, dict[str, str]]:
     """A record and its columns: a labelled text if one is named, else a conversation if the fields are those of one."""
     named = _named_columns(fields, options)
-    turns = None if named else read_turns(where, fields)
-    if turns is not None:
-        return Record(where, messages=turns), {}
+    is_labelled = all(not fields.keys().isdisjoint(names) for names in USUAL_COLUMNS.values())
+    conversation = None if named else read_turns(where, fields, is_labelled)
+    if conversation is not None:
+        return Record(where, messages=conversation.turns, unread=conversation.unread), {}
     columns = {what: _find_column(where, fields, what, named.get(what)) for what in USUAL_COLUMNS}
     text, label = _text(where, fields[columns["text"]]), mapped(fields[columns["label"]], options.map_labels)
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":

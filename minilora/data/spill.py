@@ -7,6 +7,7 @@ however the program ends.
 import json
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,7 @@ class Spill:
         self._end = 0
         self._count = 0
         self._labels: dict[Any, int] = {}
+        self.unread = Counter[str]()  # records by key that nothing reads
 
     def __enter__(self) -> "Spill":
         return self
@@ -76,6 +78,7 @@ class Spill:
         self._waiting_entries += PACK_ENTRY(text_key(content), label, len(content), self._end, len(line), len(where))
         self._end += len(line) + len(where)
         self._count += 1
+        self.unread.update(record.unread)
         if len(self._waiting_lines) > WRITE_BYTES:
             self._flush()
 

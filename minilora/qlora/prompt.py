@@ -10,26 +10,43 @@ Two rules make what follows simple:
   review ("：" and an opening quote become one token), so only this way does every example of a task begin with the
   same prefix ids, which `batch.py` computes once.
 * Text that comes from outside is never a control token. A review that contains the characters `<|im_end|>` keeps those
-  characters; the control tokens are put in by id, here, and nowhere else.
+  characters; the control tokens are put in by id, here, and nowhere else. What an assistant says is the model's own
+  output, so the tokenizer's other added tokens (`<tool_call>`, `<|fim_prefix|>`) are single tokens there, as the base
+  writes them; a control token in an answer is refused.
 
-A token is supervised by its position: the assistant's content and the `<|im_end|>` that closes it. Looking for token
-ids instead ("mask everything that equals pad") is how other trainers teach a model not to stop.
+A token is supervised by its position: the assistant's content and the `<|im_end|>` that closes it, except in a turn
+that is kept as context only (`Turn.train`). Looking for token ids instead ("mask everything that equals pad") is how
+other trainers teach a model not to stop.
 
 Left out: tool calls, and jinja: Qwen's template equals these rules for system, user and assistant turns
 (tests/parity/test_prompt.py compares them).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
-from minilora.errors import UserError
+from minilora.errors import UserError, shown
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 ROLES = ("system", "user", "assistant")
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str  # one of ROLES
+    content: str
+    train: bool = True  # False: an answer that is context and not supervised
+
+    @property
+    def is_supervised(self) -> bool:
+        return self.role == "assistant" and self.train
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,9 @@ class ChatTokenizer:
             raise UserError(f"{path}: is not a tokenizers file ({error}); download the model again") from None
         # `encode_special_tokens` keeps only special tokens from being recognised in text, and Qwen's file marks
         # `<tool_call>`, `<|fim_prefix|>` and others as ordinary: so every added one is made special.
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._tokenizer.add_special_tokens([AddedToken(t.content, special=True, normalized=False) for t in added])
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token.content: (index, token.special) for index, token in added.items()}
+        self._tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in self._added])
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -72,12 +90,33 @@ class ChatTokenizer:
             if token not in ids:
                 raise UserError(f"{path}: has no {token} token, which ChatML needs; use a Qwen2.5 tokenizer")
         self.im_start, self.im_end = ids[IM_START], ids[IM_END]
+        longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
+        self._added_pattern = re.compile(f"({'|'.join(longest_first)})")
         self.vocab_size = 1 + max(ids.values())
         self._longest_token = max(map(len, ids))  # in bytes, which are characters at least
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_answer(self, text: str, where: str) -> list[int]:
+        """Ids of what the assistant says: added tokens that control nothing are the base's own single tokens.
+
+        UserError with `where` for a control token, which would end the turn or begin another one in the middle of it.
+        """
+        ids: list[int] = []
+        for piece in self._added_pattern.split(text):
+            if piece not in self._added:
+                ids += self.encode(piece)
+                continue
+            token, is_control = self._added[piece]
+            if is_control:
+                raise UserError(
+                    f"{where}: an answer holds {piece}, a control token of the model; take it out (a turn is closed "
+                    "without it), or remove the record"
+                )
+            ids.append(token)
+        return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
@@ -145,7 +184,7 @@ class ClassificationPrompt:
         self.prefix = tokenizer.open_turn("system", self.system) + tokenizer.close_turn()
         self.prefix += tokenizer.open_turn("user", self.instruction)
         self.suffix = tokenizer.close_turn() + tokenizer.open_turn("assistant")
-        self.label_ids = [tokenizer.encode(label) for label in self.labels]
+        self.label_ids = [tokenizer.encode_answer(label, "prompt.labels") for label in self.labels]
         for (word, ids), (longer, longer_ids) in permutations(zip(self.labels, self.label_ids, strict=True), 2):
             if longer_ids[: len(ids)] == ids:
                 raise UserError(
@@ -179,32 +218,47 @@ class ClassificationPrompt:
         return Example(question + answer, [False] * len(question) + [True] * len(answer), label)
 
 
-def check_turns(messages: Sequence[tuple[str, str]], where: str) -> None:
-    """UserError for an unknown role or no assistant turn; data preparation asks too, before it writes a file."""
-    for role, _ in messages:
-        if role not in ROLES:
-            raise UserError(f"{where}: role {role!r} is not one of {list(ROLES)}; remove the turn or the record")
-    if not any(role == "assistant" for role, _ in messages):
-        raise UserError(f"{where}: no assistant turn, so nothing to learn; remove the record or add an answer")
+def check_turns(turns: Sequence[Turn], where: str) -> None:
+    """UserError for an unknown role or nothing to learn."""
+    for turn in turns:
+        if turn.role not in ROLES:
+            raise UserError(
+                f"{where}: role {shown(turn.role)} is not one of {list(ROLES)}; remove the turn or the record"
+            )
+    if not any(turn.is_supervised for turn in turns):
+        found = "no assistant turn" if all(turn.train for turn in turns) else "every assistant turn is context only"
+        raise UserError(f"{where}: {found}, so nothing to learn; remove the record or add an answer")
 
 
 def chat_example(
-    tokenizer: ChatTokenizer, messages: Sequence[tuple[str, str]], *, max_length: int, where: str, default_system: str
+    tokenizer: ChatTokenizer,
+    messages: Sequence[tuple[str, str] | Turn],
+    *,
+    max_length: int,
+    where: str,
+    default_system: str,
 ) -> Example:
-    """A conversation of (role, content) pairs, in which every assistant turn is supervised.
+    """A conversation, in which the assistant's turns are supervised unless `Turn.train` says otherwise.
 
-    Without a system turn at the start, `default_system` is put there. Beyond `max_length` tokens the longest user or
-    system turn is cut; UserError with `where` if the assistant turns alone do not fit, or by `check_turns`.
+    Without a system turn at the start, `default_system` is put there. Beyond `max_length` tokens the longest turn that
+    is context is cut; UserError with `where` if the supervised turns alone do not fit, or by `check_turns`.
     """
-    if not messages or messages[0][0] != "system":
-        messages = [("system", default_system), *messages]
-    check_turns(messages, where)
+    turns = [Turn(*message) for message in messages]
+    if not turns or turns[0].role != "system":
+        turns.insert(0, Turn("system", default_system))
+    check_turns(turns, where)
+    while not turns[-1].is_supervised:
+        turns.pop()  # nothing after the last answer is of use
 
-    contents = [tokenizer.encode(content) for _, content in messages]
-    fixed = sum(len(tokenizer.open_turn(role)) + len(tokenizer.close_turn()) for role, _ in messages)
+    contents = [
+        tokenizer.encode_answer(turn.content, where) if turn.role == "assistant" else tokenizer.encode(turn.content)
+        for turn in turns
+    ]
+    openings, closing = [tokenizer.open_turn(turn.role) for turn in turns], tokenizer.close_turn()
+    fixed = sum(map(len, openings)) + len(closing) * len(turns)
     uncut = sum(map(len, contents))
     while (excess := fixed + sum(map(len, contents)) - max_length) > 0:
-        cuttable = [i for i, (role, _) in enumerate(messages) if role != "assistant" and contents[i]]
+        cuttable = [i for i, turn in enumerate(turns) if not turn.is_supervised and contents[i]]
         if not cuttable:
             raise UserError(
                 f"{where}: the assistant turns exceed data.max_length = {max_length} tokens by {excess}; "
@@ -215,10 +269,8 @@ def chat_example(
 
     input_ids: list[int] = []
     supervised: list[bool] = []
-    for (role, _), content in zip(messages, contents, strict=True):
-        is_answer = role == "assistant"
-        opening, closing = tokenizer.open_turn(role), tokenizer.close_turn()
+    for turn, opening, content in zip(turns, openings, contents, strict=True):
         input_ids += opening + content + closing
-        supervised += [False] * len(opening) + [is_answer] * (len(content) + 1) + [False] * (len(closing) - 1)
-    length = len(supervised) - supervised[::-1].index(True)  # nothing after the last answer is of use
+        supervised += [False] * len(opening) + [turn.is_supervised] * (len(content) + 1) + [False] * (len(closing) - 1)
+    length = len(input_ids) - len(closing) + 1
     return Example(input_ids[:length], supervised[:length], truncated_tokens=uncut - sum(map(len, contents)))

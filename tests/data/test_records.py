@@ -23,6 +23,7 @@ from minilora.data.records import (
     read_records,
 )
 from minilora.errors import UserError
+from minilora.qlora.prompt import Turn
 from tests.data.conftest import write
 
 
@@ -174,7 +175,7 @@ def test_conversations_are_records_too(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     lines = [json.dumps({"messages": turns}), json.dumps({"prompt": "问", "completion": "答"})]
     records = read_records(write(tmp_path / "a.jsonl", "\n".join(lines)))
-    assert {record.messages for record in records} == {(("user", "问"), ("assistant", "答"))}
+    assert {record.messages for record in records} == {(Turn("user", "问"), Turn("assistant", "答"))}
     assert {record.content for record in records} == {"问\n答"}
     assert records[0].to_json() == {"messages": turns}
 
@@ -183,7 +184,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "a.parquet")
     (record,) = read_records(tmp_path / "a.parquet")
-    assert record.messages == (("user", "问"), ("assistant", "答"))
+    assert record.messages == (Turn("user", "问"), Turn("assistant", "答"))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         ),
         ("a.jsonl", '{"label": "\\ud83d", "text": "坏"}', r"a\.jsonl:1: holds half a character"),
         ("a.jsonl", '{"prompt": "\\ud83d", "completion": "坏"}', r"a\.jsonl:1: holds half a character"),
-        ("a.jsonl", '{"messages": [{"role": "tool", "content": "3"}]}', r"a\.jsonl:1: role 'tool' is not one of"),
+        ("a.jsonl", '{"messages": [{"role": "tool", "content": "3"}]}', r"a\.jsonl:1: role 'tool': tool calls"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "问"}]}', r"a\.jsonl:1: no assistant turn"),
         ("a.tsv", "", r"a\.tsv: is empty; give a file with records"),
         ("a.csv", "\ufeff", r"a\.csv: is empty"),
