@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.config import PromptSection
-from minilora.qlora.prompt import ROLES, ChatTokenizer, chat_example
+from minilora.data.records import read_records
+from minilora.qlora.prompt import ROLES, ChatTokenizer, ClassificationPrompt, chat_example
 from tests.parity.reference import REVIEWS, build_prompt
 
 DEFAULT_SYSTEM = PromptSection().system
@@ -36,6 +38,12 @@ CONVERSATIONS = (
     [("user", "{{ braces }} {% and %} 'quotes' \"too\" \\n"), ("assistant", "<b>&amp;</b>")],
     [("system", "一"), ("user", "二"), ("system", "三"), ("user", "四"), ("assistant", "五")],
     [("assistant", "先说话"), ("user", "好"), ("assistant", "再说")],
+    [
+        ("user", "调用"),
+        ("assistant", '<tool_call>\n{"name": "f"}\n</tool_call>'),
+        ("user", "一"),
+        ("assistant", "<tool_call>"),
+    ],
 )
 TEXTS = (
     "",
@@ -105,6 +113,16 @@ def render(
     return text
 
 
+def template_ids(
+    tokenizer: transformers.Qwen2Tokenizer, template: str | None, conversation: list[tuple[str, str]]
+) -> list[int]:
+    """transformers' ids of the whole prompt, without the line break behind the last turn."""
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    ids = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=False)
+    assert tokenizer.decode(ids[-1:]) == "\n"
+    return list(ids[:-1])
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 def test_chatml_equals_the_template(
     chat_tokenizer: ChatTokenizer,
@@ -116,6 +134,7 @@ def test_chatml_equals_the_template(
     example = chat_example(chat_tokenizer, conversation, max_length=4096, where="test", default_system=DEFAULT_SYSTEM)
     expected = render(reference_tokenizer, template, conversation)
     assert chat_tokenizer.decode(example.input_ids) + "\n" == expected
+    assert example.input_ids == template_ids(reference_tokenizer, template, conversation)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,6 +152,8 @@ def test_chatml_equals_the_template_on_any_text(
     normalized = [(role, chat_tokenizer.decode(chat_tokenizer.encode(content))) for role, content in conversation]
     expected = render(reference_tokenizer, template, normalized)
     assert chat_tokenizer.decode(example.input_ids) + "\n" == expected
+    if not any("<" in content for _, content in conversation):  # there text differs from a control token on purpose
+        assert example.input_ids == template_ids(reference_tokenizer, template, conversation)
 
 
 @pytest.mark.parametrize("review, label", REVIEWS)
@@ -150,6 +171,8 @@ def test_a_classification_prompt_equals_the_template(
     assert chat_tokenizer.decode(example.input_ids[: example.answer_start]) == asked
     answered = render(reference_tokenizer, template, [*question, ("assistant", prompt.labels[label])])
     assert chat_tokenizer.decode(example.input_ids) + "\n" == answered
+    whole = [*question, ("assistant", prompt.labels[label])]
+    assert example.input_ids == template_ids(reference_tokenizer, template, whole)
 
 
 def test_our_default_system_turn_is_the_templates(
@@ -185,3 +208,45 @@ def test_text_that_looks_like_a_control_token_stays_text_here_alone(
     assert chat_tokenizer.im_end in reference_tokenizer.encode(text)
     assert not {chat_tokenizer.im_start, chat_tokenizer.im_end} & set(chat_tokenizer.encode(text))
     assert chat_tokenizer.decode(chat_tokenizer.encode(text)) == text
+
+
+def with_other_ids(prompt: ClassificationPrompt, tokenizer: transformers.Qwen2Tokenizer, texts: list[str]) -> list[str]:
+    """The reviews whose prompt has other ids than the template's."""
+    found = []
+    for text, example in zip(texts, prompt.examples(texts, [0] * len(texts)), strict=True):
+        asked = [("system", prompt.system), ("user", prompt.instruction + text)]
+        if example.input_ids != template_ids(tokenizer, RULE, [*asked, ("assistant", prompt.labels[0])]):
+            found.append(text)
+    return found
+
+
+def test_only_a_review_that_would_be_merged_with_the_instruction_has_other_ids(
+    chat_tokenizer: ChatTokenizer, reference_tokenizer: transformers.Qwen2Tokenizer
+) -> None:
+    prompt = replace(build_prompt(chat_tokenizer), max_length=10_000)
+    assert with_other_ids(prompt, reference_tokenizer, [*TEXTS, "“好”"]) == ["“好”"]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not {"MINILORA_REAL_MODEL", "MINILORA_REAL_DATA"} <= os.environ.keys(), reason="no real tokenizer and reviews"
+)
+def test_27_of_10_800_reviews_have_other_ids_because_the_pieces_are_tokenised_apart() -> None:
+    """Those that begin with a character that the instruction's colon would be merged with."""
+    folder, data = Path(os.environ["MINILORA_REAL_MODEL"]), Path(os.environ["MINILORA_REAL_DATA"])
+    tokenizer, section = ChatTokenizer(folder), PromptSection()
+    prompt = ClassificationPrompt(tokenizer, section.system, section.instruction, tuple(section.labels), 10_000)
+    texts = [record.content for name in ("train", "dev") for record in read_records(data / f"{name}.tsv")]
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    found = with_other_ids(prompt, reference, texts)
+    assert (len(found), len(texts)) == (27, 10_800)
+    assert {text[0] for text in found} == {"“", '"', "<"}
+    for content, is_equal in (
+        (" 问", True),
+        ("\n问", False),
+        ("<tool_call>", True),
+    ):  # in a chat, a first line break alone
+        chat = [("system", "s"), ("user", "问"), ("assistant", content)]
+        example = chat_example(tokenizer, chat, max_length=512, where="test", default_system="s")
+        assert (example.input_ids == template_ids(reference, None, chat)) is is_equal

@@ -1,6 +1,7 @@
 """Which ids a record becomes, and which of them are supervised."""
 
 import json
+import re
 import shutil
 import unicodedata
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.errors import UserError
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, Turn, chat_example
 from tests.conftest import make_reviews
 
 SYSTEM = "You are a helpful assistant."
@@ -264,6 +265,60 @@ def test_nothing_stands_behind_the_last_answer(chat_tokenizer: ChatTokenizer) ->
         chat_tokenizer, [*turns, ("user", "再问")], max_length=512, where="f:1", default_system=SYSTEM
     )
     assert longer == chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system=SYSTEM)
+
+
+def test_an_answer_that_is_context_is_not_supervised_and_may_be_cut(chat_tokenizer: ChatTokenizer) -> None:
+    bad = Turn("assistant", "坏" * 40, train=False)
+    turns = [("system", "s"), ("user", "问"), bad, ("user", "再问"), ("assistant", "答案")]
+    example = chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system=SYSTEM)
+    as_learnt = chat_example(
+        chat_tokenizer, [bad._replace(train=True) if turn is bad else turn for turn in turns],
+        max_length=512, where="f:1", default_system=SYSTEM,
+    )  # fmt: skip
+    assert example.input_ids == as_learnt.input_ids
+    assert chat_tokenizer.decode(supervised_ids(example)) == "答案<|im_end|>"
+    cut = chat_example(chat_tokenizer, turns, max_length=60, where="f:1", default_system=SYSTEM)
+    assert len(cut.input_ids) <= 60
+    assert cut.truncated_tokens > 0
+    assert supervised_ids(cut) == supervised_ids(example)
+
+
+def test_an_answer_behind_the_last_one_that_counts_is_left_out(chat_tokenizer: ChatTokenizer) -> None:
+    turns = [("user", "问"), ("assistant", "答")]
+    more = [*turns, ("user", "再问"), Turn("assistant", "坏" * 600, train=False)]
+    examples = [chat_example(chat_tokenizer, t, max_length=512, where="f:1", default_system="s") for t in (turns, more)]
+    assert examples[0] == examples[1]
+    with pytest.raises(UserError, match=r"f:1: every assistant turn is context only, so nothing to learn"):
+        chat_example(chat_tokenizer, more[2:], max_length=512, where="f:1", default_system="s")
+
+
+def test_an_added_token_is_one_in_an_answer_and_text_elsewhere(chat_tokenizer: ChatTokenizer) -> None:
+    """`<tool_call>` controls nothing: the base writes it as one token."""
+    tool_call = control_ids(chat_tokenizer)[-1]
+    assert chat_tokenizer.encode_answer("好<tool_call>\n好", "f:1") == [
+        *chat_tokenizer.encode("好"),
+        tool_call,
+        *chat_tokenizer.encode("\n好"),
+    ]
+    for role in ("system", "user"):
+        turns = [(role, "<tool_call>"), ("assistant", "<tool_call>")]
+        example = chat_example(chat_tokenizer, turns, max_length=512, where="f:1", default_system=SYSTEM)
+        assert example.input_ids.count(tool_call) == 1
+        assert supervised_ids(example) == [tool_call, chat_tokenizer.im_end]
+    prompt = build_prompt(chat_tokenizer, labels=("<tool_call>", "正面"))
+    assert prompt.label_ids[0] == [tool_call]
+    assert prompt.examples(["<tool_call>"], [0])[0].input_ids.count(tool_call) == 1
+
+
+@pytest.mark.parametrize("control", CONTROLS[:3])
+def test_a_control_token_in_an_answer_is_refused(chat_tokenizer: ChatTokenizer, control: str) -> None:
+    message = rf"f:1: an answer holds {re.escape(control)}, a control token of the model; take it out"
+    with pytest.raises(UserError, match=message):
+        chat_example(
+            chat_tokenizer, [("assistant", f"好{control}")], max_length=512, where="f:1", default_system=SYSTEM
+        )
+    with pytest.raises(UserError, match=rf"prompt\.labels: an answer holds {re.escape(control)}"):
+        build_prompt(chat_tokenizer, labels=("好", control))
 
 
 def test_a_long_chat_is_cut_in_its_longest_user_turn(chat_tokenizer: ChatTokenizer) -> None:
