@@ -16,12 +16,13 @@ from minilora.data.hub import fetch_adapter, is_hub_name
 from minilora.data.labels import class_indices, index_note, missing_classes
 from minilora.data.records import ReadOptions, Record, read_records
 from minilora.data.sampler import stratified_sample
-from minilora.errors import UserError, capped
+from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.weights.chat_template import default_system
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
@@ -117,7 +118,7 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
     """The classification prompt of `prompt.*` and `data.max_length`.
 
     Raises:
-        UserError: see `ClassificationPrompt`, or the tokenizer belongs to another model.
+        UserError: see `ClassificationPrompt` and `with_model_system`, or the tokenizer belongs to another model.
     """
     model = read_config(tokenizer.folder)
     if tokenizer.vocab_size > model.vocab_size:
@@ -133,11 +134,33 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
         )
     return ClassificationPrompt(
         tokenizer=tokenizer,
-        system=config.prompt.system,
+        system=with_model_system(config, tokenizer.folder).prompt.system,
         instruction=config.prompt.instruction,
         labels=tuple(config.prompt.labels),
         max_length=config.data.max_length,
     )
+
+
+def with_model_system(config: Config, folder: Path) -> Config:
+    """The configuration with the text that `prompt.system: model` stands for; UserError where there is none."""
+    if config.prompt.system != "model":
+        return config
+    system = default_system(folder)
+    if system is None:
+        raise UserError(
+            f"prompt.system: model, but {folder} has no chat template with a system turn of its own; give the text"
+        )
+    return replace(config, prompt=replace(config.prompt, system=system))
+
+
+def note_other_system(prompt: ClassificationPrompt, remedy: str) -> None:
+    """Notes that the prompt's system turn is not the one of the model's own chat template, which other programs use."""
+    own = default_system(prompt.tokenizer.folder)
+    if own not in (None, prompt.system):
+        warn(
+            f"note: prompt.system is {shown(prompt.system)}; where a conversation has no system turn, the model's own "
+            f"chat template puts {shown(own)}; {remedy}"
+        )
 
 
 def read_split(

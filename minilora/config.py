@@ -106,7 +106,8 @@ class DataSection:
 @dataclass(frozen=True)
 class PromptSection:
     system: str = key(  # the text that Qwen's template puts first
-        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "text of the system turn"
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        "text of the system turn; model takes the one of the model's own chat template",
     )
     instruction: str = key(
         "判断下面评论的情感，只回答“正面”或“负面”。\n评论：",

@@ -20,6 +20,7 @@ from dataclasses import fields, replace
 import torch
 
 from minilora.adapters.attach import adapter_disabled
+from minilora.build import note_other_system
 from minilora.config import MAX_SEED
 from minilora.data.lines import iter_lines
 from minilora.errors import UserError
@@ -71,7 +72,9 @@ def main() -> None:
     use_gemv(model)
     generator = torch.Generator(model.head_weight.device)
     generator.manual_seed(generator.seed() if arguments.seed is None else arguments.seed)
-    system = trained.config.prompt.system if arguments.system is None else arguments.system
+    if arguments.system is None:
+        note_other_system(trained.prompt, "prompt.system=model talks with that one")
+    system = trained.prompt.system if arguments.system is None else arguments.system
     conversation = Conversation(model, trained.prompt.tokenizer, system, settings, generator=generator)
     if prompt is not None:
         show_answer(conversation, prompt)

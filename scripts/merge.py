@@ -41,7 +41,7 @@ from minilora.adapters.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.build import Examples, choose_device, choose_dtype
+from minilora.build import Examples, choose_device, choose_dtype, note_other_system
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
@@ -124,6 +124,7 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
         with contextlib.suppress(OSError):  # after a failure, which counts; on success it no longer exists
             remove(temporary)
     info(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output_dir}")
+    note_other_system(trained.prompt, "begin conversations with the merged model by prompt.system")
     print(json.dumps(results, ensure_ascii=False))
 
 

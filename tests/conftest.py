@@ -6,6 +6,7 @@ Nothing here touches the network, and everything is made from fixed seeds.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -119,6 +120,14 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_tokenizer(tiny_tokenizer: Path) -> ChatTokenizer:
     """`tiny_tokenizer` as the package reads it."""
     return ChatTokenizer(tiny_tokenizer)
+
+
+def copy_with_system(checkpoint: Path, folder: Path, system: str) -> Path:
+    """A copy of a checkpoint whose chat template has a system turn by default."""
+    shutil.copytree(checkpoint, folder)
+    template = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{{{ messages[0].content }}}}<|im_end|>\n"
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return folder
 
 
 def write_checkpoint(

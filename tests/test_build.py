@@ -1,6 +1,7 @@
 """What a configuration names is built as it says: a label is its class, tokenizer and model belong together."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.build import build_examples, build_prompt, choose_dtype, read_split
+from minilora.build import build_examples, build_prompt, choose_dtype, note_other_system, read_split
 from minilora.config import Config, load_config
 from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.qlora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Turn
+from tests.conftest import copy_with_system
 
 
 def test_an_example_answers_with_the_word_of_its_label(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -72,3 +74,37 @@ def test_a_length_beyond_the_models_positions_is_said(
     build_prompt(config, ChatTokenizer(tiny_checkpoint()))
     said = capsys.readouterr().err
     assert ("data.max_length: 2049" in said and "2048 (max_position_embeddings)" in said) == is_said
+
+
+def test_the_models_own_system_turn_is_taken_where_it_is_asked_for(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = load_config(None, ["prompt.system=model"])
+    folder = copy_with_system(tiny_checkpoint(), tmp_path / "math", "Please reason step by step.")
+    prompt = build_prompt(config, ChatTokenizer(folder))
+    assert prompt.tokenizer.decode(prompt.prefix).startswith(
+        "<|im_start|>system\nPlease reason step by step.<|im_end|>"
+    )
+    with pytest.raises(UserError, match=r"prompt\.system: model, but .+ has no chat template .*; give the text"):
+        build_prompt(config, ChatTokenizer(tiny_checkpoint()))
+
+
+def test_a_system_turn_other_than_the_models_own_is_noted(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_with_system(tiny_checkpoint(), tmp_path / "math", "Please reason step by step.")
+    for model, keys in ((tiny_checkpoint(), []), (folder, ["prompt.system=model"])):
+        note_other_system(build_prompt(load_config(None, keys), ChatTokenizer(model)), "remedy")
+        assert not capsys.readouterr().err
+    note_other_system(build_prompt(load_config(), ChatTokenizer(folder)), "remedy")
+    assert re.match("note: .*'You are Qwen,.*'Please reason step by step.'; remedy\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_refused_with_all_its_places(chat_tokenizer: ChatTokenizer, answer: str) -> None:
+    texts = {1: "答", 2: answer, 3: "答", 4: answer}
+    records = [Record(f"a.jsonl:{i}", messages=(Turn("assistant", text),)) for i, text in texts.items()]
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:2, a\.jsonl:4: 2 records with an empty answer.*--drop_empty_answers"
+    ):
+        build_examples(records, ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 128))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
-from minilora.build import take_adapter
+from minilora.build import take_adapter, with_model_system
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import only_answer
@@ -51,7 +51,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
         Interrupted: a signal came; the steps done by then are saved.
     """
     with ranks.rank_0_first():
-        config = take_adapter(config)
+        config = with_model_system(take_adapter(config), model_folder)
     with run_folder(config, model_folder, restart, ranks) as run:
         if run is None:
             final = Path(config.train.output_dir) / "checkpoints" / "final"

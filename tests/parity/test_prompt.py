@@ -15,6 +15,7 @@ import minilora
 from minilora.config import PromptSection
 from minilora.data.records import read_records
 from minilora.qlora.prompt import ROLES, ChatTokenizer, ClassificationPrompt, chat_example
+from minilora.weights.chat_template import default_system
 from tests.parity.reference import REVIEWS, build_prompt
 
 DEFAULT_SYSTEM = PromptSection().system
@@ -176,8 +177,10 @@ def test_a_classification_prompt_equals_the_template(
 
 
 def test_our_default_system_turn_is_the_templates(
-    reference_tokenizer: transformers.Qwen2Tokenizer, template: str
+    reference_tokenizer: transformers.Qwen2Tokenizer, template: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template, "utf-8")
+    assert default_system(tmp_path) == DEFAULT_SYSTEM
     text = render(reference_tokenizer, template, [("user", "x")])
     assert text.startswith(f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n<|im_start|>user\nx")
 

@@ -1,6 +1,8 @@
 """A run opens at its newest sound checkpoint, and refuses what it cannot train on before the model is loaded."""
 
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 from minilora.errors import UserError
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import read_metrics
+from minilora.runs.train import fit
 from minilora.system import manifest
 from minilora.system.manifest import verify_folder
+from tests.conftest import copy_with_system
 from tests.runs.conftest import (
     CONSTANT,
     STEPS,
@@ -20,6 +24,7 @@ from tests.runs.conftest import (
     flip_bit,
     lasting,
     load_no_model,
+    make_config,
     raise_at,
     read,
     remove_folders,
@@ -167,3 +172,18 @@ def test_an_adapter_of_any_kind_is_trained_saved_and_resumed_to_the_bit(run: Fit
     remove_folders(final, 3, 4)
     assert contents(run(**KINDS[kind])) == whole
     assert lasting(tmp_path / "run") == log
+
+
+def test_a_run_with_the_models_own_system_turn_says_which_and_resumes(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_with_system(tiny_checkpoint(), tmp_path / "math", "Please reason step by step.")
+    config = make_config(data, tmp_path / "run", **{"prompt.system": "model"})
+    final = fit(config, folder)
+    assert read(final / "training_args.json")["prompt"]["system"] == "Please reason step by step."
+    assert "    system: Please reason step by step.\n" in (final / "README.md").read_text("utf-8")
+    assert "prompt.system" not in capsys.readouterr().err
+    shutil.rmtree(final)
+    assert fit(config, folder) == final
+    fit(make_config(data, tmp_path / "other"), folder)
+    assert "prompt.system=model trains with that one" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.load import load_model
-from tests.conftest import save_adapter
+from tests.conftest import copy_with_system, save_adapter
 from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
 SCRIPT = SCRIPTS / "chat.py"
@@ -73,6 +73,17 @@ def test_an_adapter_answers_otherwise_than_its_base_until_it_is_switched_off(
     lines = "房间很好\n/reset\n/base\n房间很好\n/reset\n/base\n房间很好\n/exit\nnever sent\n"
     assert ours != theirs
     assert chat("--model_path", adapter, "--greedy", *LIMIT, stdin=lines)[0] == ours + theirs + ours
+
+
+def test_the_models_own_system_turn_is_named_and_taken_where_it_is_asked_for(
+    chat: Chat, base: Path, tmp_path: Path
+) -> None:
+    folder = copy_with_system(base, tmp_path / "math", "Reason.")
+    options = ("--model_path", folder, "--greedy", "--prompt", "房间很好", *LIMIT)
+    assert "the model's own chat template puts 'Reason.'; prompt.system=model talks with that one" in chat(*options)[1]
+    taken, named = chat(*options, "prompt.system=model"), chat(*options, "--system", "Reason.")
+    assert taken == named
+    assert "prompt.system" not in taken[1]
 
 
 def test_the_same_seed_gives_the_same_answers(chat: Chat, base: Path) -> None:

@@ -24,6 +24,7 @@ from minilora.system.files import WRITING, StorageError
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights.bnb_checkpoint import write_quantized
 from minilora.weights.load import load_model
+from tests.conftest import copy_with_system
 from tests.runs.conftest import flip_bit
 from tests.scripts.conftest import SCRIPTS, load_script
 
@@ -95,6 +96,13 @@ def test_a_merge_is_a_whole_checkpoint_with_its_drift(merge: Merge, tmp_path: Pa
     assert manifest["facts"]["merged_into"] == "original"
     assert json.loads((folder / "drift.json").read_text("utf-8")) == results["drift"]
     assert (results["output"], results["merged_into"], results["dtype"]) == (str(folder), "original", "float32")
+
+
+def test_a_base_with_another_system_turn_is_told_how_to_talk_to_the_merge(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = copy_with_system(tiny_checkpoint(), tmp_path / "math", "Reason.")
+    assert "puts 'Reason.'; begin conversations with the merged model" in merge("--base", base, "--no_drift")["warned"]
 
 
 def test_the_table_compares_both_merges_with_what_was_trained(merge: Merge, final: Path, processed_data: Path) -> None:
