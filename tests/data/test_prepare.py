@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -73,7 +74,7 @@ def test_a_file_with_too_few_records_is_named_with_a_line_of_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"role": "tool", "content": "3"}, r"role 'tool' is not one of .*; remove the turn or the record"),
+        ({"role": "tool", "content": "3"}, r"role 'tool': tool calls cannot be learnt here; remove the record"),
         ({"role": "user", "content": "再问"}, r"no assistant turn, so nothing to learn; remove the record or add an"),
     ],
 )
@@ -259,6 +260,22 @@ def test_conversations_are_deduplicated_and_split_without_labels(tmp_path: Path)
     assert report["labels"] == {"train": {"chat": 16}, "validation": {"chat": 2}, "test": {"chat": 2}}
     first = json.loads((tmp_path / "out" / "train.jsonl").read_text("utf-8").splitlines()[0])
     assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+
+
+def test_answers_that_are_empty_or_context_only_are_counted_and_unread_keys_listed(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"prompt": f"问{n}", "completion": "答", "source": "web"} for n in range(20)]
+    records[4]["completion"], records[7]["completion"], records[9]["weight"] = "", " \n", 0
+    source = tmp_path / "chat.jsonl"
+    source.write_text("\n".join(map(json.dumps, records)), "utf-8")
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl:5, .*chat\.jsonl:8: 2 records with an empty answer.*--drop_empty"
+    ):
+        prepare([source], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = prepare([source], tmp_path / "out", SplitOptions(drop_empty_answers=True))
+    assert report["not_read"] == {"source": 20}
+    assert report["dropped"] == {"empty": 0, "contradictory": 0, "duplicate": 0, "empty answer": 2, "untrained": 1}
+    assert sum(report["rows_out"].values()) == 17
 
 
 def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
