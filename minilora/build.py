@@ -153,7 +153,7 @@ def with_model_system(config: Config, folder: Path) -> Config:
     return replace(config, prompt=replace(config.prompt, system=system))
 
 
-def note_other_system(prompt: ClassificationPrompt, remedy: str) -> None:
+def note_other_system(prompt: ClassificationPrompt, remedy: str = "prompt.system=model takes that") -> None:
     """Notes that the prompt's system turn is not the one of the model's own chat template, which other programs use."""
     own = default_system(prompt.tokenizer.folder)
     if own not in (None, prompt.system):

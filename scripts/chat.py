@@ -73,7 +73,7 @@ def main() -> None:
     generator = torch.Generator(model.head_weight.device)
     generator.manual_seed(generator.seed() if arguments.seed is None else arguments.seed)
     if arguments.system is None:
-        note_other_system(trained.prompt, "prompt.system=model talks with that one")
+        note_other_system(trained.prompt)
     system = trained.prompt.system if arguments.system is None else arguments.system
     conversation = Conversation(model, trained.prompt.tokenizer, system, settings, generator=generator)
     if prompt is not None:

@@ -94,10 +94,13 @@ def test_a_system_turn_other_than_the_models_own_is_noted(
 ) -> None:
     folder = copy_with_system(tiny_checkpoint(), tmp_path / "math", "Please reason step by step.")
     for model, keys in ((tiny_checkpoint(), []), (folder, ["prompt.system=model"])):
-        note_other_system(build_prompt(load_config(None, keys), ChatTokenizer(model)), "remedy")
+        note_other_system(build_prompt(load_config(None, keys), ChatTokenizer(model)))
         assert not capsys.readouterr().err
-    note_other_system(build_prompt(load_config(), ChatTokenizer(folder)), "remedy")
-    assert re.match("note: .*'You are Qwen,.*'Please reason step by step.'; remedy\n", capsys.readouterr().err)
+    note_other_system(build_prompt(load_config(), ChatTokenizer(folder)))
+    assert re.match(
+        "note: .*'You are Qwen,.*'Please reason step by step.'; prompt.system=model takes that\n",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.parametrize("answer", ["", " \n"])

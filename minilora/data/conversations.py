@@ -26,15 +26,15 @@ QUESTIONS, CONTEXTS = ("instruction", "prompt", "query", "question"), ("input", 
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("query", "response"), ("question", "answer"))
 ANSWERS = ("output", "response", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
-PAIR = ("user", "assistant")
+SPEAKERS = ("user", "assistant")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 ROLE, CONTENT = ("role", "from"), ("content", "value")
-TRAIN = ("weight", "train", "training", "loss")
+TRAIN = ("weight", "train", "training", "loss", "loss_scale")
 FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "用户"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "助手"), "assistant"),
 }
 TOOL_ROLES = ("tool", "function", "observation", "ipython", "function_call", "tool_call", "tool_response")
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
@@ -125,7 +125,7 @@ class _Reading:
             question, answer = lists
         before, after = (
             self._turns(role, value if isinstance(value, list) else [{"role": role, "content": value}])
-            for role, value in zip(PAIR, (question, answer), strict=True)
+            for role, value in zip(SPEAKERS, (question, answer), strict=True)
         )
         return [*(turn._replace(train=turn.role != "assistant") for turn in before), *after]
 
@@ -133,7 +133,7 @@ class _Reading:
         """`history`: earlier pairs of question and answer, or turns."""
         history = _parsed(self._take("history") or [])
         if isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-            history = [{"role": role, "content": pair[i]} for pair in history for i, role in enumerate(PAIR)]
+            history = [{"role": role, "content": pair[i]} for pair in history for i, role in enumerate(SPEAKERS)]
         if history:
             yield from self._turns("history", history)
 

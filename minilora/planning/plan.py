@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 
-from minilora.build import build_prompt, choose_device, choose_dtype, read_split, tell_of_labels
+from minilora.build import (
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    note_other_system,
+    read_split,
+    tell_of_labels,
+)
 from minilora.config import Config
 from minilora.data.prepare import SPLITS, epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
@@ -80,6 +87,7 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     check_optimizer(config.train.optim)
     tokenizer = ChatTokenizer(model_folder)
     prompt = build_prompt(config, tokenizer)
+    note_other_system(prompt)
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     device = choose_device(config)
     dtype = choose_dtype(config, device)

@@ -93,7 +93,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     ranks.require_same(provenance.facts, "give all machines the same command, files, library versions and GPUs")
     checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
-    note_other_system(prompt, "prompt.system=model trains with that one")
+    note_other_system(prompt)
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")

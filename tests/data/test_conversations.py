@@ -30,6 +30,7 @@ def turns_of(fields: dict[str, Any]) -> list[Turn]:
         {"messages": json.dumps(MESSAGES)},
         {"messages": str(MESSAGES)},  # what pandas writes into a CSV file
         {"messages": [{"role": "User", "content": "问"}, {"role": " Assistant ", "content": "答"}]},
+        {"messages": [{"role": "用户", "content": "问"}, {"role": "助手", "content": "答"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "问"}]}, MESSAGES[1]]},
         {"messages": [{"role": "user", "content": [{"text": "问", "image": None}, ""]}, MESSAGES[1]]},
         {"messages": [{**message, "tool_calls": None, "weight": None} for message in MESSAGES], "tools": "[]"},
@@ -85,7 +86,7 @@ def test_a_system_turn_that_is_there_already_is_not_repeated() -> None:
         turns_of({"system": "乙", "messages": messages})
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss", "loss_scale"])
 @pytest.mark.parametrize(("value", "train"), [(0, False), (False, False), ("0", False), (1, True), (True, True)])
 def test_an_answer_of_weight_0_is_context(key: str, value: Any, train: bool) -> None:
     bad = {"role": "assistant", "content": "坏", key: value}

@@ -186,4 +186,4 @@ def test_a_run_with_the_models_own_system_turn_says_which_and_resumes(
     shutil.rmtree(final)
     assert fit(config, folder) == final
     fit(make_config(data, tmp_path / "other"), folder)
-    assert "prompt.system=model trains with that one" in capsys.readouterr().err
+    assert "prompt.system=model takes that" in capsys.readouterr().err

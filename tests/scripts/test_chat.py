@@ -80,7 +80,7 @@ def test_the_models_own_system_turn_is_named_and_taken_where_it_is_asked_for(
 ) -> None:
     folder = copy_with_system(base, tmp_path / "math", "Reason.")
     options = ("--model_path", folder, "--greedy", "--prompt", "房间很好", *LIMIT)
-    assert "the model's own chat template puts 'Reason.'; prompt.system=model talks with that one" in chat(*options)[1]
+    assert "the model's own chat template puts 'Reason.'; prompt.system=model takes that" in chat(*options)[1]
     taken, named = chat(*options, "prompt.system=model"), chat(*options, "--system", "Reason.")
     assert taken[0] == named[0]
     assert "prompt.system" not in taken[1]
