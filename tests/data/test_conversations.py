@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from minilora.data import conversations
 from minilora.data.conversations import read_turns
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.qlora.prompt import Turn
+from minilora.qlora.prompt import ROLES, Turn
 
 ASKED, ANSWERED = Turn("user", "问"), Turn("assistant", "答")
 MESSAGES = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
@@ -216,3 +219,29 @@ def test_messages_in_a_csv_file_are_read(tmp_path: Path) -> None:
     records = read_records(path)
     assert [record.messages for record in records] == [(ASKED, ANSWERED)] * 2
     assert {key for record in records for key in record.unread} == {"id"}
+
+
+KEYS = [key for value in vars(conversations).values() if isinstance(value, tuple | dict) for key in value]
+NAMES = st.sampled_from([*filter(lambda key: isinstance(key, str) and key, KEYS), "history", "label", "type", "text"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.integers(0, 1)
+    | st.sampled_from(["user", "gpt", "答", "[", "[]", " "]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(fields=st.dictionaries(NAMES, VALUES | VALUES.map(repr), max_size=6))
+def test_any_fields_are_a_conversation_or_not_or_refused_in_a_line(fields: dict[str, Any]) -> None:
+    try:
+        found = read_turns("f:1", fields)
+    except UserError as error:
+        refused = str(error)
+    else:
+        refused = "f:1: "
+        assert found is None or all(isinstance(turn.content, str) and turn.role in ROLES for turn in found.turns)
+    assert re.match("f:1: ", refused)
+    assert len(refused) < 500
