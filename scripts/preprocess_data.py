@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--drop_invalid",
         action="store_true",
-        help="drop records that cannot be used: without a label, with too many or too few fields, answers empty or too long",
+        help="drop records that cannot be used: no label, too many or too few fields, answers empty or too long",
     )
     parser.add_argument("--max_length", type=int, help="most tokens of a conversation, as data.max_length of training")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or hub name of the model that counts them")

@@ -13,7 +13,7 @@ from minilora.build import build_examples, build_prompt, choose_dtype, note_othe
 from minilora.config import Config, load_config
 from minilora.data.records import Record
 from minilora.errors import UserError
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Turn
+from minilora.qlora.prompt import ChatTokenizer
 from tests.conftest import copy_with_system
 
 
@@ -101,13 +101,3 @@ def test_a_system_turn_other_than_the_models_own_is_noted(
         "note: .*'You are Qwen,.*'Please reason step by step.'; prompt.system=model takes that\n",
         capsys.readouterr().err,
     )
-
-
-@pytest.mark.parametrize("answer", ["", " \n"])
-def test_an_empty_answer_is_refused_with_all_its_places(chat_tokenizer: ChatTokenizer, answer: str) -> None:
-    texts = {1: "答", 2: answer, 3: "答", 4: answer}
-    records = [Record(f"a.jsonl:{i}", messages=(Turn("assistant", text),)) for i, text in texts.items()]
-    with pytest.raises(
-        UserError, match=r"a\.jsonl:2, a\.jsonl:4: 2 records with an empty answer.*--drop_empty_answers"
-    ):
-        build_examples(records, ClassificationPrompt(chat_tokenizer, "s", "评论：", ("负面", "正面"), 128))

@@ -99,7 +99,26 @@ def test_an_answer_of_weight_0_is_context(key: str, value: Any, train: bool) -> 
         ASKED,
         ANSWERED,
     ]
-    assert turns_of({"messages": MESSAGES, key: value}) == [ASKED, ANSWERED._replace(train=train)]
+    if train:
+        assert turns_of({"messages": MESSAGES, key: value}) == [ASKED, ANSWERED]
+        return
+    with pytest.raises(UserError, match="f:1: every assistant turn is context only, so nothing to learn"):
+        turns_of({"messages": MESSAGES, key: value})
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n", None, []])
+def test_an_empty_answer_is_refused_unless_it_is_context(answer: Any) -> None:
+    empty = {"role": "assistant", "content": answer}
+    for fields in (
+        {"messages": [MESSAGES[0], empty]},
+        {"messages": [MESSAGES[0], empty, *MESSAGES]},
+        {"prompt": "问", "completion": answer},
+        {"instruction": "问", "output": answer},
+        {"query": "问", "response": "答", "history": [["问", answer]]},
+    ):
+        with pytest.raises(UserError, match="f:1: an answer is empty, which teaches to say nothing"):
+            turns_of(fields)
+    assert len(turns_of({"messages": [MESSAGES[0], {**empty, "weight": 0}, *MESSAGES]})) == 4
 
 
 def test_answers_in_a_prompt_of_turns_are_context() -> None:

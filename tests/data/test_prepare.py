@@ -267,15 +267,15 @@ def test_answers_that_are_empty_or_context_only_are_counted_and_unread_keys_list
     records[4]["completion"], records[7]["completion"], records[9]["weight"] = "", " \n", 0
     source = tmp_path / "chat.jsonl"
     source.write_text("\n".join(map(json.dumps, records)), "utf-8")
-    with pytest.raises(
-        UserError, match=r"chat\.jsonl:5, .*chat\.jsonl:8: 2 records with an empty answer.*--drop_empty"
-    ):
+    message = (
+        r"chat\.jsonl:5: an answer is empty.* \(2 such records, also chat\.jsonl:8\)\n.*:10: every assistant turn is"
+    )
+    with pytest.raises(UserError, match=rf"{message}.*\n  --drop_invalid .* the 3 records"):
         prepare([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    report = prepare([source], tmp_path / "out", SplitOptions(drop_empty_answers=True))
-    assert report["not_read"] == {"source": 20}
-    assert report["dropped"] == {"empty": 0, "contradictory": 0, "duplicate": 0, "empty answer": 2, "untrained": 1}
-    assert sum(report["rows_out"].values()) == 17
+    report = prepare([source], tmp_path / "out", SplitOptions(drop_invalid=True))
+    assert report["not_read"] == {"source": 17}
+    assert report["dropped"]["invalid"] == 3
 
 
 def test_too_few_conversations_are_counted(tmp_path: Path) -> None:
