@@ -137,9 +137,10 @@ class TrainSection:
         32, "examples in a forward pass of validation and test", minimum=1, is_free=True
     )
     gradient_accumulation_steps: int = key(1, "micro-batches of each process in an optimizer step", minimum=1)
-    max_tokens_per_micro_batch: int | None = key(
+    max_tokens_per_micro_batch: int | Literal["auto"] | None = key(
         None,
-        "cut a step into even micro-batches of at most N tokens, instead of by examples: memory",
+        "cut a step into even micro-batches of at most N tokens, instead of by examples: memory; auto is what fits a "
+        "GPU, found once in a run and kept in its checkpoints, and null on a CPU",
         minimum=16,
         is_free=True,
     )
@@ -178,6 +179,11 @@ class TrainSection:
     report_to: Literal["none", "tensorboard", "wandb"] = key(
         "none", "send the lines of metrics.jsonl to TensorBoard files or to Weights & Biases as well", is_free=True
     )
+
+    @property
+    def token_limit(self) -> int | None:
+        """max_tokens_per_micro_batch as a number; None for auto too, which a run resolves (`planning/budget.py`)."""
+        return None if self.max_tokens_per_micro_batch == "auto" else self.max_tokens_per_micro_batch
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from minilora.data.prepare import SPLITS, prepare, prepare_demo
 from minilora.data.records import ReadOptions
 from minilora.data.split_files import recover_splits
 from minilora.errors import UserError
-from minilora.planning.plan import print_plan
+from minilora.planning.dry_run import print_plan
 from minilora.runs.train import fit
 from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks

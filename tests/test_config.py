@@ -127,6 +127,8 @@ def test_a_number_may_be_written_as_people_write_it(text: str, tmp_path: Path) -
         ("train.learning_rate=[1]", "a number"),
         ("train.learning_rate=", "a number"),
         ("lora.r=8.5", "a whole number"),
+        ("train.max_tokens_per_micro_batch=many", "a whole number"),
+        ("train.max_tokens_per_micro_batch=15", "16 or more"),
         ("lora.r=yes", "a whole number"),
         ("train.gradient_checkpointing=1", "true or false"),
         ("train.gradient_checkpointing='true'", "true or false"),
@@ -480,6 +482,7 @@ def test_describe_keys_lists_every_key_with_type_default_and_meaning() -> None:
     assert all(meaning.startswith("      ") and meaning.strip() for meaning in lines[1::2])
     assert "  lora.r=8  (whole number)" in lines
     assert "  train.max_steps=null  (whole number or null)" in lines
+    assert "  train.max_tokens_per_micro_batch=null  (whole number or auto or null)" in lines
     assert '  model.quantization="nf4"  (nf4, fp4, none)' in lines
     assert '  prompt.labels=["负面", "正面"]  (list of text)' in lines
     assert "  train.do_predict=true  (true or false)" in lines

@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,11 @@ from minilora.planning.plan import ANSWER_TOKENS, LONGEST_TOKENS, SIZES, hub_nam
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer, Example
+from minilora.weights.hf_config import read_config
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 TOKENS_KEY = "train.max_tokens_per_micro_batch"
+SHORTEST_TOKENS = 16  # the least that the key takes
 MOST = 1 << 24  # tokens or examples: beyond any budget
 
 
@@ -134,18 +136,36 @@ def largest_micro_batch(setup: Setup, budget_bytes: int) -> int:
     The supervised positions are assumed to grow with it; a longer example is a micro-batch of its own.
     """
     own = setup.shape
+    # Scoring is not capped then: wherever the adapter is scored later, it has the same passes.
+    is_auto = setup.config.train.max_tokens_per_micro_batch == "auto"
 
     def fits(tokens: int) -> bool:
         tokens = max(tokens, own.longest)
         supervised = -(-own.supervised_positions * tokens // own.tokens)
         shape = replace(own, tokens=round_up_tokens(tokens), supervised_positions=supervised)
-        return setup.with_keys([f"{TOKENS_KEY}={max(tokens, 16)}"]).estimate(shape).total_bytes <= budget_bytes
+        limit = "auto" if is_auto else max(tokens, SHORTEST_TOKENS)
+        return setup.with_keys([f"{TOKENS_KEY}={limit}"]).estimate(shape).total_bytes <= budget_bytes
 
     tokens = largest_that_fits(fits)
     if tokens <= own.longest:
         return round_up_tokens(own.longest) if tokens else 0
     step = 1 << max(tokens.bit_length() - 5, 0)
     return tokens // step * step  # rounded down as `round_up_tokens` rounds up
+
+
+def resolve_token_limit(
+    config: Config, model_folder: Path, examples: Sequence[Example], device: torch.device, ranks: int = 1
+) -> int | None:
+    """What train.max_tokens_per_micro_batch=auto is on this device: what fits a GPU's free memory; None on a CPU.
+
+    A tenth stays free, for the holes in what PyTorch's allocator has.
+    """
+    if config.train.max_tokens_per_micro_batch != "auto" or device.type != "cuda":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    shape_of = partial(largest_batch, examples=examples, ranks=ranks)
+    setup = Setup(config, read_config(model_folder), shape_of, "cuda", process_bytes=None, folder=model_folder)
+    return max(largest_micro_batch(setup, free_bytes * 9 // 10), SHORTEST_TOKENS)
 
 
 def longest_example(setup: Setup, budget_bytes: int) -> int:

@@ -160,7 +160,7 @@ def scoring_tokens(config: Config) -> int:
     Without a gradient a token takes some 3 F + 5 C elements at most, in training at least the 5 F + 6 C of one layer's
     activations and backward pass: with half as many again scoring fits wherever training does.
     """
-    limit = config.train.max_tokens_per_micro_batch
+    limit = config.train.token_limit
     return MAX_TOKENS if limit is None else min(MAX_TOKENS, limit * 3 // 2)
 
 

@@ -11,26 +11,16 @@ from pathlib import Path
 
 import torch
 
-from minilora.build import (
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    note_other_system,
-    read_split,
-    tell_of_labels,
-)
+from minilora.build import choose_device
 from minilora.config import Config
-from minilora.data.prepare import SPLITS, epoch_order
+from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
 from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
 from minilora.qlora.batch import common_prefix, count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
-from minilora.qlora.optim import check_optimizer
-from minilora.qlora.prompt import ChatTokenizer, Example
-from minilora.system.memory import peak_memory_bytes
+from minilora.qlora.prompt import Example
 from minilora.weights.hf_config import read_config
-from minilora.weights.safetensors_io import dtype_name
 
 ANSWER_TOKENS = 2  # a label word and <|im_end|>
 LONGEST_TOKENS = 32_768  # that all sizes were trained on
@@ -81,40 +71,6 @@ def _width_and_depth(config: Qwen2Config) -> tuple[int, int]:
     return config.hidden_size, config.num_hidden_layers
 
 
-def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
-    """Prints what `--dry-run` shows of a run of so many ranks; reads only config.json, tokenizer.json and the data."""
-    process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as `fit` does
-    check_optimizer(config.train.optim)
-    tokenizer = ChatTokenizer(model_folder)
-    prompt = build_prompt(config, tokenizer)
-    note_other_system(prompt)
-    splits = {name: read_split(config, prompt, name) for name in SPLITS}
-    device = choose_device(config)
-    dtype = choose_dtype(config, device)
-    examples = splits["train"].examples
-    batches = list(epoch_batches(config, examples, 0, ranks))
-    in_step = examples_per_step(config, ranks)
-    real = sum(len(example.input_ids) for example in examples)
-    supervised = sum(sum(example.supervised) for example in examples)
-
-    shape = largest_batch(config, examples, ranks)
-    estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
-    where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
-    print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
-    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
-    for name, split in splits.items():
-        cut = split.num_truncated
-        print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
-    print(
-        f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
-        f"{f' on {ranks} ranks' if ranks > 1 else ''}; "
-        f"{real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
-        f"{sum(map(count_packed_tokens, batches)):,} computed (shared prefixes once)\n"
-    )
-    first = epoch_order(len(examples), config.train.seed, 0)[0]
-    print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
-
-
 def examples_per_step(config: Config, ranks: int) -> int:
     """Training examples of a full optimizer step, of all ranks."""
     return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * ranks
@@ -123,7 +79,7 @@ def examples_per_step(config: Config, ranks: int) -> int:
 def epoch_batches(config: Config, examples: Sequence[Example], epoch: int, ranks: int = 1) -> Iterator[list[Example]]:
     """The examples of each micro-batch of an epoch, of all ranks."""
     order = epoch_order(len(examples), config.train.seed, epoch)
-    size, max_tokens = config.train.per_device_train_batch_size, config.train.max_tokens_per_micro_batch
+    size, max_tokens = config.train.per_device_train_batch_size, config.train.token_limit
     in_step = examples_per_step(config, ranks)
     for start in range(0, len(order), in_step):
         step_examples = [examples[index] for index in order[start : start + in_step]]
@@ -153,9 +109,9 @@ def uniform_batch(config: Config) -> BatchShape:
     """The shape of micro-batches whose examples have `data.max_length` tokens each, share no prefix, answer a word."""
     train, inputs = config.train, config.data.max_length - 1
     count = train.per_device_train_batch_size
-    if train.max_tokens_per_micro_batch is not None:
+    if train.token_limit is not None:
         in_step = count * train.gradient_accumulation_steps
-        fitting = (n for n in range(in_step, 1, -1) if round_up_tokens(n * inputs) <= train.max_tokens_per_micro_batch)
+        fitting = (n for n in range(in_step, 1, -1) if round_up_tokens(n * inputs) <= train.token_limit)
         at_most = next(fitting, 1)
         count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `split_into_micro_batches`
     scored = max(1, min(train.per_device_eval_batch_size, MAX_TOKENS // (inputs + 1)))

@@ -59,6 +59,7 @@ class RunState(Provenance):
     skipped_steps: int = 0  # whose loss or gradient was non-finite, and which changed nothing
     skipped_in_a_row: int = 0  # how many of them came last, without another step behind them
     test_before: dict[str, Any] | None = None  # metrics of the test set before training
+    auto_tokens: int | None = None  # what train.max_tokens_per_micro_batch=auto was resolved to; None: no limit
     scaler: dict[str, Any] = field(default_factory=dict)  # state of the float16 loss scale, empty otherwise
 
 

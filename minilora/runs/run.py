@@ -5,7 +5,7 @@ own (`batches`).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,23 @@ class Run:
         return self.checkpoints / "final"
 
     @property
+    def resolved_config(self) -> Config:
+        """With what train.max_tokens_per_micro_batch=auto was resolved to."""
+        if self.config.train.max_tokens_per_micro_batch != "auto":
+            return self.config
+        return replace(self.config, train=replace(self.config.train, max_tokens_per_micro_batch=self.state.auto_tokens))
+
+    @property
     def batch_shape(self) -> BatchShape:
         """The shape of the largest micro-batch."""
-        return largest_batch(self.config, self.splits["train"].examples, self.ranks.size)
+        return largest_batch(self.resolved_config, self.splits["train"].examples, self.ranks.size)
 
     @property
     def memory_estimate(self) -> MemoryEstimate:
         """What each rank takes, by part."""
         folder, shape = self.prompt.tokenizer.folder, self.batch_shape
-        dtype = choose_dtype(self.config, self.device)
-        return estimate_run_memory(self.config, folder, shape, dtype=dtype, process_bytes=self.process_bytes)
+        dtype, config = choose_dtype(self.config, self.device), self.resolved_config
+        return estimate_run_memory(config, folder, shape, dtype=dtype, process_bytes=self.process_bytes)
 
     @property
     def train_state(self) -> TrainState:
@@ -166,13 +173,13 @@ class Run:
 
 def batches(run: Run, step: int) -> StepBatch:
     """The examples of optimizer step `step`, a function of (seed, step), and this rank's micro-batches of them."""
-    train, split = run.config.train, run.splits["train"]
+    train, split = run.resolved_config.train, run.splits["train"]
     epoch, index = divmod(step - 1, run.steps_per_epoch)
     order = epoch_order(len(split.examples), train.seed, epoch)
     chosen = order[index * run.samples_per_step : (index + 1) * run.samples_per_step]
     examples = [split.examples[i] for i in chosen]
     own = split_across_ranks(examples, run.ranks.size, run.samples_per_rank)[run.ranks.rank]
-    parts = split_into_micro_batches(own, train.per_device_train_batch_size, train.max_tokens_per_micro_batch)
+    parts = split_into_micro_batches(own, train.per_device_train_batch_size, train.token_limit)
     peak, schedule, warmup = train.learning_rate, train.lr_scheduler_type, train.warmup_ratio
     settings = StepSettings(
         step=step,

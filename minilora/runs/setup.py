@@ -1,6 +1,7 @@
 """Opens a run at its newest sound checkpoint, or at its beginning: data, model, adapter, optimizer, state."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from minilora.build import (
 from minilora.config import Config
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
+from minilora.planning.budget import resolve_token_limit
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import AdamWSettings, Optimizer, build_optimizer, check_optimizer
 from minilora.qlora.prompt import ChatTokenizer
@@ -97,6 +99,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     splits = {name: read_split(config, prompt, name) for name in SPLITS}
     if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
+    resolve = partial(resolve_token_limit, config, model_folder, splits["train"].examples, device, ranks=ranks.size)
+    auto_tokens = None if checkpoint else ranks.run_on_rank_0(resolve)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
@@ -116,7 +120,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
         optimizer=_build_optimizer(config, model),
         scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
         ranks=ranks,
-        state=RunState(**vars(provenance)),
+        state=RunState(**vars(provenance), auto_tokens=auto_tokens),
     )
     if checkpoint is not None:
         _resume(run, Path(checkpoint["path"]), RunState(**checkpoint["state"]))

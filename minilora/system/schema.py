@@ -107,10 +107,13 @@ def _as_type(value: Any, kind: Any) -> Any:
     if _is_union(kind):
         if value is None and type(None) in arguments:
             return None
+        words = [a for a in arguments if get_origin(a) is Literal]
+        if any(value in get_args(a) for a in words if isinstance(value, str)):
+            return value
         is_list = [a for a in arguments if get_origin(a) in (list, tuple)]
         if isinstance(value, list) and is_list:
             return _as_type(value, is_list[0])
-        return _as_type(value, next(a for a in arguments if a is not type(None) and a not in is_list))
+        return _as_type(value, next(a for a in arguments if a is not type(None) and a not in [*is_list, *words]))
     if origin is Literal:
         # YAML reads an unquoted `none` as text but `null` and `~` as None.
         if value in arguments and isinstance(value, str):

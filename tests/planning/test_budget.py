@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.config import load_config
+from minilora.config import config_from_dict, load_config
 from minilora.data.records import read_records
 from minilora.errors import UserError
-from minilora.planning import budget
+from minilora.planning import budget, plan
 from minilora.planning.budget import (
     TOKENS_KEY,
     Option,
@@ -29,12 +30,13 @@ from minilora.planning.budget import (
     longest_example,
     merge_keys,
     read_bytes,
+    resolve_token_limit,
     shapes_of_records,
     train_command,
 )
-from minilora.planning.memory import BatchShape, ParameterCounts
-from minilora.planning.plan import LONGEST_TOKENS, SIZES, uniform_batch
-from minilora.qlora.prompt import ChatTokenizer
+from minilora.planning.memory import CONTEXT_BYTES, BatchShape, ParameterCounts
+from minilora.planning.plan import LONGEST_TOKENS, SIZES, estimate_run_memory, largest_batch, uniform_batch
+from minilora.qlora.prompt import ChatTokenizer, Example
 
 GB = 10**9
 COUNTED: dict[tuple[Any, ...], ParameterCounts] = {}  # so that each model is counted once
@@ -133,6 +135,29 @@ def test_where_only_one_example_at_a_time_fits_the_tokens_are_its_own() -> None:
     one_example = setup.estimate(BatchShape(512, 2, 511)).total_bytes
     assert largest_micro_batch(setup, one_example) == 512
     assert largest_micro_batch(setup, one_example - 1) == 0
+
+
+def test_auto_is_what_fits_a_gpus_free_memory_and_nothing_on_a_cpu(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, free = tiny_checkpoint(), CONTEXT_BYTES + 20_000_000
+    examples = [Example([number] * 100, [False] * 98 + [True] * 2) for number in range(64)]
+    config = load_config(
+        None, [f"{TOKENS_KEY}=auto", "model.compute_dtype=float32", "train.per_device_train_batch_size=64"]
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 10 // 9, 10**12))
+    found = resolve_token_limit(config, folder, examples, torch.device("cuda"))
+    assert found is not None
+    assert found > 1000
+    resolved = config_from_dict(config.to_dict(), [f"{TOKENS_KEY}={found}"], "a test")
+    monkeypatch.setattr(plan, "choose_device", lambda _: torch.device("cuda"))
+    shape = largest_batch(resolved, examples)
+    estimate = estimate_run_memory(resolved, folder, shape, dtype=torch.float32, process_bytes=None)
+    assert free - 5_000_000 < estimate.total_bytes <= free
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 10**12))
+    assert resolve_token_limit(config, folder, examples, torch.device("cuda")) == 16
+    assert resolve_token_limit(config, folder, examples, torch.device("cpu")) is None
+    assert resolve_token_limit(resolved, folder, examples, torch.device("cuda")) is None
 
 
 def test_the_longest_example_fits_and_a_longer_one_does_not() -> None:

@@ -15,7 +15,7 @@ from minilora.config import Config, LoraConfig, load_config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_into_micro_batches
 from minilora.evaluation.score import ScoringOptions, iter_batches
-from minilora.planning import plan
+from minilora.planning import dry_run
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
     ANSWER_TOKENS,
@@ -48,9 +48,9 @@ def test_the_process_is_measured_as_a_run_does_before_anything_is_read(
         size += 10**9
         return ChatTokenizer(folder)
 
-    monkeypatch.setattr(plan, "ChatTokenizer", growing)
-    monkeypatch.setattr(plan, "peak_memory_bytes", lambda _: size)
-    plan.print_plan(load_config(None, [f"data.dir={processed_data}", "model.device=cpu"]), tiny_checkpoint())
+    monkeypatch.setattr(dry_run, "ChatTokenizer", growing)
+    monkeypatch.setattr(dry_run, "peak_memory_bytes", lambda _: size)
+    dry_run.print_plan(load_config(None, [f"data.dir={processed_data}", "model.device=cpu"]), tiny_checkpoint())
     assert re.search(r"Python and PyTorch themselves \(measured\) +1000\.0 MB", capsys.readouterr().out)
     assert size == 2 * 10**9
 
@@ -117,12 +117,12 @@ def test_the_plan_of_several_ranks_counts_their_steps(
             "train.per_device_train_batch_size=4",
         ],
     )
-    plan.print_plan(config, tiny_checkpoint(), ranks=3)
+    dry_run.print_plan(config, tiny_checkpoint(), ranks=3)
     printed = capsys.readouterr().out
     assert "an epoch: 4 steps of 12 examples on 3 ranks; " in printed
     assert " in 12 micro-batches" in printed
     assert "float32, each of 3 ranks, largest micro-batch of the run)" in printed
-    plan.print_plan(config, tiny_checkpoint())
+    dry_run.print_plan(config, tiny_checkpoint())
     assert "an epoch: 12 steps of 4 examples; " in capsys.readouterr().out
 
 

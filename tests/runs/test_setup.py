@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
+from minilora.qlora.prompt import Example
+from minilora.runs import run as run_module
+from minilora.runs import setup
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.train import fit
@@ -68,6 +71,34 @@ def test_a_resumed_run_hashes_each_checkpoint_that_it_reads_once(
     assert [hashed[f"step-000002/{name}"] for name in files] == [2] * 4
     assert hashed[".writing-final/adapter_model.safetensors"] == 1
     assert hashed["final/adapter_model.safetensors"] == 0
+
+
+def test_a_limit_that_auto_has_found_is_that_of_the_whole_run(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = {"train.max_tokens_per_micro_batch": "auto"}
+    limits: list[int | None] = []
+    plain = run_module.split_into_micro_batches
+
+    def noting(examples: list[Example], size: int, limit: int | None) -> list[list[Example]]:
+        limits.append(limit)
+        return plain(examples, size, limit)
+
+    monkeypatch.setattr(run_module, "split_into_micro_batches", noting)
+    monkeypatch.setattr(setup, "resolve_token_limit", lambda *_, **__: 64)
+    final = run(**auto)
+    remove_folders(final, 4, 3)
+    monkeypatch.setattr(setup, "resolve_token_limit", lambda *_, **__: pytest.fail("was found before"))
+    assert run(**auto) == final
+    assert limits == [64] * (STEPS + 2)
+    remove_folders(final, 4)
+    assert run(**{"train.max_tokens_per_micro_batch": 80}) == final
+    assert limits[STEPS + 2 :] == [80]
+
+
+def test_auto_changes_nothing_on_a_cpu(final: Path, run: Fit, tmp_path: Path) -> None:
+    output = tmp_path / "auto"
+    found = run(**{"train.max_tokens_per_micro_batch": "auto", "train.output_dir": output})
+    weights = "adapter_model.safetensors"
+    assert (found / weights).read_bytes() == (final / weights).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["state.json", "adapter_model.safetensors", "optimizer.safetensors", "manifest.json"])

@@ -1,0 +1,55 @@
+"""What `--dry_run` shows of a configuration: its memory, its tokens, and an example as the model sees it."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_split, tell_of_labels
+from minilora.config import Config
+from minilora.data.prepare import SPLITS, epoch_order
+from minilora.planning.budget import resolve_token_limit
+from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
+from minilora.qlora.batch import count_packed_tokens
+from minilora.qlora.optim import check_optimizer
+from minilora.qlora.prompt import ChatTokenizer
+from minilora.system.memory import peak_memory_bytes
+from minilora.weights.safetensors_io import dtype_name
+
+
+def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
+    """Prints what `--dry-run` shows of a run of so many ranks; reads only config.json, tokenizer.json and the data."""
+    process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as `fit` does
+    check_optimizer(config.train.optim)
+    tokenizer = ChatTokenizer(model_folder)
+    prompt = build_prompt(config, tokenizer)
+    note_other_system(prompt)
+    splits = {name: read_split(config, prompt, name) for name in SPLITS}
+    device = choose_device(config)
+    dtype = choose_dtype(config, device)
+    examples = splits["train"].examples
+    if config.train.max_tokens_per_micro_batch == "auto":
+        limit = resolve_token_limit(config, model_folder, examples, device, ranks=ranks)
+        config = replace(config, train=replace(config.train, max_tokens_per_micro_batch=limit))
+    batches = list(epoch_batches(config, examples, 0, ranks))
+    in_step = examples_per_step(config, ranks)
+    real = sum(len(example.input_ids) for example in examples)
+    supervised = sum(sum(example.supervised) for example in examples)
+
+    shape = largest_batch(config, examples, ranks)
+    estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
+    where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
+    print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
+    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
+    for name, split in splits.items():
+        cut = split.num_truncated
+        print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
+    print(
+        f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
+        f"{f' on {ranks} ranks' if ranks > 1 else ''}; "
+        f"{real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
+        f"{sum(map(count_packed_tokens, batches)):,} computed (shared prefixes once)\n"
+    )
+    first = epoch_order(len(examples), config.train.seed, 0)[0]
+    print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")
