@@ -42,6 +42,10 @@ class HeadGroup:
     last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
     mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
 
+    def with_mask(self, dtype: torch.dtype) -> "HeadGroup":
+        is_small = self.last_key.numel() * self.shape[-1] <= MAX_MASK
+        return replace(self, mask=self.additive_mask(dtype)) if is_small else self
+
     def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
         if self.mask is not None:
@@ -114,13 +118,8 @@ def split_heads(
     on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
     parts = [replace(part, **table) for part, table in zip(parts, on_device, strict=True)]
     if short:
-        parts[0] = replace(parts[0], groups=tuple(_keep_mask(group, like.dtype) for group in parts[len(split) :]))
+        parts[0] = replace(parts[0], groups=tuple(group.with_mask(like.dtype) for group in parts[len(split) :]))
     return tuple(parts[: len(split)])
-
-
-def _keep_mask(group: HeadGroup, dtype: torch.dtype) -> HeadGroup:
-    small = group.last_key.numel() * group.shape[-1] <= MAX_MASK
-    return replace(group, mask=group.additive_mask(dtype)) if small else group
 
 
 def _fuse(group: SegmentGroup) -> FusedGroup:
@@ -172,7 +171,8 @@ class _Attention(torch.autograd.Function):
         parts = (short.fold(queries), *(short.fold(x, is_keys=True) for x in (keys, values)), short.fold(mixed))
         for group, of_queries, of_keys, of_values, of_mixed in zip(short.groups, *parts, strict=True):
             torch.bmm(_attention_weights(of_queries, of_keys, group), of_values, out=of_mixed)
-        return _with_spare_entry(q).index_copy_(0, short.outputs, mixed)[:-1].view(q.shape)
+        out = q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2])  # one entry more, that padding goes to
+        return out.index_copy_(0, short.outputs, mixed)[:-1].view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -196,7 +196,7 @@ class _Attention(torch.autograd.Function):
             dscores = torch._softmax_backward_data(torch.bmm(of_dmixed, of_v.mT), weights, -1, weights.dtype)
             of_dkv[0].baddbmm_(dscores.mT, of_q, beta=0, alpha=scale)
             of_dq.baddbmm_(dscores, of_k, beta=0, alpha=scale)
-        dq = _with_spare_entry(q).index_copy_(0, short.outputs, dqueries)
+        dq = q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2]).index_copy_(0, short.outputs, dqueries)
         dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2]).index_add_(1, short.own, dkeys)
         dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
         for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
@@ -215,11 +215,6 @@ def _attention_weights(queries: torch.Tensor, keys: torch.Tensor, group: HeadGro
     scores = queries.new_empty(group.shape).copy_(group.additive_mask(queries.dtype))
     scores = scores.view(*queries.shape[:2], -1).baddbmm_(queries, keys.mT, alpha=queries.shape[-1] ** -0.5)
     return torch.softmax(scores, dim=-1)
-
-
-def _with_spare_entry(q: torch.Tensor) -> torch.Tensor:
-    """(T * H + 1, D) zeros: the result of tokens in no group, and one entry more that a group's padding goes to."""
-    return q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2])
 
 
 def _gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

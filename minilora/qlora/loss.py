@@ -90,8 +90,7 @@ def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_we
 
     A piece of the vocabulary at a time: a float32 copy of a 7B's head would be 2 GB.
     """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    hidden = hidden.to(wide)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     pieces = head_weight.split(chunk_positions(sum(hidden.shape), hidden.device.type))  # with their logits (size, S)
-    normalizers = [(hidden @ piece.to(wide).T).logsumexp(1) for piece in pieces]
+    normalizers = [(hidden @ piece.to(hidden.dtype).T).logsumexp(1) for piece in pieces]
     return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)

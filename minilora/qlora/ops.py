@@ -27,8 +27,7 @@ class _RMSNorm(torch.autograd.Function):
     With n = x / rms(x) and g = w * dy:  dx = (g - n * mean(g * n)) / rms(x),  dw = sum over tokens of n * dy.
     The mean is over the C entries of a token: it is what the common divisor sends back to each of them.
     Keeps x and 1 / rms, one float32 a token; the mean is in float32 too, because a sum of squares overflows float16.
-    Forward is PyTorch's own: one kernel on a GPU in place of nine, and half the time on a CPU, where its backward has
-    none.
+    Forward is PyTorch's own: one kernel on a GPU in place of nine, half the time on a CPU, which lacks its backward.
     """
 
     @staticmethod
@@ -61,9 +60,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return rms_norm_and_scale(x, weight, eps)[0]
 
 
-def rms_norm_and_scale(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm`, and 1 / rms, (T, 1) float32 or wider, from which `scaled_rms_norm` computes the same bits."""
-    return _RMSNorm.apply(x, weight, eps)
+rms_norm_and_scale = _RMSNorm.apply  # 1 / rms too, (T, 1) float32 or wider: from it the same bits are had for less
 
 
 def scaled_rms_norm(x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor) -> torch.Tensor:
