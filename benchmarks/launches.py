@@ -4,9 +4,9 @@
 
 On a fast GPU a small model waits for the processor, which needs 6 to 10 us to start a kernel, so this count decides
 there and not the arithmetic. Operators are counted as PyTorch and bitsandbytes dispatch them, on the CPU; views and
-buffers without a value start none. A norm's
-forward is nine operators on a CPU and one kernel on a GPU: a GPU starts 16 fewer a layer than are counted here. Eight reviews of 58 to 196 tokens; a layer's share is half the difference between a
-model of four layers and one of two. bitsandbytes' `gemm_4bit` counts as the four operators that it is in training.
+buffers without a value start none. A norm's forward is nine operators there and one kernel on a GPU, which starts 16
+fewer a layer. Eight reviews of 58 to 196 tokens; a layer's share is half the difference between a model of four layers
+and one of two. bitsandbytes' `gemm_4bit` counts as the four operators that it is in training.
 transformers and peft take part where they are installed. The last line is JSON.
 """
 
