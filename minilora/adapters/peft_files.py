@@ -138,9 +138,11 @@ def damage_of_adapter(folder: Path) -> str | None:
         entries = read_manifest(folder)["files"]
     except UserError as error:
         return str(error)
-    name = "adapter_config.json"
-    is_moved = name in entries and _digest_before_move(folder) == entries[name]["sha256"]
-    return verify_folder(folder, [other for other in entries if other not in ("README.md", name if is_moved else "")])
+    names = [name for name in entries if name != "README.md"]
+    problem, config = verify_folder(folder, names), "adapter_config.json"
+    if problem is not None and problem.startswith(config) and _digest_before_move(folder) == entries[config]["sha256"]:
+        return verify_folder(folder, [name for name in names if name != config])
+    return problem
 
 
 def _digest_before_move(folder: Path) -> str | None:
