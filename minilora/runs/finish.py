@@ -36,7 +36,7 @@ from minilora.reports import plots
 from minilora.reports.model_card import render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import non_finite
-from minilora.runs.checkpoint import newest_checkpoint
+from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
@@ -142,7 +142,7 @@ def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
         if not ranks.run_on_rank_0(path.is_file):
             results = ranks.run_on_rank_0(lambda: read_json(checkpoints / "final" / "metrics.json"))
             gone = UserError("the checkpoint of its adapter is gone; evaluate.py --output_dir writes one of a test set")
-            if ranks.run_on_rank_0(lambda: newest_checkpoint(checkpoints)) == "none":
+            if not ranks.run_on_rank_0(lambda: bool(list_checkpoints(checkpoints))):
                 raise gone
             run = open_run(config, model_folder, ranks)
             if ranks.run_on_rank_0(lambda: _load_best(run)) != results["step"]:
