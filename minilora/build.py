@@ -4,24 +4,35 @@ Training, evaluation and inspection start here, so they cannot differ in how a p
 What this module imports, except `config.py`, takes plain values and never sees the configuration.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import tokenizers
 import torch
 
+from minilora import __version__
 from minilora.adapters.peft_config import read_adapter_config
-from minilora.config import Config
+from minilora.config import Config, DataSection
+from minilora.data.encode import Encoder
 from minilora.data.hub import fetch_adapter, is_hub_name
-from minilora.data.labels import class_indices, index_note, missing_classes
-from minilora.data.records import ReadOptions, Record, read_records
+from minilora.data.labels import index_note, missing_classes
+from minilora.data.lines import count_lines
+from minilora.data.prepare import SPLITS
+from minilora.data.records import ReadOptions, Record, iter_records
 from minilora.data.sampler import stratified_sample
+from minilora.data.token_store import CACHE, FileRecords, Piece, TokenStore, build_store, load_store
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, OverlongError
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.files import sha256
 from minilora.weights.chat_template import default_system
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -32,25 +43,35 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Examples:
-    """A data file as the model sees it: an example for each record."""
+    """A data file as the model sees it: an example for each record, both made when they are asked for."""
 
-    records: list[Record]
-    examples: list[Example]
+    records: Sequence[Record]
+    examples: TokenStore
 
     @property
     def labelled(self) -> bool:
         """All of them have a label, so accuracy and F1 are defined."""
-        return all(record.messages is None for record in self.records)
+        return bool((self.labels >= 0).all())
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) the class of each, -1 for a conversation."""
+        return self.examples.labels
 
     @property
     def num_truncated(self) -> int:
         """Examples whose text was truncated to data.max_length."""
-        return sum(example.truncated_tokens > 0 for example in self.examples)
+        return int(np.count_nonzero(self.examples.truncated))
 
     @property
-    def labels(self) -> list[int]:
-        """Class of each example; only where all are labelled."""
-        return [example.label for example in self.examples if example.label is not None]
+    def num_overlong(self) -> int:
+        """Records whose assistant turns alone exceed data.max_length: dropped or cut, as data.overlong says."""
+        return int(self.examples.facts["overlong"])
+
+    def describe(self, section: DataSection) -> str:
+        """What of it was cut and dropped, in words."""
+        overlong = f", {self.num_overlong} overlong (data.overlong={section.overlong})" if self.num_overlong else ""
+        return f"{self.num_truncated:,} cut to {section.max_length} tokens{overlong}"
 
 
 def adapter_folder(name: str) -> Path:
@@ -163,51 +184,94 @@ def note_other_system(prompt: ClassificationPrompt, remedy: str = "prompt.system
         )
 
 
+def read_splits(config: Config, prompt: ClassificationPrompt, may_write: bool = True) -> dict[str, Examples]:
+    """`read_split` of all splits; UserError with the overlong conversations of all of them."""
+    splits, overlong = {}, []
+    for split in SPLITS:
+        try:
+            splits[split] = read_split(config, prompt, split, may_write=may_write)
+        except OverlongError as error:
+            overlong.append(error)
+    if overlong:
+        raise UserError("\n".join(map(str, overlong)))
+    return splits
+
+
 def read_split(
     config: Config,
     prompt: ClassificationPrompt,
     split: str,
     reading: ReadOptions = ReadOptions(),
+    *,
     is_trained: bool = False,
+    may_write: bool = True,
 ) -> Examples:
-    """The examples of one file of `data.dir`, at most `data.max_{split}_examples`."""
-    path = Path(config.data.dir) / f"{split}.jsonl"
-    return build_examples(limited(read_records(path, reading), config, split), prompt, is_trained)
+    """The examples of one file of `data.dir`, at most `data.max_{split}_examples`; their tokens are kept beside it.
+
+    Args:
+        config: names the folder, the limit and what is done with overlong conversations.
+        prompt: how records are rendered.
+        split: the file's name.
+        reading: how it is read.
+        is_trained: an adapter answers with the prompt's words, so they cannot be others.
+        may_write: otherwise nothing is kept.
+
+    Raises:
+        UserError: as `Encoder`, or the file cannot be read.
+    """
+    path, limit = Path(config.data.dir) / f"{split}.jsonl", getattr(config.data, f"max_{split}_examples")
+    digest = sha256(path)
+    facts = {
+        "data": digest,
+        "reading": asdict(reading),
+        "limit": limit and [limit, config.data.sample],
+        "overlong": config.data.overlong,
+        "tokenizer": sha256(prompt.tokenizer.folder / "tokenizer.json"),
+        "prompt": [prompt.system, prompt.instruction, list(prompt.labels), prompt.max_length],
+        "made by": [__version__, tokenizers.__version__],
+    }
+
+    def encode(append: Callable[[Piece], None]) -> dict[str, Any]:
+        with progress(f"tokenise {path.name}", min(count_lines(path), limit or sys.maxsize), "record") as bar:
+            chosen = choose(lambda: (record.label for record in iter_records(path, reading)), config, split)
+            records = partial(_iter_chosen, path, reading, chosen)
+            encoder = Encoder(prompt, str(path), records, config.data.overlong, is_trained, bar.update)
+            return encoder(append)
+
+    store = load_store(path.parent / CACHE, split, facts, encode, may_write=may_write)
+    return Examples(FileRecords(path, digest, store.lines, reading), store)
+
+
+def choose(read_labels: Callable[[], Iterable[Any]], config: Config, split: str) -> Sequence[int] | None:
+    """Ascending indices of the records that `data.max_{split}_examples` and `data.sample` take; None for all."""
+    limit = getattr(config.data, f"max_{split}_examples")
+    if limit is None:
+        return None
+    return range(limit) if config.data.sample == "first" else stratified_sample(list(read_labels()), limit)
+
+
+def _iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) -> Iterator[tuple[int, Record]]:
+    """Those records of a JSONL file, with their lines. All others are read too: what is wrong with them is said."""
+    num_taken = 0
+    for index, record in enumerate(iter_records(path, reading)):
+        if chosen is None or (num_taken < len(chosen) and chosen[num_taken] == index):
+            num_taken += 1
+            yield int(record.where.rpartition(":")[2]), record
 
 
 def limited(records: Sequence[Record], config: Config, split: str) -> Sequence[Record]:
-    """At most `data.max_{split}_examples` of the records, in their order, chosen as `data.sample` says."""
-    limit = getattr(config.data, f"max_{split}_examples")
-    if limit is None or config.data.sample == "first":
-        return records[:limit]
-    return [records[index] for index in stratified_sample([record.label for record in records], limit)]
+    """The records of a file that `choose` takes."""
+    chosen = choose(lambda: (record.label for record in records), config, split)
+    return records if chosen is None else [records[index] for index in chosen if index < len(records)]
 
 
-def build_examples(records: Sequence[Record], prompt: ClassificationPrompt, is_trained: bool = False) -> Examples:
-    """One example per record: a labelled text, or a conversation, whose default system turn is the prompt's.
-
-    Raises:
-        UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
-    """
-    texts = [record for record in records if record.messages is None]
-    found = [(record.where, record.label) for record in texts if record.label is not None]
-    labels = class_indices(found, prompt.labels, is_trained)
-    labelled = iter(prompt.examples([record.content for record in texts], labels))
-    examples = []
-    for record in records:
-        if record.messages is None:
-            examples.append(next(labelled))
-            continue
-        examples.append(
-            chat_example(
-                prompt.tokenizer,
-                record.messages,
-                max_length=prompt.max_length,
-                where=record.where,
-                default_system=prompt.system,
-            )
-        )
-    return Examples(list(records), examples)
+def build_examples(
+    records: Sequence[Record], prompt: ClassificationPrompt, is_trained: bool = False, overlong: str = "error"
+) -> Examples:
+    """One example per record of a file, unless it is dropped: a labelled text, or a conversation. See `Encoder`."""
+    path = records[0].where.rpartition(":")[0] if records else ""
+    store = build_store(Encoder(prompt, path, lambda: enumerate(records, start=1), overlong, is_trained))
+    return Examples([records[number - 1] for number in store.lines], store)
 
 
 def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list[str]:
@@ -218,7 +282,7 @@ def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list
 
 def tell_of_labels(files: Mapping[str, Examples], words: Sequence[str]) -> None:
     """Says which labels of some files were read as indices, and warns of `lacking_classes`."""
-    note = index_note({record.label for file in files.values() for record in file.records}, words)
+    note = index_note({label for file in files.values() for label in file.examples.facts["labels"]}, words)
     if note is not None:
         info(note)
     for text in lacking_classes(files, words):

@@ -95,6 +95,9 @@ class DataSection:
         is_free=True,
     )
     max_length: int = key(512, "longest example in tokens; a longer review is cut", minimum=16)
+    overlong: Literal["error", "drop", "cut"] = key(
+        "error", "conversations whose answers alone exceed max_length: stop, leave them out, or end them there"
+    )
     max_train_examples: int | None = key(None, "use N training records, as data.sample chooses them", minimum=1)
     max_validation_examples: int | None = key(None, "use N validation records, likewise", minimum=1)
     max_test_examples: int | None = key(None, "use N test records, likewise", minimum=1)

@@ -59,8 +59,8 @@ def main() -> None:
         chosen = epoch_order(len(records), config.train.seed, 0)[:size]
     else:
         chosen = list(range(min(size, len(records))))
-    built = build_examples([records[i] for i in chosen], prompt)
-    truncated = f"{built.num_truncated} cut to {config.data.max_length} tokens"
+    built = build_examples([records[i] for i in chosen], prompt, overlong=config.data.overlong)
+    truncated = built.describe(config.data)
 
     for example in built.examples:
         label = None if example.label is None else prompt.labels[example.label]

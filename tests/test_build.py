@@ -5,12 +5,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from minilora.build import build_examples, build_prompt, choose_dtype, note_other_system, read_split
+from minilora.build import (
+    Examples,
+    build_examples,
+    build_prompt,
+    choose_dtype,
+    note_other_system,
+    read_split,
+    read_splits,
+)
 from minilora.config import Config, load_config
+from minilora.data.encode import Encoder
 from minilora.data.records import Record
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
@@ -101,3 +111,91 @@ def test_a_system_turn_other_than_the_models_own_is_noted(
         "note: .*'You are Qwen,.*'Please reason step by step.'; prompt.system=model takes that\n",
         capsys.readouterr().err,
     )
+
+
+def read(data: Path, folder: Path, *keys: str) -> dict[str, Examples]:
+    config = load_config(None, [f"data.dir={data}", *keys])
+    return read_splits(config, build_prompt(config, ChatTokenizer(folder)))
+
+
+def test_records_and_examples_are_those_that_a_limit_takes(
+    tiny_checkpoint: Callable[..., Path], processed_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(processed_data, tmp_path / "data"))
+    whole, some = (
+        read(data, tiny_checkpoint(), *keys)["train"]
+        for keys in ([], ["data.max_train_examples=7", "data.sample=first"])
+    )
+    assert list(some.examples) == whole.examples[:7]
+    assert list(some.records) == whole.records[:7]
+    assert [record.where for record in some.records[:2]] == [f"{data / 'train.jsonl'}:{line}" for line in (1, 2)]
+    assert whole.labelled
+    assert whole.labels.tolist() == [record.label for record in whole.records]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "prompt.system=s",
+        "prompt.instruction=评论：",
+        "prompt.labels=[差,好]",
+        "data.max_length=100",
+        "data.max_train_examples=47",
+        "data.overlong=drop",
+        "tokenizer",
+        "data",
+    ],
+)
+def test_tokens_are_made_once_for_data_tokenizer_and_prompt(
+    key: str,
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, folder = tmp_path / "data", tmp_path / "model"
+    shutil.copytree(processed_data, data, ignore=shutil.ignore_patterns(".tokens"))
+    shutil.copytree(tiny_checkpoint(), folder)
+    made: list[str] = []
+
+    def counting(self: Encoder, append: Callable[..., None]) -> dict[str, Any]:
+        made.append(Path(self.path).name)
+        return encode(self, append)
+
+    encode = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", counting)
+    first = read(data, folder)
+    assert made == ["train.jsonl", "validation.jsonl", "test.jsonl"]
+    again = read(data, folder, "train.seed=7", "lora.r=2")
+    assert list(again["train"].examples) == list(first["train"].examples)
+    assert len(made) == 3
+    if key == "tokenizer":
+        (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
+    elif key == "data":
+        (data / "train.jsonl").write_text('{"text": "好", "label": 1}\n', "utf-8")
+    read(data, folder, *([key] if "=" in key else []))
+    assert made[3:4] == ["train.jsonl"]
+
+
+def test_overlong_conversations_of_all_splits_are_one_error(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    for split, count in (("train", 30), ("validation", 2), ("test", 2)):
+        lines = []
+        for number in range(count):
+            answer = "x1" * 90 if number % 2 else "答"
+            turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), "utf-8")
+    keys = ("data.max_length=64", "prompt.system=s", "prompt.instruction=i")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, tiny_checkpoint(), *keys)
+    for found in (r"train\.jsonl: 15 of 30", r"validation\.jsonl: 1 of 2", r"test\.jsonl: 1 of 2"):
+        assert re.search(found, str(caught.value))
+    for overlong, num_kept in (("drop", 15), ("cut", 30)):
+        for _ in range(2):  # as it is made, and from the store
+            train = read(tmp_path, tiny_checkpoint(), *keys, f"data.overlong={overlong}")["train"]
+            assert (len(train.examples), len(train.records), train.num_overlong) == (num_kept, num_kept, 15)
+            section = load_config(None, [*keys, f"data.overlong={overlong}"]).data
+            assert train.describe(section).endswith(f"cut to 64 tokens, 15 overlong (data.overlong={overlong})")
+            assert not train.labelled

@@ -15,6 +15,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from minilora.errors import UserError, capped, shown
 
 MOST_CLASSES = 20  # more labels are a wrong column, and no message lists them
@@ -108,10 +110,9 @@ def index_note(found: Iterable[Label | None], words: Sequence[str]) -> str | Non
     return f"{note}; if they begin at 1 there: {_option({i: words[i - 1] for i in indices})}"
 
 
-def missing_classes(labels: Iterable[int], words: Sequence[str]) -> str | None:
+def missing_classes(labels: Sequence[int] | np.ndarray, words: Sequence[str]) -> str | None:
     """The words that no example has, as a message says it; None where each has one."""
-    labels = list(labels)
-    present = set(labels)
+    present = set(np.unique(labels).tolist())
     missing = [word for index, word in enumerate(words) if index not in present]
     if not missing:
         return None

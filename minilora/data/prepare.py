@@ -13,8 +13,10 @@ Left out: near-duplicates and language detection; they need thresholds that some
 """
 
 import difflib
+import functools
 import random
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,14 +77,15 @@ class SplitOptions:
     drop_rare: bool = False
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch's examples: a permutation that is a function of (seed, epoch).
+@functools.lru_cache(maxsize=1)  # every step of an epoch asks for it
+def epoch_order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
+    """The order of an epoch's examples: a permutation that is a function of (seed, epoch), in 4 bytes each.
 
     Python's generator, seeded with text (hashed by SHA-512), shuffles equally on every platform and version.
     """
-    order = list(range(num_examples))
+    order = array("I", range(num_examples))
     random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order
+    return memoryview(order).toreadonly()
 
 
 def split_of(path: Path) -> str | None:

@@ -5,6 +5,7 @@ kept.
 """
 
 import importlib.util
+import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,6 +117,11 @@ def iter_records(
         else:
             say(fields, columns)
             yield record
+
+
+def parse_jsonl_record(where: str, line: bytes, options: ReadOptions = ReadOptions()) -> Record:
+    """One line of a JSONL file that `iter_records` has read without an error."""
+    return _make_record(where, json.loads(line.decode().removeprefix("\ufeff")), options)[0]
 
 
 def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:

@@ -106,7 +106,7 @@ def score(
             scores = _label_scores(model, prefix, chosen, prompt)
         return nll.item(), count, scores.tolist()
 
-    batches = list(iter_batches(examples, options))
+    batches = list(iter_batches([len(example.input_ids) for example in examples], options))
     try:
         parts = _divide(batches, examples, score_batch, options)
     finally:
@@ -131,7 +131,7 @@ def label_probabilities(
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
         return _label_scores(model, prefix, chosen, prompt).tolist()
 
-    batches = list(iter_batches(examples, options))
+    batches = list(iter_batches([len(example.input_ids) for example in examples], options))
     return _softmax(batches, _divide(batches, examples, score_batch, options))
 
 
@@ -160,13 +160,14 @@ def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) 
     return torch.softmax(log_scores, dim=-1).numpy()
 
 
-def iter_batches(examples: Sequence[Example], options: ScoringOptions) -> Iterator[list[int]]:
-    """Indices into `examples`, longest first, so that a lack of memory shows at once."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+def iter_batches(lengths: Sequence[int] | np.ndarray, options: ScoringOptions) -> Iterator[list[int]]:
+    """Indices of examples of these lengths, longest first, so that a lack of memory shows at once."""
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
     limit = len(order) if options.batch_size is None else options.batch_size
-    while order:
-        size = max(1, min(limit, options.max_tokens // len(examples[order[0]].input_ids)))
-        yield order[:size]
+    while len(order):
+        size = max(1, min(limit, options.max_tokens // int(lengths[order[0]])))
+        yield order[:size].tolist()
         order = order[size:]
 
 

@@ -23,6 +23,7 @@ import torch
 from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
 from minilora.data.records import Record
+from minilora.data.token_store import TokenStore
 from minilora.errors import UserError
 from minilora.planning.memory import (
     BatchShape,
@@ -35,7 +36,7 @@ from minilora.planning.memory import (
 from minilora.planning.plan import ANSWER_TOKENS, LONGEST_TOKENS, SIZES, hub_name, largest_batch, next_smaller
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
-from minilora.qlora.prompt import ChatTokenizer, Example
+from minilora.qlora.prompt import ChatTokenizer
 from minilora.weights.hf_config import read_config
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -100,7 +101,7 @@ class Setup:
 
 def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
     """`Setup.shape_of` for the records of a data file, rendered and truncated as in training."""
-    examples: dict[int, list[Example]] = {}
+    examples: dict[int, TokenStore] = {}
     shapes: dict[str, BatchShape] = {}
 
     def shape_of(config: Config) -> BatchShape:
@@ -154,7 +155,7 @@ def largest_micro_batch(setup: Setup, budget_bytes: int) -> int:
 
 
 def resolve_token_limit(
-    config: Config, model_folder: Path, examples: Sequence[Example], device: torch.device, ranks: int = 1
+    config: Config, model_folder: Path, examples: TokenStore, device: torch.device, ranks: int = 1
 ) -> int | None:
     """What train.max_tokens_per_micro_batch=auto is on this device: what fits a GPU's free memory; None on a CPU.
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_split, tell_of_labels
+from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, tell_of_labels
 from minilora.config import Config
-from minilora.data.prepare import SPLITS, epoch_order
+from minilora.data.prepare import epoch_order
 from minilora.planning.budget import resolve_token_limit
 from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
 from minilora.qlora.batch import count_packed_tokens
@@ -25,17 +25,15 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     tokenizer = ChatTokenizer(model_folder)
     prompt = build_prompt(config, tokenizer)
     note_other_system(prompt)
-    splits = {name: read_split(config, prompt, name) for name in SPLITS}
+    splits = read_splits(config, prompt, may_write=False)
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
     if config.train.max_tokens_per_micro_batch == "auto":
         limit = resolve_token_limit(config, model_folder, examples, device, ranks=ranks)
         config = replace(config, train=replace(config.train, max_tokens_per_micro_batch=limit))
-    batches = list(epoch_batches(config, examples, 0, ranks))
+    packed = [count_packed_tokens(batch) for batch in epoch_batches(config, examples, 0, ranks)]
     in_step = examples_per_step(config, ranks)
-    real = sum(len(example.input_ids) for example in examples)
-    supervised = sum(sum(example.supervised) for example in examples)
 
     shape = largest_batch(config, examples, ranks)
     estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
@@ -43,13 +41,12 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
     tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
     for name, split in splits.items():
-        cut = split.num_truncated
-        print(f"{name}: {len(split.examples)} examples, {cut} cut to {config.data.max_length} tokens")
+        print(f"{name}: {len(split.examples)} examples, {split.describe(config.data)}")
     print(
         f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
-        f"{f' on {ranks} ranks' if ranks > 1 else ''}; "
-        f"{real:,} tokens in {len(batches):,} micro-batches, {supervised:,} supervised; "
-        f"{sum(map(count_packed_tokens, batches)):,} computed (shared prefixes once)\n"
+        f"{f' on {ranks} ranks' if ranks > 1 else ''}; {examples.lengths.sum():,} tokens in "
+        f"{len(packed):,} micro-batches, {examples.num_supervised.sum():,} supervised; "
+        f"{sum(packed):,} computed (shared prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]
     print(f"the first example:\n{tokenizer.decode(examples[first].input_ids)}")

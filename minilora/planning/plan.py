@@ -7,17 +7,20 @@ size are alike in all that memory depends on. Source: config.json of Qwen/Qwen2.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minilora.build import choose_device
 from minilora.config import Config
 from minilora.data.prepare import epoch_order
 from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.data.token_store import TokenStore
 from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
-from minilora.qlora.batch import common_prefix, count_packed_tokens, round_up_tokens
+from minilora.qlora.batch import count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import Example
 from minilora.weights.hf_config import read_config
@@ -87,22 +90,38 @@ def epoch_batches(config: Config, examples: Sequence[Example], epoch: int, ranks
             yield from split_into_micro_batches(share, size, max_tokens)
 
 
-def largest_batch(config: Config, examples: Sequence[Example], ranks: int = 1) -> BatchShape:
-    """The shape of a run's micro-batches; the order of every epoch is known beforehand."""
+def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> BatchShape:
+    """The shape of a run's micro-batches; the order of every epoch is known beforehand.
+
+    Where a micro-batch has a number of examples, it has at most the tokens that it would have with the prefix that all
+    examples share, so only those that could be the largest are made.
+    """
     train = config.train
     epochs = train.num_train_epochs
     if train.max_steps is not None:
         epochs = math.ceil(train.max_steps / math.ceil(len(examples) / examples_per_step(config, ranks)))
-    batches = [batch for epoch in range(epochs) for batch in epoch_batches(config, examples, epoch, ranks)]
+    inputs, counts, size = examples.lengths - 1, examples.num_supervised, train.per_device_train_batch_size
     # Validation and test set are assumed to be as long as the training set; their prefix is in a KV cache.
-    scored = next(iter_batches(examples, ScoringOptions(train.per_device_eval_batch_size)))
-    prefix = common_prefix(examples)
-    return BatchShape(
-        max(map(count_packed_tokens, batches)),
-        max(sum(sum(example.supervised) for example in batch) for batch in batches),
-        max(len(example.input_ids) - 1 for example in examples),
-        round_up_tokens(sum(len(examples[index].input_ids) - 1 - prefix for index in scored)),
-    )
+    scored = next(iter_batches(examples.lengths, ScoringOptions(train.per_device_eval_batch_size)))
+    scored_tokens = round_up_tokens(int((inputs[scored] - examples.common_prefix).sum()))
+    tokens = supervised = 0
+    if train.max_tokens_per_micro_batch is not None or ranks > 1:
+        for batch in chain.from_iterable(epoch_batches(config, examples, epoch, ranks) for epoch in range(epochs)):
+            tokens = max(tokens, count_packed_tokens(batch))
+            supervised = max(supervised, sum(sum(example.supervised) for example in batch))
+        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens)
+    starts = np.arange(0, len(examples), size)
+    others = np.diff(starts, append=len(examples)) - 1
+    for epoch in range(epochs):
+        order = np.asarray(epoch_order(len(examples), train.seed, epoch))
+        supervised = max(supervised, int(np.add.reduceat(counts[order], starts).max()))
+        at_most = np.add.reduceat(inputs[order], starts) - examples.common_prefix * others
+        for index in np.argsort(-at_most):
+            if round_up_tokens(int(at_most[index])) <= tokens:
+                break
+            chosen = order[starts[index] : starts[index] + size]
+            tokens = max(tokens, count_packed_tokens([examples[i] for i in chosen]))
+    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens)
 
 
 def uniform_batch(config: Config) -> BatchShape:

@@ -44,8 +44,8 @@ def _resuming_keys(run: Run) -> list[str]:
     model, train = run.config.model, run.config.train
     keys = []
     if run.scoring is not None:
-        examples = run.splits[run.scoring].examples
-        passes = iter_batches(examples, ScoringOptions(train.per_device_eval_batch_size, scoring_tokens(run.config)))
+        lengths = run.splits[run.scoring].examples.lengths
+        passes = iter_batches(lengths, ScoringOptions(train.per_device_eval_batch_size, scoring_tokens(run.config)))
         if (size := len(next(passes))) > 1:
             keys.append(f"train.per_device_eval_batch_size={size // 2}")
     else:

@@ -191,7 +191,7 @@ def _report_of(
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
     test = splits["test"]
     scored = {"before training": results["test_before"], "after training": results["test"]}
-    remark = f"Test set: {len(test.examples):,} records, {test.num_truncated:,} cut to {config.data.max_length} tokens."
+    remark = f"Test set: {len(test.examples):,} records, {test.describe(config.data)}."
     if results["test"] is None:
         scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
     elif probabilities is None:
@@ -202,7 +202,7 @@ def _report_of(
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
         examples=None
         if probabilities is None
-        else ScoredExamples(test.records, np.array(test.labels), probabilities, run.prompt.labels),
+        else ScoredExamples(test.records, test.labels, probabilities, run.prompt.labels),
         log=log,
         memory_estimate=run.memory_estimate.parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),
@@ -218,7 +218,7 @@ def _report_of(
             "base model": {"name": config.model.name_or_path, "folder": folder},
             "data": {
                 "folder": config.data.dir,
-                **{name: f"{len(split.examples):,} ({split.num_truncated:,} cut)" for name, split in splits.items()},
+                **{name: f"{len(split.examples):,} ({split.describe(config.data)})" for name, split in splits.items()},
             },
             "computed with": run.state.machine,
             "SHA-256 of the data": run.state.data_sha256,
@@ -289,7 +289,7 @@ def score_split(
 def _metrics(run: Run, split: Examples, scores: Scores) -> dict[str, Any]:
     metrics: dict[str, Any] = {"loss": scores.loss, "num_examples": len(split.examples)}
     if scores.probabilities is not None:
-        labels = np.array(split.labels)
+        labels = split.labels
         metrics |= classification_metrics(labels, scores.probabilities, run.prompt.labels, run.config.prompt.positive)
     return metrics
 

@@ -104,7 +104,9 @@ class LoadedRun:
                 raise UserError(
                     f"{path}: is not there; give labelled reviews with --data, or their folder with data.dir"
                 )
-            reviews = read_split(config, prompt, "test", ReadOptions(map_labels=reading.map_labels), is_trained)
+            reviews = read_split(
+                config, prompt, "test", ReadOptions(map_labels=reading.map_labels), is_trained=is_trained
+            )
             if self.path is not None:
                 warn_of_another_test_set(self.path, path)
         else:

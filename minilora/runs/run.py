@@ -5,6 +5,7 @@ own (`batches`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,14 @@ class StepBatch:
 
     settings: StepSettings
     examples: list[Example]  # of all ranks
-    records: list[str]  # where each of them is from, file and line
     micro_batches: list[MicroBatch]  # this rank's, on its device
+    split: Examples  # that they are from
+    indices: Sequence[int]  # of the examples in it
+
+    @property
+    def records(self) -> list[str]:
+        """Where each of the examples is from, file and line."""
+        return [self.split.records[index].where for index in self.indices]
 
 
 @dataclass
@@ -188,5 +195,4 @@ def batches(run: Run, step: int) -> StepBatch:
         seed=train.seed,
         num_supervised=sum(sum(example.supervised) for example in examples),
     )
-    records = [split.records[i].where for i in chosen]
-    return StepBatch(settings, examples, records, [pack(part).to(run.device) for part in parts])
+    return StepBatch(settings, examples, [pack(part).to(run.device) for part in parts], split=split, indices=chosen)

@@ -17,11 +17,10 @@ from minilora.build import (
     choose_device,
     choose_dtype,
     note_other_system,
-    read_split,
+    read_splits,
     tell_of_labels,
 )
 from minilora.config import Config
-from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.planning.budget import resolve_token_limit
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -96,7 +95,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     checkpoint = ranks.run_on_rank_0(lambda: _choose_checkpoint(config, directory, provenance))
     prompt = build_prompt(config, ChatTokenizer(model_folder))
     note_other_system(prompt)
-    splits = {name: read_split(config, prompt, name) for name in SPLITS}
+    with ranks.rank_0_first():
+        splits = read_splits(config, prompt)
     if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
     resolve = partial(resolve_token_limit, config, model_folder, splits["train"].examples, device, ranks=ranks.size)
@@ -163,10 +163,13 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     if run.lacks_a_class_for_f1:
         info("eval_loss decides which checkpoint is best, because F1 of such a validation set says nothing")
     truncated = sum(split.num_truncated for split in splits.values())
+    overlong = sum(split.num_overlong for split in splits.values())
     info(
         f"{config.model.name_or_path} ({config.model.quantization}, {dtype_name(dtype)}, {run.device}): "
         f"{sum(p.numel() for p in lora_parameters(run.model)):,} trainable parameters; examples: {counts}; "
-        f"{truncated} cut to {config.data.max_length} tokens; {run.total_steps} steps"
+        f"{truncated} cut to {config.data.max_length} tokens; "
+        + (f"{overlong} conversations too long (data.overlong={config.data.overlong}); " if overlong else "")
+        + f"{run.total_steps} steps"
     )
 
 

@@ -93,9 +93,11 @@ def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2]
     assert epoch_order(50, 42, 1) == orders[1] != epoch_order(50, 43, 1)
-    assert epoch_order(0, 42, 0) == []
+    assert len(epoch_order(0, 42, 0)) == 0
+    assert epoch_order(50, 42, 1) is epoch_order(50, 42, 1)  # at every step of an epoch
+    assert memoryview(epoch_order(50, 42, 1)).nbytes == 200  # type: ignore[arg-type]
     # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"  (CPython 3.11)
-    assert epoch_order(6, 42, 0) == [0, 5, 3, 4, 1, 2]
+    assert list(epoch_order(6, 42, 0)) == [0, 5, 3, 4, 1, 2]
 
 
 def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Records in, examples out: piece by piece, so that all cores tokenise and only one piece is Python objects."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from minilora.data.labels import class_indices
+from minilora.data.records import Record
+from minilora.data.token_store import Piece
+from minilora.errors import UserError
+from minilora.qlora.prompt import ClassificationPrompt, Example, OverlongError, chat_example
+
+PIECE = 1024  # records
+SHOWN_LINES = 10
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes a store of a file's records (`token_store.Encode`).
+
+    Raises:
+        UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
+        OverlongError: conversations whose assistant turns alone exceed the prompt's `max_length`, if that is an error.
+    """
+
+    prompt: ClassificationPrompt  # its system turn is the default one of a conversation
+    path: str  # for messages
+    read: Callable[[], Iterable[tuple[int, Record]]]  # all records, with their lines
+    overlong: str = "error"  # as `data.overlong`
+    is_trained: bool = False  # an adapter answers with the prompt's words, so they cannot be others
+    on_progress: Callable[[int], object] = lambda _: None  # called with the number of records finished
+
+    def __call__(self, append: Callable[[Piece], None]) -> dict[str, Any]:
+        num_read = num_kept = most = 0
+        overlong: list[int] = []  # their lines
+        labels: set[str | int] = set()
+        records = iter(self.read())
+        while piece := list(islice(records, PIECE)):
+            kept = []
+            for (line, _), (example, error) in zip(piece, self._encode([r for _, r in piece]), strict=True):
+                if error is not None:
+                    overlong.append(line)
+                    most = max(most, error.tokens)
+                if example is not None:
+                    kept.append((line, example))
+            append(kept)
+            labels.update(record.label for _, record in piece if record.label is not None)
+            num_read, num_kept = num_read + len(piece), num_kept + len(kept)
+            self.on_progress(len(piece))
+        if overlong and (self.overlong == "error" or not num_kept):
+            lines = ", ".join(map(str, overlong[:SHOWN_LINES])) + (", ..." if len(overlong) > SHOWN_LINES else "")
+            raise OverlongError(
+                f"{self.path}: {len(overlong)} of {num_read} records have assistant turns that alone exceed "
+                f"data.max_length = {self.prompt.max_length} tokens (line {lines}); data.overlong=drop leaves them "
+                f"out, data.overlong=cut ends them there, data.max_length={most} takes the longest",
+                most,
+            )
+        in_order = sorted(labels, key=lambda label: (isinstance(label, str), label))
+        return {"overlong": len(overlong), "labels": in_order}
+
+    def _encode(self, records: Sequence[Record]) -> Iterator[tuple[Example | None, OverlongError | None]]:
+        """For each record its example, unless it is dropped, and the error that it is too long."""
+        texts = [record for record in records if record.messages is None]
+        labelled = iter(self.prompt.examples([record.content for record in texts], self._classes(texts)))
+        turns = [turn for record in records for turn in record.messages or ()]
+        with self.prompt.tokenizer.knowing(
+            text for role, content, *_ in turns for text in (content, f"{role}\n", "\n")
+        ):
+            for record in records:
+                yield (next(labelled), None) if record.messages is None else self._encode_chat(record)
+
+    def _encode_chat(self, record: Record) -> tuple[Example | None, OverlongError | None]:
+        settings: dict[str, Any] = {"max_length": self.prompt.max_length, "default_system": self.prompt.system}
+        encode = partial(chat_example, self.prompt.tokenizer, record.messages or (), where=record.where, **settings)
+        try:
+            return encode(), None
+        except OverlongError as error:
+            example = None
+            if self.overlong == "cut":
+                with suppress(OverlongError):  # no answer begins in time: it is dropped
+                    example = encode(cuts_answers=True)
+            return example, error
+
+    def _classes(self, records: Iterable[Record]) -> list[int]:
+        def classes(records: Iterable[Record]) -> list[int]:
+            found = ((r.where, r.label) for r in records if r.label is not None)
+            return class_indices(found, self.prompt.labels, self.is_trained)
+
+        try:
+            return classes(records)
+        except UserError:
+            classes(record for _, record in self.read())  # the error names all labels of the file
+            raise
