@@ -301,10 +301,11 @@ def of_earlier_version(content: Mapping[str, Mapping[str, Any]]) -> dict[str, di
 
 
 def describe_keys() -> str:
-    """The table of all keys for --help: name, type, default, meaning."""
+    """The table of all keys for --help: name, default, type, meaning; `free` as in `key`."""
     lines = []
     for name, item in KEYS.items():
-        lines.append(f"  {name}={json.dumps(default_of(item), ensure_ascii=False)}  ({type_name(item.type)})")
+        kind = type_name(item.type) + (", free" if name in FREE_KEYS else "")
+        lines.append(f"  {name}={json.dumps(default_of(item), ensure_ascii=False)}  ({kind})")
         lines.append(f"      {item.metadata['help']}")
     return "\n".join(lines)
 

@@ -35,7 +35,7 @@ examples:
   python scripts/train.py --config my.yaml --dry_run         memory, tokens and a prompt, then stop
   torchrun --nproc-per-node 4 scripts/train.py --config my.yaml      four GPUs share each step
 
-keys, each `section.key=default  (type)`:
+keys, each `section.key=default  (type)`; a free one may differ when a run is resumed:
 """
 
 
