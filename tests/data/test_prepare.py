@@ -459,7 +459,7 @@ def test_all_records_that_cannot_be_used_are_in_one_message(tmp_path: Path) -> N
         kinds[5].partition("; ")[0].removeprefix(f"{tmp_path}/"),
         "b.jsonl:6: no text column (text, text_a, review, sentence, content)",
     ]
-    assert kinds[0].endswith("correct the record (8 such records, also a.csv:8, a.csv:9, a.csv:10, a.csv:11, ...)")
+    assert kinds[0].endswith("(8 such records, also a.csv:8, a.csv:9, a.csv:10, a.csv:11, ...)")
     assert kinds[1].endswith("(2 such records, also a.csv:22)")
     assert "b.jsonl:2: is not JSON" in kinds[2]
     assert "b.jsonl:5: holds half a character" in kinds[5]

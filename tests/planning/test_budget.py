@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilora.config import config_from_dict, load_config
 from minilora.data.records import read_records
+from minilora.data.token_store import Piece, build_store
 from minilora.errors import UserError
 from minilora.planning import budget, plan
 from minilora.planning.budget import (
@@ -141,7 +142,12 @@ def test_auto_is_what_fits_a_gpus_free_memory_and_nothing_on_a_cpu(
     tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, free = tiny_checkpoint(), CONTEXT_BYTES + 20_000_000
-    examples = [Example([number] * 100, [False] * 98 + [True] * 2) for number in range(64)]
+
+    def encode(append: Callable[[Piece], None]) -> dict[str, Any]:
+        append([(number, Example([number] * 100, [False] * 98 + [True] * 2)) for number in range(64)])
+        return {}
+
+    examples = build_store(encode)
     config = load_config(
         None, [f"{TOKENS_KEY}=auto", "model.compute_dtype=float32", "train.per_device_train_batch_size=64"]
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from minilora import build
 from minilora.build import take_adapter
 from minilora.errors import UserError
-from minilora.planning.plan import print_plan
+from minilora.planning.dry_run import print_plan
 from minilora.runs.checkpoint import read_state
 from minilora.system.files import json_bytes, sha256
 from minilora.system.signals import Interrupted
