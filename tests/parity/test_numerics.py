@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -30,7 +31,7 @@ from minilora.config import LoraConfig
 from minilora.qlora import ops
 from minilora.qlora.attention import attention, attention_reference, split_heads
 from minilora.qlora.batch import MicroBatch, common_prefix, pack
-from minilora.qlora.lora import linear_layers
+from minilora.qlora.lora import Recompute, linear_layers
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM, RMSNorm
 from minilora.qlora.nf4 import Linear4bit, quantize
@@ -135,7 +136,16 @@ def record(model: Qwen2ForCausalLM, examples: Sequence[Example], layers: tuple[i
         in_chosen_layer = name.startswith(tuple(f"layers.{layer}." for layer in layers))
         if isinstance(module, RMSNorm) or (in_chosen_layer and isinstance(module, nn.Linear)):
             hooks.append(module.register_forward_hook(partial(keep, name)))
-    hidden = model.model(batch.input_ids, batch.position_ids, batch.groups)
+    names = {module: name for name, module in model.model.named_modules()}
+    recomputable = RMSNorm.recomputable
+
+    def kept(norm: RMSNorm, x: torch.Tensor) -> tuple[torch.Tensor, Recompute]:  # a layer's norms, which have no hooks
+        y, again = recomputable(norm, x)
+        keep(names[norm], norm, (x,), y)
+        return y, again
+
+    with mock.patch.object(RMSNorm, "recomputable", kept):
+        hidden = model.model(batch.input_ids, batch.position_ids, batch.groups)
     nll, count = next_token_nll(hidden[batch.supervised_positions], batch.targets, model.head_weight)
     (nll / count).backward()
     for hook in hooks:
