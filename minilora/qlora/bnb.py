@@ -6,16 +6,14 @@ imported, or its library for this machine does not load, 4 bits are done in PyTo
 
 import functools
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from minilora.errors import UserError
-from minilora.system.process import is_tuned
+from minilora.system.process import compiler_left_out, is_tuned, kernels_left_out
 
 
 @functools.cache
@@ -25,7 +23,7 @@ def functional() -> ModuleType | None:
     for source in sources:
         source.addFilter(_is_worth_showing)
     try:
-        with _compiler_left_out() if is_tuned() else nullcontext(), _kernels_left_out():
+        with compiler_left_out() if is_tuned() else nullcontext(), kernels_left_out():
             import bitsandbytes.functional
         _check_library(bitsandbytes.functional.lib)
     except Exception as error:  # a broken installation fails with whatever its loader meets
@@ -50,39 +48,6 @@ def _check_library(library: Any) -> None:
         raise RuntimeError(getattr(library, "error_msg", "its library does not load"))
     if torch.cuda.is_available() and not getattr(library, "compiled_with_cuda", False):
         raise RuntimeError(f"no library for CUDA {torch.version.cuda} in it")
-
-
-@contextmanager
-def _compiler_left_out() -> Iterator[None]:
-    """`torch.compile` does nothing, which only a script may choose (`system/process.py`)."""
-
-    def unchanged(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
-        return (lambda decorated: decorated) if function is None else function
-
-    before = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo") if hasattr(torch, name)}
-    try:
-        for name in before:
-            setattr(torch, name, unchanged)
-        yield
-    finally:
-        for name, original in before.items():
-            setattr(torch, name, original)
-
-
-@contextmanager
-def _kernels_left_out() -> Iterator[None]:
-    """bitsandbytes finds no package `kernels` while it is imported.
-
-    On a processor with AVX512-BF16 it would ask the hub through it for a compiled kernel and load that into this
-    process: a network at import, code that nobody asked for, and another order of the codes than `gemv.py` makes.
-    """
-    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python is told that a module cannot be imported
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(before)
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:

@@ -7,9 +7,9 @@
     glibc's malloc    buffers of up to 32 MB come from the heap and 64 MB of it stay: a training step needs the same
                       buffers in every layer, and a page that comes from the system costs as much as the values on it.
                       One arena, so that any thread reuses what another one has freed.
-    bitsandbytes      imported without PyTorch's compiler (`qlora/bnb.py`). It decorates functions that nothing here
-                      calls with `torch.compile`, and PyTorch marks its kernels as not to be compiled; either imports
-                      the whole compiler, 185 MB and five seconds. During that import `torch.compile` does nothing.
+    bitsandbytes      imported without PyTorch's compiler (`compiler_left_out`). It decorates functions that nothing
+                      here calls with `torch.compile`, and PyTorch marks its kernels as not to be compiled; either
+                      imports the whole compiler, 185 MB and five seconds. Meanwhile `torch.compile` does nothing.
 
     CUDA              cuBLAS with the workspaces that make its sums repeatable, and an allocator whose segments grow:
                       micro-batches differ in size, and fixed segments keep holes between them.
@@ -19,7 +19,8 @@
                       they spin for 0.1 s and more, on the core that another program needs, or the thread waited for.
                       Beside one busy core a training run is 15 % faster for it, and alone as fast as before.
 
-Without these settings everything computes the same and takes more memory.
+Without these settings everything computes the same and takes more memory. Beside them `kernels_left_out`, which any
+program gets for the time of one import.
 """
 
 import ctypes
@@ -27,6 +28,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 COMPILED_PRODUCTS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # read at the first product
 VARIABLES = dict.fromkeys(COMPILED_PRODUCTS, "64") | {
@@ -88,3 +90,37 @@ def call_glibc(name: str, *arguments: int) -> None:
     """Calls a function of glibc, and nothing on macOS, Windows and musl."""
     with suppress(AttributeError, TypeError, OSError):
         getattr(ctypes.CDLL(None), name)(*arguments)
+
+
+@contextmanager
+def compiler_left_out() -> Iterator[None]:
+    """`torch.compile` does nothing, as a script may choose for the import of bitsandbytes."""
+    import torch  # here: a script imports this module before it
+
+    def unchanged(function: Any = None, *_arguments: Any, **_options: Any) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    before = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo") if hasattr(torch, name)}
+    try:
+        for name in before:
+            setattr(torch, name, unchanged)
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(torch, name, original)
+
+
+@contextmanager
+def kernels_left_out() -> Iterator[None]:
+    """bitsandbytes finds no package `kernels` while it is imported.
+
+    On a processor with AVX512-BF16 it would ask the hub through it for a compiled kernel and load that into this
+    process: a network at import, code that nobody asked for, and another order of the codes than `gemv.py` makes.
+    """
+    before = {"kernels": sys.modules["kernels"]} if "kernels" in sys.modules else {}
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python is told that a module cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(before)
