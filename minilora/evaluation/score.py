@@ -27,7 +27,7 @@ import torch
 
 from minilora.qlora.batch import MicroBatch, common_prefix, pack
 from minilora.qlora.kv_cache import KVCache
-from minilora.qlora.loss import head_logits, next_token_nll, token_log_probabilities
+from minilora.qlora.loss import chunk_positions, head_logits, next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.system.distributed import SINGLE_RANK, Ranks
@@ -201,3 +201,14 @@ def _label_scores(
     tokens = token_log_probabilities(torch.cat(hidden), torch.cat(targets), model.head_weight)
     scores = tokens.new_zeros(len(examples) * len(prompt.labels)).index_add_(0, torch.cat(entries), tokens)
     return scores.view(len(examples), -1).double().cpu()
+
+
+def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    """log p(target) at each position: (S,) float32 or wider, as the products are; for scoring, no gradient is kept.
+
+    A piece of the vocabulary at a time: a float32 copy of a 7B's head would be 2 GB.
+    """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    pieces = head_weight.split(chunk_positions(sum(hidden.shape), hidden.device.type))  # with their logits (size, S)
+    normalizers = [(hidden @ piece.to(hidden.dtype).T).logsumexp(1) for piece in pieces]
+    return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)

@@ -17,8 +17,6 @@ import torch
 # float32 logits of a chunk: 65 positions of a Qwen2.5 on a CPU, where more are no faster, 526 on a GPU, where fewer
 # kernels are.
 LOGITS_BYTES = {"cpu": 40_000_000, "cuda": 320_000_000}
-
-
 # float16 ends at 6e-8, and a confident model's dz is smaller than that: dz and dh are held this many times as large, a
 # power of 2, until the gradient from above, which holds the loss scale, is multiplied with in float32.
 FLOAT16_SCALE = 1024
@@ -83,14 +81,3 @@ def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: tor
         The sum in nats, float32 or wider, and S.
     """
     return _NextTokenNLL.apply(hidden, targets, head_weight), targets.shape[0]
-
-
-def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position: (S,) float32 or wider, as the products are; for scoring, no gradient is kept.
-
-    A piece of the vocabulary at a time: a float32 copy of a 7B's head would be 2 GB.
-    """
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    pieces = head_weight.split(chunk_positions(sum(hidden.shape), hidden.device.type))  # with their logits (size, S)
-    normalizers = [(hidden @ piece.to(hidden.dtype).T).logsumexp(1) for piece in pieces]
-    return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)

@@ -8,10 +8,12 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.config import LoraConfig
-from minilora.evaluation.score import Scores, ScoringOptions, score
+from minilora.evaluation.score import Scores, ScoringOptions, score, token_log_probabilities
+from minilora.qlora import loss
 from minilora.qlora.batch import common_prefix, pack_segments
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
+from tests.planning.test_memory import allocated_peak
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 SINGLE, SEVERAL, MIXED = ("负面", "正面"), ("差评", "好评"), ("负面", "好评", "一般般")
@@ -208,3 +210,26 @@ def test_bfloat16_labels_that_are_close_do_not_tie(tiny_model: LoadModel, chat_t
     scores: Scores = score(model, examples, prompt, ScoringOptions(4))
     assert scores.probabilities is not None
     assert (scores.probabilities[:, 0] != scores.probabilities[:, 1]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_token_log_probabilities_equal_log_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 4 * (rows + 8) * 7})  # pieces of 7 tokens
+    hidden, head = torch.randn(rows, 8), torch.randn(30, 8)
+    targets = torch.randint(30, (rows,))
+    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(token_log_probabilities(hidden, targets, head), expected)
+
+
+def test_token_log_probabilities_of_bfloat16_are_float32s_without_a_float32_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 400_000})
+    hidden, head = torch.randn(70, 64).bfloat16(), torch.randn(20_000, 64).bfloat16()
+    targets = torch.randint(20_000, (70,))
+    expected = (hidden.float() @ head.float().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(token_log_probabilities(hidden, targets, head), expected)
+    peak = allocated_peak(lambda: token_log_probabilities(hidden, targets, head))
+    assert peak < 4 * head.numel() / 4

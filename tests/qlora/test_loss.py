@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from minilora.qlora import loss
-from tests.planning.test_memory import allocated_peak
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 150])
@@ -57,26 +56,3 @@ def test_a_vocabulary_decides_how_many_positions_are_a_chunk() -> None:
     assert loss.chunk_positions(151936, "cpu") == 65
     assert loss.chunk_positions(151936, "cuda") == 526
     assert loss.chunk_positions(10**9, "cpu") == 1
-
-
-@pytest.mark.parametrize("rows", [1, 70])
-def test_token_log_probabilities_equal_log_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 4 * (rows + 8) * 7})  # pieces of 7 tokens
-    hidden, head = torch.randn(rows, 8), torch.randn(30, 8)
-    targets = torch.randint(30, (rows,))
-    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(loss.token_log_probabilities(hidden, targets, head), expected)
-
-
-def test_token_log_probabilities_of_bfloat16_are_float32s_without_a_float32_head(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 400_000})
-    hidden, head = torch.randn(70, 64).bfloat16(), torch.randn(20_000, 64).bfloat16()
-    targets = torch.randint(20_000, (70,))
-    expected = (hidden.float() @ head.float().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(loss.token_log_probabilities(hidden, targets, head), expected)
-    peak = allocated_peak(lambda: loss.token_log_probabilities(hidden, targets, head))
-    assert peak < 4 * head.numel() / 4
