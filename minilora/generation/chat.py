@@ -9,7 +9,7 @@ The model's generation_config.json decides how tokens are sampled. For what it l
 defaults of Qwen2.5's larger Instruct models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class Conversation:
         config = replace(self._config, max_new_tokens=limit)
         tokens = generate(state, config, stop_ids=self._stop_ids, generator=self._generator)
         try:
-            yield from self._tokenizer.iter_text(self._counted(tokens))
+            yield from iter_text(self._tokenizer, self._counted(tokens))
         except FloatingPointError:
             state.truncate(before)
             raise UserError(
@@ -122,3 +122,16 @@ class Conversation:
         for token in tokens:
             self.num_tokens += 1
             yield token
+
+
+def iter_text(tokenizer: ChatTokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of ids that come one by one, in whole characters; what never becomes one is U+FFFD at the end."""
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):
+            waiting = []
+            yield text
+    if waiting:
+        yield tokenizer.decode(waiting)

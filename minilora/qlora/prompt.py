@@ -156,18 +156,6 @@ class ChatTokenizer:
         """Text of the ids, control tokens spelled out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def iter_text(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of ids that come one by one, in whole characters; what never becomes one is U+FFFD at the end."""
-        waiting: list[int] = []
-        for token in ids:
-            waiting.append(token)
-            text = self.decode(waiting)
-            if not text.endswith("\ufffd"):
-                waiting = []
-                yield text
-        if waiting:
-            yield self.decode(waiting)
-
     def open_turn(self, role: str, content: str = "") -> list[int]:
         """`<|im_start|>{role}\\n{content}`: a turn that is still open."""
         return [self.im_start, *self.encode(f"{role}\n{content}")]

@@ -359,33 +359,6 @@ def test_a_chat_that_cannot_be_learnt_from_is_refused(
         chat_example(chat_tokenizer, messages, max_length=64, where="chat.jsonl:7", default_system=SYSTEM)
 
 
-@settings(max_examples=200, deadline=None)
-@given(text=REVIEWS)
-def test_text_that_comes_id_by_id_never_shows_part_of_a_character(chat_tokenizer: ChatTokenizer, text: str) -> None:
-    text = unicodedata.normalize("NFC", text).replace("\ufffd", "")
-    ids = chat_tokenizer.encode(text)
-    pieces = list(chat_tokenizer.iter_text(iter(ids)))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_text_is_there_as_soon_as_its_last_id_is(chat_tokenizer: ChatTokenizer) -> None:
-    ids = chat_tokenizer.encode("好a😡b")
-    assert chat_tokenizer.decode(ids[:1]) == "好"
-    taken: list[int] = []
-    seen = [(piece, len(taken)) for piece in chat_tokenizer.iter_text(taken.append(i) or i for i in ids)]
-    assert seen[:2] == [("好", 1), ("a", 2)]
-    assert len(ids) == 7  # an emoji is four ids in this small vocabulary
-    assert seen[2:] == [("😡", 6), ("b", 7)]
-
-
-def test_half_a_character_at_the_end_is_shown_as_unknown(chat_tokenizer: ChatTokenizer) -> None:
-    ids = chat_tokenizer.encode("a😡")
-    assert list(chat_tokenizer.iter_text(ids[:-1])) == ["a", "\ufffd"]
-    # And one in the middle does not hold back what stands behind it.
-    assert "".join(chat_tokenizer.iter_text([*ids[:-1], *chat_tokenizer.encode("bc")])) == "a\ufffdbc"
-
-
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read \(.+\); a model folder needs it"):
         ChatTokenizer(tmp_path)
