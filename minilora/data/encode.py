@@ -1,7 +1,7 @@
 """Records in, examples out: piece by piece, so that all cores tokenise and only one piece is Python objects."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,7 +11,7 @@ from minilora.data.labels import class_indices
 from minilora.data.records import Record
 from minilora.data.token_store import Piece
 from minilora.errors import UserError
-from minilora.qlora.prompt import ClassificationPrompt, Example, OverlongError, chat_example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, OverlongError, chat_example
 
 PIECE = 1024  # records
 SHOWN_LINES = 10
@@ -66,23 +66,19 @@ class Encoder:
         texts = [record for record in records if record.messages is None]
         labelled = iter(self.prompt.examples([record.content for record in texts], self._classes(texts)))
         turns = [turn for record in records for turn in record.messages or ()]
-        with self.prompt.tokenizer.knowing(
-            text for role, content, *_ in turns for text in (content, f"{role}\n", "\n")
-        ):
-            for record in records:
-                yield (next(labelled), None) if record.messages is None else self._encode_chat(record)
+        texts_of_turns = (text for role, content, *_ in turns for text in (content, f"{role}\n", "\n"))
+        tokenizer = _KnownTexts(self.prompt.tokenizer, texts_of_turns)
+        for record in records:
+            yield (next(labelled), None) if record.messages is None else self._encode_chat(tokenizer, record)
 
-    def _encode_chat(self, record: Record) -> tuple[Example | None, OverlongError | None]:
-        settings: dict[str, Any] = {"max_length": self.prompt.max_length, "default_system": self.prompt.system}
-        encode = partial(chat_example, self.prompt.tokenizer, record.messages or (), where=record.where, **settings)
+    def _encode_chat(self, tokenizer: ChatTokenizer, record: Record) -> tuple[Example | None, OverlongError | None]:
+        system, length = self.prompt.system, self.prompt.max_length
+        encode = partial(chat_example, tokenizer, record.messages or (), where=record.where, default_system=system)
         try:
-            return encode(), None
+            return encode(max_length=length), None
         except OverlongError as error:
-            example = None
-            if self.overlong == "cut":
-                with suppress(OverlongError):  # no answer begins in time: it is dropped
-                    example = encode(cuts_answers=True)
-            return example, error
+            whole = encode(max_length=sys.maxsize) if self.overlong == "cut" else None
+            return whole and _ended(whole, tokenizer.cut(whole.input_ids, length)), error
 
     def _classes(self, records: Iterable[Record]) -> list[int]:
         def classes(records: Iterable[Record]) -> list[int]:
@@ -94,3 +90,27 @@ class Encoder:
         except UserError:
             classes(record for _, record in self.read())  # the error names all labels of the file
             raise
+
+
+def _ended(whole: Example, kept: list[int]) -> Example | None:
+    """The conversation that ends with the ids `kept` of it, None if no answer begins before that.
+
+    An answer that is cut has no closing token and does not teach to stop.
+    """
+    supervised = whole.supervised[: len(kept)]
+    if True not in supervised:
+        return None
+    length = len(kept) - supervised[::-1].index(True)  # nothing after the last answer is of use
+    return Example(kept[:length], supervised[:length], truncated_tokens=len(whole.input_ids) - len(kept))
+
+
+class _KnownTexts(ChatTokenizer):
+    """A tokenizer to which `encode` of some texts is a look-up: all cores have tokenised them."""
+
+    def __init__(self, tokenizer: ChatTokenizer, texts: Iterable[str]):
+        vars(self).update(vars(tokenizer))
+        distinct = list({*texts})
+        self._known = dict(zip(distinct, tokenizer.encode_all(distinct), strict=True))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._known[text]) if text in self._known else super().encode(text)

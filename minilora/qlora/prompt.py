@@ -23,8 +23,7 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -103,12 +102,9 @@ class ChatTokenizer:
         self._added_pattern = re.compile(f"({'|'.join(longest_first)})")
         self.vocab_size = 1 + max(ids.values())
         self._longest_token = max(map(len, ids))  # in bytes, which are characters at least
-        self._known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""
-        if text in self._known:
-            return list(self._known[text])
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_answer(self, text: str, where: str) -> list[int]:
@@ -141,16 +137,6 @@ class ChatTokenizer:
         so enough stays between these ids and the cut, near which byte pairs merge differently.
         """
         return text[: 4 * self._longest_token * (num_tokens + 8)]
-
-    @contextmanager
-    def knowing(self, texts: Iterable[str]) -> Iterator[None]:
-        """`encode` of these texts is a look-up within the block: all cores have tokenised them."""
-        distinct = list({*texts})
-        self._known = dict(zip(distinct, self.encode_all(distinct), strict=True))
-        try:
-            yield
-        finally:
-            self._known = {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens spelled out."""
@@ -247,15 +233,12 @@ def chat_example(
     max_length: int,
     where: str,
     default_system: str,
-    cuts_answers: bool = False,
 ) -> Example:
     """A conversation, in which the assistant's turns are supervised unless `Turn.train` says otherwise.
 
     Without a system turn at the start, `default_system` is put there. Beyond `max_length` tokens the longest turn that
-    is context is cut. Where the supervised turns alone do not fit, that is an OverlongError with `where`. With
-    `cuts_answers` the whole conversation then ends after `max_length` tokens: an answer that is cut has no closing
-    token and does not teach to stop, and it is still an error if no answer begins before that. Raises also what
-    `check_turns` does.
+    is context is cut. Where the supervised turns alone do not fit, that is an OverlongError with `where`; raises also
+    what `check_turns` does.
     """
     turns = [Turn(*message) for message in messages]
     if not turns or turns[0].role != "system":
@@ -270,19 +253,15 @@ def chat_example(
     ]
     openings, closing = [tokenizer.open_turn(turn.role) for turn in turns], tokenizer.close_turn()
     fixed = sum(map(len, openings)) + len(closing) * len(turns)
-    whole, uncut = list(contents), sum(map(len, contents))
+    uncut = sum(map(len, contents))
     while (excess := fixed + sum(map(len, contents)) - max_length) > 0:
         cuttable = [i for i, turn in enumerate(turns) if not turn.is_supervised and contents[i]]
         if not cuttable:
-            overlong = OverlongError(
+            raise OverlongError(
                 f"{where}: the assistant turns exceed data.max_length = {max_length} tokens by {excess}; "
                 "raise data.max_length or remove the record",
                 max_length + excess,
             )
-            if not cuts_answers:
-                raise overlong
-            contents = whole
-            break
         longest = max(cuttable, key=lambda i: len(contents[i]))
         contents[longest] = tokenizer.cut(contents[longest], len(contents[longest]) - excess)
 
@@ -291,9 +270,5 @@ def chat_example(
     for turn, opening, content in zip(turns, openings, contents, strict=True):
         input_ids += opening + content + closing
         supervised += [False] * len(opening) + [turn.is_supervised] * (len(content) + 1) + [False] * (len(closing) - 1)
-    kept = tokenizer.cut(input_ids, max_length)  # all, but for an overlong conversation
-    if True not in supervised[: len(kept)]:
-        raise overlong
-    length = len(kept) - supervised[: len(kept)][::-1].index(True)  # nothing after the last answer is of use
-    truncated_tokens = uncut - sum(map(len, contents)) + len(input_ids) - len(kept)
-    return Example(kept[:length], supervised[:length], truncated_tokens=truncated_tokens)
+    length = len(input_ids) - supervised[::-1].index(True)  # nothing after the last answer is of use
+    return Example(input_ids[:length], supervised[:length], truncated_tokens=uncut - sum(map(len, contents)))

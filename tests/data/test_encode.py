@@ -75,6 +75,30 @@ def test_overlong_conversations_are_dropped_or_cut_and_counted(
         assert found[1].truncated_tokens > 0
 
 
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        # An answer that is cut does not teach to stop.
+        ([("user", "问"), ("assistant", "x1" * 90)], "x1x1"),
+        # Whole turns behind are dropped, also a question without its answer.
+        ([("user", "问"), ("assistant", "答一"), ("user", "y2" * 20), ("assistant", "x1" * 90)], "答一<|im_end|>"),
+    ],
+)
+def test_an_overlong_conversation_ends_where_max_length_does(
+    chat_tokenizer: ChatTokenizer, turns: list[tuple[str, str]], expected: str
+) -> None:
+    record = Record("a.jsonl:1", messages=tuple(turns))
+    (whole,) = encode([record], make_prompt(chat_tokenizer, 1024), "cut")
+    assert whole == chat_example(chat_tokenizer, turns, max_length=1024, where="", default_system="s")
+    (cut,) = encode([record], make_prompt(chat_tokenizer, 40), "cut")
+    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
+    assert len(cut.input_ids) <= 40
+    assert cut.supervised[-1]
+    answer = chat_tokenizer.decode([i for i, counts in zip(cut.input_ids, cut.supervised, strict=True) if counts])
+    assert answer == expected if "答" in expected else (answer.startswith(expected) and "<|im_end|>" not in answer)
+    assert cut.truncated_tokens > 0
+
+
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_where_nothing_is_left_that_is_an_error(overlong: str, chat_tokenizer: ChatTokenizer) -> None:
     with pytest.raises(OverlongError, match=r"a\.jsonl: 1 of 1 records"):
@@ -95,3 +119,12 @@ def test_progress_counts_all_records(chat_tokenizer: ChatTokenizer, monkeypatch:
     source: Callable[[], Any] = lambda: enumerate(records, start=1)  # noqa: E731
     build_store(Encoder(make_prompt(chat_tokenizer), str(Path("a.jsonl")), source, "drop", on_progress=done.append))
     assert done == [2, 1]
+
+
+def test_known_texts_are_encoded_as_others(chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["好<|im_end|>", "", "\n", "user\n"]
+    expected = [chat_tokenizer.encode(text) for text in texts]
+    known = encode_module._KnownTexts(chat_tokenizer, texts)
+    monkeypatch.setattr(ChatTokenizer, "encode", lambda _, text: pytest.fail(f"{text!r} is tokenised"))
+    known.encode("\n").append(0)  # the caller's own list
+    assert [known.encode(text) for text in texts] == expected

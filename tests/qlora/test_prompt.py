@@ -389,41 +389,8 @@ def test_ids_with_a_gap_between_them_need_a_row_up_to_the_largest(tiny_tokenizer
     assert ChatTokenizer(tmp_path).vocab_size == 5001
 
 
-@pytest.mark.parametrize(
-    ("turns", "expected"),
-    [
-        # An answer that is cut does not teach to stop.
-        ([("user", "问"), ("assistant", "x1" * 90)], "x1x1"),
-        # Whole turns behind are dropped, also a question without its answer.
-        ([("user", "问"), ("assistant", "答一"), ("user", "y2" * 20), ("assistant", "x1" * 90)], "答一<|im_end|>"),
-    ],
-)
-def test_an_overlong_chat_ends_where_max_length_does(
-    chat_tokenizer: ChatTokenizer, turns: list[tuple[str, str]], expected: str
-) -> None:
-    whole = chat_example(chat_tokenizer, turns, max_length=1024, where="f:1", default_system="s")
-    cut = chat_example(chat_tokenizer, turns, max_length=40, where="f:1", default_system="s", cuts_answers=True)
-    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
-    assert len(cut.input_ids) <= 40
-    assert cut.supervised[-1]
-    answer = chat_tokenizer.decode(supervised_ids(cut))
-    assert answer == expected if "答" in expected else (answer.startswith(expected) and "<|im_end|>" not in answer)
-    assert cut.truncated_tokens > 0
-    fitting = chat_example(chat_tokenizer, turns, max_length=1024, where="f:1", default_system="s", cuts_answers=True)
-    assert fitting == whole
-
-
-def test_a_chat_whose_question_leaves_no_room_for_an_answer_cannot_be_cut(chat_tokenizer: ChatTokenizer) -> None:
+def test_a_chat_whose_answers_do_not_fit_says_how_many_tokens_would(chat_tokenizer: ChatTokenizer) -> None:
     turns = [("user", "y2" * 90), ("assistant", "x1" * 90)]
     with pytest.raises(OverlongError, match=r"f:1: the assistant turns exceed data\.max_length = 64") as caught:
-        chat_example(chat_tokenizer, turns, max_length=64, where="f:1", default_system="s", cuts_answers=True)
+        chat_example(chat_tokenizer, turns, max_length=64, where="f:1", default_system="s")
     chat_example(chat_tokenizer, turns, max_length=caught.value.tokens, where="f:1", default_system="s")
-
-
-def test_known_texts_are_encoded_as_others(chat_tokenizer: ChatTokenizer) -> None:
-    texts = ["好<|im_end|>", "", "\n", "user\n"]
-    with chat_tokenizer.knowing(texts):
-        known = [chat_tokenizer.encode(text) for text in texts]
-        chat_tokenizer.encode("\n").append(0)  # the caller's own list
-        assert known == [chat_tokenizer.encode(text) for text in texts]
-    assert known == [chat_tokenizer.encode(text) for text in texts]
