@@ -180,11 +180,8 @@ class _Attention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         short: HeadGroups = ctx.short
         queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
-        dmixed, dqueries, dkeys = (
-            _gather(dout, short.queries),
-            torch.empty_like(queries),
-            keys.new_empty(2, *keys.shape),
-        )
+        dmixed = _gather(dout, short.queries)
+        dqueries, dkeys = torch.empty_like(queries), keys.new_empty(2, *keys.shape)
         if len(short.padding):
             dmixed.index_fill_(0, short.padding, 0)
         inputs = (short.fold(queries), *(short.fold(x, is_keys=True) for x in (keys, values)))
