@@ -19,7 +19,7 @@ from minilora import __version__
 from minilora.adapters.peft_config import read_adapter_config
 from minilora.config import Config, DataSection
 from minilora.data.encode import Encoder
-from minilora.data.hub import fetch_adapter, is_hub_name
+from minilora.data.hub import fetch_adapter
 from minilora.data.labels import index_note, missing_classes
 from minilora.data.lines import count_lines
 from minilora.data.prepare import SPLITS
@@ -74,16 +74,11 @@ class Examples:
         return f"{self.num_truncated:,} cut to {section.max_length} tokens{overlong}"
 
 
-def adapter_folder(name: str) -> Path:
-    """The folder of an adapter that is named by path or as owner/name on the hub."""
-    return fetch_adapter(name) if is_hub_name(name) and not Path(name).is_dir() else Path(name)
-
-
 def take_adapter(config: Config) -> Config:
     """The configuration with the shape of the adapter that `model.adapter` names; says what that changes."""
     if config.model.adapter is None:
         return config
-    folder = adapter_folder(config.model.adapter)
+    folder = fetch_adapter(config.model.adapter)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give a peft adapter")
     if folder.resolve().is_relative_to(Path(config.train.output_dir).resolve() / "checkpoints"):

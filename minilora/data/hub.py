@@ -86,12 +86,14 @@ def _instead(folder: Path) -> str:
     return "; give the folder or name of a Hugging Face checkpoint"
 
 
-def fetch_adapter(name: str) -> Path:
-    """Folder with the files of an adapter on the hub; without them where the name is a base model's."""
-    return download_snapshot("model", name, None, allow_patterns=ADAPTER_FILES, ignore_patterns=SUBFOLDERS)
+def fetch_adapter(name_or_path: str) -> Path:
+    """The path itself, or a folder with an adapter's files from the hub; without them for a base model's name there."""
+    if Path(name_or_path).is_dir() or not _is_hub_name(name_or_path):
+        return Path(name_or_path)
+    return download_snapshot("model", name_or_path, None, allow_patterns=ADAPTER_FILES, ignore_patterns=SUBFOLDERS)
 
 
-def is_hub_name(name_or_path: str) -> bool:
+def _is_hub_name(name_or_path: str) -> bool:
     """Whether it can only be owner/name: a path has another form, or begins with a folder that is here."""
     owner, _, name = name_or_path.partition("/")
     return bool(name) and "/" not in name and owner not in ("", ".", "..", "~") and not Path(owner).is_dir()

@@ -28,7 +28,7 @@ from minilora.build import (
     tell_of_labels,
 )
 from minilora.config import Config, config_from_dict
-from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, is_hub_name
+from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model
 from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.split_files import prepared_columns
@@ -149,7 +149,7 @@ def load_run(
         other_data: the run's test split is not what is scored, so the run's limit on its size does not apply.
         keys_read: beginnings of the keys that the caller reads; it warns of other overrides.
     """
-    path = _find(path)
+    path = fetch_adapter(path.as_posix())
     if not (path / "adapter_config.json").is_file():
         raise UserError(f"{path}: {_no_adapter(path)}")
     _say_what_is_not_read(path)
@@ -188,7 +188,7 @@ def load_run_or_base(
     path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...], other_data: bool = True
 ) -> LoadedRun:
     """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
-    folder = _find(path)
+    folder = fetch_adapter(path.as_posix())
     if not _is_base(path, folder):
         return load_run(folder, base, overrides, other_data, keys_read)
     if base is not None:
@@ -213,11 +213,6 @@ def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: 
 
 class _NoBaseError(UserError):
     """The base model is not there."""
-
-
-def _find(path: Path) -> Path:
-    """The folder of what --model_path names; of a name on the hub, one with its adapter's files if it has them."""
-    return fetch_adapter(path.as_posix()) if not path.is_dir() and is_hub_name(path.as_posix()) else path
 
 
 def _is_base(path: Path, folder: Path) -> bool:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from minilora import __version__
-from minilora.build import adapter_folder
 from minilora.config import CUTS, PATHS, Config, changed_keys, of_earlier_version
+from minilora.data.hub import fetch_adapter
 from minilora.data.prepare import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
@@ -75,7 +75,7 @@ def current_provenance(config: Config, model_folder: Path, machine: dict[str, An
         warn(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared")
     adapter = {}
     if config.model.adapter is not None:
-        adapter = {ADAPTER_WEIGHTS: sha256(adapter_folder(config.model.adapter) / ADAPTER_WEIGHTS)}
+        adapter = {ADAPTER_WEIGHTS: sha256(fetch_adapter(config.model.adapter) / ADAPTER_WEIGHTS)}
     return Provenance(config.to_dict(), data, model_digests(model_folder), machine, adapter)
 
 

@@ -11,7 +11,6 @@ from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters,
 from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
 from minilora.build import (
-    adapter_folder,
     build_model,
     build_prompt,
     choose_device,
@@ -21,6 +20,7 @@ from minilora.build import (
     tell_of_labels,
 )
 from minilora.config import Config
+from minilora.data.hub import fetch_adapter
 from minilora.errors import UserError
 from minilora.planning.budget import resolve_token_limit
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -177,7 +177,7 @@ def _initialize(model: Qwen2ForCausalLM, model_folder: Path, config: Config, pro
     """Initial values of the adapter: another adapter's, or those that depend on the base: minutes for a large model."""
     init_lora_weights = config.lora.init_lora_weights
     if config.model.adapter is not None:
-        folder = adapter_folder(config.model.adapter)
+        folder = fetch_adapter(config.model.adapter)
         load_adapter_weights(model, folder)
         before = read_provenance(folder).model_sha256
         changed = changed_names(before, provenance.model_sha256) if before else []

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minilora import build
 from minilora.build import take_adapter
+from minilora.data import hub
 from minilora.errors import UserError
 from minilora.planning.dry_run import print_plan
 from minilora.runs.checkpoint import read_state
@@ -114,7 +114,7 @@ def test_an_adapter_that_is_damaged_or_none_is_refused_before_a_step(adapter: Pa
 
 def test_an_adapter_may_be_a_name_on_the_hub(adapter: Path, run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(build, "fetch_adapter", lambda name: asked.append(name) or adapter)
+    monkeypatch.setattr(hub, "download_snapshot", lambda _, name, *__, **___: asked.append(name) or adapter)
     final = run(**{"model.adapter": "somebody/adapter"})
     assert set(asked) == {"somebody/adapter"}
     assert "beginning with the adapter somebody/adapter:" in (final / "README.md").read_text("utf-8")
