@@ -52,7 +52,7 @@ def measure_start(folder: str) -> dict[str, Any]:
     """Seconds until all examples of prepared data are there, and anonymous memory after an epoch of them."""
     from minilora.build import build_prompt, read_splits  # PyTorch, which is not in the memory of a preparation
     from minilora.config import load_config
-    from minilora.data.prepare import epoch_order
+    from minilora.data.sampler import epoch_order
     from minilora.qlora.prompt import ChatTokenizer
 
     config = load_config(None, [f"data.dir={folder}"])

@@ -22,9 +22,9 @@ from minilora.data.encode import Encoder
 from minilora.data.hub import fetch_adapter
 from minilora.data.labels import index_note, missing_classes
 from minilora.data.lines import count_lines
-from minilora.data.prepare import SPLITS
 from minilora.data.records import ReadOptions, Record, iter_records
 from minilora.data.sampler import stratified_sample
+from minilora.data.split_files import SPLITS
 from minilora.data.token_store import CACHE, FileRecords, Piece, TokenStore, build_store, load_store
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2ForCausalLM

@@ -12,8 +12,8 @@ from pathlib import Path
 from minilora.build import build_examples, build_prompt, limited
 from minilora.config import load_config
 from minilora.data.hub import fetch_model
-from minilora.data.prepare import epoch_order
 from minilora.data.records import ReadOptions, read_records
+from minilora.data.sampler import epoch_order
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.qlora.batch import pack

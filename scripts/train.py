@@ -15,9 +15,9 @@ from minilora.build import take_adapter
 from minilora.config import Config, describe_keys, layer_of, load_config
 from minilora.data.hub import fetch_dataset, fetch_model
 from minilora.data.labels import POLARITY
-from minilora.data.prepare import SPLITS, prepare, prepare_demo
+from minilora.data.prepare import prepare, prepare_demo
 from minilora.data.records import ReadOptions
-from minilora.data.split_files import recover_splits
+from minilora.data.split_files import SPLITS, recover_splits
 from minilora.errors import UserError
 from minilora.planning.dry_run import print_plan
 from minilora.runs.train import fit

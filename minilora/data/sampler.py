@@ -1,11 +1,13 @@
-"""Which records of a file a limit takes; which examples an optimizer step takes, and each rank's micro-batches of them.
+"""Which records of a file a limit takes, the order of an epoch, and each rank's micro-batches of an optimizer step.
 
 How a step is cut changes its result only by rounding, and the dropout masks: `step.py` divides once, by the supervised
 tokens of the whole step.
 """
 
+import functools
 import heapq
 import random
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +33,17 @@ def stratified_sample(labels: Sequence[Any], limit: int) -> list[int]:
         random.Random(f"{SAMPLE_SEED}-{label}").shuffle(group)
         places += [(rank / len(group), index) for rank, index in enumerate(group[:limit])]
     return sorted(index for _, index in heapq.nsmallest(limit, places))
+
+
+@functools.lru_cache(maxsize=1)  # every step of an epoch asks for it
+def epoch_order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
+    """The order of an epoch's examples: a permutation that is a function of (seed, epoch), in 4 bytes each.
+
+    Python's generator, seeded with text (hashed by SHA-512), shuffles equally on every platform and version.
+    """
+    order = array("I", range(num_examples))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return memoryview(order).toreadonly()
 
 
 def split_into_micro_batches(

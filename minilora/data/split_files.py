@@ -1,8 +1,9 @@
-"""The files of the splits: all of them are replaced, or none."""
+"""The files of the splits: what they are called, and how all of them are replaced, or none."""
 
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,20 @@ from minilora.system.files import (
     write_file,
 )
 
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+PART = re.compile(r"data-\d+-of-\d+\.arrow")  # of a split that datasets' save_to_disk wrote into a folder
 REPORT = "data_report.json"
+
+
+def split_of(path: Path) -> str | None:
+    """The split in a file's name ("train-00000-of-00001", "dev"), or None if it has none or several.
+
+    Only whole words count: "latest.tsv" is no test file. A folder that `save_to_disk` wrote names that of its files.
+    """
+    path = path.parent if PART.fullmatch(path.name) else path
+    named = {SPLIT_NAMES[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLIT_NAMES}
+    return named.pop() if len(named) == 1 else None
 
 
 def write_splits(splits: Mapping[str, Iterable[bytes]], directory: Path, report: dict[str, Any]) -> None:

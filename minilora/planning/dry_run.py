@@ -8,7 +8,7 @@ import torch
 
 from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, tell_of_labels
 from minilora.config import Config
-from minilora.data.prepare import epoch_order
+from minilora.data.sampler import epoch_order
 from minilora.planning.budget import resolve_token_limit
 from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
 from minilora.qlora.batch import count_packed_tokens

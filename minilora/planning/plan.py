@@ -15,8 +15,7 @@ import torch
 
 from minilora.build import choose_device
 from minilora.config import Config
-from minilora.data.prepare import epoch_order
-from minilora.data.sampler import split_across_ranks, split_into_micro_batches
+from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches
 from minilora.data.token_store import TokenStore
 from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory

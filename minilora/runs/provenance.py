@@ -24,7 +24,7 @@ import torch
 from minilora import __version__
 from minilora.config import CUTS, PATHS, Config, changed_keys, of_earlier_version
 from minilora.data.hub import fetch_adapter
-from minilora.data.prepare import SPLITS
+from minilora.data.split_files import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256

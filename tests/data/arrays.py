@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from minilora.data.clean import CAUSES, KEPT, Indices, Table, find_causes, group_by_label, split_groups
-from minilora.data.prepare import SPLITS
 from minilora.data.records import Record
 from minilora.data.spill import Spill
+from minilora.data.split_files import SPLITS
 
 
 def records_of(*pairs: tuple[str, int]) -> list[Record]:

@@ -8,8 +8,9 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-from minilora.data.prepare import SPLITS, SplitOptions
+from minilora.data.prepare import SplitOptions
 from minilora.data.records import Record
+from minilora.data.split_files import SPLITS
 
 Files = dict[str, list[Record]]
 

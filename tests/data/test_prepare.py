@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from minilora.data import spill
 from minilora.data.clean import normalized
-from minilora.data.prepare import SPLITS, SplitOptions, epoch_order, prepare, prepare_demo, split_of
+from minilora.data.prepare import SplitOptions, prepare, prepare_demo
 from minilora.data.records import ReadOptions, Record, read_records
+from minilora.data.split_files import SPLITS
 from minilora.errors import UserError
 from minilora.system.files import StorageError, sha256
 from tests.data import reference
@@ -86,18 +87,6 @@ def test_a_conversation_that_cannot_be_learnt_from_is_refused_before_a_file_is_w
     with pytest.raises(UserError, match=rf"chat\.jsonl:1: {message}"):
         prepare([source], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
-    orders = [epoch_order(50, 42, epoch) for epoch in range(3)]
-    assert all(sorted(order) == list(range(50)) for order in orders)
-    assert orders[0] != orders[1] != orders[2]
-    assert epoch_order(50, 42, 1) == orders[1] != epoch_order(50, 43, 1)
-    assert len(epoch_order(0, 42, 0)) == 0
-    assert epoch_order(50, 42, 1) is epoch_order(50, 42, 1)  # at every step of an epoch
-    assert memoryview(epoch_order(50, 42, 1)).nbytes == 200  # type: ignore[arg-type]
-    # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"  (CPython 3.11)
-    assert list(epoch_order(6, 42, 0)) == [0, 5, 3, 4, 1, 2]
 
 
 def test_prepare_writes_splits_and_a_report_that_agrees(tmp_path: Path) -> None:
@@ -488,22 +477,6 @@ def test_a_check_of_records_is_a_reason_to_drop_them(official: list[Path], tmp_p
         prepare(official, tmp_path / "out", check=check)
     report = prepare(official, tmp_path / "out", SplitOptions(drop_invalid=True), check=check)
     assert report["dropped"]["invalid"] == 3
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train.tsv", "train"),
-        ("dev.tsv", "validation"),
-        ("chn_senti_corp-valid.arrow", "validation"),
-        ("Test-00000-of-00001.parquet", "test"),
-        ("latest.tsv", None),
-        ("constrained.tsv", None),
-        ("train_test.tsv", None),
-    ],
-)
-def test_a_file_name_holds_its_split_as_a_whole_word(name: str, split: str | None) -> None:
-    assert split_of(Path(name)) == split
 
 
 def test_a_file_that_names_no_split_is_refused(official: list[Path], tmp_path: Path) -> None:

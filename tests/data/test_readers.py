@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minilora.data.prepare import split_of
 from minilora.data.readers import data_files, iter_fields, split_folders
 from minilora.data.records import Record, iter_texts, read_records
+from minilora.data.split_files import split_of
 from minilora.errors import UserError
 from tests.data.conftest import write
 

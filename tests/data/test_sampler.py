@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.sampler import split_across_ranks, split_into_micro_batches, stratified_sample
+from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches, stratified_sample
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import Example
 
@@ -93,3 +93,15 @@ def test_a_sample_has_each_labels_share_in_the_files_order(labels: list[str], li
 def test_a_sample_is_the_same_in_every_run_and_not_the_first_of_each_label() -> None:
     assert stratified_sample([1] * 50 + [0] * 50, 6) == [28, 29, 42, 65, 75, 93]
     assert stratified_sample([None] * 100, 4) == [8, 44, 58, 71]
+
+
+def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:
+    orders = [epoch_order(50, 42, epoch) for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert epoch_order(50, 42, 1) == orders[1] != epoch_order(50, 43, 1)
+    assert len(epoch_order(0, 42, 0)) == 0
+    assert epoch_order(50, 42, 1) is epoch_order(50, 42, 1)  # at every step of an epoch
+    assert memoryview(epoch_order(50, 42, 1)).nbytes == 200  # type: ignore[arg-type]
+    # python -c "import random; x = list(range(6)); random.Random('42-0').shuffle(x); print(x)"  (CPython 3.11)
+    assert list(epoch_order(6, 42, 0)) == [0, 5, 3, 4, 1, 2]

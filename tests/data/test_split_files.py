@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minilora.data.prepare import SplitOptions, prepare
-from minilora.data.split_files import recover_splits
+from minilora.data.split_files import recover_splits, split_of
 from minilora.errors import UserError
 from minilora.system.files import GrowingFile, StorageError, lock_folder
 
@@ -143,3 +143,19 @@ def test_what_another_process_is_writing_is_no_leftover(source: list[Path], tmp_
         with pytest.raises(UserError, match="out: another run is writing there"):
             prepare(source, tmp_path / "out", SplitOptions(seed=2))
         assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.tsv", "train"),
+        ("dev.tsv", "validation"),
+        ("chn_senti_corp-valid.arrow", "validation"),
+        ("Test-00000-of-00001.parquet", "test"),
+        ("latest.tsv", None),
+        ("constrained.tsv", None),
+        ("train_test.tsv", None),
+    ],
+)
+def test_a_file_name_holds_its_split_as_a_whole_word(name: str, split: str | None) -> None:
+    assert split_of(Path(name)) == split

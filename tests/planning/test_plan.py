@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.build import build_prompt, read_split
 from minilora.config import Config, LoraConfig, load_config
-from minilora.data.prepare import epoch_order
-from minilora.data.sampler import split_into_micro_batches
+from minilora.data.sampler import epoch_order, split_into_micro_batches
 from minilora.data.token_store import TokenStore
 from minilora.evaluation.score import ScoringOptions, iter_batches
 from minilora.planning import dry_run

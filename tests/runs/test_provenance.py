@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minilora.config import load_config
-from minilora.data.prepare import SPLITS
+from minilora.data.split_files import SPLITS
 from minilora.errors import UserError
 from minilora.runs import setup
 from minilora.runs.provenance import Provenance, describe_machine, read_provenance
