@@ -2,8 +2,8 @@
 
 Each key is here once, with its type, default and meaning; `--help` prints this table and a test fails for a key that
 nothing reads. Values are taken by the field's type, because YAML guesses: PyYAML reads `1e-4` as text and `no` as
-False. YAML is read strictly: no duplicate keys and no aliases. There is no interpolation, and no environment variable
-is read except for the home folder at which a path may begin (`~`).
+False. There is no interpolation, and no environment variable is read except for the home folder at which a path may
+begin (`~`).
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from minilora.errors import UserError
-from minilora.system.files import similar_path
 from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
+from minilora.system.strict_yaml import parse_yaml, read_yaml
 
 
 def key(default: Any, meaning: str, *, is_free: bool = False, **within: float) -> Any:
@@ -239,7 +239,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
     Raises:
         UserError: all unknown keys, wrong types and impossible values in one message.
     """
-    return config_from_dict({} if path is None else _read_yaml(path), overrides, str(path))
+    return config_from_dict({} if path is None else read_yaml(path), overrides, str(path))
 
 
 def layer_of(name: str, path: Path | None, overrides: Sequence[str]) -> int:
@@ -247,7 +247,7 @@ def layer_of(name: str, path: Path | None, overrides: Sequence[str]) -> int:
     section, _, attribute = name.partition(".")
     if any(override.partition("=")[0] == name for override in overrides):
         return 2
-    return int(path is not None and attribute in (_read_yaml(path).get(section) or {}))
+    return int(path is not None and attribute in (read_yaml(path).get(section) or {}))
 
 
 def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Config:
@@ -379,7 +379,7 @@ def _read_override(text: str, kind: Any) -> Any:
     quotes are YAML ("\\n" is a line break), and null and [a, b] where the key takes them.
     """
     try:
-        value = _parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return text
     if not takes_text(kind) or not text:
@@ -398,54 +398,3 @@ def _number_in(value: Any, kind: Any) -> Any:
         return float(value) if is_numeric and isinstance(value, str) else value
     except ValueError:
         return value
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, of which YAML would keep the last one, and names every bad value.
-
-    SafeLoader's own ValueErrors and the like (a month 13) say neither line nor value.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them expand to gigabytes
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor} is not read", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    problem = f"key {key_node.value!r} is given twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError):
-            problem = f"{node.value!r} cannot be read; quote it if it is text"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
-
-
-def _parse_yaml(text: str) -> Any:
-    """Content of a YAML text; YAMLError whatever is wrong with it."""
-    try:
-        return yaml.load(text, _StrictLoader)
-    except RecursionError:
-        raise yaml.YAMLError("brackets are nested too deep") from None
-
-
-def _read_yaml(path: Path) -> Any:
-    """Content of the file that --config names; an empty one is an empty table."""
-    try:
-        content = _parse_yaml(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check --config{similar_path(path)}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML; {' '.join(str(error).split())}") from None
-    return {} if content is None else content
