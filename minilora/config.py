@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -210,15 +210,6 @@ KEYS: dict[str, "dataclasses.Field[Any]"] = {
     for item in dataclasses.fields(section.type)  # type: ignore[arg-type]
 }
 FREE_KEYS = frozenset(name for name, item in KEYS.items() if item.metadata["is_free"])
-# With the number of ranks, the factors of an optimizer step's examples: only their product is fixed
-# (`runs/provenance.py`).
-CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-LENGTHS = ("num_train_epochs", "max_steps")
-REASONS = {  # behind a key that a continuation cannot change
-    **dict.fromkeys(LENGTHS, "  (free with lr_scheduler_type=constant, warmup_ratio=0)"),
-    "sample": "  (which N a limit takes; a run of an earlier version has data.sample=first)",
-}
-LIMITS = ("max_train_examples", "max_validation_examples", "max_test_examples")
 # `~` is expanded here: a shell does not do it after `section.key=`, and never sees a YAML file.
 PATHS = ("model.name_or_path", "model.adapter", "model.quantized_cache", "data.dir", "train.output_dir")
 # Keys that users of peft look for, and why they are not here.
@@ -285,21 +276,6 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
     return config
 
 
-def of_earlier_version(content: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A saved configuration as this version says it: without keys that are gone since, and with `data.sample`.
-
-    A version that had no such key took the first N.
-    """
-    kept = {
-        section: {name: value for name, value in keys.items() if f"{section}.{name}" not in REMOVED_KEYS}
-        for section, keys in content.items()
-    }
-    data = kept.get("data", {})
-    if "sample" not in data and any(data.get(name) for name in LIMITS):
-        kept["data"] = {**data, "sample": "first"}
-    return kept
-
-
 def describe_keys() -> str:
     """The table of all keys for --help: name, default, type, meaning; `free` as in `key`."""
     lines = []
@@ -308,27 +284,6 @@ def describe_keys() -> str:
         lines.append(f"  {name}={json.dumps(default_of(item), ensure_ascii=False)}  ({kind})")
         lines.append(f"      {item.metadata['help']}")
     return "\n".join(lines)
-
-
-def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
-    """`section.key: before -> now` of every key that would change the course of a run that has begun.
-
-    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS, nor a compute
-    dtype of auto, which is compared as what it became.
-    """
-    before = of_earlier_version(before)
-    is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
-    lines = []
-    for name, item in KEYS.items():
-        section, _, attribute = name.partition(".")
-        old = before.get(section, {}).get(attribute, default_of(item))  # an older version had no such key
-        now = getattr(getattr(config, section), attribute)
-        is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
-        is_free = is_free or (attribute == "compute_dtype" and "auto" in (old, now))
-        if old != now and not is_free:
-            shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))
-            lines.append(f"{name}: {' -> '.join(shown)}{REASONS.get(attribute, '')}")
-    return lines
 
 
 def _take(name: str, value: Any) -> Any:

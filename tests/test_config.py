@@ -9,19 +9,15 @@ from pathlib import Path
 import pytest
 
 from minilora.config import (
-    CUTS,
     FREE_KEYS,
     REMOVED_KEYS,
     Config,
-    changed_keys,
     config_from_dict,
     describe_keys,
     layer_of,
     load_config,
-    of_earlier_version,
 )
 from minilora.errors import UserError
-from minilora.runs.provenance import Provenance, read_provenance, refuse_other_run
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
@@ -361,48 +357,6 @@ def test_a_written_configuration_reads_back_as_itself() -> None:
     )
     content = json.loads(json.dumps(config.to_dict()))
     assert config_from_dict(content, [], "training_args.json") == config
-    assert changed_keys(content, config) == []
-
-
-def test_changed_keys_names_old_and_new_value() -> None:
-    before = load_config().to_dict()
-    now = load_config(None, ["lora.r=4", "prompt.labels=[差评, 好评]", "train.max_steps=3"])
-    assert changed_keys(before, now) == [
-        "lora.r: 8 -> 4",
-        'prompt.labels: ["负面", "正面"] -> ["差评", "好评"]',
-        "train.max_steps: null -> 3  (free with lr_scheduler_type=constant, warmup_ratio=0)",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "is_free"), [("constant", 0, True), ("constant", 0.1, False), ("linear", 0, False)]
-)
-def test_a_run_may_become_longer_where_its_learning_rate_does_not_depend_on_it(
-    schedule: str, warmup: float, is_free: bool
-) -> None:
-    keys = [f"train.lr_scheduler_type={schedule}", f"train.warmup_ratio={warmup}"]
-    before = load_config(None, keys).to_dict()
-    changes = changed_keys(before, load_config(None, [*keys, "train.num_train_epochs=9", "train.max_steps=9"]))
-    assert [line.partition(":")[0] for line in changes] == (
-        [] if is_free else ["train.num_train_epochs", "train.max_steps"]
-    )
-    assert changed_keys(before, load_config(None, [*keys, "train.seed=1"])) == ["train.seed: 42 -> 1"]
-
-
-def test_how_a_step_is_cut_is_no_change_by_itself() -> None:
-    before = load_config().to_dict()
-    assert changed_keys(before, load_config(None, [f"train.{name}=2" for name in CUTS])) == []
-    assert not {f"train.{name}" for name in CUTS} & FREE_KEYS  # their product counts: tests/runs/
-
-
-def test_a_key_that_an_older_run_did_not_have_had_its_default() -> None:
-    before = load_config().to_dict()
-    del before["lora"]["r"]
-    del before["data"]
-    assert changed_keys(before, load_config()) == []
-    changes = changed_keys(before, load_config(overrides=["lora.r=4", "data.max_length=100"]))
-    assert "lora.r: 8 -> 4" in changes
-    assert "data.max_length: 512 -> 100" in changes
 
 
 @pytest.mark.parametrize("name", REMOVED_KEYS)
@@ -415,56 +369,6 @@ def test_a_key_that_was_removed_is_refused_with_the_reason_where_a_user_writes_i
     assert str(path) in line
     (line,) = refusal(f"{name}=true")
     assert line.startswith(f"{name}: was removed")
-
-
-@pytest.mark.parametrize("name", REMOVED_KEYS)
-@pytest.mark.parametrize("file", ["training_args.json", "state.json"])
-def test_a_run_of_a_version_that_had_a_removed_key_is_read_and_continued(name: str, file: str, tmp_path: Path) -> None:
-    config = load_config(None, ["lora.r=3"])
-    section, _, key = name.partition(".")
-    saved = config.to_dict()
-    saved[section][key] = True
-    is_final = file == "training_args.json"
-    folder = tmp_path / ("final" if is_final else "step-000001")
-    folder.mkdir()
-    facts = {"data_sha256": {"train.jsonl": "a"}, "model_sha256": {"config.json": "b"}}
-    (folder / file).write_text(json.dumps(saved if is_final else {"config": saved, **facts}), "utf-8")
-    if is_final:
-        (folder / "metrics.json").write_text(json.dumps(facts), "utf-8")
-    assert config_from_dict(read_provenance(folder).config, [], file) == config
-    now = Provenance(config.to_dict(), machine={}, **facts)
-    refuse_other_run(read_provenance(folder), now, config, tmp_path)
-    with pytest.raises(UserError, match=r"lora\.r: 3 -> 4"):
-        refuse_other_run(read_provenance(folder), now, load_config(None, ["lora.r=4"]), tmp_path)
-
-
-def test_a_compute_dtype_of_auto_is_compared_as_what_it_became() -> None:
-    auto, named, other = (
-        load_config(None, [f"model.compute_dtype={name}"]) for name in ("auto", "float32", "bfloat16")
-    )
-    for before, now in ((auto, named), (named, auto)):
-        assert changed_keys(before.to_dict(), now) == []
-    assert changed_keys(named.to_dict(), other) == ['model.compute_dtype: "float32" -> "bfloat16"']
-
-
-@pytest.mark.parametrize(("limit", "sample"), [(None, "stratified"), (7, "first")])
-def test_a_limit_of_a_version_without_data_sample_took_the_first_records(limit: int | None, sample: str) -> None:
-    config = load_config(None, [f"data.max_test_examples={json.dumps(limit)}"])
-    saved = config.to_dict()
-    del saved["data"]["sample"]
-    assert of_earlier_version(saved)["data"].get("sample", "stratified") == sample
-    lines = changed_keys(saved, config)
-    assert [line.partition("  ")[0] for line in lines] == ['data.sample: "first" -> "stratified"'][: limit is not None]
-    assert all("data.sample=first" in line for line in lines)
-    assert of_earlier_version(config.to_dict()) == config.to_dict()  # one that says it
-
-
-def test_free_keys_exist_and_may_change() -> None:
-    assert set(KEYS) >= FREE_KEYS
-    now = load_config(
-        None, ["train.output_dir=elsewhere", "train.save_steps=7", "train.logging_steps=3", "train.save_dtype=bfloat16"]
-    )
-    assert changed_keys(load_config().to_dict(), now) == []
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from minilora.adapters.peft_files import (
     read_adapter_tensors,
 )
 from minilora.build import DTYPES, Examples, lacking_classes
-from minilora.config import LENGTHS, Config
+from minilora.config import Config
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, only_answer
@@ -38,7 +38,7 @@ from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import non_finite
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import format_metrics, read_metrics
-from minilora.runs.provenance import current_provenance, read_provenance, refuse_other_run
+from minilora.runs.provenance import LENGTHS, current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
 from minilora.runs.setup import check_best, open_run, share_adapter
 from minilora.system.console import info, progress, warn

@@ -14,7 +14,9 @@ it with another train.max_tokens_per_micro_batch.
 """
 
 import importlib.metadata
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,16 +24,25 @@ from typing import Any
 import torch
 
 from minilora import __version__
-from minilora.config import CUTS, PATHS, Config, changed_keys, of_earlier_version
+from minilora.config import FREE_KEYS, KEYS, PATHS, REMOVED_KEYS, Config
 from minilora.data.hub import fetch_adapter
 from minilora.data.split_files import SPLITS
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256
 from minilora.system.manifest import MANIFEST, read_manifest
+from minilora.system.schema import default_of
 from minilora.weights.safetensors_io import dtype_name
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# With the number of ranks, the factors of an optimizer step's examples: only their product is fixed.
+CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+LENGTHS = ("num_train_epochs", "max_steps")
+REASONS = {  # behind a key that a continuation cannot change
+    **dict.fromkeys(LENGTHS, "  (free with lr_scheduler_type=constant, warmup_ratio=0)"),
+    "sample": "  (which N a limit takes; a run of an earlier version has data.sample=first)",
+}
+LIMITS = ("max_train_examples", "max_validation_examples", "max_test_examples")
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,42 @@ def _is_provenance(content: Any) -> bool:
     config = content.get("config", Config().to_dict())
     sections = sorted(section.name for section in fields(Config))
     return sorted(config) == sections and all(isinstance(keys, dict) for keys in config.values())
+
+
+def of_earlier_version(content: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A saved configuration as this version says it: without keys that are gone since, and with `data.sample`.
+
+    A version that had no such key took the first N.
+    """
+    kept = {
+        section: {name: value for name, value in keys.items() if f"{section}.{name}" not in REMOVED_KEYS}
+        for section, keys in content.items()
+    }
+    data = kept.get("data", {})
+    if "sample" not in data and any(data.get(name) for name in LIMITS):
+        kept["data"] = {**data, "sample": "first"}
+    return kept
+
+
+def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
+    """`section.key: before -> now` of every key that would change the course of a run that has begun.
+
+    The run's length is no such key where the learning rate does not depend on it, nor is one of CUTS, nor a compute
+    dtype of auto, which is compared as what it became.
+    """
+    before = of_earlier_version(before)
+    is_constant = config.train.lr_scheduler_type == "constant" and config.train.warmup_ratio == 0
+    lines = []
+    for name, item in KEYS.items():
+        section, _, attribute = name.partition(".")
+        old = before.get(section, {}).get(attribute, default_of(item))  # an older version had no such key
+        now = getattr(getattr(config, section), attribute)
+        is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
+        is_free = is_free or (attribute == "compute_dtype" and "auto" in (old, now))
+        if old != now and not is_free:
+            shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))
+            lines.append(f"{name}: {' -> '.join(shown)}{REASONS.get(attribute, '')}")
+    return lines
 
 
 def changed_names(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
