@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from minilora.data.labels import class_indices
+from minilora.data.labels import class_indices, in_order
 from minilora.data.records import Record
 from minilora.data.token_store import Piece
 from minilora.errors import UserError
@@ -58,8 +58,7 @@ class Encoder:
                 f"out, data.overlong=cut ends them there, data.max_length={most} takes the longest",
                 most,
             )
-        in_order = sorted(labels, key=lambda label: (isinstance(label, str), label))
-        return {"overlong": len(overlong), "labels": in_order}
+        return {"overlong": len(overlong), "labels": in_order(labels)}
 
     def _encode(self, records: Sequence[Record]) -> Iterator[tuple[Example | None, OverlongError | None]]:
         """For each record its example, unless it is dropped, and the error that it is too long."""

@@ -134,7 +134,7 @@ def _remedy(labels: set[Label], words: Sequence[str], is_trained: bool) -> str:
     option = _option(_likely_pairs(labels, words)) if is_few else "--map_labels"
     if is_trained:
         return f"these are the words that this adapter answers with; say which of them a label means: {option}"
-    written = json.dumps([str(label) for label in _in_order(labels)], ensure_ascii=False)
+    written = json.dumps([str(label) for label in in_order(labels)], ensure_ascii=False)
     others = f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(written)}" if is_few else ""
     return (
         f"correct the file, say which word a label means with preprocess_data.py {option}, or train on other words "
@@ -145,7 +145,7 @@ def _remedy(labels: set[Label], words: Sequence[str], is_trained: bool) -> str:
 def _likely_pairs(labels: set[Label], words: Sequence[str]) -> dict[Label, str]:
     """The word that each foreign label probably means, for a message to offer; "..." where nothing tells."""
     named = [as_label(word) for word in words]
-    foreign = [label for label in _in_order(labels) if label not in named]
+    foreign = [label for label in in_order(labels) if label not in named]
     if len(foreign) == len(words) and all(isinstance(label, int) for label in foreign):  # stars, or -1 and 1
         return dict(zip(foreign, words, strict=True))
     sides = {POLARITY[word.lower()]: word for word in words if word.lower() in POLARITY}
@@ -166,7 +166,7 @@ def _option(pairs: Mapping[Label, str]) -> str:
     return f"--map_labels{equals}" + (text if re.fullmatch(r"[\w.,=+-]+", text) else shlex.quote(text))
 
 
-def _in_order(labels: Iterable[Label]) -> list[Label]:
+def in_order(labels: Iterable[Label]) -> list[Label]:
     """Integers by size, then words."""
     return sorted(set(labels), key=lambda label: (isinstance(label, str), label))
 
