@@ -97,7 +97,12 @@ def _put_in_place(directory: Path, written: Mapping[str, Path]) -> None:
         sync(directory)
 
 
+def read_report(directory: str | Path) -> dict[str, Any]:
+    """The report of a folder's data; empty where another program wrote the files."""
+    path = Path(directory) / REPORT
+    return dict(read_json(path)) if path.is_file() else {}
+
+
 def prepared_columns(directory: str | Path) -> dict[str, str]:
     """The columns that were named when a folder's data was prepared, by what they are ("text", "label")."""
-    report = Path(directory) / REPORT
-    return dict(read_json(report).get("columns", {})) if report.is_file() else {}
+    return dict(read_report(directory).get("columns", {}))

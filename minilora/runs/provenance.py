@@ -26,7 +26,7 @@ import torch
 from minilora import __version__
 from minilora.config import FREE_KEYS, KEYS, PATHS, REMOVED_KEYS, Config
 from minilora.data.hub import fetch_adapter
-from minilora.data.split_files import SPLITS
+from minilora.data.split_files import SPLITS, read_report
 from minilora.errors import UserError
 from minilora.system.console import warn
 from minilora.system.files import read_json, sha256
@@ -79,8 +79,7 @@ def current_provenance(config: Config, model_folder: Path, machine: dict[str, An
     """
     directory = Path(config.data.dir)
     data = {name: sha256(directory / name) for name in (f"{split}.jsonl" for split in SPLITS)}
-    report = directory / "data_report.json"
-    written = read_json(report).get("sha256_out", {}) if report.is_file() else {}
+    written = read_report(directory).get("sha256_out", {})
     changed = [name for name, digest in data.items() if written.get(name, digest) != digest]
     if changed:
         warn(f"note: {directory}: {', '.join(changed)}: edited or damaged since they were prepared")
