@@ -199,6 +199,12 @@ class Config:
     prompt: PromptSection = field(default_factory=PromptSection)
     train: TrainSection = field(default_factory=TrainSection)
 
+    def with_token_limit(self, limit: int | None) -> "Config":
+        """A copy in which train.max_tokens_per_micro_batch=auto is what a run resolved it to; a number stays."""
+        if self.train.max_tokens_per_micro_batch != "auto":
+            return self
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, max_tokens_per_micro_batch=limit))
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain values by section and key, as `training_args.json` holds them."""
         return dataclasses.asdict(self)

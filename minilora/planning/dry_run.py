@@ -1,7 +1,6 @@
 """What `--dry_run` shows of a configuration: its memory, its tokens, and an example as the model sees it."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,9 +28,7 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
-    if config.train.max_tokens_per_micro_batch == "auto":
-        limit = resolve_token_limit(config, model_folder, examples, device, ranks=ranks)
-        config = replace(config, train=replace(config.train, max_tokens_per_micro_batch=limit))
+    config = config.with_token_limit(resolve_token_limit(config, model_folder, examples, device, ranks=ranks))
     packed = [count_packed_tokens(batch) for batch in epoch_batches(config, examples, 0, ranks)]
     in_step = examples_per_step(config, ranks)
 

@@ -6,7 +6,7 @@ own (`batches`).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,7 @@ class Run:
     @property
     def resolved_config(self) -> Config:
         """With what train.max_tokens_per_micro_batch=auto was resolved to."""
-        if self.config.train.max_tokens_per_micro_batch != "auto":
-            return self.config
-        return replace(self.config, train=replace(self.config.train, max_tokens_per_micro_batch=self.state.auto_tokens))
+        return self.config.with_token_limit(self.state.auto_tokens)
 
     @property
     def batch_shape(self) -> BatchShape:
