@@ -41,7 +41,7 @@ from minilora.weights.hf_config import read_config
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 TOKENS_KEY = "train.max_tokens_per_micro_batch"
-SHORTEST_TOKENS = 16  # the least that the key takes
+SHORTEST_TOKENS = 16  # the least that the key takes, and data.max_length
 MOST = 1 << 24  # tokens or examples: beyond any budget
 
 
@@ -192,7 +192,7 @@ def list_options(setup: Setup) -> list[Option]:
     """The options that save memory, the cheapest first."""
     checkpointing, offload = "train.gradient_checkpointing=true", "train.offload_checkpoints=true"
     paged = "train.optim=paged_adamw_8bit"
-    one_example = max(round_up_tokens(setup.shape.longest), 16)
+    one_example = max(round_up_tokens(setup.shape.longest), SHORTEST_TOKENS)
     known = [
         ((f"{TOKENS_KEY}={one_example}",), "the same steps; below some 500 tokens each token takes longer"),
         (("model.cache_dequantized=false",), "weights are dequantised at every use"),
@@ -205,7 +205,7 @@ def list_options(setup: Setup) -> list[Option]:
         (("model.double_quantization=true", "model.quantization=nf4"), "weights are rounded to 4 bits"),
         ((f"lora.r={max(setup.config.lora.r // 2, 1)}",), "a smaller adapter"),
         (("lora.target_modules=[q_proj,k_proj,v_proj,o_proj]",), "no adapter in the MLPs"),
-        ((f"data.max_length={max((setup.shape.longest + 1) // 2, 16)}",), "longer examples are truncated"),
+        ((f"data.max_length={max((setup.shape.longest + 1) // 2, SHORTEST_TOKENS)}",), "longer examples are truncated"),
     ]
     options = []
     for keys, cost in known:

@@ -3,13 +3,13 @@
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.evaluation.score import ScoringOptions, iter_batches
+from minilora.planning.budget import SHORTEST_TOKENS
 from minilora.planning.memory import scoring_tokens
 from minilora.qlora.batch import round_up_tokens
 from minilora.runs.checkpoint import checkpoint_path, newest_checkpoint
 from minilora.runs.run import Run, StepBatch
 
 SHOWN_RECORDS = 8
-SHORTEST_MICRO_BATCH_TOKENS = 16
 
 
 class NonFiniteError(UserError):
@@ -51,7 +51,7 @@ def _resuming_keys(run: Run) -> list[str]:
     else:
         one_example = round_up_tokens(run.batch_shape.longest)
         if run.batch_shape.tokens > one_example:
-            tokens = max(run.batch_shape.tokens // 2, one_example, SHORTEST_MICRO_BATCH_TOKENS)
+            tokens = max(run.batch_shape.tokens // 2, one_example, SHORTEST_TOKENS)
             keys.append(f"train.max_tokens_per_micro_batch={tokens}")
         if not train.gradient_checkpointing:
             keys.append("train.gradient_checkpointing=true")
