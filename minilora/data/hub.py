@@ -80,10 +80,13 @@ def _instead(folder: Path) -> str:
         return ", but an adapter; give the base model that its adapter_config.json names"
     if any(folder.glob("*.gguf")):
         return ", but a GGUF file, which is not read; give the checkpoint in safetensors that it was made from"
-    inner = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/config.json"))
-    if inner:
-        return f"; {capped(', '.join(inner))} in it do: give one of them"
-    return "; give the folder or name of a Hugging Face checkpoint"
+    return those_within(folder, "*/config.json") or "; give the folder or name of a Hugging Face checkpoint"
+
+
+def those_within(folder: Path, *patterns: str) -> str:
+    """The folders within one that hold what it lacks itself, as the end of a message; "" for none."""
+    inner = sorted(path.parent.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern))
+    return f"; {capped(', '.join(inner))} in it do: give one of them" if inner else ""
 
 
 def fetch_adapter(name_or_path: str) -> Path:

@@ -28,7 +28,7 @@ from minilora.build import (
     tell_of_labels,
 )
 from minilora.config import Config, config_from_dict
-from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model
+from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, those_within
 from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.split_files import prepared_columns
@@ -228,11 +228,8 @@ def _no_adapter(folder: Path) -> str:
         return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
     if (folder / "config.json").is_file():
         return "is a base model, without adapter_config.json; give an adapter"
-    inner = [path.parent.relative_to(folder).as_posix() for path in folder.glob("*/adapter_config.json")]
-    inner += [path.parent.relative_to(folder).as_posix() for path in folder.glob("*/*/adapter_config.json")]
-    if inner:
-        return f"holds no adapter_config.json; {capped(', '.join(sorted(inner)))} in it do: give one of them"
-    return "holds no adapter_config.json; give the folder that training wrote, as checkpoints/final"
+    inner = those_within(folder, "*/adapter_config.json", "*/*/adapter_config.json")
+    return f"holds no adapter_config.json{inner or '; give the folder that training wrote, as checkpoints/final'}"
 
 
 def _say_what_is_not_read(folder: Path) -> None:
