@@ -230,7 +230,9 @@ def read_split(
         with progress(f"tokenise {path.name}", min(count_lines(path), limit or sys.maxsize), "record") as bar:
             chosen = choose(lambda: (record.label for record in iter_records(path, reading)), config, split)
             records = partial(_iter_chosen, path, reading, chosen)
-            encoder = Encoder(prompt, str(path), records, config.data.overlong, is_trained, bar.update)
+            encoder = Encoder(
+                prompt, str(path), records, config.data.overlong, is_trained=is_trained, on_progress=bar.update
+            )
             return encoder(append)
 
     store = load_store(path.parent / CACHE, split, facts, encode, may_write=may_write)
@@ -265,7 +267,7 @@ def build_examples(
 ) -> Examples:
     """One example per record of a file, unless it is dropped: a labelled text, or a conversation. See `Encoder`."""
     path = records[0].where.rpartition(":")[0] if records else ""
-    store = build_store(Encoder(prompt, path, lambda: enumerate(records, start=1), overlong, is_trained))
+    store = build_store(Encoder(prompt, path, lambda: enumerate(records, start=1), overlong, is_trained=is_trained))
     return Examples([records[number - 1] for number in store.lines], store)
 
 

@@ -69,7 +69,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         ranks.run_on_rank_0(lambda: make_folder(arguments.output_dir, "--output_dir"))
     with ranks.rank_0_first():
         trained = load_run_or_base(
-            arguments.model_path, arguments.base, arguments.overrides, KEYS_READ, arguments.data is not None
+            arguments.model_path, arguments.base, arguments.overrides, KEYS_READ, other_data=arguments.data is not None
         )
     if arguments.compare_base and trained.path is None:
         raise UserError(
@@ -93,7 +93,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         warn(f"warning: {text}")
     results["warnings"] = [*lacking_classes({str(data): examples}, prompt.labels), *answers]
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
-    print_table(results, trained.kind, f"{examples.num_truncated} cut to {config.data.max_length} tokens")
+    print_table(results, trained.kind, examples.describe(config.data))
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
         report = render_report(report_of(trained, results, examples, probabilities))
@@ -150,8 +150,7 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
     config, data = trained.config, Path(results["data"])
     scored = {"base model": results["base"]} if "base" in results else {}
     scored[trained.kind] = results
-    cut = f"{examples.num_truncated:,} cut to {config.data.max_length} tokens"
-    remark = f"{data}: {len(examples.examples):,} reviews, {cut}."
+    remark = f"{data}: {len(examples.examples):,} reviews, {examples.describe(config.data)}."
     if "mcnemar" in results:
         test = results["mcnemar"]
         remark += f" {test['b']:,} only the adapter has right, {test['c']:,} only the base model"

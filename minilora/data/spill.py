@@ -87,7 +87,7 @@ class Spill:
         empty = self.column("high") == 0
         empty &= self.column("low") == 0
         causes = np.full(self._count, KEPT, np.uint8)
-        return Table(first_of_equal(self.column), empty, self.column("label"), list(self._labels), causes)
+        return Table(first_of_equal(self.column), empty, self.column("label"), list(self._labels), causes=causes)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One field of ENTRY, of all records."""

@@ -142,7 +142,7 @@ def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_
         own.append((of_piece + 1).index_fill(2, torch.arange(piece.prefix), 0).flatten())
     padding, all_queries = torch.cat(padded).nonzero().flatten(), torch.cat(queries)
     outputs = all_queries.index_fill(0, padding, num_queries * heads)
-    return HeadGroups(tuple(groups), all_queries, outputs, padding, torch.cat(keys), own=torch.cat(own))
+    return HeadGroups(tuple(groups), all_queries, outputs, padding, keys=torch.cat(keys), own=torch.cat(own))
 
 
 # ---- Short segments: two products and a softmax

@@ -190,7 +190,7 @@ def load_run_or_base(
     """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
     folder = fetch_adapter(path.as_posix())
     if not _is_base(path, folder):
-        return load_run(folder, base, overrides, other_data, keys_read)
+        return load_run(folder, base, overrides, other_data, keys_read=keys_read)
     if base is not None:
         raise UserError(f"{path}: is a base model itself; leave out --base, or give an adapter")
     return _open({"model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)

@@ -86,7 +86,7 @@ def current_provenance(config: Config, model_folder: Path, machine: dict[str, An
     adapter = {}
     if config.model.adapter is not None:
         adapter = {ADAPTER_WEIGHTS: sha256(fetch_adapter(config.model.adapter) / ADAPTER_WEIGHTS)}
-    return Provenance(config.to_dict(), data, model_digests(model_folder), machine, adapter)
+    return Provenance(config.to_dict(), data, model_digests(model_folder), machine, adapter_sha256=adapter)
 
 
 def model_digests(folder: Path) -> dict[str, str]:

@@ -99,7 +99,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
         splits = read_splits(config, prompt)
     if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
-    resolve = partial(resolve_token_limit, config, model_folder, splits["train"].examples, device, ranks=ranks.size)
+    trained = splits["train"].examples
+    resolve = partial(resolve_token_limit, config, model_folder, trained, device=device, ranks=ranks.size)
     auto_tokens = None if checkpoint else ranks.run_on_rank_0(resolve)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
