@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.adapters.peft_config import BaseModel, to_peft
 from minilora.adapters.peft_files import KEY_PREFIX
-from minilora.build import build_examples
 from minilora.config import Config, LoraConfig
+from minilora.data.examples import build_examples
 from minilora.data.hub import fetch_model
 from minilora.data.records import read_demo_records, read_records
 from minilora.errors import UserError

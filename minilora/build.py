@@ -5,27 +5,26 @@ What this module imports, except `config.py`, takes plain values and never sees 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 import torch
 
 from minilora import __version__
 from minilora.adapters.peft_config import read_adapter_config
-from minilora.config import Config, DataSection
+from minilora.config import Config
 from minilora.data.encode import Encoder
+from minilora.data.examples import Examples
 from minilora.data.hub import fetch_adapter
-from minilora.data.labels import index_note, missing_classes
 from minilora.data.lines import count_lines
 from minilora.data.records import ReadOptions, Record, iter_records
 from minilora.data.sampler import stratified_sample
 from minilora.data.split_files import SPLITS
-from minilora.data.token_store import CACHE, FileRecords, Piece, TokenStore, build_store, load_store
+from minilora.data.token_store import CACHE, FileRecords, Piece, load_store
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
@@ -39,39 +38,6 @@ from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.quantized_cache import load_through_cache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Examples:
-    """A data file as the model sees it: an example for each record, both made when they are asked for."""
-
-    records: Sequence[Record]
-    examples: TokenStore
-
-    @property
-    def labelled(self) -> bool:
-        """All of them have a label, so accuracy and F1 are defined."""
-        return bool((self.labels >= 0).all())
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) the class of each, -1 for a conversation."""
-        return self.examples.labels
-
-    @property
-    def num_truncated(self) -> int:
-        """Examples whose text was truncated to data.max_length."""
-        return int(np.count_nonzero(self.examples.truncated))
-
-    @property
-    def num_overlong(self) -> int:
-        """Records whose assistant turns alone exceed data.max_length: dropped or cut, as data.overlong says."""
-        return int(self.examples.facts["overlong"])
-
-    def describe(self, section: DataSection) -> str:
-        """What of it was cut and dropped, in words."""
-        overlong = f", {self.num_overlong} overlong (data.overlong={section.overlong})" if self.num_overlong else ""
-        return f"{self.num_truncated:,} cut to {section.max_length} tokens{overlong}"
 
 
 def take_adapter(config: Config) -> Config:
@@ -236,7 +202,8 @@ def read_split(
             return encoder(append)
 
     store = load_store(path.parent / CACHE, split, facts, encode, may_write=may_write)
-    return Examples(FileRecords(path, digest, store.lines, reading), store)
+    records = FileRecords(path, digest, store.lines, reading)
+    return Examples(records, store, prompt.max_length, config.data.overlong)
 
 
 def choose(read_labels: Callable[[], Iterable[Any]], config: Config, split: str) -> Sequence[int] | None:
@@ -260,30 +227,6 @@ def limited(records: Sequence[Record], config: Config, split: str) -> Sequence[R
     """The records of a file that `choose` takes."""
     chosen = choose(lambda: (record.label for record in records), config, split)
     return records if chosen is None else [records[index] for index in chosen if index < len(records)]
-
-
-def build_examples(
-    records: Sequence[Record], prompt: ClassificationPrompt, is_trained: bool = False, overlong: str = "error"
-) -> Examples:
-    """One example per record of a file, unless it is dropped: a labelled text, or a conversation. See `Encoder`."""
-    path = records[0].where.rpartition(":")[0] if records else ""
-    store = build_store(Encoder(prompt, path, lambda: enumerate(records, start=1), overlong, is_trained=is_trained))
-    return Examples([records[number - 1] for number in store.lines], store)
-
-
-def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list[str]:
-    """A sentence for each labelled file that has no example of some class, with its name."""
-    texts = {name: missing_classes(file.labels, words) for name, file in files.items() if file.labelled}
-    return [f"{name}: {text}" for name, text in texts.items() if text is not None]
-
-
-def tell_of_labels(files: Mapping[str, Examples], words: Sequence[str]) -> None:
-    """Says which labels of some files were read as indices, and warns of `lacking_classes`."""
-    note = index_note({label for file in files.values() for label in file.examples.facts["labels"]}, words)
-    if note is not None:
-        info(note)
-    for text in lacking_classes(files, words):
-        warn(f"warning: {text}")
 
 
 def build_model(

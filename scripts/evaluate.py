@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from minilora.adapters.attach import adapter_disabled
-from minilora.build import Examples, choose_device, lacking_classes
+from minilora.build import choose_device
 from minilora.config import Config
+from minilora.data.examples import Examples, lacking_classes
 from minilora.data.readers import data_files
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
@@ -75,7 +76,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         raise UserError(
             f"--compare_base: {arguments.model_path} is the base model itself; leave it out, or give an adapter"
         )
-    config, prompt = trained.config, trained.prompt
+    prompt = trained.prompt
     data, examples = trained.read_reviews(arguments.data, ReadOptions.given(arguments, trained.columns))
     model = trained.load(arguments.allow_bin, ranks)
 
@@ -93,7 +94,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         warn(f"warning: {text}")
     results["warnings"] = [*lacking_classes({str(data): examples}, prompt.labels), *answers]
     results["model_path"], results["data"] = str(arguments.model_path), str(data)
-    print_table(results, trained.kind, examples.describe(config.data))
+    print_table(results, trained.kind, examples.describe())
     print(json.dumps(results, ensure_ascii=False))
     if arguments.output_dir is not None:
         report = render_report(report_of(trained, results, examples, probabilities))
@@ -150,7 +151,7 @@ def report_of(trained: LoadedRun, results: dict[str, Any], examples: Examples, p
     config, data = trained.config, Path(results["data"])
     scored = {"base model": results["base"]} if "base" in results else {}
     scored[trained.kind] = results
-    remark = f"{data}: {len(examples.examples):,} reviews, {examples.describe(config.data)}."
+    remark = f"{data}: {len(examples.examples):,} reviews, {examples.describe()}."
     if "mcnemar" in results:
         test = results["mcnemar"]
         remark += f" {test['b']:,} only the adapter has right, {test['c']:,} only the base model"

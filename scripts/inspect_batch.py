@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from minilora.build import build_examples, build_prompt, limited
+from minilora.build import build_prompt, limited
 from minilora.config import load_config
+from minilora.data.examples import build_examples
 from minilora.data.hub import fetch_model
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.sampler import epoch_order
@@ -60,7 +61,7 @@ def main() -> None:
     else:
         chosen = list(range(min(size, len(records))))
     built = build_examples([records[i] for i in chosen], prompt, overlong=config.data.overlong)
-    truncated = built.describe(config.data)
+    truncated = built.describe()
 
     for example in built.examples:
         label = None if example.label is None else prompt.labels[example.label]

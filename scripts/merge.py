@@ -41,7 +41,8 @@ from minilora.adapters.merge import (
     refuse_variant,
     write_merged,
 )
-from minilora.build import Examples, choose_device, choose_dtype, note_other_system
+from minilora.build import choose_device, choose_dtype, note_other_system
+from minilora.data.examples import Examples
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift

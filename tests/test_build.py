@@ -10,17 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.build import (
-    Examples,
-    build_examples,
-    build_prompt,
-    choose_dtype,
-    note_other_system,
-    read_split,
-    read_splits,
-)
+from minilora.build import build_prompt, choose_dtype, note_other_system, read_split, read_splits
 from minilora.config import Config, load_config
 from minilora.data.encode import Encoder
+from minilora.data.examples import Examples, build_examples
 from minilora.data.records import Record
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
@@ -196,6 +189,5 @@ def test_overlong_conversations_of_all_splits_are_one_error(
         for _ in range(2):  # as it is made, and from the store
             train = read(tmp_path, tiny_checkpoint(), *keys, f"data.overlong={overlong}")["train"]
             assert (len(train.examples), len(train.records), train.num_overlong) == (num_kept, num_kept, 15)
-            section = load_config(None, [*keys, f"data.overlong={overlong}"]).data
-            assert train.describe(section).endswith(f"cut to 64 tokens, 15 overlong (data.overlong={overlong})")
+            assert train.describe().endswith(f"cut to 64 tokens, 15 overlong (data.overlong={overlong})")
             assert not train.labelled

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from minilora.build import DTYPES, build_examples, build_prompt, choose_dtype
+from minilora.build import DTYPES, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
+from minilora.data.examples import build_examples
 from minilora.data.records import Record
 from minilora.data.token_store import TokenStore
 from minilora.errors import UserError

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, tell_of_labels
+from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits
 from minilora.config import Config
+from minilora.data.examples import tell_of_labels
 from minilora.data.sampler import epoch_order
 from minilora.planning.budget import resolve_token_limit
 from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
@@ -38,7 +39,7 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
     tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
     for name, split in splits.items():
-        print(f"{name}: {len(split.examples)} examples, {split.describe(config.data)}")
+        print(f"{name}: {len(split.examples)} examples, {split.describe()}")
     print(
         f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
         f"{f' on {ranks} ranks' if ranks > 1 else ''}; {examples.lengths.sum():,} tokens in "

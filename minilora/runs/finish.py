@@ -25,8 +25,9 @@ from minilora.adapters.peft_files import (
     load_adapter_weights,
     read_adapter_tensors,
 )
-from minilora.build import DTYPES, Examples, lacking_classes
+from minilora.build import DTYPES
 from minilora.config import Config
+from minilora.data.examples import Examples, lacking_classes
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.evaluation.metrics import classification_metrics, only_answer
@@ -191,7 +192,7 @@ def _report_of(
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
     test = splits["test"]
     scored = {"before training": results["test_before"], "after training": results["test"]}
-    remark = f"Test set: {len(test.examples):,} records, {test.describe(config.data)}."
+    remark = f"Test set: {len(test.examples):,} records, {test.describe()}."
     if results["test"] is None:
         scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
     elif probabilities is None:
@@ -218,7 +219,7 @@ def _report_of(
             "base model": {"name": config.model.name_or_path, "folder": folder},
             "data": {
                 "folder": config.data.dir,
-                **{name: f"{len(split.examples):,} ({split.describe(config.data)})" for name, split in splits.items()},
+                **{name: f"{len(split.examples):,} ({split.describe()})" for name, split in splits.items()},
             },
             "computed with": run.state.machine,
             "SHA-256 of the data": run.state.data_sha256,

@@ -15,19 +15,9 @@ import torch
 
 from minilora.adapters.peft_config import read_adapter_config
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter
-from minilora.build import (
-    DTYPES,
-    Examples,
-    build_examples,
-    build_model,
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    limited,
-    read_split,
-    tell_of_labels,
-)
+from minilora.build import DTYPES, build_model, build_prompt, choose_device, choose_dtype, limited, read_split
 from minilora.config import Config, config_from_dict
+from minilora.data.examples import Examples, build_examples, tell_of_labels
 from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, those_within
 from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from minilora.adapters.peft_config import BaseModel
-from minilora.build import Examples, choose_dtype, lacking_classes
+from minilora.build import choose_dtype
 from minilora.config import Config, LoraConfig
+from minilora.data.examples import Examples, lacking_classes
 from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches
 from minilora.planning.memory import BatchShape, MemoryEstimate
 from minilora.planning.plan import estimate_run_memory, examples_per_step, largest_batch

@@ -10,16 +10,9 @@ import torch
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
-from minilora.build import (
-    build_model,
-    build_prompt,
-    choose_device,
-    choose_dtype,
-    note_other_system,
-    read_splits,
-    tell_of_labels,
-)
+from minilora.build import build_model, build_prompt, choose_device, choose_dtype, note_other_system, read_splits
 from minilora.config import Config
+from minilora.data.examples import tell_of_labels
 from minilora.data.hub import fetch_adapter
 from minilora.errors import UserError
 from minilora.planning.budget import resolve_token_limit
