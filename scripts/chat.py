@@ -29,10 +29,10 @@ from minilora.generation.decode import GenerationConfig, use_gemv
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.runs.load_run import LoadedRun, load_run_or_base
 from minilora.system.console import info, uses_colour, warn
-from minilora.system.distributed import without_ranks
 from minilora.system.process import tuned_process
 from minilora.system.schema import coerce
 from minilora.system.signals import Interrupted, Interruptible
+from minilora.system.torchrun import without_ranks
 
 EXAMPLES = """\
 examples:

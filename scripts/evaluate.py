@@ -37,10 +37,11 @@ from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests
 from minilora.system.console import warn
-from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
 from minilora.system.memory import peak_memory_bytes
 from minilora.system.process import tuned_process
+from minilora.system.torchrun import with_ranks
 
 EXAMPLES = """\
 examples:

@@ -48,10 +48,10 @@ from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
-from minilora.system.distributed import without_ranks
 from minilora.system.files import WRITING, json_bytes, lock_output, make_folder, remove, storage_errors, write_file
 from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
+from minilora.system.torchrun import without_ranks
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.safetensors_io import dtype_name

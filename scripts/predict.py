@@ -28,10 +28,11 @@ from minilora.evaluation.predict import MAX_WAIT_S, Predictor, iter_windows, wit
 from minilora.evaluation.score import MAX_TOKENS
 from minilora.runs.load_run import columns_of, load_run_or_base
 from minilora.system.console import info, progress, warn, write_results
-from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import GrowingFile, make_folder
 from minilora.system.process import tuned_process
 from minilora.system.signals import Interrupted, SafePoints
+from minilora.system.torchrun import with_ranks
 
 STANDARD_INPUT = Path("-")
 FORMATS = {".csv": "csv", ".jsonl": "jsonl"}  # by the ending of --output

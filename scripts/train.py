@@ -22,9 +22,10 @@ from minilora.errors import UserError
 from minilora.planning.dry_run import print_plan
 from minilora.runs.train import fit
 from minilora.system.console import info
-from minilora.system.distributed import SINGLE_RANK, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import similar_path
 from minilora.system.process import tuned_process
+from minilora.system.torchrun import with_ranks
 
 DOWNLOADS = "chn_senti_corp"  # beside data.dir
 EXAMPLES = """\

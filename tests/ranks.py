@@ -29,9 +29,10 @@ from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system import distributed
 from minilora.system.cli import run_script
-from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, with_ranks
+from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
 from minilora.system.process import tuned_process
 from minilora.system.signals import Interrupted
+from minilora.system.torchrun import with_ranks
 from tests.conftest import make_reviews
 from tests.qlora.test_step import build, examples
 from tests.scripts.conftest import load_script

@@ -1,7 +1,8 @@
 """Data-parallel training: N processes (ranks) train one adapter together.
 
-torchrun starts the ranks, on one machine or on several. Each has the whole base in 4 bits, the whole adapter and its
-moments. A step's examples are cut into N shares of about as many tokens (`sampler.split_across_ranks`), and
+torchrun starts the ranks, on one machine or on several (`torchrun.py`). Each has the whole base in 4 bits, the whole
+adapter and its moments. A step's examples are cut into N shares of about as many tokens
+(`sampler.split_across_ranks`), and
 
     gradient = sum over the ranks of the gradient of  (losses of its share / supervised tokens of all shares)
 
@@ -24,10 +25,8 @@ Source: torch.distributed (gloo on CPUs, NCCL between GPUs); data parallel as in
 """
 
 import json
-import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,15 +37,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
-from torch.distributed.rendezvous import rendezvous
 
 from minilora.errors import UserError
-from minilora.system.console import set_silent
 from minilora.system.signals import Interrupted
 
 T = TypeVar("T")
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 TIMEOUT = timedelta(minutes=30)  # how long ranks that do the same work wait for each other
 LONG_TIMEOUT = timedelta(days=1)  # and for what rank 0 does for all: a download, a 4-bit copy, a checkpoint
 POLL_S = 0.001  # how often ranks with GPUs ask each other whether a sum is done
@@ -219,81 +215,6 @@ class Ranks:
 SINGLE_RANK = Ranks()
 
 
-def with_ranks(main: Callable[[Ranks], None]) -> Callable[[], None]:
-    """A script's `main` for `run_script`: with the ranks that torchrun has started, or a single process.
-
-    Rank 0 prints how it ends; another rank prints only what ended this rank itself.
-    """
-
-    def joined() -> None:
-        if _num_started() == 1:
-            main(SINGLE_RANK)
-            return
-        ranks = _join(int(os.environ["LOCAL_RANK"]))
-        try:
-            main(ranks)
-        except FailedElsewhereError:
-            raise SystemExit(2) from None
-        except (UserError, Interrupted) as error:
-            if ranks.is_rank_0:
-                raise
-            text = f"rank {ranks.rank} on {platform.node()}: {error}"
-            if isinstance(error, UserError):
-                raise UserError(text) from error
-            if error.signum in ranks.agreed_signals:
-                raise SystemExit(128 + error.signum) from None
-            raise Interrupted(error.signum, text) from None
-        dist.destroy_process_group()
-
-    return joined
-
-
-def without_ranks(main: Callable[[], None]) -> Callable[[], None]:
-    """A script's `main` for `run_script` in one process: under torchrun several would write the same files."""
-
-    def alone() -> None:
-        count = _num_started()
-        if count > 1 and os.environ["RANK"] != "0":
-            raise SystemExit(0)  # an error here would make torchrun stop rank 0 before it prints
-        if count > 1:
-            raise UserError(f"torchrun: started {count} processes, this script runs in one; run python {sys.argv[0]}")
-        main()
-
-    return alone
-
-
-def _num_started() -> int:
-    """The number of processes that torchrun has started; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in VARIABLES) else 1
-
-
-def _join(local_rank: int) -> Ranks:
-    """Connects this rank with the others, and selects its GPU if there is one."""
-    has_gpu = local_rank < torch.cuda.device_count()
-    try:
-        found, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun's store outlives its ranks: after --max-restarts, new ranks would find the addresses of dead ones.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), found)
-        set_silent(rank > 0)
-        if has_gpu:
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
-        )
-        long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(
-            f"{place}: the ranks cannot connect ({_reason(error)}); check --nnodes and --master-addr, and that every "
-            "machine has started"
-        ) from None
-    return Ranks(rank, size, local_rank, long_timeout_group)
-
-
 @contextmanager
 def _lost_rank_errors() -> Iterator[None]:
     """Around one exchange: whatever error the library raises, a rank is lost."""
@@ -301,8 +222,8 @@ def _lost_rank_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostRankError(
-            f"another rank is gone or does not answer ({_reason(error)}); its own message, if it could leave one, says "
-            "why; run the same command again"
+            f"another rank is gone or does not answer ({reason_of(error)}); its own message, if it could leave one, "
+            "says why; run the same command again"
         ) from error
 
 
@@ -327,6 +248,6 @@ def _bytes_tensor(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first sentence of a library's message, without its source line."""
     return re.sub(r"^\[[^]]*\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]

@@ -240,7 +240,7 @@ def _serve() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     from minilora.system.cli import run_script
-    from minilora.system.distributed import with_ranks
+    from minilora.system.torchrun import with_ranks
 
     assert threading.active_count() == 1
     print("ready", flush=True)

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from minilora.errors import UserError
-from minilora.system import distributed
-from minilora.system.distributed import SINGLE_RANK, VARIABLES, Ranks, with_ranks, without_ranks
+from minilora.system import torchrun
+from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.torchrun import VARIABLES, with_ranks, without_ranks
 from tests.faults.runner import Runs
 from tests.runs.conftest import lasting
 
@@ -368,8 +369,8 @@ def test_only_rank_0_prints_results(found: Found) -> None:
 
 def test_without_torchrun_there_is_a_single_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Ranks] = []
-    for environment in ({}, {"WORLD_SIZE": "2"}, dict.fromkeys(distributed.VARIABLES, "1")):
-        for name in distributed.VARIABLES:
+    for environment in ({}, {"WORLD_SIZE": "2"}, dict.fromkeys(VARIABLES, "1")):
+        for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -399,7 +400,7 @@ def test_ranks_that_cannot_connect_are_a_message(monkeypatch: pytest.MonkeyPatch
     values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(torchrun, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: the ranks cannot connect .+ --nnodes"):
         with_ranks(lambda _: pytest.fail("joined"))()
 
