@@ -5,10 +5,10 @@
 A folder imports only what stands above it here; tests/test_structure.py holds that.
 
     errors        the one exception that a user's mistake raises
-    system        console, arguments and exit status, signals, files, checksums, ranks
+    system        console, arguments and exit status, signals, files, checksums, strict YAML, ranks and torchrun
     config        YAML and section.key=value -> one frozen Config, all problems in one error
     qlora         the hour: QLoRA itself, from text to an optimizer step
-    data          files -> records -> clean, deduplicated splits; names on the hub -> folders
+    data          files -> fields -> records -> clean, deduplicated splits -> examples; names on the hub -> folders
     weights       safetensors, config.json, the loader, 4-bit checkpoints, GGUF
     adapters      LoRA on a model: attached, initialized, saved as peft does, merged
     evaluation    metrics, scoring, calibration, prediction
@@ -32,6 +32,15 @@ Reading order of qlora/, an hour:
     step            one optimizer step: micro-batches -> loss -> gradient -> clip -> update
 
 Beside them: bnb (bitsandbytes, imported on first use), dora, kv_cache, checkpointing.
+
+Order of data/, from a file to what a step takes:
+
+    lines, json_stream, readers      bytes -> lines, JSON objects -> a record's fields by column
+    conversations, labels, records   fields -> a conversation's turns, or a text with its label
+    clean, spill, prepare            records -> splits; texts wait on the disk, hashes are compared
+    encode, token_store, examples    records -> token ids in flat arrays beside the data, made once
+    sampler                          the order of an epoch; an optimizer step's micro-batches
+
 Start with `runs/train.py` to see the whole first, with `qlora/lora.py` to see what QLoRA is.
 """
 
