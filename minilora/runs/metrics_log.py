@@ -22,6 +22,11 @@ from minilora.system.console import progress
 from minilora.system.files import GrowingFile, replace_file
 
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes", "reserved_bytes")
+# In this order: a checkpoint has those of a pending entry sorted.
+KEYS = (
+    *("step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_s", "skipped", "rows"),
+    *("peak_memory_bytes", "reserved_bytes", "eval_loss", "eval_accuracy", "eval_f1"),
+)
 
 
 class RunLog:
@@ -80,6 +85,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 
 def _line(entry: dict[str, Any]) -> bytes:
+    entry = {**{key: entry[key] for key in KEYS if key in entry}, **entry}
     return (json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n").encode()  # NaN and Infinity are not JSON
 
 

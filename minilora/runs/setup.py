@@ -94,7 +94,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
         raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
     trained = splits["train"].examples
     resolve = partial(resolve_token_limit, config, model_folder, trained, device=device, ranks=ranks.size)
-    auto_tokens = None if checkpoint else ranks.run_on_rank_0(resolve)
+    is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
+    auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
@@ -126,6 +127,10 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     return run
 
 
+def _is_auto(config: dict[str, dict[str, Any]]) -> bool:
+    return config["train"].get("max_tokens_per_micro_batch") == "auto"
+
+
 def _build_optimizer(config: Config, model: Qwen2ForCausalLM) -> Optimizer:
     train = config.train
     settings = AdamWSettings((train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay)
@@ -135,7 +140,8 @@ def _build_optimizer(config: Config, model: Qwen2ForCausalLM) -> Optimizer:
 def _resume(run: Run, checkpoint: Path, state: RunState) -> None:
     """Puts the run where the checkpoint is; UserError if that has more steps than the configuration asks for."""
     run.ranks.run_on_rank_0(lambda: load_checkpoint(checkpoint, run.model, run.optimizer))
-    run.state = replace(state, config=run.state.config, machine=run.state.machine)
+    own = run.state
+    run.state = replace(state, config=own.config, machine=own.machine, auto_tokens=own.auto_tokens)
     if state.best_loss is None and run.lacks_a_class_for_f1:  # an earlier version compared F1 there
         run.state = replace(run.state, best_metric=None)
     if run.scaler is not None:

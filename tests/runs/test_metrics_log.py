@@ -10,7 +10,7 @@ import pytest
 
 from minilora.errors import UserError
 from minilora.runs.metrics_log import RunLog, read_metrics
-from minilora.system.files import StorageError
+from minilora.system.files import StorageError, json_bytes
 
 VALUES = {"train_loss": 0.5, "learning_rate": 2e-4, "tokens_per_s": 812.3}
 
@@ -51,6 +51,18 @@ def test_resuming_removes_the_lines_behind_the_checkpoint(tmp_path: Path) -> Non
     write_entries(tmp_path / "cut", 3, 4, start=2)
     whole, cut = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
+
+
+def test_a_pending_entry_out_of_a_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
+    pending = {"step": 1, "epoch": 0.1, **VALUES, "skipped": True, "rows": ["a:1"], "peak_memory_bytes": 5}
+    for name, first in (("straight", pending), ("resumed", json.loads(json_bytes(pending)))):
+        (tmp_path / name).mkdir()
+        log = RunLog(tmp_path / name, 10, 0)
+        log.write({**first, "eval_loss": 0.1, "eval_accuracy": 1.0, "eval_f1": 1.0})
+        log.close()
+    straight, resumed = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "resumed"))
+    assert straight == resumed
+    assert list(json.loads(straight)) == [*pending, "eval_loss", "eval_accuracy", "eval_f1"]
 
 
 def test_a_new_run_begins_an_empty_log(tmp_path: Path) -> None:

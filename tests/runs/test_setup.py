@@ -94,6 +94,15 @@ def test_a_limit_that_auto_has_found_is_that_of_the_whole_run(run: Fit, monkeypa
     assert limits[STEPS + 2 :] == [80]
 
 
+def test_auto_that_is_asked_for_in_the_middle_of_a_run_is_resolved_then(
+    final: Path, run: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_folders(final, 4)
+    monkeypatch.setattr(setup, "resolve_token_limit", lambda *_, **__: 64)
+    assert run(**{"train.max_tokens_per_micro_batch": "auto"}) == final
+    assert read(final.with_name("step-000004") / "state.json")["auto_tokens"] == 64
+
+
 def test_auto_changes_nothing_on_a_cpu(final: Path, run: Fit, tmp_path: Path) -> None:
     output = tmp_path / "auto"
     found = run(**{"train.max_tokens_per_micro_batch": "auto", "train.output_dir": output})
