@@ -32,6 +32,7 @@ from workload import Workload, add_workload_arguments, model_folder, write_adapt
 
 from minilora.errors import UserError
 from minilora.system.cli import build_parser, run_script
+from minilora.system.optional import MissingPackageError, import_optional
 from minilora.weights.hf_config import read_config
 
 HERE = Path(__file__).parent
@@ -212,11 +213,11 @@ def write_results(summary: dict[str, Any], path: Path) -> None:
     """Appends the summary to the lines of the runs in `path`, and draws a bar chart of the same name."""
     append_line(path, {**summary, "command": " ".join(sys.argv)})
     try:
-        import matplotlib
-    except ImportError:
+        pyplot: Any = import_optional("matplotlib.pyplot")
+    except MissingPackageError as error:
+        print(f"wrote {path}; no chart: {error}")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")
 
     names = list(summary["contestants"])[::-1]
     figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(11, 0.4 * len(names) + 1.5))

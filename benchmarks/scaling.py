@@ -31,6 +31,7 @@ from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import build_parser, run_script
+from minilora.system.optional import MissingPackageError, import_optional
 from minilora.system.process import tuned_process
 from minilora.weights.load import load_model
 
@@ -139,11 +140,11 @@ def measure_series(folder: Path, temporary: Path, arguments: argparse.Namespace)
 def plot(series: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """scaling.png: cost per token above, peak memory below, a column a series."""
     try:
-        import matplotlib
-    except ImportError:
+        pyplot: Any = import_optional("matplotlib.pyplot")
+    except MissingPackageError as error:
+        print(f"no scaling.png: {error}")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")
 
     figure, axes = pyplot.subplots(2, len(series), figsize=(3.5 * len(series), 6), squeeze=False)
     for column, (name, points) in enumerate(series.items()):

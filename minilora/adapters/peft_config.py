@@ -127,7 +127,7 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
                 f"{path}: {name} is {value!r}, which is more than plain LoRA and would be applied wrongly; train "
                 "without it, or merge the adapter with peft and use the merged model"
             )
-    given = {"lora_dropout": 0.0} | {name: value for name, value in content.items() if value is not None}
+    given = {"lora_dropout": 0.0} | {name: value for name, value in content.items() if value not in (None, "")}
     missing = [name for name in REQUIRED_KEYS if name not in given]
     if missing:
         raise UserError(f"{path}: has no {', '.join(missing)}; {ADVICE}")

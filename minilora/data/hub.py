@@ -84,9 +84,10 @@ def _instead(folder: Path) -> str:
 
 
 def those_within(folder: Path, *patterns: str) -> str:
-    """The folders within one that hold what it lacks itself, as the end of a message; "" for none."""
-    inner = sorted(path.parent.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern))
-    return f"; {capped(', '.join(inner))} in it do: give one of them" if inner else ""
+    """The folders within one that hold what it lacks itself, as the end of a message, final ones first; "" for none."""
+    inner = [path.parent.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)]
+    inner.sort(key=lambda path: (path.name != "final", path))
+    return f"; {capped(', '.join(path.as_posix() for path in inner))} in it do: give one of them" if inner else ""
 
 
 def fetch_adapter(name_or_path: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from minilora.errors import capped
+from minilora.errors import capped, shown
 from minilora.system.cli import DISK_ERRORS
 
 RETRY_STATUSES = {408, 429, 500, 502, 503, 504}  # of a server that may do better in a moment

@@ -214,11 +214,16 @@ def _is_base(path: Path, folder: Path) -> bool:
 
 def _no_adapter(folder: Path) -> str:
     """Why a folder cannot be used as an adapter, and what to do."""
+    if folder.is_file():
+        return f"is a file; give its folder, {folder.parent}"
     if not folder.is_dir():
         return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
     if (folder / "config.json").is_file():
         return "is a base model, without adapter_config.json; give an adapter"
-    inner = those_within(folder, "*/adapter_config.json", "*/*/adapter_config.json")
+    levels = (
+        f"{level}/adapter_config.json" for level in ("*", "*/*", "*/*/*")
+    )  # outputs/ has quickstart/checkpoints/final
+    inner = those_within(folder, *levels)
     return f"holds no adapter_config.json{inner or '; give the folder that training wrote, as checkpoints/final'}"
 
 

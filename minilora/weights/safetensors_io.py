@@ -44,6 +44,8 @@ DTYPES = {
 MAX_HEADER_BYTES = 100_000_000  # the library's limit
 SHORT_HEADER_BYTES = 1 << 20  # more than any model's: a tensor takes 130, Qwen2.5-72B in 4 bits has 4,000
 FILE_BYTES_PER_HEADER_BYTE = 32  # of longer headers
+LFS_POINTER = b"version https://git-lfs"  # begins the file that a clone without Git LFS has in place of a large one
+LFS_POINTER_BYTES = 1024  # it is shorter
 MAX_SIZE = 2**60  # beyond any file; in bits it still fits into 64
 
 
@@ -73,6 +75,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == LFS_POINTER[:8] and size < LFS_POINTER_BYTES:
+                raise ValueError("but a pointer of Git LFS, which `git lfs pull` in its repository replaces")
             (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
             longest = min(max(SHORT_HEADER_BYTES, size // FILE_BYTES_PER_HEADER_BYTE), MAX_HEADER_BYTES, size - 8)
             if not 2 <= length <= longest:  # before it is read

@@ -100,7 +100,27 @@ def test_an_adapter_by_its_name_on_the_hub_is_one_and_a_base_model_is_none(
         load_run(Path("some/base"), None, [])
 
 
-@pytest.mark.parametrize("inner", [["checkpoint-500", "checkpoint-1000"], ["checkpoints/final"]])
+def test_of_several_runs_the_final_adapters_are_named_first_and_of_a_file_its_folder(
+    final: Path, tmp_path: Path
+) -> None:
+    for name in ("a/checkpoints/step-000500", "b/checkpoints/final"):
+        foreign(final, tmp_path / "outputs" / name)
+    with pytest.raises(UserError, match=r"; b/checkpoints/final, a/checkpoints/step-000500 in it do: give one of them"):
+        load_run(tmp_path / "outputs", None, [])
+    with pytest.raises(UserError, match=rf"is a file; give its folder, {final}"):
+        load_run(final / "adapter_model.safetensors", None, [])
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_adapter_that_names_no_base_model_asks_for_it(final: Path, tmp_path: Path, empty: str | None) -> None:
+    folder = foreign(final, tmp_path / "nameless", base_model_name_or_path=empty)
+    with pytest.raises(UserError, match="names no base model; give it with --base"):
+        load_run(folder, None, [])
+
+
+@pytest.mark.parametrize(
+    "inner", [["checkpoint-500", "checkpoint-1000"], ["checkpoints/final"], ["quickstart/checkpoints/final"]]
+)
 def test_a_folder_above_the_adapters_names_them(final: Path, tmp_path: Path, inner: list[str]) -> None:
     for name in inner:
         foreign(final, tmp_path / "outputs" / name)

@@ -24,6 +24,13 @@ def test_own_reader_equals_the_library(tiny_checkpoint: Callable[..., Path]) -> 
     assert all(torch.equal(read_tensor(entry), expected[name]) for name, entry in entries.items())
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 988097824\n")
+    with pytest.raises(UserError, match=r"a pointer of Git LFS, which `git lfs pull` in its repository replaces"):
+        read_header(path)
+
+
 def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(4.0), "b": torch.ones(2)}, path)
