@@ -21,7 +21,8 @@ MIRROR = "set a mirror (HF_ENDPOINT=https://hf-mirror.com)"
 NO_FOLDER = (NotADirectoryError, FileExistsError)  # a file where the cache's folder would be
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # in small or large letters
 CERTIFICATES = ("ssl_cert_file", "ssl_cert_dir", "requests_ca_bundle", "curl_ca_bundle")
-PROXY_ERRORS = ("ProxyError", "InvalidProxyURL", "InvalidSchema")  # names of classes
+ENDPOINT_ERRORS = ("UnsupportedProtocol", "MissingSchema")  # names of classes
+PROXY_ERRORS = ("ProxyError", "InvalidProxyURL", "InvalidSchema")
 
 
 class ClientError(Exception):
@@ -31,6 +32,7 @@ class ClientError(Exception):
 @contextlib.contextmanager
 def client_errors() -> Iterator[None]:
     """Within it a client that cannot start, or whose proxy fails, raises ClientError."""
+    from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     try:
@@ -40,8 +42,12 @@ def client_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(cause_of(error)).__name__ in PROXY_ERRORS:
-            raise ClientError(_blame(cause_of(error))) from error
+        cause = cause_of(error)
+        if type(cause).__name__ in ENDPOINT_ERRORS:
+            endpoint = shown(constants.ENDPOINT)
+            raise ClientError(f"HF_ENDPOINT is {endpoint}, expected https://...; correct or unset it") from error
+        if type(cause).__name__ in PROXY_ERRORS:
+            raise ClientError(_blame(cause)) from error
         raise
 
 

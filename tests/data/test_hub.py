@@ -500,10 +500,19 @@ def test_a_proxy_that_is_not_reached_is_named(make_hub: MakeHub, tmp_path: Path)
     assert "; check the network and HTTP_PROXY, " in found
 
 
-def test_an_endpoint_that_is_none_is_named(tmp_path: Path) -> None:
-    found = fetch("127.0.0.1", tmp_path).stdout
-    assert found.startswith("error: some/thing: '127.0.0.1' does not answer as a hub does (")
-    assert "; correct HF_ENDPOINT" in found
+@needs_links
+@pytest.mark.parametrize("endpoint", ["127.0.0.1", "hf-mirror.com", "ftp://hub"])
+def test_an_endpoint_that_is_none_is_named_and_a_complete_cache_is_enough(
+    make_hub: MakeHub, tmp_path: Path, endpoint: str
+) -> None:
+    problem = f"HF_ENDPOINT is '{endpoint}', expected https://...; correct or unset it"
+    found = fetch(endpoint, tmp_path)
+    assert found.stdout.startswith(f"error: some/thing: {problem}, or give a local folder")
+    assert "retries" not in found.stderr
+    folder = fetch(make_hub(), tmp_path).stdout
+    cached = fetch(endpoint, tmp_path)
+    assert cached.stdout == folder
+    assert cached.stderr.startswith(f"note: some/thing: taken from the cache, without asking the hub: {problem}")
 
 
 def test_variables_with_which_the_client_cannot_start_are_named(tmp_path: Path) -> None:
