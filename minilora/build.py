@@ -15,8 +15,8 @@ import tokenizers
 import torch
 
 from minilora import __version__
-from minilora.adapters.peft_config import read_adapter_config
-from minilora.config import Config
+from minilora.adapters.peft_config import no_adapter, read_adapter_config
+from minilora.config import Config, same_modules
 from minilora.data.encode import Encoder
 from minilora.data.examples import Examples
 from minilora.data.hub import fetch_adapter
@@ -26,7 +26,7 @@ from minilora.data.sampler import stratified_sample
 from minilora.data.split_files import SPLITS
 from minilora.data.token_store import CACHE, FileRecords, Piece, load_store
 from minilora.errors import UserError, capped, shown
-from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, OverlongError
 from minilora.system.console import info, progress, warn
@@ -46,12 +46,16 @@ def take_adapter(config: Config) -> Config:
         return config
     folder = fetch_adapter(config.model.adapter)
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"model.adapter: {folder} holds no adapter_config.json; give a peft adapter")
+        raise UserError(f"model.adapter: {folder} {no_adapter(folder)}")
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"model.adapter: {folder / 'adapter_model.bin'} is a pickle; convert it to safetensors")
     if folder.resolve().is_relative_to(Path(config.train.output_dir).resolve() / "checkpoints"):
         raise UserError(f"model.adapter: {folder} belongs to the run in train.output_dir; choose another one")
     found, _ = read_adapter_config(folder)
     own = config.lora
     lora = replace(found, dropout=own.dropout, init_lora_weights=own.init_lora_weights)
+    if same_modules(found.target_modules, own.target_modules):
+        lora = replace(lora, target_modules=own.target_modules)
     changed = [f"lora.{name}={value}" for name, value in vars(lora).items() if value != getattr(own, name)]
     if changed:
         info(f"model.adapter: as it is, {', '.join(map(capped, changed))}")
@@ -108,12 +112,7 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
             f"{tokenizer.folder}: tokenizer.json has {tokenizer.vocab_size} ids, config.json vocab_size "
             f"{model.vocab_size}; the two are from different models, download both again"
         )
-    most = model.max_position_embeddings
-    if most is not None and config.data.max_length > most:
-        warn(
-            f"note: data.max_length: {config.data.max_length} tokens; {tokenizer.folder} was made for {most} "
-            "(max_position_embeddings), and knows nothing of positions behind them"
-        )
+    note_positions(config, model)
     return ClassificationPrompt(
         tokenizer=tokenizer,
         system=with_model_system(config, tokenizer.folder).prompt.system,
@@ -121,6 +120,16 @@ def build_prompt(config: Config, tokenizer: ChatTokenizer) -> ClassificationProm
         labels=tuple(config.prompt.labels),
         max_length=config.data.max_length,
     )
+
+
+def note_positions(config: Config, model: Qwen2Config) -> None:
+    """Notes that examples may be longer than those the model was made for."""
+    most = model.max_position_embeddings
+    if most is not None and config.data.max_length > most:
+        warn(
+            f"note: data.max_length: {config.data.max_length} tokens; {config.model.name_or_path} was made for {most} "
+            "(max_position_embeddings), and knows nothing of positions behind them"
+        )
 
 
 def with_model_system(config: Config, folder: Path) -> Config:

@@ -282,6 +282,11 @@ def config_from_dict(content: Any, overrides: Sequence[str], where: str) -> Conf
     return config
 
 
+def same_modules(one: str | list[str], other: str | list[str]) -> bool:
+    """Whether two values of `lora.target_modules` name the same layers, in whatever order."""
+    return one == other or (isinstance(one, list) and isinstance(other, list) and set(one) == set(other))
+
+
 def describe_keys() -> str:
     """The table of all keys for --help: name, default, type, meaning; `free` as in `key`."""
     lines = []

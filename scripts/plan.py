@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minilora.build import limited, take_adapter
+from minilora.build import limited, note_positions, take_adapter
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
 from minilora.data.records import ReadOptions, Record, read_records
@@ -81,6 +81,7 @@ def main() -> None:
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
     )
+    note_positions(config, setup.architecture)
     shape = setup.shape
     examples = f"{len(records):,} examples" if records else "examples"
     print(

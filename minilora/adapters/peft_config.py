@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from minilora.adapters.attach import iter_lora_weights
 from minilora.adapters.peft_keys import refuse_other_kinds
 from minilora.config import LoraConfig
+from minilora.data.hub import those_within
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.files import read_json
@@ -133,6 +134,19 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
         raise UserError(f"{path}: has no {', '.join(missing)}; {ADVICE}")
     given.pop("init_lora_weights", None)  # its values are others in `LoraConfig`
     return _take(LoraConfig, given, path), _take(BaseModel, given, path)
+
+
+def no_adapter(folder: Path) -> str:
+    """Why a folder cannot be used as an adapter, and what to do."""
+    if folder.is_file():
+        return f"is a file; give its folder, {folder.parent}"
+    if not folder.is_dir():
+        return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
+    if (folder / "config.json").is_file():
+        return "is a base model, without adapter_config.json; give an adapter"
+    levels = ("*", "*/*", "*/*/*")  # outputs/ has quickstart/checkpoints/final
+    inner = those_within(folder, *(f"{level}/adapter_config.json" for level in levels))
+    return f"holds no adapter_config.json{inner or '; give the folder that training wrote, as checkpoints/final'}"
 
 
 def _take(kind: type[T], given: Mapping[str, Any], path: Path) -> T:

@@ -68,9 +68,10 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
             )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds no config.json{_instead(folder)}")
-    shards, others = list(folder.glob("model-*-of-*.safetensors")), list(folder.glob("pytorch_model*.bin"))
-    if weights and (folder / "model.safetensors").is_file() and (shards or others):
-        warn(f"note: {folder}: model.safetensors is read, {(shards + others)[0].name} and its like beside it are not")
+    others = [path for path in sorted(folder.glob("*.safetensors")) if path.name != "model.safetensors"]
+    others += folder.glob("pytorch_model*.bin")
+    if weights and (folder / "model.safetensors").is_file() and others:
+        warn(f"note: {folder}: model.safetensors is read, {others[0].name} and its like beside it are not")
     return folder
 
 
@@ -80,7 +81,8 @@ def _instead(folder: Path) -> str:
         return ", but an adapter; give the base model that its adapter_config.json names"
     if any(folder.glob("*.gguf")):
         return ", but a GGUF file, which is not read; give the checkpoint in safetensors that it was made from"
-    return those_within(folder, "*/config.json") or "; give the folder or name of a Hugging Face checkpoint"
+    inner = those_within(folder, "*/config.json", "*/*/config.json")  # snapshots/{revision}, in the cache
+    return inner or "; give the folder or name of a Hugging Face checkpoint"
 
 
 def those_within(folder: Path, *patterns: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilora.adapters.peft_config import read_adapter_config
+from minilora.adapters.peft_config import no_adapter, read_adapter_config
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter
 from minilora.build import DTYPES, build_model, build_prompt, choose_device, choose_dtype, limited, read_split
 from minilora.config import Config, config_from_dict
 from minilora.data.examples import Examples, build_examples, tell_of_labels
-from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model, those_within
+from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model
 from minilora.data.labels import other_words
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.split_files import prepared_columns
@@ -141,7 +141,7 @@ def load_run(
     """
     path = fetch_adapter(path.as_posix())
     if not (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: {_no_adapter(path)}")
+        raise UserError(f"{path}: {no_adapter(path)}")
     _say_what_is_not_read(path)
     problem = damage_of_adapter(path) if (path / MANIFEST).is_file() else None
     if problem is not None:
@@ -209,22 +209,8 @@ def _is_base(path: Path, folder: Path) -> bool:
     """Whether `path`, found in `folder`, is a model and no adapter."""
     if (folder / "adapter_config.json").is_file():
         return False
-    return folder != path or (folder / "config.json").is_file() or path.as_posix().startswith(PACKAGE_ASSETS)
-
-
-def _no_adapter(folder: Path) -> str:
-    """Why a folder cannot be used as an adapter, and what to do."""
-    if folder.is_file():
-        return f"is a file; give its folder, {folder.parent}"
-    if not folder.is_dir():
-        return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
-    if (folder / "config.json").is_file():
-        return "is a base model, without adapter_config.json; give an adapter"
-    levels = (
-        f"{level}/adapter_config.json" for level in ("*", "*/*", "*/*/*")
-    )  # outputs/ has quickstart/checkpoints/final
-    inner = those_within(folder, *levels)
-    return f"holds no adapter_config.json{inner or '; give the folder that training wrote, as checkpoints/final'}"
+    is_model = (folder / "config.json").is_file() or any(folder.glob("*.gguf"))  # which `fetch_model` refuses
+    return folder != path or is_model or path.as_posix().startswith(PACKAGE_ASSETS)
 
 
 def _say_what_is_not_read(folder: Path) -> None:

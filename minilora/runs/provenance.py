@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from minilora import __version__
-from minilora.config import FREE_KEYS, KEYS, PATHS, REMOVED_KEYS, Config
+from minilora.config import FREE_KEYS, KEYS, PATHS, REMOVED_KEYS, Config, same_modules
 from minilora.data.hub import fetch_adapter
 from minilora.data.split_files import SPLITS, read_report
 from minilora.errors import UserError
@@ -184,7 +184,8 @@ def changed_keys(before: Mapping[str, Any], config: Config) -> list[str]:
         now = getattr(getattr(config, section), attribute)
         is_free = name in FREE_KEYS or attribute in CUTS or (is_constant and attribute in LENGTHS)
         is_free = is_free or (attribute == "compute_dtype" and "auto" in (old, now))
-        if old != now and not is_free:
+        is_same = same_modules(old, now) if attribute == "target_modules" else old == now
+        if not is_same and not is_free:
             shown = (json.dumps(value, ensure_ascii=False) for value in (old, now))
             lines.append(f"{name}: {' -> '.join(shown)}{REASONS.get(attribute, '')}")
     return lines

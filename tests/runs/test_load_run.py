@@ -130,6 +130,15 @@ def test_a_folder_above_the_adapters_names_them(final: Path, tmp_path: Path, inn
     assert all(name in str(raised.value) for name in inner)
 
 
+def test_weights_in_another_layout_are_said_too(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "base"))
+    (base / "consolidated.safetensors").write_bytes(b"")
+    hub.fetch_model(str(base))
+    assert "model.safetensors is read, consolidated.safetensors and its like" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_read_are_said(
     final: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,10 +160,14 @@ def test_weights_that_are_not_read_are_said(
         ("adapter_config.json", "but an adapter; give the base model that its adapter_config.json names"),
         ("model-q4_k_m.gguf", "but a GGUF file, which is not read; give the checkpoint in safetensors"),
         ("checkpoint-500/config.json", "checkpoint-500 in it do: give one of them"),
+        ("snapshots/0123abcd/config.json", "snapshots/0123abcd in it do: give one of them"),
     ],
 )
 def test_a_base_folder_without_a_checkpoint_is_named_as_what_it_is(tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("{}", "utf-8")
     with pytest.raises(UserError, match=rf"holds no config\.json.+{message}"):
         hub.fetch_model(str(tmp_path))
+    if name.endswith(".gguf"):
+        with pytest.raises(UserError, match=message):
+            load_run_or_base(tmp_path, None, [], KEYS_READ)

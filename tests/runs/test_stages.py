@@ -112,6 +112,17 @@ def test_an_adapter_that_is_damaged_or_none_is_refused_before_a_step(adapter: Pa
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_the_folder_of_the_run_names_its_adapters_and_a_pickle_is_named(
+    adapter: Path, run: Fit, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "outputs" / "checkpoints" / "final"))
+    with pytest.raises(UserError, match=r"model\.adapter: .+outputs holds no .+; checkpoints/final in it do"):
+        run(**{"model.adapter": tmp_path / "outputs"})
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin is a pickle; convert it to safetensors"):
+        run(**{"model.adapter": folder})
+
+
 def test_an_adapter_may_be_a_name_on_the_hub(adapter: Path, run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(hub, "download_snapshot", lambda _, name, *__, **___: asked.append(name) or adapter)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from minilora import build
 from minilora.config import LoraConfig
 from minilora.data import hub
 from minilora.data.records import Record, read_records
@@ -139,6 +140,20 @@ def test_device_type_and_length_are_what_was_asked(plan: Plan, arguments: list[s
     assert shown in printed.splitlines()[0]
     assert ("Python and PyTorch themselves" in printed) == ("on cpu" in shown)
     assert ("CUDA's context" in printed) != ("on cpu" in shown)
+
+
+@pytest.mark.parametrize(("length", "is_said"), [("2048", False), ("2049", True)])
+def test_a_length_beyond_the_models_positions_is_said(
+    plan: Plan,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    length: str,
+    is_said: bool,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(build, "warn", said.append)
+    plan(f"model.name_or_path={tiny_checkpoint()}", "--budget", "8GB", "--length", length)
+    assert any(f"data.max_length: {length} tokens" in text for text in said) == is_said
 
 
 def test_a_folder_is_planned_for_its_prepared_data(
