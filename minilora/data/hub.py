@@ -32,6 +32,7 @@ from minilora.data.split_files import SPLITS, split_of
 from minilora.errors import UserError, capped
 from minilora.system.console import is_quiet, warn
 from minilora.system.files import WRITING, sha256
+from minilora.system.optional import broken
 from minilora.system.signals import nothing_at_stake
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
@@ -203,6 +204,8 @@ def download_snapshot(kind: str, name: str, revision: str | None, **patterns: An
         from huggingface_hub import constants  # here: a run on local files does not wait for huggingface-hub
     except ValueError as error:  # it reads the environment when it is imported
         raise UserError(f"{name}: huggingface-hub cannot start ({error}); correct the variables HF_...") from None
+    except Exception as error:
+        raise UserError(f"{name}: {broken('huggingface_hub', error)}, or give a local folder") from None
     local = "give a local folder" if kind == "model" else "give local files to scripts/preprocess_data.py --input"
     try:
         snapshot = _download(name, repo_type=kind, revision=revision, **patterns)

@@ -515,6 +515,18 @@ def test_an_endpoint_that_is_none_is_named_and_a_complete_cache_is_enough(
     assert cached.stderr.startswith(f"note: some/thing: taken from the cache, without asking the hub: {problem}")
 
 
+def test_a_hub_package_that_fails_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "huggingface_hub").mkdir()
+    (tmp_path / "huggingface_hub" / "__init__.py").write_text("raise RuntimeError('another ABI')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"some/thing: .+fails \(RuntimeError: another ABI\); pip install .+, or give a"
+    ):
+        fetch_model("some/thing")
+
+
 def test_variables_with_which_the_client_cannot_start_are_named(tmp_path: Path) -> None:
     found = fetch(NOBODY, tmp_path, HF_HUB_DOWNLOAD_TIMEOUT="soon").stdout
     assert re.match(r"error: some/thing: huggingface-hub cannot start \(.*soon.*\); correct the variables HF_", found)
