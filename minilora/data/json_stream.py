@@ -17,6 +17,8 @@ from minilora.data.lines import iter_blocks
 from minilora.errors import UserError, shown
 
 SPACE = re.compile(r"[ \t\r\n]*")
+# Python writes NaN where pandas has no value.
+NAN_IS_NULL: Any = {"parse_constant": lambda text: None if text == "NaN" else float(text)}
 LONGEST = 1 << 24  # characters of a record
 ATOM = 16  # a literal, a number's begin or an escape may be cut at a window's end
 
@@ -30,6 +32,10 @@ def iter_json(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
         number += 1
         if is_array and number > 1 and not window.skip(","):
             raise UserError(f"{path}:{number - 1}: is not followed by a comma; correct the file behind that record")
+        if window.next_character() in (",", "]"):
+            what = "goes on with a comma that no record follows" if is_array else "has commas between its records"
+            remedy = "remove it" if is_array else "put [ and ] around all of them, or remove the commas"
+            raise UserError(f"{path}:{number - 1}: {what}; {remedy}")
         try:
             found = window.parse()
         except (ValueError, RecursionError) as error:
@@ -53,7 +59,7 @@ class _Window:
         self._blocks = blocks
         self._text = ""
         self._position = 0
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(**NAN_IS_NULL)
 
     def next_character(self) -> str:
         """The next one that is no white space; "" at the end."""

@@ -34,6 +34,11 @@ FOREIGN = {  # how files begin that are no text
     b"\xd0\xcf\x11\xe0": "is a workbook of an older Excel; save it as .xlsx or as CSV UTF-8",
     b"PAR1": "is a parquet file; rename it to .parquet",
     b"ARROW1": "is an Arrow file; rename it to .arrow",
+    b"BZh": "is compressed by bzip2; unpack it",
+    b"\xfd7zXZ": "is compressed by xz; unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it",
+    b"version https://git-lfs": "is only Git LFS's pointer to the file; fetch that with git lfs pull",
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a web page; download the file itself"),
 }
 
 
@@ -58,7 +63,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """A text file's bytes, uncompressed; UserError where they cannot be read, or are no text."""
     try:
         with path.open("rb") as stream:
-            begin = stream.peek(8)
+            begin = stream.peek(32)
             for mark, what in FOREIGN.items():
                 if begin.startswith(mark):
                     raise UserError(f"{path}: {what}")
@@ -101,7 +106,9 @@ def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterato
             if number == 1:
                 line = line.removeprefix("\ufeff")
             is_empty = is_empty and not line.strip()
-            is_ascii = is_ascii and line.isascii()
+            if is_ascii and not line.isascii():
+                is_ascii = False
+                _refuse_utf8(line, f"{where}:{number}", encoding)
             yield line
     except UnicodeDecodeError as error:
         raise _undecodable(error, f"{where}:{number + 1}", encoding, is_ascii) from None
@@ -120,6 +127,8 @@ def iter_blocks(path: Path, encoding: str = "utf-8") -> Iterator[str]:
             for block in itertools.chain(iter(lambda: stream.read(BLOCK), b""), [b""]):
                 text = decoder.decode(block, final=not block)
                 text = text.removeprefix("\ufeff") if is_empty else text
+                if is_ascii and not text.isascii():
+                    _refuse_utf8(text, f"{path}:{line}", encoding)
                 is_empty, is_ascii = is_empty and not text.strip(), is_ascii and text.isascii()
                 yield text
                 line += text.count("\n")
@@ -151,6 +160,8 @@ def _codec(stream: BinaryIO, encoding: str) -> str:
 
 def _undecodable(error: UnicodeDecodeError, where: str, encoding: str, is_ascii_before: bool) -> UserError:
     """What is wrong with a line; UTF-8 that is damaged is told from another encoding."""
+    if encoding != "utf-8" and _is_utf8(error.object):
+        return UserError(f"{where}: is UTF-8, not {encoding.upper()}; leave out --encoding")
     found = f"{where}: is not {encoding.upper()} (byte 0x{error.object[error.start]:02X}"
     has_mark = error.object.startswith(UTF16_MARKS)
     if encoding == "utf-8" and not has_mark and (not is_ascii_before or _is_mostly_utf8(error.object)):
@@ -161,6 +172,20 @@ def _undecodable(error: UnicodeDecodeError, where: str, encoding: str, is_ascii_
     guess = _guess_encoding(error) if encoding == "utf-8" else None
     otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
     return UserError(f"{found}); {otherwise}save it as UTF-8")
+
+
+def _refuse_utf8(text: str, where: str, encoding: str) -> None:
+    """UserError where text that was read as GB18030 or Big5 is that of UTF-8: every second one is valid there too."""
+    if not encoding.startswith("utf") and _is_utf8(text.encode(encoding)):
+        raise UserError(f"{where}: is UTF-8, not {encoding.upper()}; leave out --encoding")
+
+
+def _is_utf8(line: bytes) -> bool:
+    """Whether it can be nothing else: two Chinese characters or more, of three bytes each."""
+    try:
+        return sum(character > "\u07ff" for character in line.decode()) > 1
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_mostly_utf8(line: bytes) -> bool:

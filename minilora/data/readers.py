@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.data.json_stream import iter_json
+from minilora.data.json_stream import NAN_IS_NULL, iter_json
 from minilora.data.lines import count_lines, iter_file_lines
 from minilora.errors import UserError, capped, shown
 from minilora.system.console import warn
@@ -24,7 +24,11 @@ from minilora.system.optional import MissingPackageError, import_optional
 
 ARROW_BATCH = 1024  # records of a parquet file that are Python objects at once
 DATASET, DATASET_DICT = "state.json", "dataset_dict.json"  # what `save_to_disk` puts into its folders
-OTHER_KINDS = {".xls": "save it as .xlsx or as CSV UTF-8", ".ods": "save it as .xlsx or as CSV UTF-8"}
+OTHER_KINDS = {
+    **dict.fromkeys((".xls", ".ods"), "save it as .xlsx or as CSV UTF-8"),
+    **dict.fromkeys((".ndjson", ".jsonlines", ".jl"), "rename it to .jsonl"),
+    **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz"), "unpack it"),
+}
 # A record of a TSV whose quotes are those of a CSV writer, and what shows one: a doubled quote in a text.
 QUOTED_RECORD = re.compile(r'(?:(?:"(?:[^"]|"")*"|[^"\t]*)\t)*(?:"(?:[^"]|"")*"|[^"\t]*)')
 DOUBLED_QUOTE = re.compile(r'[^"\t\n]""|""[^"\t\n]')
@@ -93,10 +97,18 @@ def _read_tsv(path: Path, encoding: str) -> Iterator[Found]:
 
     In ChnSentiCorp a quote is a character, and would swallow the records up to the next one.
     """
-    if path.is_file() and _is_quoted(path, encoding):  # a pipe is read once
+    if path.is_file() and _is_csv(path, encoding):  # a pipe is read once
+        return _read_csv(path, encoding)
+    if path.is_file() and _is_quoted(path, encoding):
         return _named_fields(path, _csv_records(path, iter_file_lines(path, encoding), "\t"))
     lines = enumerate(iter_file_lines(path, encoding), start=1)
     return _named_fields(path, ((number, line.split("\t")) for number, line in lines))
+
+
+def _is_csv(path: Path, encoding: str) -> bool:
+    """Whether the header of a TSV has commas or the like in place of tabs."""
+    *_, header = _through_first_filled(iter_file_lines(path, encoding))
+    return "\t" not in header and re.search("[,;|]", header) is not None
 
 
 def _is_quoted(path: Path, encoding: str) -> bool:
@@ -127,7 +139,7 @@ def _is_quoted(path: Path, encoding: str) -> bool:
 
 
 def _read_csv(path: Path, encoding: str) -> Iterator[Found]:
-    """The delimiter is that of Excel's line `sep=;`, or what the header has in place of commas: semicolons or tabs."""
+    """The delimiter is that of Excel's line `sep=;`, or what the header has in place of commas: `;`, `|` or tabs."""
     lines = iter_file_lines(path, encoding)
     head = list(_through_first_filled(lines))
     declared = re.fullmatch(r'"?sep=(.)"? *', head[-1], re.IGNORECASE) if head else None
@@ -136,7 +148,7 @@ def _read_csv(path: Path, encoding: str) -> Iterator[Found]:
         delimiter = declared[1]
     else:
         names = re.sub(r'"[^"]*("|$)', "", head[-1]) if head else ""
-        found = [mark for mark in ",;\t" if mark in names]
+        found = [mark for mark in ",;\t|" if mark in names]
         delimiter = found[0] if len(found) == 1 else ","
     return _named_fields(path, _csv_records(path, itertools.chain(head, lines), delimiter))
 
@@ -158,9 +170,10 @@ def _csv_records(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[t
             yield line + 1, fields  # where the record begins: it may take several lines
             line = reader.line_num
     except csv.Error as error:
-        raise UserError(
-            f"{path}:{line + 1}: {error}; close the quote that is opened there, or quote a field with a line break"
-        ) from None
+        remedy = 'close the quote that is opened there, and double those within a text ("")'
+        if str(error).startswith("new-line"):
+            error, remedy = csv.Error("a carriage return ends a line"), "quote the text that holds it, or save with \\n"
+        raise UserError(f"{path}:{line + 1}: {error}; {remedy}") from None
 
 
 def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterator[Found]:
@@ -177,7 +190,7 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
                 raise UserError(
                     f"{path}:{line}: column {capped(', '.join(twice))} is there twice; rename or remove one"
                 )
-        elif len(fields) != len(header):
+        elif len(fields) < len(header) or any(fields[len(header) :]):  # Excel adds empty ones
             is_empty = False
             yield (
                 f"{path}:{line}",
@@ -188,7 +201,7 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
             )
         else:
             is_empty = False
-            yield f"{path}:{line}", dict(zip(header, fields, strict=True))
+            yield f"{path}:{line}", dict(zip(header, fields, strict=False))
     if is_empty:
         raise UserError(f"{path}: has a header line and no record; add records, or end each line with \\n")
 
@@ -198,8 +211,9 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
         if not line.strip():
             continue
         advice = f"rename it to {path.stem}.json" if line.strip()[:2] in ("[", "{", "[{") else "correct the line"
+        advice = "remove the comma at its end" if line.rstrip().endswith("},") else advice
         try:
-            record = json.loads(line)
+            record = json.loads(line, **NAN_IS_NULL)
         except (ValueError, RecursionError) as error:
             record = UserError(f"{path}:{number}: is not JSON ({error}); {advice}")
         if not isinstance(record, dict | UserError):

@@ -36,7 +36,9 @@ def test_records_of_any_length_and_layout_are_found(indent: int | None, is_ascii
         ('[{"a": 1}, {"a": 2}', r"a\.json: ends without '\]' after 2 records"),
         ("[]", r"a\.json: holds no record"),
         ("", r"a\.json: is empty"),
-        ('[{"a": 1},]', r"a\.json:2: this record is not JSON"),
+        ('[{"a": 1},]', r"a\.json:1: goes on with a comma that no record follows; remove it"),
+        ('[{"a": 1},, {"a": 2}]', r"a\.json:1: goes on with a comma that no record follows"),
+        ('{"a": 1},\n{"a": 2}', r"a\.json:1: has commas between its records; put \[ and \] around all"),
         ('[{"a": 1} {"a": 2}]', r"a\.json:1: is not followed by a comma"),
         ('[{"a": 1}, 2]', r"a\.json:2: holds 2, expected an object"),
         ('[["text", "label"]]', r"a\.json:1: holds \['text', 'label'\], expected an object"),
@@ -50,6 +52,13 @@ def test_records_of_any_length_and_layout_are_found(indent: int | None, is_ascii
 def test_what_is_no_array_of_objects_is_named_with_its_record(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         list(iter_fields(write(tmp_path / "a.json", content), "utf-8"))
+
+
+def test_nan_is_a_missing_value_and_infinity_none(tmp_path: Path) -> None:
+    content = '{"a": NaN, "b": [-Infinity, NaN]}'
+    for name in ("a.json", "a.jsonl"):
+        ((_, found),) = iter_fields(write(tmp_path / name, content), "utf-8")
+        assert found == {"a": None, "b": [float("-inf"), None]}
 
 
 def test_records_behind_one_that_is_no_object_are_read(tmp_path: Path) -> None:

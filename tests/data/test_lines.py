@@ -193,6 +193,9 @@ def test_a_compressed_file_is_read_whatever_its_name(name: str, tmp_path: Path) 
         (b"PK\x03\x04...", r"is an Excel workbook or a zip archive; rename it to \.xlsx, or unpack it"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1", r"is a workbook of an older Excel; save it as"),
         (b"PAR1...", r"is a parquet file; rename it"),
+        (b"\x28\xb5\x2f\xfd...", r"is compressed by zstd; unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"is only Git LFS's pointer .*git lfs pull"),
+        (b"<!DOCTYPE html>", r"is a web page; download"),
     ],
 )
 def test_a_file_that_is_no_text_is_named_as_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ RECORDS = [(1, '很好，"推荐"'), (0, "差")]
         "csv-semicolon",
         "csv-sep",
         "csv-tab",
+        "csv-bar",
+        "tsv-comma",
+        "tsv-sep",
         "json",
         "json-lines",
         "csv",
@@ -56,6 +59,9 @@ def test_every_kind_of_file_gives_the_same_records(kind: str, tmp_path: Path) ->
             "csv-semicolon": 'label;text\n1;"很好，""推荐"""\n0;差\n',
             "csv-sep": 'sep=;\r\nlabel;text\r\n1;"很好，""推荐"""\r\n0;差\r\n',
             "csv-tab": '\nlabel\ttext\n1\t"很好，""推荐"""\n0\t差\n',
+            "csv-bar": 'label|text\n1|"很好，""推荐"""\n0|差\n',
+            "tsv-comma": 'label,text\n1,"很好，""推荐"""\n0,差\n',
+            "tsv-sep": 'sep=;\nlabel;text\n1;"很好，""推荐"""\n0;差\n',
             "json": ' [{"label": 1, "text": "很好，\\"推荐\\""},\n {"label": "0", "text": "差"}]\n',
             "json-lines": '{"label": 1, "text": "很好，\\"推荐\\""}\n{\n"label": "0", "text": "差"\n}\n',
             "csv": 'label,text\n1,"很好，""推荐"""\n0,差\n',
@@ -193,8 +199,15 @@ def test_semicolons_and_tabs_within_a_comma_csv_are_text(tmp_path: Path) -> None
     assert [fields for _, fields in iter_fields(both, "utf-8")] == [{"label;x": "1;2", "text": "好"}]
 
 
+def test_empty_fields_behind_the_last_column_are_nothing(tmp_path: Path) -> None:
+    """Excel writes them where a cell was once filled."""
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        path = write(tmp_path / name, mark.join(["text", "label\n好", "1", "", "\n差", "0\n"]))
+        assert [(record.text, record.label) for record in read_records(path)] == [("好", 1), ("差", 0)]
+
+
 def test_lines_are_counted_behind_a_line_that_names_the_delimiter(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "sep=;\ntext;label\n好;1;\n")
+    path = write(tmp_path / "a.csv", "sep=;\ntext;label\n好;1;2\n")
     with pytest.raises(UserError, match=r"a\.csv:3: 3 fields, expected 2"):
         read_records(path)
 
