@@ -33,9 +33,9 @@ def iter_json(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
         if is_array and number > 1 and not window.skip(","):
             raise UserError(f"{path}:{number - 1}: is not followed by a comma; correct the file behind that record")
         if window.next_character() in (",", "]"):
-            what = "goes on with a comma that no record follows" if is_array else "has commas between its records"
+            problem = "goes on with a comma that no record follows" if is_array else "has commas between its records"
             remedy = "remove it" if is_array else "put [ and ] around all of them, or remove the commas"
-            raise UserError(f"{path}:{number - 1}: {what}; {remedy}")
+            raise UserError(f"{path}:{number - 1}: {problem}; {remedy}")
         try:
             found = window.parse()
         except (ValueError, RecursionError) as error:

@@ -99,16 +99,15 @@ def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterato
         UserError: a line is not in that encoding, or all lines are blank.
     """
     encoding = encoding_named(encoding)
-    number, is_empty, is_ascii = 0, True, True
+    number, is_empty, is_ascii, is_unsure = 0, True, True, not encoding.startswith("utf")
     try:
         for number, line in enumerate(_decoded(stream, encoding), start=1):
             line = line.removesuffix("\n").removesuffix("\r")
             if number == 1:
                 line = line.removeprefix("\ufeff")
             is_empty = is_empty and not line.strip()
-            if is_ascii and not line.isascii():
-                is_ascii = False
-                _refuse_utf8(line, f"{where}:{number}", encoding)
+            is_ascii = is_ascii and line.isascii()
+            is_unsure = is_unsure and _may_be_utf8(line, f"{where}:{number}", encoding)
             yield line
     except UnicodeDecodeError as error:
         raise _undecodable(error, f"{where}:{number + 1}", encoding, is_ascii) from None
@@ -119,7 +118,7 @@ def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterato
 def iter_blocks(path: Path, encoding: str = "utf-8") -> Iterator[str]:
     """The text of a file in pieces, for what need not have lines; errors as `iter_file_lines`."""
     encoding = encoding_named(encoding)
-    line, is_empty, is_ascii = 1, True, True
+    line, is_empty, is_ascii, is_unsure = 1, True, True, not encoding.startswith("utf")
     with open_bytes(path) as stream:
         errors = "surrogatepass" if encoding.startswith("utf-16") else "strict"
         decoder = codecs.getincrementaldecoder(_codec(stream, encoding))(errors)
@@ -127,8 +126,7 @@ def iter_blocks(path: Path, encoding: str = "utf-8") -> Iterator[str]:
             for block in itertools.chain(iter(lambda: stream.read(BLOCK), b""), [b""]):
                 text = decoder.decode(block, final=not block)
                 text = text.removeprefix("\ufeff") if is_empty else text
-                if is_ascii and not text.isascii():
-                    _refuse_utf8(text, f"{path}:{line}", encoding)
+                is_unsure = is_unsure and _may_be_utf8(text, f"{path}:{line}", encoding)
                 is_empty, is_ascii = is_empty and not text.strip(), is_ascii and text.isascii()
                 yield text
                 line += text.count("\n")
@@ -160,7 +158,7 @@ def _codec(stream: BinaryIO, encoding: str) -> str:
 
 def _undecodable(error: UnicodeDecodeError, where: str, encoding: str, is_ascii_before: bool) -> UserError:
     """What is wrong with a line; UTF-8 that is damaged is told from another encoding."""
-    if encoding != "utf-8" and _is_utf8(error.object):
+    if encoding != "utf-8" and (_chinese_in_utf8(error.object) or 0) > 0:
         return UserError(f"{where}: is UTF-8, not {encoding.upper()}; leave out --encoding")
     found = f"{where}: is not {encoding.upper()} (byte 0x{error.object[error.start]:02X}"
     has_mark = error.object.startswith(UTF16_MARKS)
@@ -174,18 +172,23 @@ def _undecodable(error: UnicodeDecodeError, where: str, encoding: str, is_ascii_
     return UserError(f"{found}); {otherwise}save it as UTF-8")
 
 
-def _refuse_utf8(text: str, where: str, encoding: str) -> None:
-    """UserError where text that was read as GB18030 or Big5 is that of UTF-8: every second one is valid there too."""
-    if not encoding.startswith("utf") and _is_utf8(text.encode(encoding)):
+def _may_be_utf8(text: str, where: str, encoding: str) -> bool:
+    """Whether text that was read as GB18030 or Big5 leaves open that it is UTF-8, half of which is valid there too.
+
+    UserError where it can be nothing else: three characters of three bytes.
+    """
+    found = None if text.isascii() else _chinese_in_utf8(text.encode(encoding))
+    if found is not None and found > 2:
         raise UserError(f"{where}: is UTF-8, not {encoding.upper()}; leave out --encoding")
+    return text.isascii() or found is not None
 
 
-def _is_utf8(line: bytes) -> bool:
-    """Whether it can be nothing else: two Chinese characters or more, of three bytes each."""
+def _chinese_in_utf8(line: bytes) -> int | None:
+    """Its characters of three bytes and more, None if it is not UTF-8."""
     try:
-        return sum(character > "\u07ff" for character in line.decode()) > 1
+        return sum(character > "\u07ff" for character in line.decode())
     except UnicodeDecodeError:
-        return False
+        return None
 
 
 def _is_mostly_utf8(line: bytes) -> bool:

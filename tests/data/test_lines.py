@@ -174,6 +174,15 @@ def test_one_damaged_byte_never_makes_utf8_another_encoding(tmp_path: Path) -> N
         assert "gb18030" not in said
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "big5"])
+@pytest.mark.parametrize("text", ["label,text\n1,早餐很好\n", "label,text\n1,好\n1,早餐很好，推荐\n", "评论，标签\n"])
+def test_utf8_is_never_read_as_another_encoding(text: str, encoding: str, tmp_path: Path) -> None:
+    """Text of an even number of bytes would decode as GB18030, to other characters."""
+    for name, read in (("a.csv", iter_file_lines), ("a.json", iter_blocks)):
+        with pytest.raises(UserError, match=r"\d: is UTF-8, not .*; leave out --encoding"):
+            list(read(write(tmp_path / name, text), encoding))
+
+
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.CSV.GZ", "a.csv"])
 def test_a_compressed_file_is_read_whatever_its_name(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, gzip.compress("label,text\n1,好\n".encode()))
