@@ -5,7 +5,8 @@
     prompt, query -> completion, response      texts, or lists of turns as trl has them: the prompt's are context
     system, history                            come before any of these
 
-A list may also be the text of one (JSON, or Python's as pandas writes it), a content a list of parts of type text.
+A list may also be the text of one (JSON, or Python's or numpy's as pandas writes it), a content a list of parts of
+type text. Keys may begin with a capital letter.
 `weight`, `train` or `loss` of 0 or false keeps an assistant's turn as context; on the record, all of them.
 
 What changes the meaning of the text and is not learnt here (tool calls, images, reasoning apart from the answer,
@@ -14,6 +15,7 @@ preference pairs) is refused by its name. Any other key that has a value is list
 
 import ast
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -50,6 +52,8 @@ REFUSED = {  # by key of a record or a turn
     **dict.fromkeys(("train_detail", "training_detail"), NO_PARTS),
     **dict.fromkeys((*PREFERENCES, "kto_tag"), NO_PREFERENCE),
 }
+KEYS = {*MESSAGES, *QUESTIONS, *CONTEXTS, *ANSWERS, *SYSTEM, *ROLE, *CONTENT, *TRAIN, *REFUSED, "history"}
+QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 
 
 class Conversation(NamedTuple):
@@ -80,9 +84,9 @@ class _Reading:
 
     def __init__(self, where: str, fields: dict[str, Any]):
         self.where = where
-        self.fields = fields
-        self.given = {key: value for key, value in fields.items() if value not in EMPTY}
-        self.unread = set(self.given)
+        self.fields = _spelled(fields)
+        self.given = {key: value for key, value in self.fields.items() if value not in EMPTY}
+        self.unread = set(filter(None, self.given))  # a CSV file's column of numbers has no name
 
     def conversation(self) -> Conversation | None:
         turns = self._find_turns()
@@ -162,6 +166,7 @@ class _Reading:
     def _turn(self, entry: Any) -> Turn:
         if not isinstance(entry, dict):
             raise self._error(f"message {shown(entry)} has no role and content as text; correct the record")
+        entry = _spelled(entry)
         self._refuse(entry)
         role, content = (next((entry[key] for key in keys if key in entry), None) for keys in (ROLE, CONTENT))
         name = role.strip().lower() if isinstance(role, str) else ""
@@ -217,7 +222,7 @@ class _Reading:
 
     def _refuse(self, entry: dict[str, Any]) -> None:
         for key, value in entry.items():
-            if key in REFUSED and value and value not in ("[]", "{}"):
+            if key in REFUSED and value and value not in ("[]", "{}", "null"):
                 raise self._error(f"{key}: {REFUSED[key]}")
 
     def _error(self, problem: str) -> UserError:
@@ -228,7 +233,7 @@ def _parsed(found: Any) -> Any:
     """A list that is given as text; anything else as it is."""
     if not isinstance(found, str) or not found.lstrip().startswith("["):
         return found
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval, _without_commas):
         try:
             with warnings.catch_warnings():  # of Python about a backslash in the text
                 warnings.simplefilter("ignore")
@@ -236,6 +241,18 @@ def _parsed(found: Any) -> Any:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return found
+
+
+def _without_commas(found: str) -> Any:
+    """numpy's list of objects, as `to_csv` writes it: spaces between them, as nowhere else outside quotes."""
+    return ast.literal_eval(re.sub(rf"({QUOTED})|\}}\s+\{{", lambda match: match[1] or "}, {", found))
+
+
+def _spelled(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with the keys that are read here in lower case: `Question` is `question`."""
+    lower = {key: key.strip().lower() for key in fields if isinstance(key, str) and key not in KEYS}
+    spelled = {key: low for key, low in lower.items() if low in KEYS and low not in fields}
+    return {spelled.get(key, key): value for key, value in fields.items()} if spelled else fields
 
 
 def _is_list_of_turns(found: Any) -> bool:

@@ -4,6 +4,7 @@
 kept.
 """
 
+import difflib
 import importlib.util
 import json
 from argparse import Namespace
@@ -13,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minilora.data.conversations import read_turns
+from minilora.data.conversations import MESSAGES, read_turns
 from minilora.data.labels import Label, mapped, read_label_map
 from minilora.data.lines import encoding_named, iter_file_lines
 from minilora.data.readers import iter_fields, kind_of
@@ -21,7 +22,7 @@ from minilora.errors import UserError, capped, shown
 from minilora.qlora.prompt import Turn
 from minilora.system.console import note
 
-USUAL_COLUMNS = {  # of several that a record has, the first counts
+USUAL_COLUMNS = {  # of several that a record has, the first counts; capital letters do not
     "text": ("text", "text_a", "review", "sentence", "content"),
     "label": ("label", "labels", "sentiment", "target"),
 }
@@ -164,7 +165,7 @@ def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
 def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tuple[Record, dict[str, str]]:
     """A record and its columns: a labelled text if one is named, else a conversation if the fields are those of one."""
     named = _named_columns(fields, options)
-    is_labelled = all(not fields.keys().isdisjoint(names) for names in USUAL_COLUMNS.values())
+    is_labelled = all(_spelling(fields, names) is not None for names in USUAL_COLUMNS.values())
     conversation = None if named else read_turns(where, fields, is_labelled)
     if conversation is not None:
         return Record(where, messages=conversation.turns, unread=conversation.unread), {}
@@ -197,15 +198,31 @@ def _text(where: str, found: Any) -> str:
 def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | None) -> str:
     """The chosen column, or the first of the usual names for `what` ("text" or "label") that the record has."""
     names = (chosen,) if chosen else USUAL_COLUMNS[what]
+    found = _spelling(fields, names)
+    if found is not None:
+        return found
+    problem = f"{where}: no {what} column ({', '.join(names)}); the file has {capped(', '.join(map(str, fields)))}"
+    close = difflib.get_close_matches(chosen or "", map(str, fields), 1, 0.5)
+    if close:
+        raise UserError(f"{problem}; did you mean {shown(close[0])}?")
+    lists = (name for name, value in fields.items() if isinstance(value, list | dict))
+    nested = next((name for name in lists if name.lower() not in MESSAGES), None)
+    remedy = "rename the column"
+    if kind_of(Path(where.rpartition(":")[0])) in (".csv", ".tsv", ".xlsx"):
+        remedy += ", or write the names into a line before the first if there is none"
+    raise UserError(
+        f"{problem}; {remedy}, or name it with --{what}_column of preprocess_data.py or the script that reads it"
+        + (f"; if the records are in {shown(nested)}, save that array as a file of its own" if nested else "")
+    )
+
+
+def _spelling(fields: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """How a record spells the first of these columns that it has, in small or capital letters."""
     for name in names:
         if name in fields:
             return name
-    nested = next((name for name, value in fields.items() if isinstance(value, list | dict)), None)
-    raise UserError(
-        f"{where}: no {what} column ({', '.join(names)}); the file has {capped(', '.join(map(str, fields)))}; "
-        f"rename the column, or name it with --{what}_column of preprocess_data.py or the script that reads it"
-        + (f"; if the records are in {shown(nested)}, save that array as a file of its own" if nested else "")
-    )
+    lower = {key.strip().lower(): key for key in fields if isinstance(key, str)}
+    return next((lower[name.strip().lower()] for name in names if name.strip().lower() in lower), None)
 
 
 def _encodable(record: Record) -> Record:

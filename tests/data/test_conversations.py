@@ -50,6 +50,10 @@ def turns_of(fields: dict[str, Any]) -> list[Turn]:
         {"query": "问", "response": "答", "history": None, "system": None},
         {"prompt": "问", "response": "答"},
         {"question": "问", "answer": "答"},
+        {"Question": "问", " Answer ": "答"},
+        {"Instruction": "问", "Input": "", "Output": "答", "System": "", "": "0"},  # as `to_csv` writes it
+        {"Messages": [{"Role": "user", "Content": "问"}, {"Role": "assistant", "Content": "答"}], "Tools": "null"},
+        {"messages": " ".join(["[", *map(str, MESSAGES), "]"])},  # numpy's, which has no commas
         {"messages": None, "prompt": "问", "completion": "答"},
         {"messages": MESSAGES, "prompt": "", "completion": None},
     ],
@@ -57,6 +61,20 @@ def turns_of(fields: dict[str, Any]) -> list[Turn]:
 )
 def test_every_format_gives_the_same_turns(fields: dict[str, Any]) -> None:
     assert turns_of(fields) == [ASKED, ANSWERED]
+
+
+def test_braces_in_a_text_are_no_separators_of_numpys() -> None:
+    odd = "{'a'} {\"b\"}\n} {"
+    turns = [{"role": "user", "content": odd}, {"role": "assistant", "content": odd}]
+    assert turns_of({"messages": f"[{turns[0]}\n {turns[1]}]"}) == [Turn("user", odd), Turn("assistant", odd)]
+
+
+def test_a_key_in_capital_letters_is_read_or_refused_all_the_same() -> None:
+    with pytest.raises(UserError, match="tools: tool calls cannot"):
+        turns_of({"messages": MESSAGES, "Tools": [{"name": "search"}]})
+    assert turns_of({"Messages": MESSAGES, "System": "客服"})[0] == Turn("system", "客服")
+    with pytest.raises(UserError, match="every assistant turn is context only"):
+        turns_of({"messages": [MESSAGES[0], {**MESSAGES[1], "Weight": 0}]})
 
 
 def test_a_question_and_what_it_is_about_are_joined_by_a_newline() -> None:

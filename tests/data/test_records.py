@@ -80,6 +80,19 @@ def test_the_usual_column_names_are_found(text_column: str, label_column: str, t
     assert read_records(path) == [Record(f"{path}:2", "好", 1)]
 
 
+@pytest.mark.parametrize("named", [{}, {"text_column": "TEXT", "label_column": "label "}])
+def test_columns_are_found_in_capital_letters_too(named: dict[str, str], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "Text,LABEL,Answer\n好,1,是\n")
+    assert read_records(path, ReadOptions(**named)) == [Record(f"{path}:2", "好", 1)]
+
+
+def test_a_column_that_is_nearly_the_one_named_is_told(tmp_path: Path) -> None:
+    columns = ",".join([*(f"column{number}" for number in range(99)), "评论内容"])
+    path = write(tmp_path / "a.csv", f"{columns}\n{columns}\n")
+    with pytest.raises(UserError, match=r"no text column .*; did you mean '评论内容'\?$"):
+        read_records(path, ReadOptions(text_column="评伦内容"))
+
+
 def test_of_several_usual_columns_the_first_name_counts_wherever_it_is(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "content,target,text,label\n坏,0,好,1\n")
     assert read_records(path) == [Record(f"{path}:2", "好", 1)]
@@ -198,7 +211,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.tsv",
             "stars\tcomment\n1\t好\n",
-            r"no text column \(text, .*\); the file has stars, comment; rename the column",
+            r"no text column \(text, .*\); the file has stars, comment; rename the column, or write the names",
         ),
         (
             "a.tsv",
