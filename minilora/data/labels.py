@@ -12,6 +12,7 @@ import difflib
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 from minilora.errors import UserError, capped, shown
 
 MOST_CLASSES = 20  # more labels are a wrong column, and no message lists them
+LONGEST_LABEL = 40  # characters; a longer one is a text
+UNKNOWN = "..."  # what a message puts for a word that nothing tells
 # Names of sentiments, for which a message can offer a pair, and what is made of those of ChnSentiCorp's parquet files.
 POLARITY = {
     **dict.fromkeys(("negative", "neg", "bad", "负面", "消极", "差评", "差", "负", "0", "false"), 0),
@@ -45,12 +48,14 @@ def read_label_map(text: str | None) -> dict[str, Label]:
     """What --map_labels says: "negative=负面,1=正面", or a JSON object where a label holds a comma. UserError."""
     if not text:
         return {}
+    is_json = text.startswith("{")
     try:
-        pairs = list(json.loads(text).items()) if text.startswith("{") else []
+        pairs = list(json.loads(text).items()) if is_json else []
     except ValueError:
         pairs = [("", "")]
     if not pairs:  # a Chinese keyboard has its own comma and equals sign
         pairs = [tuple(re.split("[=＝]", pair)) for pair in re.split("[,，]", text)]
+    pairs = [(label, str(word) if isinstance(word, int) else word) for label, word in pairs] if is_json else pairs
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(word, str) and word.strip() for word in pair):
             raise UserError(
@@ -58,15 +63,33 @@ def read_label_map(text: str | None) -> dict[str, Label]:
                 'object as {"negative": "负面"}'
             )
     meant = {label.strip(): as_label(word) for label, word in pairs}
+    if UNKNOWN in meant.values():
+        raise UserError(f"--map_labels: got {shown(text)}; write the word that is meant in place of {UNKNOWN}")
     if len(meant) < len(pairs):
         raise UserError(f"--map_labels: got {shown(text)}, which names a label twice; leave one of the pairs")
     return meant
 
 
 def mapped(found: Any, meant: Mapping[str, Label]) -> Any:
-    """A label as it is meant: what `meant` has for it, or else `as_label`."""
+    """A label as it is meant: what `meant` has for it, as it is or in small letters, or else `as_label`."""
     label = as_label(found)
-    return meant.get(str(label).lower() if isinstance(label, bool) else str(label), label) if meant else label
+    key = map_key(label, meant) if meant else None
+    return label if key is None else meant[key]
+
+
+def map_key(found: Any, meant: Mapping[str, Label]) -> str | None:
+    """Which label of `meant` this is, if any: `false` is also False and FALSE."""
+    name = str(as_label(found))
+    return next((key for key in (name, name.lower()) if key in meant), None)
+
+
+def check_label_map(meant: Mapping[str, Label], words: Sequence[str]) -> None:
+    """UserError where --map_labels gives a label a word that is none of these."""
+    classes = _classes(words)
+    for label, word in meant.items():
+        if word not in classes:
+            pair = f"{capped(label)}={capped(str(word))}"
+            raise UserError(f"--map_labels: got {pair}, expected one of {_words(words)} behind =; correct the word")
 
 
 def class_indices(found: Iterable[tuple[str, Label]], words: Sequence[str], is_trained: bool = False) -> list[int]:
@@ -83,18 +106,29 @@ def class_indices(found: Iterable[tuple[str, Label]], words: Sequence[str], is_t
         UserError: a label that is neither.
     """
     found = list(found)
-    named = [as_label(word) for word in words]
-    has_indices = not any(isinstance(word, int) for word in named)
-    classes: dict[Label, int] = {index: index for index in range(len(words)) if has_indices}
-    classes |= {word: index for index, word in enumerate(named)}
+    classes = _classes(words)
     for where, label in found:
         if label not in classes:
-            nor_an_index = f" nor an index 0 to {len(words) - 1}" if has_indices else ""
+            nor_an_index = f" nor an index 0 to {len(words) - 1}" if _has_indices(words) else ""
             raise UserError(
-                f"{where}: label {shown(label)} is not one of {capped(str(list(words)), 200)}{nor_an_index}; "
+                f"{where}: label {shown(label)} is not one of {_words(words)}{nor_an_index}; "
                 f"{_remedy({label for _, label in found}, words, is_trained)}"
             )
     return [classes[label] for _, label in found]
+
+
+def _classes(words: Sequence[str]) -> dict[Label, int]:
+    """The class of each label that means one."""
+    indices: dict[Label, int] = {index: index for index in range(len(words)) if _has_indices(words)}
+    return indices | {as_label(word): index for index, word in enumerate(words)}
+
+
+def _has_indices(words: Sequence[str]) -> bool:
+    return not any(isinstance(as_label(word), int) for word in words)
+
+
+def _words(words: Sequence[str]) -> str:
+    return capped(str(list(words)), 200)
 
 
 def index_note(found: Iterable[Label | None], words: Sequence[str]) -> str | None:
@@ -131,19 +165,21 @@ def other_words(words: Sequence[str], trained: Sequence[str]) -> str:
 def _remedy(labels: set[Label], words: Sequence[str], is_trained: bool) -> str:
     """What to do about labels of which one at least is no word and no index."""
     is_few = len(labels) <= MOST_CLASSES
+    if max(len(str(label)) for label in labels) > LONGEST_LABEL:
+        return "name the label's column with --label_column if it is another one, or correct the file"
     option = _option(_likely_pairs(labels, words)) if is_few else "--map_labels"
     if is_trained:
         return f"these are the words that this adapter answers with; say which of them a label means: {option}"
     written = json.dumps([str(label) for label in in_order(labels)], ensure_ascii=False)
     others = f" and prompt.instruction; all labels there: prompt.labels={shlex.quote(written)}" if is_few else ""
     return (
-        f"correct the file, say which word a label means with preprocess_data.py {option}, or train on other words "
-        f"with prompt.labels{others}"
+        f"correct the file, say which word a label means with {option} of preprocess_data.py or the script that reads "
+        f"it, or take other words with prompt.labels{others}"
     )
 
 
 def _likely_pairs(labels: set[Label], words: Sequence[str]) -> dict[Label, str]:
-    """The word that each foreign label probably means, for a message to offer; "..." where nothing tells."""
+    """The word that each foreign label probably means, for a message to offer; UNKNOWN where nothing tells."""
     named = [as_label(word) for word in words]
     foreign = [label for label in in_order(labels) if label not in named]
     if len(foreign) == len(words) and all(isinstance(label, int) for label in foreign):  # stars, or -1 and 1
@@ -151,9 +187,9 @@ def _likely_pairs(labels: set[Label], words: Sequence[str]) -> dict[Label, str]:
     sides = {POLARITY[word.lower()]: word for word in words if word.lower() in POLARITY}
     pairs = {}
     for label in foreign:
-        name = str(label).lower()
+        name = unicodedata.normalize("NFKC", str(label)).lower()  # a Chinese keyboard has wide digits
         side = sides.get(POLARITY[name]) if name in POLARITY else None
-        pairs[label] = side or next(iter(difflib.get_close_matches(name, words, n=1, cutoff=0.75)), "...")
+        pairs[label] = side or next(iter(difflib.get_close_matches(name, words, n=1, cutoff=0.75)), UNKNOWN)
     return pairs
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.conversations import MESSAGES, read_turns
-from minilora.data.labels import Label, mapped, read_label_map
+from minilora.data.labels import Label, map_key, mapped, read_label_map
 from minilora.data.lines import encoding_named, iter_file_lines
 from minilora.data.readers import iter_fields, kind_of
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.prompt import Turn
-from minilora.system.console import note
+from minilora.system.console import note, warn
 
 USUAL_COLUMNS = {  # of several that a record has, the first counts; capital letters do not
     "text": ("text", "text_a", "review", "sentence", "content"),
@@ -46,12 +46,17 @@ class ReadOptions:
     def given(cls, arguments: Namespace, remembered: Mapping[str, str]) -> "ReadOptions":
         """Those of a script's command line (`add_reading_options`)."""
         label_column = getattr(arguments, "label_column", None)
+        if label_column is not None and label_column == arguments.text_column:
+            raise UserError(f"--label_column: got {shown(label_column)}, as --text_column did; name another for one")
+        meant: dict[str, Label] = {}
+        for text in getattr(arguments, "map_labels", None) or ():
+            meant |= read_label_map(text)
         return cls(
             text_column=arguments.text_column,
             label_column=label_column,
             encoding=encoding_named(arguments.encoding),
             remembered=remembered,
-            map_labels=read_label_map(getattr(arguments, "map_labels", None)),
+            map_labels=meant,
             says_columns=True,
         )
 
@@ -107,6 +112,7 @@ def iter_records(
     With `on_error` a record that cannot be used goes there, with its place, and the next one is read.
     """
     say = _Announcement(path, options)
+    unused = set(options.map_labels)
     for where, fields in iter_fields(path, options.encoding, on_error):
         try:
             record, columns = _make_record(where, fields, options)
@@ -117,7 +123,11 @@ def iter_records(
             on_error(where, error)
         else:
             say(fields, columns)
+            if unused and columns:
+                unused.discard(map_key(fields[columns["label"]], options.map_labels) or "")
             yield record
+    if options.map_labels and len(unused) == len(options.map_labels) and options.says_columns:
+        warn(f"warning: {path}: --map_labels: no label there is {capped(' or '.join(sorted(unused)))}")
 
 
 def parse_jsonl_record(where: str, line: bytes, options: ReadOptions = ReadOptions()) -> Record:
@@ -172,10 +182,10 @@ def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tu
     columns = {what: _find_column(where, fields, what, named.get(what)) for what in USUAL_COLUMNS}
     text, label = _text(where, fields[columns["text"]]), mapped(fields[columns["label"]], options.map_labels)
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise UserError(
-            f"{where}: label is {shown(label)}, expected a word or an integer; correct the record, or say "
-            "what such a label means with --map_labels"
+        advice = (
+            f", or say what it means: --map_labels {str(label).lower()}=WORD" if isinstance(label, float | int) else ""
         )
+        raise UserError(f"{where}: label is {shown(label)}, expected a word or an integer; correct the record{advice}")
     return Record(where, text, label), columns
 
 

@@ -19,7 +19,7 @@ from minilora.build import DTYPES, build_model, build_prompt, choose_device, cho
 from minilora.config import Config, config_from_dict
 from minilora.data.examples import Examples, build_examples, tell_of_labels
 from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model
-from minilora.data.labels import other_words
+from minilora.data.labels import check_label_map, other_words
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError, capped
@@ -88,6 +88,7 @@ class LoadedRun:
     def read_reviews(self, data: Path | None, reading: ReadOptions = ReadOptions()) -> tuple[Path, Examples]:
         """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
         config, prompt, is_trained = self.config, self.prompt, self.path is not None
+        check_label_map(reading.map_labels, prompt.labels)
         if data is None:
             path = Path(config.data.dir) / "test.jsonl"
             if not path.is_file():

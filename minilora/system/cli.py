@@ -77,7 +77,10 @@ def add_reading_options(parser: argparse.ArgumentParser, file: str, has_labels: 
     if has_labels:
         parser.add_argument("--label_column", help=f"of {file} (default: label, labels, sentiment or target)")
         parser.add_argument(
-            "--map_labels", metavar="LABEL=WORD,...", help="what the file's labels mean, as negative=负面,positive=正面"
+            "--map_labels",
+            action="append",
+            metavar="LABEL=WORD,...",
+            help="what the file's labels mean, as negative=负面,positive=正面; may be given several times",
         )
     parser.add_argument(
         "--encoding", default="utf-8", help=f"of {file} as text: utf-8, gb18030 (gbk, gb2312), big5, utf-16"

@@ -1,6 +1,7 @@
 """A label is the class that its file means, or it is refused."""
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minilora.data.labels import as_label, class_indices, index_note, mapped, missing_classes, read_label_map
+from minilora.data.labels import (
+    as_label,
+    check_label_map,
+    class_indices,
+    index_note,
+    mapped,
+    missing_classes,
+    read_label_map,
+)
 from minilora.data.records import ReadOptions, read_records
 from minilora.errors import UserError
+from minilora.system.cli import add_reading_options
 
 WORDS = ("负面", "正面")
 
@@ -53,7 +63,7 @@ def test_a_file_of_other_labels_is_answered_with_the_key_that_takes_them() -> No
     words = r"\[\"1\", \"5\", \"10\", \"无\"\]"
     with pytest.raises(UserError, match=rf"a\.csv:2: label 5 .*; all labels there: prompt\.labels='{words}'$"):
         class_indices(found, WORDS)
-    with pytest.raises(UserError, match=r"--map_labels, or .*prompt\.labels$"):
+    with pytest.raises(UserError, match=r"--map_labels of preprocess_data\.py or .*prompt\.labels$"):
         class_indices([("a.csv:2", f"word {number}") for number in range(21)], WORDS)
 
 
@@ -68,6 +78,7 @@ STARS = ("很差", "差", "一般", "好", "很好")
         (["差评", "好评"], ("negative", "positive"), "好评=positive,差评=negative"),
         ([1, 2], WORDS, "1=负面,2=正面"),
         ([3, 1, 5, 4, 2], STARS, "1=很差,2=差,3=一般,4=好,5=很好"),
+        (["０", "１"], WORDS, "０=负面,１=正面"),
         ([1, -1], WORDS, "=-1=负面,1=正面"),  # with "=", because argparse takes -1 for an option
         (["postive"], ("negative", "positive"), "postive=positive"),
         (["体育", "正面"], WORDS, "体育=..."),
@@ -104,10 +115,57 @@ def test_a_mapping_is_read_as_it_is_typed(text: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["negative", "a=b=c", "a=", "=b", '{"a": 1}', '{"a"', "a=b,", "1=x,1=y"])
+@pytest.mark.parametrize("text", ["negative", "a=b=c", "a=", "=b", '{"a": [1]}', '{"a"', "a=b,", "1=x,1=y"])
 def test_what_is_no_mapping_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^--map_labels: got "):
         read_label_map(text)
+
+
+def test_a_mapping_is_for_capital_letters_too_and_knows_indices() -> None:
+    meant = read_label_map('{"negative": 0, "POS": "1"}')
+    assert [mapped(found, meant) for found in ("Negative", "NEGATIVE", "POS", "pos")] == [0, 0, 1, "pos"]
+
+
+def test_what_a_message_leaves_open_is_not_taken_for_a_word() -> None:
+    with pytest.raises(UserError, match=r"^--map_labels: .*write the word that is meant in place of \.\.\."):
+        read_label_map("negative=负面,体育=...")
+
+
+def test_words_that_an_adapter_does_not_answer_with_are_refused() -> None:
+    check_label_map(read_label_map("a=负面,b=1"), WORDS)
+    with pytest.raises(UserError, match=r"^--map_labels: got b=pos, expected one of \['负面', '正面'\]"):
+        check_label_map(read_label_map("a=负面,b=pos"), WORDS)
+
+
+def test_texts_that_are_taken_for_labels_are_not_printed() -> None:
+    with pytest.raises(UserError, match=r"name the label's column with --label_column") as refused:
+        class_indices([("a.csv:2", "房间很干净" * 1000), ("a.csv:3", 1)], WORDS, is_trained=True)
+    assert len(str(refused.value)) < 400
+
+
+def given(*options: str) -> ReadOptions:
+    parser = ArgumentParser()
+    add_reading_options(parser, "--data")
+    return ReadOptions.given(parser.parse_args(options), {})
+
+
+def test_mappings_add_up() -> None:
+    assert given("--map_labels", "a=x", "--map_labels", "b=y").map_labels == {"a": "x", "b": "y"}
+
+
+def test_one_column_is_not_both_text_and_label() -> None:
+    with pytest.raises(UserError, match=r"^--label_column: got 'text', as --text_column did"):
+        given("--text_column", "text", "--label_column", "text")
+
+
+@pytest.mark.parametrize(("option", "is_said"), [("a=正面", True), ("0=正面", False), ("a=正面,1=负面", False)])
+def test_a_mapping_that_no_label_has_is_said(
+    option: str, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "好", "label": 1}\n{"text": "差", "label": 0}\n', "utf-8")
+    read_records(path, given("--map_labels", option))
+    assert ("--map_labels: no label there is a" in capsys.readouterr().err) == is_said
 
 
 def test_values_that_are_no_labels_by_themselves_can_be_mapped(tmp_path: Path) -> None:
