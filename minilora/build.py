@@ -21,7 +21,7 @@ from minilora.data.encode import Encoder
 from minilora.data.examples import Examples
 from minilora.data.hub import fetch_adapter
 from minilora.data.lines import count_lines
-from minilora.data.records import ReadOptions, Record, iter_records
+from minilora.data.records import ReadOptions, Record, iter_valid_records
 from minilora.data.sampler import stratified_sample
 from minilora.data.split_files import SPLITS
 from minilora.data.token_store import CACHE, FileRecords, Piece, load_store
@@ -203,7 +203,7 @@ def read_split(
 
     def encode(append: Callable[[Piece], None]) -> dict[str, Any]:
         with progress(f"tokenise {path.name}", min(count_lines(path), limit or sys.maxsize), "record") as bar:
-            chosen = choose(lambda: (record.label for record in iter_records(path, reading)), config, split)
+            chosen = choose(lambda: (record.label for record in iter_valid_records(path, reading)), config, split)
             records = partial(_iter_chosen, path, reading, chosen)
             encoder = Encoder(
                 prompt, str(path), records, config.data.overlong, is_trained=is_trained, on_progress=bar.update
@@ -226,7 +226,7 @@ def choose(read_labels: Callable[[], Iterable[Any]], config: Config, split: str)
 def _iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) -> Iterator[tuple[int, Record]]:
     """Those records of a JSONL file, with their lines. All others are read too: what is wrong with them is said."""
     num_taken = 0
-    for index, record in enumerate(iter_records(path, reading)):
+    for index, record in enumerate(iter_valid_records(path, reading)):
         if chosen is None or (num_taken < len(chosen) and chosen[num_taken] == index):
             num_taken += 1
             yield int(record.where.rpartition(":")[2]), record

@@ -82,7 +82,7 @@ def has_data(config: Config) -> bool:
     if 0 < len(missing) < len(SPLITS):
         raise UserError(
             f"{directory}: has no {', '.join(missing)}; correct data.dir, or prepare the data with "
-            f"scripts/preprocess_data.py --output {directory}"
+            f"scripts/preprocess_data.py --input FILES --output_dir {directory}"
         )
     return not missing
 
@@ -93,6 +93,11 @@ def refuse_slip(config: Config, arguments: Namespace) -> None:
     is_own = Path(config.data.dir) == Path(load_config(path).data.dir)
     named = [] if is_own else overrides
     if layer_of("data.source", path, overrides) < layer_of("data.dir", path, named):
+        if Path(config.data.dir).is_file():
+            raise UserError(
+                f"data.dir: {config.data.dir} is a file, expected a folder; make one of it with python "
+                f"scripts/preprocess_data.py --input {config.data.dir} --output_dir data/mine and name that"
+            )
         raise UserError(
             f"data.dir: {config.data.dir} holds no train.jsonl; prepare it with python scripts/preprocess_data.py "
             f"--input FILES --output_dir {config.data.dir}, or name what to prepare there with "

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from minilora.data.invalid import InvalidRecords
 from minilora.data.labels import class_indices, in_order
 from minilora.data.records import Record
 from minilora.data.token_store import Piece
@@ -22,7 +23,7 @@ class Encoder:
     """What makes a store of a file's records (`token_store.Encode`).
 
     Raises:
-        UserError: a label that is neither a label word nor its index, or a conversation without a supervised token.
+        UserError: a label that is neither a label word nor its index; conversations that cannot be learnt, all of them.
         OverlongError: conversations whose assistant turns alone exceed the prompt's `max_length`, if that is an error.
     """
 
@@ -36,20 +37,25 @@ class Encoder:
     def __call__(self, append: Callable[[Piece], None]) -> dict[str, Any]:
         num_read = num_kept = most = 0
         overlong: list[int] = []  # their lines
+        invalid = InvalidRecords(gives_up=True, option="--drop_invalid --tokenizer MODEL --max_length N")
         labels: set[str | int] = set()
         records = iter(self.read())
         while piece := list(islice(records, PIECE)):
             kept = []
-            for (line, _), (example, error) in zip(piece, self._encode([r for _, r in piece]), strict=True):
-                if error is not None:
+            for (line, record), (example, error) in zip(piece, self._encode([r for _, r in piece]), strict=True):
+                if isinstance(error, OverlongError):
                     overlong.append(line)
                     most = max(most, error.tokens)
+                elif error is not None:
+                    invalid.add(record.where, error)
                 if example is not None:
+                    invalid.are_all = False
                     kept.append((line, example))
             append(kept)
             labels.update(record.label for _, record in piece if record.label is not None)
             num_read, num_kept = num_read + len(piece), num_kept + len(kept)
             self.on_progress(len(piece))
+        invalid.check()
         if overlong and (self.overlong == "error" or not num_kept):
             lines = ", ".join(map(str, overlong[:SHOWN_LINES])) + (", ..." if len(overlong) > SHOWN_LINES else "")
             raise OverlongError(
@@ -60,8 +66,8 @@ class Encoder:
             )
         return {"overlong": len(overlong), "labels": in_order(labels)}
 
-    def _encode(self, records: Sequence[Record]) -> Iterator[tuple[Example | None, OverlongError | None]]:
-        """For each record its example, unless it is dropped, and the error that it is too long."""
+    def _encode(self, records: Sequence[Record]) -> Iterator[tuple[Example | None, UserError | None]]:
+        """For each record its example, unless it has none, and the error that it is too long or cannot be learnt."""
         texts = [record for record in records if record.messages is None]
         labelled = iter(self.prompt.examples([record.content for record in texts], self._classes(texts)))
         turns = [turn for record in records for turn in record.messages or ()]
@@ -70,7 +76,7 @@ class Encoder:
         for record in records:
             yield (next(labelled), None) if record.messages is None else self._encode_chat(tokenizer, record)
 
-    def _encode_chat(self, tokenizer: ChatTokenizer, record: Record) -> tuple[Example | None, OverlongError | None]:
+    def _encode_chat(self, tokenizer: ChatTokenizer, record: Record) -> tuple[Example | None, UserError | None]:
         system, length = self.prompt.system, self.prompt.max_length
         encode = partial(chat_example, tokenizer, record.messages or (), where=record.where, default_system=system)
         try:
@@ -78,6 +84,8 @@ class Encoder:
         except OverlongError as error:
             whole = encode(max_length=sys.maxsize) if self.overlong == "cut" else None
             return whole and _ended(whole, tokenizer.cut(whole.input_ids, length)), error
+        except UserError as error:
+            return None, error
 
     def _classes(self, records: Iterable[Record]) -> list[int]:
         def classes(records: Iterable[Record]) -> list[int]:

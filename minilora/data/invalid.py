@@ -16,11 +16,11 @@ class InvalidRecords:
     Messages that differ in figures only, as "3 fields, expected 2" and "4 fields, expected 2", are one kind.
     """
 
-    def __init__(self, gives_up: bool = False):
-        """`gives_up`: an error after TOO_MANY invalid records and no other."""
+    def __init__(self, gives_up: bool = False, option: str = "--drop_invalid"):
+        """`gives_up`: an error after TOO_MANY invalid records and no other. `option` drops them."""
         self.count = 0
         self.are_all = True  # whoever reads a valid record makes this False
-        self._gives_up = gives_up
+        self._gives_up, self._option = gives_up, option
         self._counts = Counter[str]()
         self._messages: dict[str, str] = {}
         self._places: dict[str, list[str]] = {}
@@ -38,6 +38,11 @@ class InvalidRecords:
         if self._gives_up and self.are_all and self.count == TOO_MANY:
             raise UserError("\n".join([f"none of the first {TOO_MANY:,} records can be used:", *self.lines()]))
 
+    def check(self) -> None:
+        """UserError with all of it, if there is any."""
+        if self.count:
+            raise UserError("\n".join(self.lines()))
+
     def lines(self) -> list[str]:
         """The message of the first record of each kind, with the number of such records and the next places."""
         lines = []
@@ -46,7 +51,7 @@ class InvalidRecords:
             more = ", ..." if count > len(self._places[kind]) else ""
             lines.append(f"{message} ({count:,} such records, also {', '.join(others)}{more})" if others else message)
         if self.count and not self.are_all:
-            lines.append(f"  --drop_invalid of preprocess_data.py drops the {self.count:,} records that cannot be used")
+            lines.append(f"  {self._option} of preprocess_data.py drops the {self.count:,} records that cannot be used")
         return lines
 
 

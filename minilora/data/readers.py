@@ -207,11 +207,13 @@ def _named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Itera
 
 
 def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
+    is_first = True
     for number, line in enumerate(iter_file_lines(path, encoding), start=1):
         if not line.strip():
             continue
-        advice = f"rename it to {path.stem}.json" if line.strip()[:2] in ("[", "{", "[{") else "correct the line"
-        advice = "remove the comma at its end" if line.rstrip().endswith("},") else advice
+        is_json = is_first and line.strip()[:2] in ("[", "{", "[{")
+        advice = "remove the comma at its end" if line.rstrip().endswith("},") else "correct the line"
+        advice = f"rename it to {path.stem}.json" if is_json else advice
         try:
             record = json.loads(line, **NAN_IS_NULL)
         except (ValueError, RecursionError) as error:
@@ -219,6 +221,9 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
         if not isinstance(record, dict | UserError):
             what = "an array of objects" if line.strip().startswith("[{") else shown(record)
             record = UserError(f"{path}:{number}: holds {what}, expected an object; {advice}")
+        if is_json and isinstance(record, UserError):  # the file, not this line
+            raise record
+        is_first = False
         yield f"{path}:{number}", record
 
 

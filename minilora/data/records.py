@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.data.conversations import MESSAGES, read_turns
+from minilora.data.invalid import InvalidRecords
 from minilora.data.labels import Label, map_key, mapped, read_label_map
 from minilora.data.lines import encoding_named, iter_file_lines
 from minilora.data.readers import iter_fields, kind_of
@@ -99,9 +100,18 @@ def read_records(path: Path, options: ReadOptions = ReadOptions()) -> list[Recor
     """The labelled texts and conversations of a file that READERS knows.
 
     Raises:
-        UserError: unreadable file, unknown kind, missing column, or a line that is no record to learn from.
+        UserError: unreadable file, unknown kind, missing column, or lines that are no records: all of them.
     """
-    return list(iter_records(path, options))
+    return list(iter_valid_records(path, options))
+
+
+def iter_valid_records(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:
+    """`read_records`, one at a time: the error comes behind the last one."""
+    invalid = InvalidRecords(gives_up=True)
+    for record in iter_records(path, options, invalid.add):
+        invalid.are_all = False
+        yield record
+    invalid.check()
 
 
 def iter_records(

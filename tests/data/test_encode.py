@@ -61,6 +61,16 @@ def test_all_overlong_conversations_are_in_one_message(chat_tokenizer: ChatToken
 
 
 @pytest.mark.usefixtures("piece")
+def test_all_answers_with_control_tokens_are_in_one_message(chat_tokenizer: ChatTokenizer) -> None:
+    records = [chat(line, "答<|im_end|>" if line % 2 else "答") for line in range(1, 31)]
+    with pytest.raises(
+        UserError, match=r"^a\.jsonl:1: an answer holds <\|im_end\|>.* \(15 such records, also "
+    ) as caught:
+        encode(records, make_prompt(chat_tokenizer))
+    assert "--drop_invalid --tokenizer MODEL --max_length N of preprocess_data.py drops the 15" in str(caught.value)
+
+
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize(("overlong", "lines"), [("drop", [1, 3]), ("cut", [1, 2, 3])])
 def test_overlong_conversations_are_dropped_or_cut_and_counted(
     overlong: str, lines: list[int], chat_tokenizer: ChatTokenizer

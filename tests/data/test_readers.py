@@ -212,7 +212,7 @@ def test_lines_are_counted_behind_a_line_that_names_the_delimiter(tmp_path: Path
         read_records(path)
 
 
-@pytest.mark.parametrize("content", ['[{"label": 1, "text": "好"}]', '[\n{"label": 1, "text": "好"}\n]', "{\n}"])
+@pytest.mark.parametrize("content", ['[{"label": 1, "text": "好"}]', '[\n{"label": 1, "text": "好"},\n{}\n]', "{\n}"])
 def test_json_that_is_not_a_line_a_record_is_told_its_name(content: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*; rename it to a\.json$") as refused:
         read_records(write(tmp_path / "a.jsonl", content))

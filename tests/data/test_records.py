@@ -93,6 +93,17 @@ def test_a_column_that_is_nearly_the_one_named_is_told(tmp_path: Path) -> None:
         read_records(path, ReadOptions(text_column="评伦内容"))
 
 
+def test_all_that_cannot_be_used_is_in_one_message(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\n" + "好,1\n好,的,1\n差,\n" * 30)
+    with pytest.raises(UserError) as refused:
+        read_records(path)
+    first, second, remedy = str(refused.value).splitlines()
+    assert "a.csv:3: 3 fields, expected 2" in first
+    assert first.endswith("(30 such records, also a.csv:6, a.csv:9, a.csv:12, a.csv:15, ...)")
+    assert "a.csv:4: label is ''" in second
+    assert remedy == "  --drop_invalid of preprocess_data.py drops the 60 records that cannot be used"
+
+
 def test_of_several_usual_columns_the_first_name_counts_wherever_it_is(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "content,target,text,label\n坏,0,好,1\n")
     assert read_records(path) == [Record(f"{path}:2", "好", 1)]

@@ -282,6 +282,8 @@ def test_a_slip_in_the_data_folder_trains_on_nothing_else(
     for arguments in (["data.dir=data/mnie"], ["--config", "mine.yaml"]):
         with pytest.raises(UserError, match=rf"^data\.dir: {named}.*; did you mean data/mine\?$"):
             run_main(script, *arguments, *more)
+    with pytest.raises(UserError, match=r"^data\.dir: mine\.yaml is a file, .*preprocess_data\.py --input mine\.yaml "):
+        run_main(script, "data.dir=mine.yaml", *more)
     with pytest.raises(UserError, match=r"mien\.yaml: cannot be read .*; did you mean mine\.yaml\?"):
         run_main(script, "--config", "mien.yaml", *more)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "mine", "mine.yaml"]
