@@ -108,6 +108,8 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         by_split = {name: counts.get(cause, 0) for name, counts in report["dropped_by_split"].items()}
         of_which = ", ".join(f"{number:,} of {name}" for name, number in by_split.items() if number)
         print(f"dropped  {count:>7,}  {cause}{f' ({of_which})' if of_which else ''}")
+    for line in report.get("invalid", []):
+        print(f"          invalid  {line}")
     for cause, count in report["kept_in_test"].items():
         if count:
             print(f"kept     {count:>7,}  {cause} in test, which stays whole (--clean_test drops them)")

@@ -44,14 +44,19 @@ class InvalidRecords:
             raise UserError("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
+        """`kinds`, and what drops all of them."""
+        lines = self.kinds()
+        if self.count and not self.are_all:
+            lines.append(f"  {self._option} of preprocess_data.py drops the {self.count:,} records that cannot be used")
+        return lines
+
+    def kinds(self) -> list[str]:
         """The message of the first record of each kind, with the number of such records and the next places."""
         lines = []
         for kind, message in self._messages.items():
             count, others = self._counts[kind], [_short(where) for where in self._places[kind][1:]]
             more = ", ..." if count > len(self._places[kind]) else ""
             lines.append(f"{message} ({count:,} such records, also {', '.join(others)}{more})" if others else message)
-        if self.count and not self.are_all:
-            lines.append(f"  {self._option} of preprocess_data.py drops the {self.count:,} records that cannot be used")
         return lines
 
 

@@ -150,6 +150,7 @@ def _prepare(
             report["dropped"]["rare"] = sum(len(group.indices) for group in rare)
         if options.drop_invalid:
             report["dropped"]["invalid"] = invalid.count
+            report |= {"invalid": invalid.kinds()} if invalid.count else {}
         for name, part in splits.items():
             if not len(part):
                 raise UserError(

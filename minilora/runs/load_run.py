@@ -102,7 +102,11 @@ class LoadedRun:
                 warn_of_another_test_set(self.path, path)
         else:
             path = data
-            reviews = build_examples(limited(read_records(path, reading), config, "test"), prompt, is_trained)
+            records = limited(read_records(path, reading), config, "test")
+            empty = [record.where for record in records if not record.content.strip()]
+            if empty:
+                warn(f"note: {empty[0]}: one of {len(empty):,} empty texts, which are scored like others")
+            reviews = build_examples(records, prompt, is_trained)
         if not reviews.examples or not reviews.labelled:
             raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
         tell_of_labels({str(path): reviews}, prompt.labels)

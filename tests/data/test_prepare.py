@@ -456,6 +456,7 @@ def test_all_records_that_cannot_be_used_are_in_one_message(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
     report = prepare(files, tmp_path / "out", SplitOptions(drop_invalid=True))
     assert report["dropped"]["invalid"] == 15
+    assert report["invalid"] == kinds[:-1]
     assert sum(report["rows_in"].values()) == 46
     assert sum(report["rows_out"].values()) == 46 - sum(report["dropped"].values())
 

@@ -155,6 +155,20 @@ def test_a_class_without_a_review_and_one_answer_to_all_are_warned_of(
     assert "labels 1 are read as indices: 1 = 正面" in printed
 
 
+def test_empty_texts_and_all_rows_that_cannot_be_scored_are_said(
+    trained: Path, script: ModuleType, run_main: RunMain, tmp_path: Path
+) -> None:
+    path = write_reviews(tmp_path / "a.tsv", [("好", 1), ("", 0), (" ", 0)])
+    _, said = run_main(script, "--model_path", trained / "final", "--data", path)
+    assert f"note: {path}:3: one of 2 empty texts" in said
+    path = write_reviews(tmp_path / "a.tsv", [("好", 1), ("差", ""), ("差", "")])
+    with pytest.raises(UserError, match=r"a\.tsv:3: label is ''.* \(2 such records, also a\.tsv:4\)"):
+        run_main(script, "--model_path", trained / "final", "--data", path)
+    path = write_reviews(tmp_path / "a.tsv", [("好", "pos"), ("差", "neg")])
+    with pytest.raises(UserError, match=r"--map_labels: got pos=positive, expected one of \['负面', '正面'\]"):
+        run_main(script, "--model_path", trained / "final", "--data", path, "--map_labels", "pos=positive")
+
+
 def test_a_raw_file_is_scored_by_the_columns_that_the_run_was_prepared_with(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, run_main: RunMain, script: ModuleType
 ) -> None:
