@@ -13,6 +13,7 @@ import json
 import re
 import shlex
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,18 @@ def index_note(found: Iterable[Label | None], words: Sequence[str]) -> str | Non
     if indices[0] == 0 or len(indices) == 1:
         return note
     return f"{note}; if they begin at 1 there: {_option({i: words[i - 1] for i in indices})}"
+
+
+def alike_note(labels: Iterable[str]) -> str | None:
+    """Which labels differ in spelling only, and what makes one of them; None where none do."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for label in sorted(label for label in labels if len(label) <= LONGEST_LABEL):
+        spellings["".join(unicodedata.normalize("NFKC", label).casefold().split())].append(label)
+    pairs: dict[Label, str] = {other: first for first, *others in spellings.values() for other in others}
+    if not 0 < len(pairs) <= MOST_CLASSES:
+        return None
+    alike = _listed([f"{label!r} and {word!r}" for label, word in pairs.items()])
+    return f"labels {alike} differ in capital letters, width or spaces only; if one is meant: {_option(pairs)}"
 
 
 def missing_classes(labels: Sequence[int] | np.ndarray, words: Sequence[str]) -> str | None:

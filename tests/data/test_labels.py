@@ -1,6 +1,8 @@
 """A label is the class that its file means, or it is refused."""
 
 import json
+import re
+import shlex
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.data.labels import (
+    alike_note,
     as_label,
     check_label_map,
     class_indices,
@@ -166,6 +169,17 @@ def test_a_mapping_that_no_label_has_is_said(
     path.write_text('{"text": "好", "label": 1}\n{"text": "差", "label": 0}\n', "utf-8")
     read_records(path, given("--map_labels", option))
     assert ("--map_labels: no label there is a" in capsys.readouterr().err) == is_said
+
+
+def test_labels_that_differ_in_spelling_only_are_named_with_what_makes_them_one() -> None:
+    note = alike_note(["Positive", "positive", "负面", "负 面", "1", "１", "2"])
+    assert note is not None
+    (option,) = re.findall(r"if one is meant: --map_labels (.*)$", note)
+    meant = read_label_map(shlex.split(option)[0])
+    assert [mapped(label, meant) for label in ("Positive", "positive", "负面", "负 面", "1", "１")] == [
+        *("Positive", "Positive", "负 面", "负 面", 1, 1)
+    ]
+    assert alike_note(["positive", "negative", "好" * 99, "好" * 99 + " "]) is None
 
 
 def test_values_that_are_no_labels_by_themselves_can_be_mapped(tmp_path: Path) -> None:
