@@ -99,7 +99,7 @@ def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterato
         UserError: a line is not in that encoding, or all lines are blank.
     """
     encoding = encoding_named(encoding)
-    number, is_empty, is_ascii, is_unsure = 0, True, True, not encoding.startswith("utf")
+    number, is_empty, is_ascii, is_unsure = 0, True, True, encoding != "utf-8"
     try:
         for number, line in enumerate(_decoded(stream, encoding), start=1):
             line = line.removesuffix("\n").removesuffix("\r")
@@ -118,7 +118,7 @@ def iter_lines(stream: BinaryIO, where: str, encoding: str = "utf-8") -> Iterato
 def iter_blocks(path: Path, encoding: str = "utf-8") -> Iterator[str]:
     """The text of a file in pieces, for what need not have lines; errors as `iter_file_lines`."""
     encoding = encoding_named(encoding)
-    line, is_empty, is_ascii, is_unsure = 1, True, True, not encoding.startswith("utf")
+    line, is_empty, is_ascii, is_unsure = 1, True, True, encoding != "utf-8"
     with open_bytes(path) as stream:
         errors = "surrogatepass" if encoding.startswith("utf-16") else "strict"
         decoder = codecs.getincrementaldecoder(_codec(stream, encoding))(errors)
@@ -169,15 +169,17 @@ def _undecodable(error: UnicodeDecodeError, where: str, encoding: str, is_ascii_
         )
     guess = _guess_encoding(error) if encoding == "utf-8" else None
     otherwise = f"it looks like {guess}: give --encoding {guess} to the script, or " if guess else ""
+    otherwise = "leave out --encoding if it is UTF-8, or " if encoding.startswith("utf-16") else otherwise
     return UserError(f"{found}); {otherwise}save it as UTF-8")
 
 
 def _may_be_utf8(text: str, where: str, encoding: str) -> bool:
-    """Whether text that was read as GB18030 or Big5 leaves open that it is UTF-8, half of which is valid there too.
+    """Whether text that was read in another encoding leaves open that it is UTF-8, half of which is valid there too.
 
     UserError where it can be nothing else: three characters of three bytes.
     """
-    found = None if text.isascii() else _chinese_in_utf8(text.encode(encoding))
+    codec = "utf-16-le" if encoding == "utf-16" else encoding
+    found = None if text.isascii() else _chinese_in_utf8(text.encode(codec, "surrogatepass"))
     if found is not None and found > 2:
         raise UserError(f"{where}: is UTF-8, not {encoding.upper()}; leave out --encoding")
     return text.isascii() or found is not None
