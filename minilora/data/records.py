@@ -203,7 +203,8 @@ def _named_columns(fields: Mapping[str, Any], options: ReadOptions) -> dict[str,
     """The columns that the user names, and those of the run's preparation that the record has."""
     if not options.remembered:
         return options.named
-    return {what: column for what, column in options.remembered.items() if column in fields} | options.named
+    found = {what: _spelling(fields, [column]) for what, column in options.remembered.items()}
+    return {what: column for what, column in found.items() if column is not None} | options.named
 
 
 def _text(where: str, found: Any) -> str:

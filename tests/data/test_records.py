@@ -128,7 +128,7 @@ def test_a_column_that_is_named_makes_a_labelled_text_whatever_else_is_there(
 def test_columns_of_the_preparation_are_taken_where_they_are(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw.csv", "cat,label,review,text\n书籍,1,好,坏\n")
     other = write(tmp_path / "other.csv", "label,text\n书籍,好\n")
-    remembered = {"text": "review", "label": "cat"}
+    remembered = {"text": "review", "label": "Cat"}  # as --label_column named it
     for path in (raw, other):
         assert read_records(path, ReadOptions(remembered=remembered)) == [Record(f"{path}:2", "好", "书籍")]
     (named,) = read_records(raw, ReadOptions("text", "label", remembered=remembered))
