@@ -250,6 +250,8 @@ def _without_commas(found: str) -> Any:
 
 def _spelled(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields with the keys that are read here in lower case: `Question` is `question`."""
+    if fields.keys() <= KEYS:
+        return fields
     lower = {key: key.strip().lower() for key in fields if isinstance(key, str) and key not in KEYS}
     spelled = {key: low for key, low in lower.items() if low in KEYS and low not in fields}
     return {spelled.get(key, key): value for key, value in fields.items()} if spelled else fields

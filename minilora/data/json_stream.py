@@ -18,7 +18,7 @@ from minilora.errors import UserError, shown
 
 SPACE = re.compile(r"[ \t\r\n]*")
 # Python writes NaN where pandas has no value.
-NAN_IS_NULL: Any = {"parse_constant": lambda text: None if text == "NaN" else float(text)}
+DECODER = json.JSONDecoder(parse_constant=lambda text: None if text == "NaN" else float(text))
 LONGEST = 1 << 24  # characters of a record
 ATOM = 16  # a literal, a number's begin or an escape may be cut at a window's end
 
@@ -59,7 +59,6 @@ class _Window:
         self._blocks = blocks
         self._text = ""
         self._position = 0
-        self._decoder = json.JSONDecoder(**NAN_IS_NULL)
 
     def next_character(self) -> str:
         """The next one that is no white space; "" at the end."""
@@ -80,7 +79,7 @@ class _Window:
         self.next_character()
         while True:
             try:
-                found, self._position = self._decoder.raw_decode(self._text, self._position)
+                found, self._position = DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated") or error.pos + ATOM > len(self._text)
                 length = len(self._text) - self._position

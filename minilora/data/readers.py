@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from minilora.data.json_stream import NAN_IS_NULL, iter_json
+from minilora.data.json_stream import DECODER, iter_json
 from minilora.data.lines import count_lines, iter_file_lines
 from minilora.errors import UserError, capped, shown
 from minilora.system.console import warn
@@ -215,7 +215,7 @@ def _read_jsonl(path: Path, encoding: str) -> Iterator[Found]:
         advice = "remove the comma at its end" if line.rstrip().endswith("},") else "correct the line"
         advice = f"rename it to {path.stem}.json" if is_json else advice
         try:
-            record = json.loads(line, **NAN_IS_NULL)
+            record = DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             record = UserError(f"{path}:{number}: is not JSON ({error}); {advice}")
         if not isinstance(record, dict | UserError):

@@ -5,10 +5,11 @@ kept.
 """
 
 import difflib
+import functools
 import importlib.util
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -185,8 +186,7 @@ def iter_line_records(lines: Iterable[str], where: str) -> Iterator[Record]:
 def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tuple[Record, dict[str, str]]:
     """A record and its columns: a labelled text if one is named, else a conversation if the fields are those of one."""
     named = _named_columns(fields, options)
-    is_labelled = all(_spelling(fields, names) is not None for names in USUAL_COLUMNS.values())
-    conversation = None if named else read_turns(where, fields, is_labelled)
+    conversation = None if named else read_turns(where, fields, _is_labelled(tuple(fields)))
     if conversation is not None:
         return Record(where, messages=conversation.turns, unread=conversation.unread), {}
     columns = {what: _find_column(where, fields, what, named.get(what)) for what in USUAL_COLUMNS}
@@ -237,7 +237,13 @@ def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | No
     )
 
 
-def _spelling(fields: Mapping[str, Any], names: Iterable[str]) -> str | None:
+@functools.lru_cache(maxsize=8)  # records of a file have the same
+def _is_labelled(columns: tuple[str, ...]) -> bool:
+    """Whether both of USUAL_COLUMNS are there."""
+    return all(_spelling(columns, names) is not None for names in USUAL_COLUMNS.values())
+
+
+def _spelling(fields: Collection[str], names: Iterable[str]) -> str | None:
     """How a record spells the first of these columns that it has, in small or capital letters."""
     for name in names:
         if name in fields:
