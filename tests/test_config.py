@@ -470,10 +470,3 @@ def test_an_adapter_to_begin_with_has_its_first_values(kind: str) -> None:
 def test_loftq_needs_four_bits() -> None:
     with pytest.raises(UserError, match=r"^lora\.init_lora_weights: .*model\.quantization=nf4"):
         load_config(None, ["lora.init_lora_weights=loftq", "model.quantization=none"])
-
-
-def test_the_order_of_target_modules_is_no_change() -> None:
-    before = load_config(overrides=["lora.target_modules=[q_proj, v_proj]"]).to_dict()
-    assert changed_keys(before, load_config(overrides=["lora.target_modules=[v_proj, q_proj]"])) == []
-    assert len(changed_keys(before, load_config(overrides=["lora.target_modules=[q_proj]"]))) == 1
-    assert len(changed_keys(before, load_config(overrides=["lora.target_modules=all-linear"]))) == 1

@@ -331,3 +331,10 @@ def test_free_keys_exist_and_may_change() -> None:
         None, ["train.output_dir=elsewhere", "train.save_steps=7", "train.logging_steps=3", "train.save_dtype=bfloat16"]
     )
     assert changed_keys(load_config().to_dict(), now) == []
+
+
+def test_the_order_of_target_modules_is_no_change() -> None:
+    before = load_config(overrides=["lora.target_modules=[q_proj, v_proj]"]).to_dict()
+    assert changed_keys(before, load_config(overrides=["lora.target_modules=[v_proj, q_proj]"])) == []
+    assert len(changed_keys(before, load_config(overrides=["lora.target_modules=[q_proj]"]))) == 1
+    assert len(changed_keys(before, load_config(overrides=["lora.target_modules=all-linear"]))) == 1
