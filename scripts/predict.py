@@ -59,7 +59,8 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     path, reviews = arguments.input, arguments.reviews
     if arguments.output is not None:
         ranks.run_on_rank_0(lambda: check_output(arguments.output, path, arguments.overwrite))
-    reading = ReadOptions.given(arguments, columns_of(arguments.model_path))
+    with ranks.rank_0_first():
+        reading = ReadOptions.given(arguments, columns_of(arguments.model_path))
     if path == STANDARD_INPUT:
         lines = iter_lines(standard_input(), "standard input", reading.encoding)
         windows = iter_windows(with_pauses(iter_line_records(lines, "standard input")), MAX_WAIT_S)

@@ -230,8 +230,9 @@ def _say_what_is_not_read(folder: Path) -> None:
 def columns_of(path: Path) -> dict[str, str]:
     """The columns that were named when the data of an adapter's run was prepared, by what they are ("text", "label").
 
-    A checkpoint's are those of its data folder, if that is here.
+    A checkpoint's are those of its data folder, if that is here. `path` may be a name on the hub.
     """
+    path = fetch_adapter(path.as_posix())
     if (path / "metrics.json").is_file():
         return dict(read_json(path / "metrics.json").get("data_columns", {}))
     directory = read_provenance(path).config.get("data", {}).get("dir")

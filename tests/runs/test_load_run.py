@@ -11,7 +11,7 @@ import pytest
 
 from minilora.data import hub
 from minilora.errors import UserError
-from minilora.runs.load_run import KEYS_READ, load_run, load_run_or_base
+from minilora.runs.load_run import KEYS_READ, columns_of, load_run, load_run_or_base
 from minilora.system import manifest
 from tests.runs.conftest import flip_bit
 
@@ -94,6 +94,8 @@ def test_an_adapter_by_its_name_on_the_hub_is_one_and_a_base_model_is_none(
     by_name = load_run_or_base(Path("some/adapter"), None, [], KEYS_READ)
     assert (by_name.path, by_name.model_folder, by_name.kind) == (adapter, base, "adapter")
     assert asked == [("some/adapter", None, hub.ADAPTER_FILES), ("some/base", "v1", hub.MODEL_FILES)]
+    (adapter / "metrics.json").write_text('{"data_columns": {"text": "review"}}', "utf-8")
+    assert columns_of(Path("some/adapter")) == {"text": "review"}
     plain = load_run_or_base(Path("some/base"), None, [], KEYS_READ)
     assert (plain.path, plain.model_folder, plain.kind) == (None, base, "base model")
     with pytest.raises(UserError, match=r"is a base model, without adapter_config\.json; give an"):
