@@ -16,6 +16,7 @@ Source: peft 0.21, src/peft/utils/save_and_load.py (behaviour, tests/parity/test
 
 import hashlib
 import io
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,7 +203,9 @@ def read_adapter_tensors(
     if path != binary:
         return path, {name: read_tensor(entry) for name, entry in read_header(path).items()}
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch 2.14, about sparse tensors, which are refused below
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for a bad or hostile file
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: refused, it is not a file of plain tensors ({reason}); use safetensors") from None
