@@ -82,7 +82,7 @@ class Workload:
         if len(rows) < count:
             raise UserError(f"{self.data}: holds {len(rows)} reviews, {count} are needed; ask for fewer steps")
         prompt = self.prompt()
-        return build_examples(rows[:count], prompt).examples
+        return list(build_examples(rows[:count], prompt).examples)
 
     def _conversations(self, texts: list[str], count: int) -> list[Example]:
         """Reviews as the turns of a user and an assistant, whose turns are supervised, until the tokens are reached."""
