@@ -24,7 +24,6 @@ from typing import NoReturn, TextIO
 
 from minilora.errors import UserError
 from minilora.system.console import set_quiet
-from minilora.system.process import limit_spinning
 from minilora.system.signals import SIGNALS, Interrupted, SafePoints, stop_now
 
 # What a disk, a path or rights may be the cause of; any other OSError is a bug.
@@ -40,12 +39,11 @@ COMMANDS |= {"preprocess": "preprocess_data", "download": "download_data", "insp
 
 
 def begin_script() -> None:
-    """A script's first line, before it imports PyTorch: what has to be settled before those seconds.
+    """A script's first line, before it imports PyTorch, which takes seconds.
 
     A signal ends the program with its status, without unwinding: what a library makes of an exception while it is
     imported is unknown, and nothing has to be saved before `run_script`.
     """
-    limit_spinning()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop_now)

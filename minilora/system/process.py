@@ -15,9 +15,9 @@
                       micro-batches differ in size, and fixed segments keep holes between them.
     NCCL              does not abort this process where a rank is lost: `distributed.py` notices and ends the run, with
                       its checkpoint and a message.
-    OpenMP            threads that wait for each other spin some 20 us and then sleep (`limit_spinning`). By default
-                      they spin for 0.1 s and more, on the core that another program needs, or the thread waited for.
-                      Beside one busy core a training run is 15 % faster for it, and alone as fast as before.
+
+Left out: `GOMP_SPINCOUNT=10000`, by which OpenMP's threads sleep soon. It gains 15 % beside a busy core on one machine,
+and costs a third of the speed on another that does nothing else.
 
 Without these settings everything computes the same and takes more memory. Beside them `kernels_left_out`, which any
 program gets for the time of one import.
@@ -40,7 +40,6 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # i
 LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed
 KEPT_IN_HEAP = 64 << 20  # bytes
 GLIBC_DEFAULT = 128 << 10  # bytes, of both; by default there are 8 arenas per core
-SPIN_COUNT = "10000"  # of GNU's OpenMP, which PyTorch has on Linux; by default 300,000 or for ever
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # malloc.h
 
 _is_tuned = False
@@ -49,12 +48,6 @@ _is_tuned = False
 def is_tuned() -> bool:
     """Whether a script has chosen these settings."""
     return _is_tuned
-
-
-def limit_spinning() -> None:
-    """Sets how long OpenMP's threads spin, unless the user has: before PyTorch is imported, which reads it then."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 @contextmanager

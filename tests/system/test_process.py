@@ -6,7 +6,7 @@ import os
 import pytest
 
 from minilora.system.memory import trim_heap
-from minilora.system.process import COMPILED_PRODUCTS, limit_spinning, tuned_process
+from minilora.system.process import COMPILED_PRODUCTS, tuned_process
 
 
 def test_compiled_products_are_bounded_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,17 +34,3 @@ def test_a_system_without_glibc_keeps_its_malloc(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ctypes, "CDLL", fail)
     with tuned_process():
         trim_heap()
-
-
-@pytest.mark.parametrize(
-    ("chosen", "expected"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
-    ids=["unset", "spin count", "waiting policy"],
-)
-def test_openmp_spins_briefly_unless_the_user_chose(
-    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], expected: str | None
-) -> None:
-    environment = dict(chosen)
-    monkeypatch.setattr(os, "environ", environment)
-    limit_spinning()
-    assert environment.get("GOMP_SPINCOUNT") == expected
