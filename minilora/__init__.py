@@ -35,7 +35,8 @@ Beside them: bnb (bitsandbytes, imported on first use), dora, kv_cache, checkpoi
 
 Order of data/, from a file to what a step takes:
 
-    lines, json_stream, readers      bytes -> lines, JSON objects -> a record's fields by column
+    lines, delimited, json_stream    bytes -> lines, rows of CSV and TSV, JSON objects
+    readers                          a file of any kind -> a record's fields by column
     conversations, labels, records   fields -> a conversation's turns, or a text with its label
     clean, spill, prepare            records -> splits; texts wait on the disk, hashes are compared
     encode, token_store, examples    records -> token ids in flat arrays beside the data, made once
