@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="that quantises: auto, cpu, cuda (default: auto)")
     arguments = parser.parse_args()
 
-    output = arguments.output_dir.expanduser().resolve()
+    output = arguments.output_dir.resolve()
     make_folder(output.parent, "--output_dir")
     with lock_output(output, "--output_dir"):
         quantize(arguments, output)

@@ -52,6 +52,7 @@ def begin_script() -> None:
 def build_parser(description: str | None, examples: str) -> argparse.ArgumentParser:
     """A script's argument parser, with what all of them have: examples, --quiet, both spellings of an option."""
     parser = _Parser(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("type", Path, _expanded)
     parser.add_argument("-q", "--quiet", action="store_true", help="print results, warnings and errors only")
     return parser
 
@@ -88,6 +89,11 @@ def add_reading_options(parser: argparse.ArgumentParser, file: str, has_labels: 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "section.key=value") -> None:
     """Configuration keys, as positional arguments."""
     parser.add_argument("overrides", nargs="*", metavar=example, help="configuration keys, as train.py --help lists")
+
+
+def _expanded(path: str) -> Path:
+    """With the home folder for ~, as the keys have it: of --output_dir=~/mine bash makes no other path."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  Path's own raises where there is no home
 
 
 class _Parser(argparse.ArgumentParser):

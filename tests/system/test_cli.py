@@ -74,6 +74,18 @@ def test_after_two_hyphens_and_in_values_nothing_is_respelled(parser: argparse.A
     assert arguments.words == ["a-b", "--c-d"]
 
 
+def test_a_path_begins_with_the_home_folder_where_no_shell_expands_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("USERPROFILE" if os.name == "nt" else "HOME", str(tmp_path))
+    parser = build_parser("does something", "examples:")
+    parser.add_argument("--input", type=Path, nargs="+")
+    parser.add_argument("--output_dir", type=Path, default=Path("data"))
+    assert parser.parse_args(["--input", "~/a", "b/~", "c"]).input == [tmp_path / "a", Path("b/~"), Path("c")]
+    assert parser.parse_args(["--output-dir=~/my data"]).output_dir == tmp_path / "my data"
+    assert parser.parse_args([]).output_dir == Path("data")
+
+
 def test_the_command_line_is_the_default(parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script.py", "--output-dir", "here"])
     assert parser.parse_args().output_dir == "here"
