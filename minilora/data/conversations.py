@@ -39,7 +39,10 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai", "助手"), "assistant"),
 }
 TOOL_ROLES = ("tool", "function", "observation", "ipython", "function_call", "tool_call", "tool_response")
-PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages")
+PREFERENCES = (
+    *("chosen", "rejected", "rejected_response", "rejected_messages"),
+    *("preferred_output", "non_preferred_output"),
+)
 NO_TOOLS = "tool calls cannot be learnt here; remove the record, or the key where the text is complete without it"
 NO_MEDIA = "only text can be learnt here; remove the record, or the key where the text is complete without it"
 NO_REASONING = "reasoning apart from the answer cannot be learnt here; put it into the answer or remove it"
@@ -121,9 +124,9 @@ class _Reading:
         own = next((pair for pair in PAIRS if {*pair} <= self.given.keys()), None)
         asked, answered = ([own[0]], [own[1]]) if own else (self._one_of(QUESTIONS), self._one_of(ANSWERS))
         contexts = () if own == PAIRS[0] else CONTEXTS  # trl knows none
-        parts = [self._take(key) for key in (*asked, *contexts) if key in self.given]
-        question = parts[0] if len(parts) == 1 else "\n".join(map(self._text, parts))
-        answer = self._take(answered[0]) if answered else ""
+        parts = [key for key in (*asked, *contexts) if key in self.given]
+        question = self._text_or_list(parts[0]) if len(parts) == 1 else "\n".join(map(self._text, parts))
+        answer = (self._text_or_list(answered[0]) if answered else None) or ""
         lists = [_parsed(question), _parsed(answer)]
         if all(_is_list_of_turns(found) for found in lists):  # lists in a CSV file are text
             question, answer = lists
@@ -144,7 +147,7 @@ class _Reading:
     def _system(self, turns: list[Turn]) -> Iterator[Turn]:
         """`system`, unless the turns begin with the same."""
         for key in self._one_of(SYSTEM):
-            text = self._text(self._take(key))
+            text = self._text(key)
             if turns[0].role == "system" and text.strip() and turns[0].content != text:
                 raise self._error(
                     f"{key} is {shown(text)}, but the turns begin with {shown(turns[0].content)}; keep one of the two"
@@ -215,10 +218,15 @@ class _Reading:
         self.unread.discard(key)
         return self.fields.get(key)
 
-    def _text(self, found: Any) -> str:
+    def _text(self, key: str) -> str:
+        found = self._take(key)
         if not isinstance(found, str):
-            raise self._error(f"holds {shown(found)}, expected text; correct the record")
+            raise self._error(f"{key} is {shown(found)}, expected text; correct the record")
         return found
+
+    def _text_or_list(self, key: str) -> Any:
+        found = self._take(key)
+        return found if found is None or isinstance(found, list) else self._text(key)
 
     def _refuse(self, entry: dict[str, Any]) -> None:
         for key, value in entry.items():

@@ -182,6 +182,14 @@ def test_a_masked_turn_is_still_masked_in_the_processed_file(tmp_path: Path) -> 
         ),
         ({"chosen": MESSAGES, "rejected": MESSAGES}, "chosen: preferences"),
         ({"messages": MESSAGES, "rejected_response": "坏"}, "rejected_response: preferences"),
+        (
+            {
+                "input": {"messages": MESSAGES[:1]},
+                "preferred_output": MESSAGES[1:],
+                "non_preferred_output": MESSAGES[1:],
+            },
+            "preferred_output: preferences",
+        ),
         ({"prompt": "问", "completion": "答", "label": False}, "label is False: preferences"),
         ({"messages": [{**MESSAGES[1], "weight": 0.5}]}, "weight is 0.5, expected 0 or 1"),
         ({"prompt": "问", "completion": "答", "loss": 0.23}, "loss is 0.23, expected 0 or 1 .*rename the key"),
@@ -192,8 +200,10 @@ def test_a_masked_turn_is_still_masked_in_the_processed_file(tmp_path: Path) -> 
         ({"messages": "[" * 100_000}, r"messages is '\[+\.\.\., expected a list"),
         ({"instruction": "问", "output": "答", "history": "以前"}, "history is '以前', expected a list"),
         ({"instruction": "问", "prompt": "问", "response": "答"}, "instruction and prompt are all there, expected one"),
-        ({"instruction": "问", "input": ["x"], "output": "答"}, r"holds \['x'\], expected text"),
-        ({"system": 3, "messages": MESSAGES}, "holds 3, expected text"),
+        ({"instruction": "问", "input": ["x"], "output": "答"}, r"input is \['x'\], expected text"),
+        ({"instruction": "1 + 1", "output": 2}, "output is 2, expected text; correct"),
+        ({"question": {"text": "问"}, "answer": "答"}, r"question is \{.*\}, expected text; correct"),
+        ({"system": 3, "messages": MESSAGES}, "system is 3, expected text"),
     ],
     ids=str,
 )
