@@ -40,7 +40,8 @@ def iter_json(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
             found = window.parse()
         except (ValueError, RecursionError) as error:
             what = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"{path}:{number}: this record is not JSON ({what}); correct it") from None
+            remedy = ", or copy the file again if its end is missing" if window.is_at_the_end else ""
+            raise UserError(f"{path}:{number}: this record is not JSON ({what}); correct it{remedy}") from None
         if not isinstance(found, dict):
             found = UserError(f"{path}:{number}: holds {shown(found)}, expected an object; correct the record")
         yield number, found
@@ -59,6 +60,7 @@ class _Window:
         self._blocks = blocks
         self._text = ""
         self._position = 0
+        self.is_at_the_end = False  # of the file, as far as it was read
 
     def next_character(self) -> str:
         """The next one that is no white space; "" at the end."""
@@ -101,5 +103,7 @@ class _Window:
             characters -= len(block)
             if characters <= 0:
                 break
+        else:
+            self.is_at_the_end = True
         self._text, self._position = "".join(parts), 0
         return len(self._text) > length
