@@ -113,12 +113,12 @@ def named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterat
     UserError: a name twice, or no record.
     """
     header: list[str] | None = None
-    is_empty = True
+    header_line, is_empty = 0, True
     for line, fields in records:
         if not fields or fields == [""]:
             continue
         if header is None:
-            header = [name.strip() for name in fields]
+            header, header_line = [name.strip() for name in fields], line
             twice = sorted({name for name in header if name and header.count(name) > 1})
             if twice:
                 raise UserError(
@@ -130,7 +130,8 @@ def named_fields(path: Path, records: Iterable[tuple[int, list[str]]]) -> Iterat
                 f"{path}:{line}",
                 UserError(
                     f"{path}:{line}: {len(fields)} fields, expected {len(header)} ({capped(', '.join(header))}); "
-                    "correct the line, or save as JSONL if the text holds the delimiter"
+                    f"correct the line, remove line {header_line} if it names no columns, or save as JSONL if the text "
+                    "holds the delimiter"
                 ),
             )
         else:

@@ -220,6 +220,11 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
             r"a\.tsv:3: 3 fields, expected 2 \(label, text\)",
         ),
         (
+            "a.csv",  # a title above the names
+            "\n评论表\nlabel,text\n1,好\n",
+            r"a\.csv:3: 2 fields, expected 1 \(评论表\); correct the line, remove line 2 if it names no columns",
+        ),
+        (
             "a.tsv",
             "stars\tcomment\n1\t好\n",
             r"no text column \(text, .*\); the file has stars, comment; rename the column, or write the names",
@@ -280,7 +285,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"prompt": "问", "completion": 3}\n',
-            r"a\.jsonl:1: message .*'content': 3\} has no role and content",
+            r"a\.jsonl:1: completion is 3, expected text",
         ),
         ("a.jsonl", '{"messages": "问"}\n', r"messages is '问', expected a list.*; correct the record"),
         ("a.jsonl", "[1]\n", r"a\.jsonl:1: holds \[1\], expected an object"),
