@@ -139,7 +139,8 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, BaseModel]:
 def no_adapter(folder: Path) -> str:
     """Why a folder cannot be used as an adapter, and what to do."""
     if folder.is_file():
-        return f"is a file; give its folder, {folder.parent}"
+        is_part = (folder.parent / "adapter_config.json").is_file()
+        return f"is a file; give {f'its folder, {folder.parent}' if is_part else 'the folder of an adapter'}"
     if not folder.is_dir():
         return "is neither a folder nor a name on the hub; give the folder that training wrote, as checkpoints/final"
     if (folder / "config.json").is_file():

@@ -107,8 +107,11 @@ class LoadedRun:
             if empty:
                 warn(f"note: {empty[0]}: one of {len(empty):,} empty texts, which are scored like others")
             reviews = build_examples(records, prompt, is_trained)
-        if not reviews.examples or not reviews.labelled:
-            raise UserError(f"{path}: holds no labelled review or unlabelled ones; give a file with a text and a label")
+        if not reviews.labelled:
+            found = f"{np.count_nonzero(reviews.labels < 0):,} of its {len(reviews.labels):,} records are conversations"
+            raise UserError(f"{path}: {found}, which have no label; give labelled reviews with --data")
+        if not reviews.examples:
+            raise UserError(f"{path}: holds no labelled review; give a file with a text and a label")
         tell_of_labels({str(path): reviews}, prompt.labels)
         return path, reviews
 

@@ -111,6 +111,9 @@ def test_of_several_runs_the_final_adapters_are_named_first_and_of_a_file_its_fo
         load_run(tmp_path / "outputs", None, [])
     with pytest.raises(UserError, match=rf"is a file; give its folder, {final}"):
         load_run(final / "adapter_model.safetensors", None, [])
+    (tmp_path / "a.csv").write_text("text", "utf-8")
+    with pytest.raises(UserError, match="is a file; give the folder of an adapter"):
+        load_run(tmp_path / "a.csv", None, [])
 
 
 @pytest.mark.parametrize("empty", [None, ""])

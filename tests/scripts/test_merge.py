@@ -175,7 +175,7 @@ def test_reviews_without_a_label_are_refused_before_anything_is_merged(merge: Me
     path = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text(json.dumps({"messages": turns}), "utf-8")
-    with pytest.raises(UserError, match=r"chat\.jsonl: holds no labelled review"):
+    with pytest.raises(UserError, match=r"chat\.jsonl: 1 of its 1 records are conversations.*; give labelled reviews"):
         merge("--data", path)
     assert names(tmp_path) == ["chat.jsonl"]
 
