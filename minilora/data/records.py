@@ -7,7 +7,6 @@ kept.
 import difflib
 import functools
 import importlib.util
-import json
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from minilora.data.conversations import MESSAGES, read_turns
 from minilora.data.invalid import InvalidRecords
+from minilora.data.json_stream import DECODER
 from minilora.data.labels import Label, map_key, mapped, read_label_map
 from minilora.data.lines import encoding_named, iter_file_lines
 from minilora.data.readers import iter_fields, kind_of
@@ -143,7 +143,7 @@ def iter_records(
 
 def parse_jsonl_record(where: str, line: bytes, options: ReadOptions = ReadOptions()) -> Record:
     """One line of a JSONL file that `iter_records` has read without an error."""
-    return _make_record(where, json.loads(line.decode().removeprefix("\ufeff")), options)[0]
+    return _make_record(where, DECODER.decode(line.decode().removeprefix("\ufeff")), options)[0]
 
 
 def iter_texts(path: Path, options: ReadOptions = ReadOptions()) -> Iterator[Record]:

@@ -23,7 +23,7 @@ _is_silent = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether `info` and `progress` print nothing, for the whole process."""
+    """Whether `info`, `note` and `progress` print nothing, for the whole process."""
     global _is_quiet
     _is_quiet = quiet
 

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 
 from minilora.data import token_store
+from minilora.data.records import read_records
 from minilora.data.token_store import Encode, FileRecords, TokenStore, build_store, load_store
 from minilora.errors import UserError
 from minilora.qlora.batch import common_prefix
@@ -195,6 +197,12 @@ def test_records_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     ]
     assert records[-1].content == "问\n答"
     assert len(records) == 3
+
+
+def test_a_record_that_is_read_again_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"instruction": "问", "input": NaN, "output": "答"}\n', "utf-8")
+    assert list(FileRecords(path, sha256(path), np.array([1]))) == read_records(path)
 
 
 @pytest.mark.parametrize("change", ["edited", "gone"])
