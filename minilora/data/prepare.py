@@ -247,8 +247,8 @@ def _rare_lines(rare: Sequence[Group], table: Table, spill: Spill, given: Mappin
     """What an error says of labels with too few records: the first place of each, and what may have been meant."""
     names = ", ".join(["train", *(name for name in SPLITS if name not in given)])
     least = names.count(",") + 1
-    is_rare = {str(group.label) for group in rare}
-    common = [label for label, _ in table.count_labels().most_common(COMMON_LABELS) if label not in is_rare]
+    is_none = {"chat", *(str(group.label) for group in rare)}  # that may be meant
+    common = [label for label, _ in table.count_labels().most_common(COMMON_LABELS) if label not in is_none]
     lines = []
     for group in rare[:SHOWN_LABELS]:
         what = "conversations" if group.label is None else f"label {shown(group.label)}"
@@ -259,8 +259,8 @@ def _rare_lines(rare: Sequence[Group], table: Table, spill: Spill, given: Mappin
         lines.append(f"{where}: {what}: {found}; {remedy}")
     if len(rare) > SHOWN_LABELS:
         lines.append(f"... and {len(rare) - SHOWN_LABELS:,} more labels; is it the label's column?")
-    if rare:
-        num_records = sum(len(group.indices) for group in rare)
+    num_records = sum(len(group.indices) for group in rare)
+    if 0 < num_records < np.count_nonzero(table.causes == KEPT):  # something is left without them
         lines.append(
             f"  --drop_rare of preprocess_data.py drops the {num_records:,} records of {len(rare):,} rare labels"
         )

@@ -67,7 +67,7 @@ def test_a_file_with_too_few_records_is_named_with_a_line_of_it(tmp_path: Path) 
     source = write_tsv(tmp_path / "one.tsv", [("好", 1)])
     with pytest.raises(
         UserError,
-        match=r"one\.tsv:2: label 1: 1 distinct records.* 3 .*; add records",
+        match=r"one\.tsv:2: label 1: 1 distinct records.* 3 .*; add records$",  # --drop_rare would leave none
     ):
         prepare([source], tmp_path / "out")
 
@@ -402,6 +402,14 @@ def test_all_rare_labels_are_named_with_what_may_have_been_meant(tmp_path: Path)
     assert report["dropped"]["rare"] == 4
     assert sum(report["rows_out"].values()) == 36
     assert report["labels"]["test"] == {"negative": 2, "positive": 2}
+
+
+def test_conversations_beside_labelled_texts_are_no_label_that_may_be_meant(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    chats = [{"prompt": f"问{n}", "completion": "答"} for n in range(9)]
+    source.write_text("\n".join(map(json.dumps, [*chats, {"text": "猫", "label": "cat"}])), "utf-8")
+    with pytest.raises(UserError, match=r"label 'cat': 1 distinct records.*; add records\n  --drop_rare"):
+        prepare([source], tmp_path / "out")
 
 
 def test_a_column_of_ids_as_labels_is_not_printed_whole(tmp_path: Path) -> None:
