@@ -55,6 +55,7 @@ def turns_of(fields: dict[str, Any]) -> list[Turn]:
         {"Messages": [{"Role": "user", "Content": "问"}, {"Role": "assistant", "Content": "答"}], "Tools": "null"},
         {"messages": " ".join(["[", *map(str, MESSAGES), "]"])},  # numpy's, which has no commas
         {"messages": None, "prompt": "问", "completion": "答"},
+        {"messages": None, "conversations": MESSAGES},
         {"messages": MESSAGES, "prompt": "", "completion": None},
     ],
     ids=str,
@@ -226,7 +227,9 @@ def test_no_message_holds_a_whole_record() -> None:
 
 def test_other_keys_with_a_value_are_named() -> None:
     messages = [{**MESSAGES[0], "name": "甲", "weight": 1}, {**MESSAGES[1], "id": 7, "refusal": None}]
-    found = read_turns("f:1", {"messages": messages, "source": "web", "note": "", "text": "问答", "prompt": "问"})
+    found = read_turns(
+        "f:1", {"messages": messages, "source": "web", "note": "", "meta": {}, "text": "问答", "prompt": "问"}
+    )
     assert found is not None
     assert found.unread == {"source", "text", "prompt", "user.name", "user.weight", "assistant.id"}
     found = read_turns("f:1", {"prompt": "问", "completion": "答", "answer": "42", "context": "文", "label": 3})

@@ -177,6 +177,7 @@ def test_a_parquet_file_of_several_batches_keeps_its_order(tmp_path: Path) -> No
         ('1\t"从前\n0\t后来\n1\t完"\n', False),  # three reviews
         ('1\t"他说""好"""\n0\t样子"不错"\n', False),
         ('1\t"他说""好"""\n0\t"从前\n', False),
+        ('1\t"他说""好"""\n0\t"从前\n1\t完"\n', False),
     ],
 )
 def test_a_tsv_is_quoted_where_only_a_csv_writer_writes_so(content: str, is_quoted: bool, tmp_path: Path) -> None:
@@ -192,11 +193,21 @@ def test_a_tsv_whose_header_is_quoted_is_quoted(tmp_path: Path) -> None:
     assert read_records(path) == [Record(f"{path}:2", "好", 1)]
 
 
+def test_a_line_that_is_cut_is_no_sign_of_another_kind_of_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "好", "label": 1}\n{\n[\n{"text": "差", "label": 0}\n')
+    errors: list[str] = []
+    assert len(list(iter_fields(path, "utf-8", lambda _, error: errors.append(str(error))))) == 2
+    assert len(errors) == 2
+    assert all(error.endswith("; correct the line") for error in errors)
+
+
 def test_semicolons_and_tabs_within_a_comma_csv_are_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'label,text,"a;b"\n1,"好;坏\t",x\n')
     assert [fields for _, fields in iter_fields(path, "utf-8")] == [{"label": "1", "text": "好;坏\t", "a;b": "x"}]
     both = write(tmp_path / "b.csv", "label;x,text\n1;2,好\n")
     assert [fields for _, fields in iter_fields(both, "utf-8")] == [{"label;x": "1;2", "text": "好"}]
+    neither = write(tmp_path / "c.csv", "label;text|x\n1;好\n")  # two marks, and nothing tells which is meant
+    assert [fields for _, fields in iter_fields(neither, "utf-8")] == [{"label;text|x": "1;好"}]
 
 
 def test_empty_fields_behind_the_last_column_are_nothing(tmp_path: Path) -> None:
