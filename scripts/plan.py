@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     add_config_options(parser)
     arguments = parser.parse_intermixed_args()
+    if arguments.data is not None and arguments.length is not None:
+        parser.error("--length and --data both say how long the examples are; leave out one of them")
     process_bytes = peak_memory_bytes(torch.device("cpu"))  # before the tokenizer and the data, as training does
     budget_bytes = read_bytes(arguments.budget, "--budget")
     overrides = list(arguments.overrides)

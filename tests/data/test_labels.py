@@ -226,6 +226,7 @@ def test_metadata_of_another_kind_is_not_read(metadata: dict[str, str], tmp_path
             ("a", "b", "c"),
             "labels 1, 2 are read as indices: 1 = b, 2 = c; if they begin at 1 there: --map_labels 1=a,2=b",
         ),
+        ([1, "负面"], WORDS, "labels 1 are read as indices: 1 = 正面"),  # one label alone begins nothing
         (["正面"], WORDS, None),
         ([1, 2], ("1", "2"), None),
     ],

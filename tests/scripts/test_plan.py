@@ -245,3 +245,9 @@ def test_a_file_without_a_record_is_refused(plan: Plan, tiny_checkpoint: Callabl
     (tmp_path / "empty.jsonl").write_text("", "utf-8")
     with pytest.raises(UserError, match=r"empty\.jsonl: "):
         plan("--budget", "12GB", "--data", "empty.jsonl", f"model.name_or_path={tiny_checkpoint()}")
+
+
+def test_a_length_beside_data_is_refused(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan("--budget", "4GB", "--length", "64", "--data", "absent.csv")
+    assert "--length and --data" in capsys.readouterr().err
