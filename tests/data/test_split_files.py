@@ -105,6 +105,25 @@ def test_a_recovery_that_was_killed_is_completed(
         assert contents(folder) == contents(tmp_path / "new")
 
 
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_splits_that_are_not_as_they_were_written_do_not_replace_others(
+    damage: str, source: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    prepare(source, folder, SplitOptions(seed=1))
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Path, "replace", 1)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, folder, SplitOptions(seed=2))
+    unfinished = folder / ".writing-test.jsonl"
+    unfinished.unlink()
+    if damage == "changed":
+        unfinished.write_text('{"text": "好", "label": 1}\n', "utf-8")
+    recover_splits(folder)
+    assert contents(folder) == before
+
+
 def test_a_second_kill_while_other_splits_are_written_leaves_no_mixture_either(
     source: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
