@@ -78,6 +78,25 @@ def test_the_base_of_a_run_is_that_of_adapter_config_and_else_of_the_runs_own_fi
             load_run(folder, None, [])
 
 
+def test_another_base_is_not_asked_for_the_revision_of_the_runs_own(
+    final: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, base = Path(shutil.copytree(final, tmp_path / "moved")), tiny_checkpoint()
+    (folder / "manifest.json").unlink()
+    content = json.loads((folder / "training_args.json").read_text("utf-8"))
+    content["model"]["revision"] = "v1"
+    (folder / "training_args.json").write_text(json.dumps(content), "utf-8")
+    asked = []
+
+    def download(kind: str, name: str, revision: str | None, **patterns: list[str]) -> Path:
+        asked.append((name, revision))
+        return base
+
+    monkeypatch.setattr(hub, "download_snapshot", download)
+    load_run(folder, "other/base", [])
+    assert asked == [("other/base", None)]
+
+
 def test_an_adapter_by_its_name_on_the_hub_is_one_and_a_base_model_is_none(
     final: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
