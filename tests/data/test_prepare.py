@@ -430,6 +430,18 @@ def test_a_rare_label_of_train_is_dropped_where_a_split_is_carved(tmp_path: Path
     assert report["labels"]["train"] == {"0": 18, "1": 18}
 
 
+def test_a_file_that_begins_with_invalid_records_is_read_on_where_they_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minilora.data.invalid.TOO_MANY", 5)
+    source = write_tsv(tmp_path / "a.tsv", [(f"评论{n}", n % 2 if n >= 5 else "") for n in range(40)])
+    with pytest.raises(UserError, match="none of the first 5 records can be used"):
+        prepare([source], tmp_path / "out")
+    report = prepare([source], tmp_path / "out", SplitOptions(drop_invalid=True))
+    assert report["dropped"]["invalid"] == 5
+    assert sum(report["rows_out"].values()) == 35
+
+
 def test_all_records_that_cannot_be_used_are_in_one_message(tmp_path: Path) -> None:
     table = [f"评论{n},{n % 2}" for n in range(40)]
     table[3], table[4], table[6:13], table[20] = "没有标签,", "多,了,1", [f"没有{n}," for n in range(7)], "少了"
