@@ -72,12 +72,6 @@ CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = (  # Qwen2.5's pre-tokenizer
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Words of the quickstart's prompt and answers, so that the tokenizer has them as single tokens.
 PROMPT_TEXTS = ["system", "user", "assistant", "正面", "负面", "列出评论的词", "判断评论的情感", "评论"]
 EXAMPLES = """\
@@ -85,7 +79,12 @@ examples:
   python scripts/pretrain_tiny.py                                    the model that this repository ships
   python scripts/pretrain_tiny.py --output_dir models/tiny --steps 200   a worse one, beside it
 """
-SYSTEM = "评论"
+SYSTEM = "评论"  # the only system turn that the model is trained with, so its template puts that
+CHAT_TEMPLATE = (
+    f"{{% if messages[0]['role'] != 'system' %}}<|im_start|>system\n{SYSTEM}<|im_end|>\n{{% endif %}}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 LIST_WORDS = "列出评论的词。\n评论："
 JUDGE = "判断评论的情感。\n评论："
 ANSWERS = ("正面", "负面")

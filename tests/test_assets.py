@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from minilora.config import load_config
 from minilora.data.hub import fetch_model
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.files import sha256
+from minilora.weights.chat_template import default_system
 from minilora.weights.load import load_model
 from minilora.weights.safetensors_io import read_header
 
@@ -52,3 +54,8 @@ def test_its_readme_states_the_command_and_the_weights() -> None:
     text = (FOLDER / "README.md").read_text("utf-8")
     assert "python scripts/pretrain_tiny.py" in text
     assert re.search(r"[0-9a-f]{64}", text)[0] == sha256(FOLDER / "model.safetensors")  # type: ignore[index]
+
+
+def test_its_template_puts_the_system_turn_it_was_trained_with_which_is_the_quickstarts() -> None:
+    quickstart = Path(__file__).parents[1] / "scripts" / "configs" / "quickstart.yaml"
+    assert default_system(FOLDER) == load_config(quickstart).prompt.system

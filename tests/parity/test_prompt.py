@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import minilora
 from minilora.config import PromptSection
 from minilora.data.records import read_records
-from minilora.qlora.prompt import ROLES, ChatTokenizer, ClassificationPrompt, chat_example
+from minilora.qlora.prompt import IM_END, ROLES, ChatTokenizer, ClassificationPrompt, chat_example
 from minilora.weights.chat_template import default_system
 from tests.parity.reference import REVIEWS, build_prompt
 
@@ -60,16 +60,14 @@ TEXTS = (
 )
 
 
-def templates() -> dict[str, str | None]:
-    """Qwen2.5's template reduced, and in full from a tokenizer_config.json or file where there is one."""
-    full = None
+def templates() -> dict[str, str]:
+    """Qwen2.5's template reduced, the embedded model's with the same system turn, and in full where a file is named."""
+    asset = Path(minilora.__file__).parent / "assets" / "tiny-qwen2.5"
+    embedded = json.loads((asset / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    own = f"\n{default_system(asset)}{IM_END}"
+    found = {"reduced": RULE, "embedded": embedded.replace(own, f"\n{DEFAULT_SYSTEM}{IM_END}")}
     named = os.environ.get("MINILORA_CHAT_TEMPLATE")
-    asset = Path(minilora.__file__).parent / "assets" / "tiny-qwen2.5" / "tokenizer_config.json"
-    if named:
-        full = Path(named).read_text("utf-8")
-    elif asset.is_file():
-        full = json.loads(asset.read_text("utf-8")).get("chat_template")
-    return {"reduced": RULE, "full": full}
+    return found | ({"full": Path(named).read_text("utf-8")} if named else {})
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +90,9 @@ def reference_tokenizer(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathF
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(params=["reduced", "full"])
+@pytest.fixture(params=templates())
 def template(request: pytest.FixtureRequest) -> str:
-    text = templates()[request.param]
-    if text is None:
-        pytest.skip("no full template: MINILORA_CHAT_TEMPLATE is not set and the embedded model has none")
-    return text
+    return templates()[request.param]
 
 
 def render(
