@@ -27,6 +27,7 @@ MESSAGES = ("messages", "conversations", "conversation")
 QUESTIONS, CONTEXTS = ("instruction", "prompt", "query", "question"), ("input", "context")
 PAIRS = (("prompt", "completion"), ("instruction", "output"), ("query", "response"), ("question", "answer"))
 ANSWERS = ("output", "response", "completion", "answer")
+FORMS = f"messages with a role and a content each, or a question and its answer, as {' and '.join(PAIRS[0])}"
 SYSTEM = ("system", "system_prompt")
 SPEAKERS = ("user", "assistant")
 EMPTY: tuple[Any, ...] = (None, "", [], {})

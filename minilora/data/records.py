@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from minilora.data.conversations import MESSAGES, read_turns
+from minilora.data.conversations import FORMS, MESSAGES, read_turns
 from minilora.data.invalid import InvalidRecords
 from minilora.data.json_stream import DECODER
 from minilora.data.labels import Label, map_key, mapped, read_label_map
@@ -189,7 +189,10 @@ def _make_record(where: str, fields: dict[str, Any], options: ReadOptions) -> tu
     conversation = None if named else read_turns(where, fields, _is_labelled(tuple(fields)))
     if conversation is not None:
         return Record(where, messages=conversation.turns, unread=conversation.unread), {}
-    columns = {what: _find_column(where, fields, what, named.get(what)) for what in USUAL_COLUMNS}
+    columns = {
+        what: _find_column(where, fields, what, named.get(what), may_be_conversation=not named)
+        for what in USUAL_COLUMNS
+    }
     text, label = _text(where, fields[columns["text"]]), mapped(fields[columns["label"]], options.map_labels)
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         advice = (
@@ -216,23 +219,28 @@ def _text(where: str, found: Any) -> str:
     raise UserError(f"{where}: text is {shown(found)}, expected a string; {advice}")
 
 
-def _find_column(where: str, fields: dict[str, Any], what: str, chosen: str | None) -> str:
+def _find_column(
+    where: str, fields: dict[str, Any], what: str, chosen: str | None, *, may_be_conversation: bool = False
+) -> str:
     """The chosen column, or the first of the usual names for `what` ("text" or "label") that the record has."""
     names = (chosen,) if chosen else USUAL_COLUMNS[what]
     found = _spelling(fields, names)
     if found is not None:
         return found
-    problem = f"{where}: no {what} column ({', '.join(names)}); the file has {capped(', '.join(map(str, fields)))}"
+    kind = kind_of(Path(where.rpartition(":")[0]))
+    has = "the record has" if kind in (".json", ".jsonl") else "the file has"
+    problem = f"{where}: no {what} column ({', '.join(names)}); {has} {capped(', '.join(map(str, fields))) or 'none'}"
     close = difflib.get_close_matches(chosen or "", map(str, fields), 1, 0.5)
     if close:
         raise UserError(f"{problem}; did you mean {shown(close[0])}?")
     lists = (name for name, value in fields.items() if isinstance(value, list | dict))
     nested = next((name for name in lists if name.lower() not in MESSAGES), None)
     remedy = "rename the column"
-    if kind_of(Path(where.rpartition(":")[0])) in (".csv", ".tsv", ".xlsx"):
+    if kind in (".csv", ".tsv", ".xlsx"):
         remedy += ", or write the names into a line before the first if there is none"
     raise UserError(
         f"{problem}; {remedy}, or name it with --{what}_column of preprocess_data.py or the script that reads it"
+        + (f"; a conversation has {FORMS}" if may_be_conversation and kind != ".txt" else "")
         + (f"; if the records are in {shown(nested)}, save that array as a file of its own" if nested else "")
     )
 

@@ -166,11 +166,36 @@ def test_records_that_are_read_in_another_way_are_said_too(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"frage": "问", "antwort": "答"}\n'),
+        ("a.json", '[{"frage": "问", "antwort": "答"}]'),
+        ("a.jsonl", "{}\n"),
+        ("a.csv", "frage,antwort\n问,答\n"),
+    ],
+)
+def test_a_record_in_no_known_form_says_what_it_has_and_what_a_conversation_looks_like(
+    name: str, content: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, "utf-8")
+    forms = "a conversation has messages with a role and a content each, or a question and its answer, as prompt and"
+    has = f"the {'file' if name == 'a.csv' else 'record'} has {'frage, antwort' if 'frage' in content else 'none'}"
+    with pytest.raises(UserError, match=rf"no text column .*; {has}; .*--text_column .*; {forms} completion$"):
+        read_records(tmp_path / name)
+    with pytest.raises(UserError) as caught:  # a column that is named makes a labelled text, and predict.py reads texts
+        read_records(tmp_path / name, ReadOptions(text_column="评论"))
+    assert "conversation" not in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        list(iter_texts(tmp_path / name))
+    assert "conversation" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (
             {"data": [{"text": "好" * 10_000, "label": 1}]},
-            r"no text column .* the file has data; .* in 'data', save that",
+            r"no text column .* the record has data; .* in 'data', save that",
         ),
         (
             {"text": ["好" * 10_000], "label": [1]},
@@ -278,7 +303,7 @@ def test_conversations_are_read_from_parquet(tmp_path: Path) -> None:
         ("a.ndjson", "x", r"a\.ndjson: is not one of .*; rename it to \.jsonl"),
         ("a.jsonl", '{"label": 1, "text": "好"}\n{"label"\n', r"a\.jsonl:2: is not JSON"),
         ("a.jsonl", '{"label": 1, "text": "好"}\n' + "[" * 100_000, r"a\.jsonl:2: is not JSON"),
-        ("a.jsonl", '{"label": 1}\n', r"a\.jsonl:1: no text column .*; the file has label;"),
+        ("a.jsonl", '{"label": 1}\n', r"a\.jsonl:1: no text column .*; the record has label;"),
         ("a.jsonl", '{"label": true, "text": "好"}\n', r"label is True.*; correct the record"),
         ("a.jsonl", '{"label": null, "text": "好"}\n', r"label is None.*; correct the record"),
         ("a.jsonl", '{"label": [1], "text": "好"}\n', r"label is \[1\].*; correct the record"),
@@ -327,7 +352,7 @@ def test_a_bad_file_is_named_with_its_line(name: str, content: str | bytes, mess
 def test_no_message_quotes_a_whole_record(name: str, content: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(name)}:\d: .*\.\.\.") as refused:
         read_records(write(tmp_path / name, content))
-    assert len(str(refused.value)) < 400
+    assert len(str(refused.value)) < 500
 
 
 def test_a_chosen_column_that_is_absent_is_named_with_those_found(tmp_path: Path) -> None:
@@ -379,7 +404,7 @@ def test_texts_are_yielded_before_a_later_bad_line(tmp_path: Path) -> None:
         ),
         ("a.csv", "a,text\n1,2\n", "c", r"a\.csv:2: no text column \(c\); the file has a, text; rename the column"),
         ("a.txt", "好\n", "c", r"a\.txt:1: no text column \(c\); the file has text;"),
-        ("a.jsonl", '{"messages": []}\n', None, r"a\.jsonl:1: no text column .*; the file has messages;"),
+        ("a.jsonl", '{"messages": []}\n', None, r"a\.jsonl:1: no text column .*; the record has messages;"),
         ("a.jsonl", '{"text": 3}\n', None, r"a\.jsonl:1: text is 3, expected a string"),
         ("a.jsonl", '{"text": "坏\\ud83d"}\n', None, r"a\.jsonl:1: holds half a character"),
         ("a.txt", "\n \n", None, r"a\.txt: is empty; give a file with records"),
