@@ -107,10 +107,10 @@ class ChatTokenizer:
         """Ids of plain text; nothing in it becomes a control token, and none is added."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_answer(self, text: str, where: str) -> list[int]:
+    def encode_answer(self, text: str, name: str) -> list[int]:
         """Ids of what the assistant says: added tokens that control nothing are the base's own single tokens.
 
-        UserError with `where` for a control token, which would end the turn or begin another one in the middle of it.
+        UserError with the text's `name` for a control token, which would end the turn in the middle or begin another.
         """
         ids: list[int] = []
         for piece in self._added_pattern.split(text):
@@ -120,8 +120,7 @@ class ChatTokenizer:
             token, is_control = self._added[piece]
             if is_control:
                 raise UserError(
-                    f"{where}: an answer holds {piece}, a control token of the model; take it out (a turn is closed "
-                    "without it), or remove the record"
+                    f"{name} holds {piece}, a control token of the model; take it out (a turn is closed without it)"
                 )
             ids.append(token)
         return ids
@@ -180,7 +179,7 @@ class ClassificationPrompt:
         self.prefix = tokenizer.open_turn("system", self.system) + tokenizer.close_turn()
         self.prefix += tokenizer.open_turn("user", self.instruction)
         self.suffix = tokenizer.close_turn() + tokenizer.open_turn("assistant")
-        self.label_ids = [tokenizer.encode_answer(label, "prompt.labels") for label in self.labels]
+        self.label_ids = [tokenizer.encode_answer(word, f"prompt.labels: {word!r}") for word in self.labels]
         for (word, ids), (longer, longer_ids) in permutations(zip(self.labels, self.label_ids, strict=True), 2):
             if longer_ids[: len(ids)] == ids:
                 raise UserError(
@@ -248,7 +247,9 @@ def chat_example(
         turns.pop()  # nothing after the last answer is of use
 
     contents = [
-        tokenizer.encode_answer(turn.content, where) if turn.role == "assistant" else tokenizer.encode(turn.content)
+        tokenizer.encode(turn.content)
+        if turn.role != "assistant"
+        else tokenizer.encode_answer(turn.content, f"{where}: an answer")
         for turn in turns
     ]
     openings, closing = [tokenizer.open_turn(turn.role) for turn in turns], tokenizer.close_turn()

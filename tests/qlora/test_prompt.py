@@ -317,8 +317,10 @@ def test_a_control_token_in_an_answer_is_refused(chat_tokenizer: ChatTokenizer, 
         chat_example(
             chat_tokenizer, [("assistant", f"好{control}")], max_length=512, where="f:1", default_system=SYSTEM
         )
-    with pytest.raises(UserError, match=rf"prompt\.labels: an answer holds {re.escape(control)}"):
-        build_prompt(chat_tokenizer, labels=("好", control))
+    word = f"好{control}"
+    with pytest.raises(UserError, match=rf"^prompt\.labels: '{re.escape(word)}' holds {re.escape(control)}") as caught:
+        build_prompt(chat_tokenizer, labels=("坏", word))
+    assert "record" not in str(caught.value)
 
 
 def test_a_long_chat_is_cut_in_its_longest_user_turn(chat_tokenizer: ChatTokenizer) -> None:
