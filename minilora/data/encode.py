@@ -12,7 +12,7 @@ from minilora.data.labels import class_indices, in_order
 from minilora.data.records import Record
 from minilora.data.token_store import Piece
 from minilora.errors import UserError
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, OverlongError, chat_example
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, OverlongError, Turn, chat_example
 
 PIECE = 1024  # records
 SHOWN_LINES = 10
@@ -70,20 +70,28 @@ class Encoder:
         """For each record its example, unless it has none, and the error that it is too long or cannot be learnt."""
         texts = [record for record in records if record.messages is None]
         labelled = iter(self.prompt.examples([record.content for record in texts], self._classes(texts)))
-        turns = [turn for record in records for turn in record.messages or ()]
-        texts_of_turns = (text for role, content, *_ in turns for text in (content, f"{role}\n", "\n"))
-        tokenizer = _KnownTexts(self.prompt.tokenizer, texts_of_turns)
+        tokenizer = _KnownTexts(self.prompt.tokenizer, self._texts_of_turns(records))
         for record in records:
             yield (next(labelled), None) if record.messages is None else self._encode_chat(tokenizer, record)
 
+    def _texts_of_turns(self, records: Iterable[Record]) -> Iterator[str]:
+        """What `chat_example` encodes of them."""
+        for role, content, *_ in (turn for record in records for turn in record.messages or ()):
+            is_whole = role == "assistant"
+            yield content if is_whole else self.prompt.tokenizer.beginning(content, self.prompt.max_length)
+            yield from (f"{role}\n", "\n")
+
     def _encode_chat(self, tokenizer: ChatTokenizer, record: Record) -> tuple[Example | None, UserError | None]:
-        system, length = self.prompt.system, self.prompt.max_length
-        encode = partial(chat_example, tokenizer, record.messages or (), where=record.where, default_system=system)
+        turns, length = record.messages or (), self.prompt.max_length
+        encode = partial(chat_example, tokenizer, where=record.where, default_system=self.prompt.system)
         try:
-            return encode(max_length=length), None
+            return encode(turns, max_length=length), None
         except OverlongError as error:
-            whole = encode(max_length=sys.maxsize) if self.overlong == "cut" else None
-            return whole and _ended(whole, tokenizer.cut(whole.input_ids, length)), error
+            if self.overlong != "cut":
+                return None, error
+            begin = [Turn(role, tokenizer.beginning(content, length), *train) for role, content, *train in turns]
+            whole = encode(begin, max_length=sys.maxsize)
+            return _ended(whole, tokenizer.cut(whole.input_ids, length)), error
         except UserError as error:
             return None, error
 

@@ -247,7 +247,7 @@ def chat_example(
         turns.pop()  # nothing after the last answer is of use
 
     contents = [
-        tokenizer.encode(turn.content)
+        tokenizer.encode(tokenizer.beginning(turn.content, max_length))
         if turn.role != "assistant"
         else tokenizer.encode_answer(turn.content, f"{where}: an answer")
         for turn in turns

@@ -110,6 +110,40 @@ def test_an_overlong_conversation_ends_where_max_length_does(
 
 
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
+def test_of_a_user_turn_of_megabytes_only_the_beginning_is_tokenised(
+    overlong: str, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "好x1" * 90_000
+    records = [
+        chat(1, "答", long),
+        chat(2, "答" * 20 + "x1" * 90, long),
+        Record("a.jsonl:3", messages=(("assistant", "答"), ("user", long), ("assistant", "x1" * 90))),
+    ]
+    lengths: list[int] = []
+    encode_all, encode_one = ChatTokenizer.encode_all, ChatTokenizer.encode
+
+    def all_of(tokenizer: ChatTokenizer, texts: list[str]) -> list[list[int]]:
+        lengths.extend(map(len, texts))
+        return encode_all(tokenizer, texts)
+
+    def one(tokenizer: ChatTokenizer, text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode_one(tokenizer, text)
+
+    prompt = make_prompt(chat_tokenizer)
+    monkeypatch.setattr(ChatTokenizer, "encode_all", all_of)
+    monkeypatch.setattr(ChatTokenizer, "encode", one)
+    found = list(encode(records, prompt, overlong))
+    assert max(lengths) < 20_000
+    monkeypatch.setattr(ChatTokenizer, "beginning", lambda _, text, __: text)
+    whole = list(encode(records, prompt, overlong))
+    assert max(lengths) == len(long)
+    assert [(e.input_ids, e.supervised) for e in found] == [(e.input_ids, e.supervised) for e in whole]
+    assert all(example.truncated_tokens for example in found)
+    assert len(found) == (2 if overlong == "cut" else 1)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_where_nothing_is_left_that_is_an_error(overlong: str, chat_tokenizer: ChatTokenizer) -> None:
     with pytest.raises(OverlongError, match=r"a\.jsonl: 1 of 1 records"):
         encode([chat(1, "x1" * 90, "y2" * 90)], make_prompt(chat_tokenizer), overlong)
