@@ -28,7 +28,7 @@ from minilora.data.token_store import CACHE, FileRecords, Piece, load_store
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
-from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, OverlongError
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import sha256
@@ -155,15 +155,15 @@ def note_other_system(prompt: ClassificationPrompt, remedy: str = "prompt.system
 
 
 def read_splits(config: Config, prompt: ClassificationPrompt, may_write: bool = True) -> dict[str, Examples]:
-    """`read_split` of all splits; UserError with the overlong conversations of all of them."""
-    splits, overlong = {}, []
+    """`read_split` of all splits; UserError with what is wrong in all of them."""
+    splits, errors = {}, []
     for split in SPLITS:
         try:
             splits[split] = read_split(config, prompt, split, may_write=may_write)
-        except OverlongError as error:
-            overlong.append(error)
-    if overlong:
-        raise UserError("\n".join(map(str, overlong)))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(map(str, errors)))) from errors[0]
     return splits
 
 

@@ -191,3 +191,31 @@ def test_overlong_conversations_of_all_splits_are_one_error(
             assert (len(train.examples), len(train.records), train.num_overlong) == (num_kept, num_kept, 15)
             assert train.describe().endswith(f"cut to 64 tokens, 15 overlong (data.overlong={overlong})")
             assert not train.labelled
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ('{"text": "好"}\n{"text": 3, "label": 1}\n', ["2: no label column", "3: text is 3"]),
+        ('{"text": "好", "label": "中"}\n', ["2: label '中' is not one of"]),
+    ],
+)
+def test_bad_records_of_all_splits_are_one_error(
+    bad: str, expected: list[str], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    for split in ("train", "validation", "test"):
+        content = '{"text": "好", "label": 1}\n' + bad * (split != "validation")
+        (tmp_path / f"{split}.jsonl").write_text(content, "utf-8")
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, tiny_checkpoint())
+    for split in ("train", "test"):
+        assert all(f"{split}.jsonl:{message}" in str(caught.value) for message in expected)
+    assert "validation" not in str(caught.value)
+
+
+def test_what_is_wrong_whatever_the_split_is_told_once(
+    tiny_checkpoint: Callable[..., Path], processed_data: Path
+) -> None:
+    with pytest.raises(UserError, match=r"^data\.max_length: 16 tokens, but instruction and") as caught:
+        read(processed_data, tiny_checkpoint(), "data.max_length=16")
+    assert str(caught.value).count("data.max_length: 16 tokens") == 1
