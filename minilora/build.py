@@ -5,7 +5,7 @@ What this module imports, except `config.py`, takes plain values and never sees 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -203,8 +203,7 @@ def read_split(
 
     def encode(append: Callable[[Piece], None]) -> dict[str, Any]:
         with progress(f"tokenise {path.name}", min(count_lines(path), limit or sys.maxsize), "record") as bar:
-            chosen = choose(lambda: (record.label for record in iter_valid_records(path, reading)), config, split)
-            records = partial(_iter_chosen, path, reading, chosen)
+            records = partial(iter_chosen, path, reading, choose(path, reading, config, split))
             encoder = Encoder(
                 prompt, str(path), records, config.data.overlong, is_trained=is_trained, on_progress=bar.update
             )
@@ -215,27 +214,24 @@ def read_split(
     return Examples(records, store, prompt.max_length, config.data.overlong)
 
 
-def choose(read_labels: Callable[[], Iterable[Any]], config: Config, split: str) -> Sequence[int] | None:
+def choose(path: Path, reading: ReadOptions, config: Config, split: str) -> Sequence[int] | None:
     """Ascending indices of the records that `data.max_{split}_examples` and `data.sample` take; None for all."""
     limit = getattr(config.data, f"max_{split}_examples")
     if limit is None:
         return None
-    return range(limit) if config.data.sample == "first" else stratified_sample(list(read_labels()), limit)
+    if config.data.sample == "first":
+        return range(limit)
+    reading = replace(reading, says_columns=False)  # the second reading does
+    return stratified_sample((record.label for record in iter_valid_records(path, reading)), limit)
 
 
-def _iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) -> Iterator[tuple[int, Record]]:
-    """Those records of a JSONL file, with their lines. All others are read too: what is wrong with them is said."""
+def iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) -> Iterator[tuple[int, Record]]:
+    """Those records of a file, with their lines. All others are read too: what is wrong with them is said."""
     num_taken = 0
     for index, record in enumerate(iter_valid_records(path, reading)):
         if chosen is None or (num_taken < len(chosen) and chosen[num_taken] == index):
             num_taken += 1
             yield int(record.where.rpartition(":")[2]), record
-
-
-def limited(records: Sequence[Record], config: Config, split: str) -> Sequence[Record]:
-    """The records of a file that `choose` takes."""
-    chosen = choose(lambda: (record.label for record in records), config, split)
-    return records if chosen is None else [records[index] for index in chosen if index < len(records)]
 
 
 def build_model(

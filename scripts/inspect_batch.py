@@ -7,13 +7,14 @@ if __name__ == "__main__":
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from minilora.build import build_prompt, limited
-from minilora.config import load_config
+from minilora.build import build_prompt, choose, iter_chosen
+from minilora.config import Config, load_config
 from minilora.data.examples import build_examples
 from minilora.data.hub import fetch_model
-from minilora.data.records import ReadOptions, read_records
+from minilora.data.records import ReadOptions, Record, iter_valid_records
 from minilora.data.sampler import epoch_order
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
@@ -51,16 +52,10 @@ def main() -> None:
     tokenizer = ChatTokenizer(fetch_model(config.model.name_or_path, config.model.revision))
     prompt = build_prompt(config, tokenizer)
     reading = ReadOptions.given(arguments, prepared_columns(config.data.dir))
-    records = read_records(path, reading)
+    records = first_records(path, reading, config) if arguments.data is not None else first_step(path, reading, config)
     if not records:
         raise UserError(f"{path}: holds no record; give another file with --data")
-    size = config.train.per_device_train_batch_size
-    if arguments.data is None:  # what the first step of training takes
-        records = limited(records, config, "train")
-        chosen = epoch_order(len(records), config.train.seed, 0)[:size]
-    else:
-        chosen = list(range(min(size, len(records))))
-    built = build_examples([records[i] for i in chosen], prompt, overlong=config.data.overlong)
+    built = build_examples(records, prompt, overlong=config.data.overlong)
     truncated = built.describe()
 
     for example in built.examples:
@@ -86,6 +81,22 @@ def main() -> None:
             f"--- {batch.num_examples} examples, {truncated}; {batch.num_real_tokens} tokens, "
             f"{len(batch.input_ids)} computed (the shared prefix once), {batch.num_supervised} supervised"
         )
+
+
+def first_records(path: Path, reading: ReadOptions, config: Config) -> list[Record]:
+    """As many as a micro-batch has. All others are read too: what is wrong with them is said."""
+    size = config.train.per_device_train_batch_size
+    return [record for index, record in enumerate(iter_valid_records(path, reading)) if index < size]
+
+
+def first_step(path: Path, reading: ReadOptions, config: Config) -> list[Record]:
+    """Those of the first micro-batch of training, in its order."""
+    chosen = choose(path, reading, config, "train")
+    count = sum(1 for _ in iter_chosen(path, reading, chosen))
+    order = list(epoch_order(count, config.train.seed, 0)[: config.train.per_device_train_batch_size])
+    again = iter_chosen(path, replace(reading, says_columns=False), chosen)
+    taken = {index: record for index, (_, record) in enumerate(again) if index in order}
+    return [taken[index] for index in order]
 
 
 def coloured(tokenizer: ChatTokenizer, example: Example) -> str:

@@ -11,15 +11,18 @@ if __name__ == "__main__":
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minilora.build import limited, note_positions, take_adapter
+from minilora.build import choose, iter_chosen, note_positions, take_adapter
 from minilora.config import Config, load_config
 from minilora.data.hub import fetch_model, local_folder
-from minilora.data.records import ReadOptions, Record, read_records
+from minilora.data.records import ReadOptions
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
 from minilora.planning.budget import (
@@ -32,6 +35,7 @@ from minilora.planning.budget import (
     shapes_of_records,
     train_command,
 )
+from minilora.planning.memory import BatchShape
 from minilora.planning.plan import SIZES, hub_name, size_of, uniform_batch
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import ChatTokenizer
@@ -71,21 +75,21 @@ def main() -> None:
     if arguments.length is not None:
         overrides.append(f"data.max_length={arguments.length}")
     config = load_config(arguments.config, overrides)
-    records, tokenizer = ([], None) if arguments.length is not None else find_examples(config, arguments)
+    num_records, shape_of = (0, uniform_batch) if arguments.length is not None else find_examples(config, arguments)
     if arguments.size is not None:
         overrides.append(f"model.name_or_path={hub_name(arguments.size)}")
         config = load_config(arguments.config, overrides)
     setup = Setup(
         config=take_adapter(config),
         architecture=SIZES[arguments.size] if arguments.size else read_architecture(config),
-        shape_of=uniform_batch if tokenizer is None else shapes_of_records(records, tokenizer),
+        shape_of=shape_of,
         device_type=arguments.device or ("cpu" if config.model.device == "cpu" else "cuda"),
         process_bytes=process_bytes,
         folder=None if arguments.size else local_folder(config.model.name_or_path),
     )
     note_positions(config, setup.architecture)
     shape = setup.shape
-    examples = f"{len(records):,} examples" if records else "examples"
+    examples = f"{num_records:,} examples" if num_records else "examples"
     print(
         f"{config.model.name_or_path} on {setup.device_type}, {dtype_name(setup.dtype)}: {examples} of up to "
         f"{shape.longest + 1:,} tokens, micro-batches of up to {shape.tokens:,} tokens\n"
@@ -94,7 +98,7 @@ def main() -> None:
         results: Any = compare_sizes(setup, budget_bytes)
         print_sizes(results, budget_bytes)
     else:
-        results = advise(setup, budget_bytes, len(records) or MOST)
+        results = advise(setup, budget_bytes, num_records or MOST)
         print_advice(setup, results)
         if results["combination"]:
             results["command"] = train_command(shown_path(arguments.config), overrides, results["combination"])
@@ -103,15 +107,15 @@ def main() -> None:
         print(json.dumps(results, ensure_ascii=False))
 
 
-def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[Record], ChatTokenizer | None]:
-    """The records to plan for, of --data or else the prepared ones, and their tokenizer.
+def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[int, Callable[[Config], BatchShape]]:
+    """The number of records to plan for, of --data or else the prepared ones, and the shapes of their micro-batches.
 
-    No records where there is neither, or no tokenizer for the prepared ones.
+    0 and uniform shapes where there is neither, or no tokenizer for the prepared ones.
     """
     path = arguments.data or Path(config.data.dir) / "train.jsonl"
     if arguments.data is None and not path.is_file():
         note(f"{path} does not exist, so every example has data.max_length tokens{similar_path(path)}")
-        return [], None
+        return 0, uniform_batch
     name, revision = config.model.name_or_path, config.model.revision
     folder = local_folder(name)
     try:
@@ -122,12 +126,14 @@ def find_examples(config: Config, arguments: argparse.Namespace) -> tuple[list[R
         if arguments.data is not None:
             raise
         info(f"{path} is ignored, because there is no tokenizer ({error})\n")
-        return [], None
+        return 0, uniform_batch
     reading = ReadOptions.given(arguments, prepared_columns(config.data.dir))
-    records = limited(read_records(path, reading), config, "train")
-    if not records:
+    chosen = choose(path, reading, config, "train")
+    num_records = sum(1 for _ in iter_chosen(path, reading, chosen))
+    if not num_records:
         raise UserError(f"{path}: holds no record; give another file with --data, or a --length")
-    return records, tokenizer
+    read = partial(iter_chosen, path, replace(reading, says_columns=False), chosen)
+    return num_records, shapes_of_records(path, read, tokenizer)
 
 
 def read_architecture(config: Config) -> Qwen2Config:

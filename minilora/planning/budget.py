@@ -12,7 +12,7 @@ budget allows it. So none is taken where a cheaper one is enough.
 import bisect
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,9 +22,9 @@ import torch
 
 from minilora.build import DTYPES, build_prompt, choose_dtype
 from minilora.config import Config, config_from_dict
-from minilora.data.examples import build_examples
+from minilora.data.encode import Encoder
 from minilora.data.records import Record
-from minilora.data.token_store import TokenStore
+from minilora.data.token_store import TokenStore, build_store
 from minilora.errors import UserError
 from minilora.planning.memory import (
     BatchShape,
@@ -100,15 +100,18 @@ class Setup:
         return estimate_memory(self.config, self.counted[key], shape or self.shape, machine)
 
 
-def shapes_of_records(records: Sequence[Record], tokenizer: ChatTokenizer) -> Callable[[Config], BatchShape]:
-    """`Setup.shape_of` for the records of a data file, rendered and truncated as in training."""
+def shapes_of_records(
+    path: Path, read: Callable[[], Iterable[tuple[int, Record]]], tokenizer: ChatTokenizer
+) -> Callable[[Config], BatchShape]:
+    """`Setup.shape_of` for the records of a file, which `read` gives, rendered and truncated as in training."""
     examples: dict[int, TokenStore] = {}
     shapes: dict[str, BatchShape] = {}
 
     def shape_of(config: Config) -> BatchShape:
         length = config.data.max_length
         if length not in examples:
-            examples[length] = build_examples(records, build_prompt(config, tokenizer)).examples
+            encoder = Encoder(build_prompt(config, tokenizer), str(path), read, config.data.overlong)
+            examples[length] = build_store(encoder)
         key = repr((config.data, config.train))
         if key not in shapes:
             shapes[key] = largest_batch(config, examples[length])

@@ -15,12 +15,21 @@ import torch
 
 from minilora.adapters.peft_config import no_adapter, read_adapter_config
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter
-from minilora.build import DTYPES, build_model, build_prompt, choose_device, choose_dtype, limited, read_split
+from minilora.build import (
+    DTYPES,
+    build_model,
+    build_prompt,
+    choose,
+    choose_device,
+    choose_dtype,
+    iter_chosen,
+    read_split,
+)
 from minilora.config import Config, config_from_dict
 from minilora.data.examples import Examples, build_examples, tell_of_labels
 from minilora.data.hub import PACKAGE_ASSETS, fetch_adapter, fetch_model
 from minilora.data.labels import check_label_map, other_words
-from minilora.data.records import ReadOptions, read_records
+from minilora.data.records import ReadOptions
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError, capped
 from minilora.evaluation.score import ScoringOptions, score
@@ -102,7 +111,8 @@ class LoadedRun:
                 warn_of_another_test_set(self.path, path)
         else:
             path = data
-            records = limited(read_records(path, reading), config, "test")
+            chosen = choose(path, reading, config, "test")
+            records = [record for _, record in iter_chosen(path, reading, chosen)]
             empty = [record.where for record in records if not record.content.strip()]
             if empty:
                 warn(f"note: {empty[0]}: one of {len(empty):,} empty texts, which are scored like others")

@@ -1,11 +1,21 @@
 """What a limit takes of a file, and how a step is split: every example once, within the limit, even across ranks."""
 
+import random
+import tracemalloc
 from collections import Counter
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches, stratified_sample
+from minilora.data.sampler import (
+    SAMPLE_SEED,
+    epoch_order,
+    split_across_ranks,
+    split_into_micro_batches,
+    stratified_sample,
+)
 from minilora.qlora.batch import pack
 from minilora.qlora.prompt import Example
 
@@ -80,7 +90,7 @@ def test_a_rank_without_an_example_has_no_micro_batch() -> None:
 
 @given(labels=st.lists(st.sampled_from("aaaaabbc"), max_size=60), limit=st.integers(1, 70))
 def test_a_sample_has_each_labels_share_in_the_files_order(labels: list[str], limit: int) -> None:
-    chosen = stratified_sample(labels, limit)
+    chosen = list(stratified_sample(labels, limit))
     assert chosen == sorted(set(chosen))
     assert len(chosen) == min(limit, len(labels))
     taken, counts = Counter(labels[index] for index in chosen), Counter(labels)
@@ -90,9 +100,31 @@ def test_a_sample_has_each_labels_share_in_the_files_order(labels: list[str], li
     assert set(stratified_sample(labels, max(limit - 1, 1))) <= set(chosen)
 
 
+@given(labels=st.lists(st.sampled_from([0, 1, 2, "1", "正面", None]), max_size=80), limit=st.integers(1, 90))
+def test_a_sample_is_what_comes_first_of_the_shuffled_labels(labels: list[Any], limit: int) -> None:
+    groups: dict[Any, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label, []).append(index)
+    places = []
+    for label, group in groups.items():
+        random.Random(f"{SAMPLE_SEED}-{label}").shuffle(group)
+        places += [(rank / len(group), index) for rank, index in enumerate(group)]
+    assert list(stratified_sample(iter(labels), limit)) == sorted(index for _, index in sorted(places)[:limit])
+
+
+@pytest.mark.parametrize(("limit", "bytes_per_record"), [(100, 5), (200_000, 48)])
+def test_a_sample_takes_a_few_bytes_a_record(limit: int, bytes_per_record: int) -> None:
+    tracemalloc.start()
+    try:
+        assert len(stratified_sample((n % 2 for n in range(200_000)), limit)) == limit
+        assert tracemalloc.get_traced_memory()[1] < 200_000 * bytes_per_record + 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_sample_is_the_same_in_every_run_and_not_the_first_of_each_label() -> None:
-    assert stratified_sample([1] * 50 + [0] * 50, 6) == [28, 29, 42, 65, 75, 93]
-    assert stratified_sample([None] * 100, 4) == [8, 44, 58, 71]
+    assert list(stratified_sample([1] * 50 + [0] * 50, 6)) == [28, 29, 42, 65, 75, 93]
+    assert list(stratified_sample([None] * 100, 4)) == [8, 44, 58, 71]
 
 
 def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch() -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.build import iter_chosen
 from minilora.config import config_from_dict, load_config
-from minilora.data.records import read_records
+from minilora.data.records import ReadOptions
 from minilora.data.token_store import Piece, build_store
 from minilora.errors import UserError
 from minilora.planning import budget, plan
@@ -309,8 +311,9 @@ def test_a_command_says_every_key_once_and_the_last_value_counts() -> None:
 @pytest.fixture
 def real_setup(tiny_checkpoint: Callable[..., Path], processed_data: Path) -> Setup:
     """The reviews of `processed_data`, on a 0.5B."""
-    records = read_records(processed_data / "train.jsonl")
-    shape_of = shapes_of_records(records, ChatTokenizer(tiny_checkpoint()))
+    path = processed_data / "train.jsonl"
+    read = partial(iter_chosen, path, ReadOptions(), None)
+    shape_of = shapes_of_records(path, read, ChatTokenizer(tiny_checkpoint()))
     return Setup(
         config=load_config(),
         architecture=SIZES["0.5B"],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from minilora.config import load_config
 from minilora.data.prepare import prepare
-from minilora.data.records import ReadOptions
+from minilora.data.records import ReadOptions, read_records
+from minilora.data.sampler import epoch_order, stratified_sample
 from minilora.errors import UserError
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
@@ -440,6 +442,26 @@ def test_inspection_reads_the_columns_that_are_named(
     out, err = run_main(inspect, "--data", tmp_path / "a.csv", "--label_column", "stars", "--json", *keys)
     assert json.loads(out)["label"] == "正面"
     assert "text from 'review', label from 'stars'; other columns: label" in err
+
+
+@pytest.mark.parametrize("function", ["first_records", "first_step"])
+def test_of_a_large_file_an_inspection_holds_a_micro_batch(function: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"text": "好{n}", "label": {n % 2}}}\n' for n in range(20_000)), "utf-8")
+    take = getattr(load_script("inspect_batch"), function)
+    records = read_records(path)
+    for limit in ([], ["data.max_train_examples=200"]):
+        config = load_config(None, ["train.per_device_train_batch_size=3", f"data.dir={tmp_path}", *limit])
+        tracemalloc.start()
+        try:
+            found = take(path, ReadOptions(), config)
+            assert tracemalloc.get_traced_memory()[1] < 1_500_000  # as a list of records, five times as much
+        finally:
+            tracemalloc.stop()
+        chosen = stratified_sample([record.label for record in records], 200) if limit else range(20_000)
+        order = epoch_order(len(chosen), config.train.seed, 0)[:3] if function == "first_step" else range(3)
+        wanted = [chosen[index] for index in order] if function == "first_step" else list(order)
+        assert found == [records[index] for index in wanted]
 
 
 def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(

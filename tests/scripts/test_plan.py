@@ -5,6 +5,8 @@ import re
 import shlex
 import shutil
 import sys
+import tracemalloc
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +15,11 @@ from typing import Any
 import pytest
 
 from minilora import build
-from minilora.config import LoraConfig
+from minilora.config import LoraConfig, load_config
 from minilora.data import hub
-from minilora.data.records import Record, read_records
 from minilora.errors import UserError
 from minilora.planning import budget
-from minilora.planning.memory import ParameterCounts, count_parameters
+from minilora.planning.memory import BatchShape, ParameterCounts, count_parameters
 from minilora.planning.plan import SIZES
 from minilora.qlora.model import Qwen2Config
 from minilora.system.cli import QUICKSTART
@@ -180,6 +181,21 @@ def test_columns_and_encoding_of_the_data_to_plan_for_are_named(
     assert "mnie/train.jsonl does not exist, so every example has data.max_length tokens" in err
 
 
+def test_of_a_large_file_a_plan_holds_tokens_and_no_records(
+    script: ModuleType, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text("label,text\n" + "".join(f"{n % 2},好{n}\n" for n in range(20_000)), "utf-8")
+    config = load_config(None, [f"model.name_or_path={tiny_checkpoint()}", f"data.dir={tmp_path}"])
+    arguments = Namespace(data=tmp_path / "a.csv", size=None, text_column=None, encoding="utf-8")
+    tracemalloc.start()
+    try:
+        num_records, _ = script.find_examples(config, arguments)
+        assert tracemalloc.get_traced_memory()[1] < 1_500_000  # as a list of records, five times as much
+    finally:
+        tracemalloc.stop()
+    assert num_records == 20_000
+
+
 def test_a_size_is_planned_for_data_by_the_tokenizer_of_a_local_folder(
     plan: Plan, tiny_checkpoint: Callable[..., Path], processed_data: Path
 ) -> None:
@@ -197,12 +213,13 @@ def test_the_process_is_measured_as_a_run_does_before_anything_is_read(
 ) -> None:
     size = 10**9
 
-    def growing(*of: Any, **settings: Any) -> list[Record]:
+    def growing(*of: Any) -> tuple[int, Callable[..., BatchShape]]:
         nonlocal size
         size += 10**9
-        return read_records(*of, **settings)
+        return found(*of)
 
-    monkeypatch.setattr(script, "read_records", growing)
+    found = script.find_examples
+    monkeypatch.setattr(script, "find_examples", growing)
     monkeypatch.setattr(script, "peak_memory_bytes", lambda _: size)
     keys = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={processed_data}")
     printed = plan("--budget", "24GB", "--device", "cpu", *keys)
