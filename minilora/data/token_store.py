@@ -19,7 +19,7 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,7 @@ ENTRY = np.dtype(
     [("tokens", "<u8"), ("spans", "<u8"), ("line", "<u4"), ("label", "<i4"), ("truncated", "<u4")], align=True
 )
 DTYPES = {"tokens": np.dtype("<u4"), "spans": np.dtype(("<u4", 2)), "entries": ENTRY}
+PART = 1 << 16  # examples of which something is computed at once
 KEPT = 4  # stores of a split
 UNUSED_S = 86_400.0  # before a store may be removed: on a network's disk a process elsewhere may have it mapped
 
@@ -76,14 +77,21 @@ class TokenStore(Sequence[Example]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) tokens of each."""
-        return np.diff(self._token_ends.astype(np.int64), prepend=0)
+        """(N,) int32, tokens of each."""
+        found = np.empty(len(self), np.int32)
+        for part in self._parts():
+            found[part] = self._token_ends[part] - _starts(self._token_ends, part)
+        return found
 
     @property
     def num_supervised(self) -> np.ndarray:
-        """(N,) supervised tokens of each."""
-        before = np.concatenate(([0], self._span_ends[:-1])).astype(np.int64)
-        return np.add.reduceat(self._spans[:, 1] - self._spans[:, 0], before, dtype=np.int64)
+        """(N,) int32, supervised tokens of each."""
+        found = np.empty(len(self), np.int32)
+        for part in self._parts():
+            starts = _starts(self._span_ends, part)
+            spans = self._spans[starts[0] : self._span_ends[part][-1]]
+            found[part] = np.add.reduceat(spans[:, 1] - spans[:, 0], starts - starts[0])
+        return found
 
     @property
     def labels(self) -> np.ndarray:
@@ -103,14 +111,27 @@ class TokenStore(Sequence[Example]):
     @cached_property
     def common_prefix(self) -> int:
         """`batch.common_prefix` of all examples, without making them."""
-        first = np.concatenate(([0], self._token_ends[:-1])).astype(np.int64)
-        first_span = np.concatenate(([0], self._span_ends[:-1])).astype(np.int64)
-        limit = int(self._spans[first_span, 0].min()) - 1 if len(self) > 1 else 0
-        for position in range(limit):
-            ids = self._tokens[first + position]
-            if (ids != ids[0]).any():
-                return position
-        return max(limit, 0)
+        if len(self) <= 1:
+            return 0
+        answers = (self._spans[_starts(self._span_ends, part), 0].min() for part in self._parts())
+        prefix = max(int(min(answers)) - 1, 0)
+        for part in self._parts():
+            starts = _starts(self._token_ends, part)
+            differs = ((self._tokens[starts + i] != self._tokens[i]).any() for i in range(prefix))
+            prefix = next((i for i, is_other in enumerate(differs) if is_other), prefix)
+        return prefix
+
+    def _parts(self) -> Iterator[slice]:
+        """All of it, in parts small enough that what is computed of one takes no memory to speak of."""
+        return (slice(start, min(start + PART, len(self))) for start in range(0, len(self), PART))
+
+
+def _starts(ends: np.ndarray, part: slice) -> np.ndarray:
+    """(n,) int64, where each of a part begins."""
+    starts = np.zeros(part.stop - part.start, np.int64)
+    starts[1:] = ends[part][:-1]
+    starts[:1] = ends[part.start - 1] if part.start else 0
+    return starts
 
 
 def _part(ends: np.ndarray, index: int) -> slice:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits
@@ -42,8 +43,8 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
         print(f"{name}: {len(split.examples)} examples, {split.describe()}")
     print(
         f"an epoch: {math.ceil(len(examples) / in_step):,} steps of {in_step:,} examples"
-        f"{f' on {ranks} ranks' if ranks > 1 else ''}; {examples.lengths.sum():,} tokens in "
-        f"{len(packed):,} micro-batches, {examples.num_supervised.sum():,} supervised; "
+        f"{f' on {ranks} ranks' if ranks > 1 else ''}; {examples.lengths.sum(dtype=np.int64):,} tokens in "
+        f"{len(packed):,} micro-batches, {examples.num_supervised.sum(dtype=np.int64):,} supervised; "
         f"{sum(packed):,} computed (shared prefixes once)\n"
     )
     first = epoch_order(len(examples), config.train.seed, 0)[0]

@@ -99,9 +99,10 @@ def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> Batch
     epochs = train.num_train_epochs
     if train.max_steps is not None:
         epochs = math.ceil(train.max_steps / math.ceil(len(examples) / examples_per_step(config, ranks)))
-    inputs, counts, size = examples.lengths - 1, examples.num_supervised, train.per_device_train_batch_size
+    inputs, counts, size = examples.lengths, examples.num_supervised, train.per_device_train_batch_size
     # Validation and test set are assumed to be as long as the training set; their prefix is in a KV cache.
-    scored = next(iter_batches(examples.lengths, ScoringOptions(train.per_device_eval_batch_size)))
+    scored = next(iter_batches(inputs, ScoringOptions(train.per_device_eval_batch_size)))
+    inputs -= 1
     scored_tokens = round_up_tokens(int((inputs[scored] - examples.common_prefix).sum()))
     tokens = supervised = 0
     if train.max_tokens_per_micro_batch is not None or ranks > 1:
@@ -113,8 +114,8 @@ def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> Batch
     others = np.diff(starts, append=len(examples)) - 1
     for epoch in range(epochs):
         order = np.asarray(epoch_order(len(examples), train.seed, epoch))
-        supervised = max(supervised, int(np.add.reduceat(counts[order], starts).max()))
-        at_most = np.add.reduceat(inputs[order], starts) - examples.common_prefix * others
+        supervised = max(supervised, int(np.add.reduceat(counts[order], starts, dtype=np.int64).max()))
+        at_most = np.add.reduceat(inputs[order], starts, dtype=np.int64) - examples.common_prefix * others
         for index in np.argsort(-at_most):
             if round_up_tokens(int(at_most[index])) <= tokens:
                 break

@@ -49,6 +49,12 @@ def load(cache: Path, make: Encode, **facts: Any) -> TokenStore:
     return load_store(cache, "train", {**FACTS, **facts}, make)
 
 
+@pytest.fixture(params=[1, 3, 1 << 16])
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_store, "PART", request.param)
+
+
+@pytest.mark.usefixtures("part")
 @pytest.mark.parametrize("pieces", [[EXAMPLES], [EXAMPLES[:1], [], EXAMPLES[1:3], EXAMPLES[3:]]])
 @pytest.mark.parametrize("is_kept", [True, False])
 def test_examples_come_back_as_they_were(pieces: list[list[Example]], is_kept: bool, tmp_path: Path) -> None:
@@ -67,7 +73,8 @@ def test_examples_come_back_as_they_were(pieces: list[list[Example]], is_kept: b
         assert store.facts == {"overlong": 3, "labels": [0, "正面"]}
 
 
-@pytest.mark.parametrize("chosen", [[0], [0, 3], [0, 0], [2, 3], [0, 1, 2, 3]])
+@pytest.mark.usefixtures("part")
+@pytest.mark.parametrize("chosen", [[0], [0, 3], [0, 0], [2, 3], [0, 1, 2, 3], [0, 1, 0, 1, 3]])
 def test_the_common_prefix_is_that_of_the_examples(chosen: list[int]) -> None:
     longer = [Example([8, 8, 8, *e.input_ids], [False] * 3 + e.supervised) for e in EXAMPLES]
     examples = [longer[index] for index in chosen]

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from minilora.build import build_prompt, read_split
 from minilora.config import Config, LoraConfig, load_config
 from minilora.data.sampler import epoch_order, split_into_micro_batches
-from minilora.data.token_store import TokenStore
+from minilora.data.token_store import ENTRY, TokenStore
 from minilora.evaluation.score import ScoringOptions, iter_batches
 from minilora.planning import dry_run
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
@@ -86,6 +88,21 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(examples: TokenS
         max(len(example.input_ids) for example in examples) - 1,
         scored_in_a_pass(config, examples),
     )
+
+
+def test_what_finds_the_largest_takes_a_few_bytes_an_example() -> None:
+    count = 500_000
+    entries = np.zeros(count, ENTRY)
+    entries["tokens"], entries["spans"] = 8 * np.arange(1, count + 1), np.arange(1, count + 1)
+    tokens, spans = np.arange(8, dtype=np.uint32), np.array([[6, 8]], np.uint32)
+    arrays = {"tokens": np.tile(tokens, count), "spans": np.tile(spans, (count, 1)), "entries": entries}
+    tracemalloc.start()
+    try:
+        shape = largest_batch(load_config(None, ["train.per_device_train_batch_size=4"]), TokenStore(arrays, {}))
+        assert tracemalloc.get_traced_memory()[1] < 32 * count
+    finally:
+        tracemalloc.stop()
+    assert (shape.tokens, shape.supervised_positions, shape.longest) == (16, 8, 7)
 
 
 def test_a_run_that_is_counted_in_steps_is_as_long_as_they_say(examples: TokenStore) -> None:
