@@ -23,7 +23,7 @@ from minilora.data.hub import fetch_adapter
 from minilora.data.lines import count_lines
 from minilora.data.records import ReadOptions, Record, iter_valid_records
 from minilora.data.sampler import stratified_sample
-from minilora.data.split_files import SPLITS
+from minilora.data.split_files import SPLITS, read_report
 from minilora.data.token_store import CACHE, FileRecords, Piece, load_store
 from minilora.errors import UserError, capped, shown
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
@@ -152,6 +152,17 @@ def note_other_system(prompt: ClassificationPrompt, remedy: str = "prompt.system
             f"note: prompt.system is {shown(prompt.system)}; where a conversation has no system turn, the model's own "
             f"chat template puts {shown(own)}; {remedy}"
         )
+
+
+def says_indices(config: Config) -> bool:
+    """Whether it is to be said which labels of `data.dir` are read as indices.
+
+    It is not where they were said for the default's words (preprocess_data.py), or known to be these (`data.source`).
+    """
+    written = read_report(config.data.dir).get("sha256_out", {})
+    files = [path for path in Path(config.data.dir).glob("*.jsonl") if path.stem in SPLITS]
+    is_prepared = all(written.get(path.name) == sha256(path) for path in files)
+    return not is_prepared or config.prompt.labels != Config().prompt.labels
 
 
 def read_splits(config: Config, prompt: ClassificationPrompt, may_write: bool = True) -> dict[str, Examples]:

@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minilora.config import Config
 from minilora.data.hub import downloaded_files, fetch_model
-from minilora.data.labels import POLARITY, alike_note
+from minilora.data.labels import POLARITY, alike_note, as_label, index_note
 from minilora.data.prepare import SPLIT_SEED, SplitOptions, prepare
 from minilora.data.readers import data_files, split_folders
 from minilora.data.records import ReadOptions, Record
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer, chat_example
-from minilora.system.console import warn
+from minilora.system.console import info, warn
 
 DOWNLOADED = Path("data/chn_senti_corp")
 EXAMPLES = """\
@@ -125,7 +126,11 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         print(f"dropped  {report['leaks']['dropped_from_train']:>7,}  of train, because they leak")
     elif any(leak["also_in_train"] for leak in leaks_as_given.values()):
         print("                  --drop_leaks removes them from train")
-    alike = alike_note({label for labels in report["labels"].values() for label in labels})
+    labels, words = {label for counts in report["labels"].values() for label in counts}, Config().prompt.labels
+    indices = index_note({*map(as_label, labels)} & {*range(len(words))}, words)
+    if indices is not None:  # for other words, training says it
+        info(indices)
+    alike = alike_note(labels)
     if alike:
         warn(f"warning: {alike}")
     for name, count in report["rows_out"].items():

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.build import build_prompt, choose_dtype, note_other_system, read_split, read_splits
+from minilora.build import build_prompt, choose_dtype, note_other_system, read_split, read_splits, says_indices
 from minilora.config import Config, load_config
 from minilora.data.encode import Encoder
 from minilora.data.examples import Examples, build_examples
 from minilora.data.records import Record
+from minilora.data.split_files import write_splits
 from minilora.errors import UserError
 from minilora.qlora.prompt import ChatTokenizer
 from tests.conftest import copy_with_system
@@ -109,6 +110,25 @@ def test_a_system_turn_other_than_the_models_own_is_noted(
 def read(data: Path, folder: Path, *keys: str) -> dict[str, Examples]:
     config = load_config(None, [f"data.dir={data}", *keys])
     return read_splits(config, build_prompt(config, ChatTokenizer(folder)))
+
+
+def test_indices_are_said_where_preparation_has_not_said_them(processed_data: Path, tmp_path: Path) -> None:
+    def is_said(*keys: str) -> bool:
+        return says_indices(load_config(None, [f"data.dir={tmp_path}", *keys]))
+
+    splits = {path.stem: [path.read_bytes()] for path in processed_data.glob("*.jsonl")}
+    write_splits(splits, tmp_path, {})
+    assert not is_said()
+    assert is_said("prompt.labels=[差,好]")
+    assert is_said("prompt.labels=[正面,负面]")
+    (tmp_path / "validation.jsonl").unlink()
+    assert not is_said()
+    (tmp_path / "test.jsonl").write_text('{"text": "好", "label": 1}\n', "utf-8")
+    assert is_said()  # another program has written it
+    write_splits(splits, tmp_path, {})
+    assert not is_said()
+    (tmp_path / "data_report.json").unlink()
+    assert is_said()
 
 
 def test_records_and_examples_are_those_that_a_limit_takes(

@@ -63,10 +63,10 @@ def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list
     return [f"{name}: {text}" for name, text in texts.items() if text is not None]
 
 
-def tell_of_labels(files: Mapping[str, Examples], words: Sequence[str]) -> None:
-    """Says which labels of some files were read as indices, and warns of `lacking_classes`."""
+def tell_of_labels(files: Mapping[str, Examples], words: Sequence[str], says_indices: bool = True) -> None:
+    """Says which labels of some files were read as indices, unless that is known, and warns of `lacking_classes`."""
     note = index_note({label for file in files.values() for label in file.examples.facts["labels"]}, words)
-    if note is not None:
+    if note is not None and says_indices:
         info(note)
     for text in lacking_classes(files, words):
         warn(f"warning: {text}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits
+from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, says_indices
 from minilora.config import Config
 from minilora.data.examples import tell_of_labels
 from minilora.data.sampler import epoch_order
@@ -38,7 +38,8 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
     where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
-    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, prompt.labels)
+    files = {f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}
+    tell_of_labels(files, prompt.labels, says_indices(config))
     for name, split in splits.items():
         print(f"{name}: {len(split.examples)} examples, {split.describe()}")
     print(

@@ -24,6 +24,7 @@ from minilora.build import (
     choose_dtype,
     iter_chosen,
     read_split,
+    says_indices,
 )
 from minilora.config import Config, config_from_dict
 from minilora.data.examples import Examples, build_examples, tell_of_labels
@@ -122,7 +123,7 @@ class LoadedRun:
             raise UserError(f"{path}: {found}, which have no label; give labelled reviews with --data")
         if not reviews.examples:
             raise UserError(f"{path}: holds no labelled review; give a file with a text and a label")
-        tell_of_labels({str(path): reviews}, prompt.labels)
+        tell_of_labels({str(path): reviews}, prompt.labels, data is not None or says_indices(config))
         return path, reviews
 
     def score(

@@ -10,7 +10,15 @@ import torch
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
-from minilora.build import build_model, build_prompt, choose_device, choose_dtype, note_other_system, read_splits
+from minilora.build import (
+    build_model,
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    note_other_system,
+    read_splits,
+    says_indices,
+)
 from minilora.config import Config
 from minilora.data.examples import tell_of_labels
 from minilora.data.hub import fetch_adapter
@@ -159,7 +167,8 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     """A line about what is trained on what."""
     config, splits = run.config, run.splits
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
-    tell_of_labels({f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}, run.prompt.labels)
+    files = {f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}
+    tell_of_labels(files, run.prompt.labels, says_indices(config))
     if run.lacks_a_class_for_f1:
         info("eval_loss decides which checkpoint is best, because F1 of such a validation set says nothing")
     truncated = sum(split.num_truncated for split in splits.values())

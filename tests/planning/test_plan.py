@@ -91,18 +91,18 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(examples: TokenS
 
 
 def test_what_finds_the_largest_takes_a_few_bytes_an_example() -> None:
-    count = 500_000
+    config, count = load_config(None, ["train.per_device_train_batch_size=32", "train.max_steps=1"]), 320_000
     entries = np.zeros(count, ENTRY)
     entries["tokens"], entries["spans"] = 8 * np.arange(1, count + 1), np.arange(1, count + 1)
     tokens, spans = np.arange(8, dtype=np.uint32), np.array([[6, 8]], np.uint32)
     arrays = {"tokens": np.tile(tokens, count), "spans": np.tile(spans, (count, 1)), "entries": entries}
     tracemalloc.start()
     try:
-        shape = largest_batch(load_config(None, ["train.per_device_train_batch_size=4"]), TokenStore(arrays, {}))
+        shape = largest_batch(config, TokenStore(arrays, {}))
         assert tracemalloc.get_traced_memory()[1] < 32 * count
     finally:
         tracemalloc.stop()
-    assert (shape.tokens, shape.supervised_positions, shape.longest) == (16, 8, 7)
+    assert (shape.tokens, shape.supervised_positions, shape.longest) == (72, 64, 7)
 
 
 def test_a_run_that_is_counted_in_steps_is_as_long_as_they_say(examples: TokenStore) -> None:

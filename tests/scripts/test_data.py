@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -48,6 +49,18 @@ def test_kept_splits_print_their_leaks(official: list[Path], tmp_path: Path) -> 
     assert "0  of 1 validation records are in train (0.0%)" in done.stdout
     assert "--drop_leaks removes them" in done.stdout
     assert (tmp_path / "data" / "processed" / "test.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [((0, 1), "labels 0, 1 are read as indices: 0 = 负面, 1 = 正面\n"), (("差", "好"), None), ((3, 4), None)],
+)
+def test_what_indices_mean_is_said_where_a_file_is_read(
+    labels: tuple[Any, ...], said: str | None, tmp_path: Path, run_main: RunMain
+) -> None:
+    path = write_tsv(tmp_path / "a.tsv", [(f"评论{number}", labels[number % 2]) for number in range(20)])
+    printed, _ = run_main(load_script("preprocess_data"), "--input", path, "--output_dir", tmp_path / "out")
+    assert (said in printed) if said else ("read as indices" not in printed)
 
 
 def test_dropped_leaks_are_counted(official: list[Path], tmp_path: Path) -> None:
