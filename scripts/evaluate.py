@@ -38,7 +38,7 @@ from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests
 from minilora.system.console import warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.files import WRITING, StorageError, make_folder, sha256, write_file
+from minilora.system.files import StorageError, make_folder, replacing, sha256, write_file
 from minilora.system.memory import peak_memory_bytes
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import with_ranks
@@ -204,14 +204,10 @@ def write_results(directory: Path, results: dict[str, Any], lines: str, report: 
         "report.html": report,
     }
     try:
-        for name, content in contents.items():
-            write_file(directory / f"{WRITING}{name}", content.encode())
-        for name in contents:
-            (directory / f"{WRITING}{name}").replace(directory / name)
-    except (StorageError, OSError) as error:
-        for name in contents:
-            with contextlib.suppress(OSError):
-                (directory / f"{WRITING}{name}").unlink()
+        with contextlib.ExitStack() as stack:
+            for name, content in contents.items():
+                write_file(stack.enter_context(replacing(directory / name)), content.encode())
+    except StorageError as error:
         raise UserError(
             f"{directory}: the results cannot be written ({error}); the figures are above; for the files choose "
             "another --output_dir"

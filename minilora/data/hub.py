@@ -31,7 +31,7 @@ from minilora.data.hub_errors import MIRROR, ClientError, cause_of, client_error
 from minilora.data.split_files import SPLITS, split_of
 from minilora.errors import UserError, capped
 from minilora.system.console import is_quiet, warn
-from minilora.system.files import WRITING, sha256
+from minilora.system.files import make_folder, replacing, sha256, storage_errors, sync
 from minilora.system.optional import broken
 from minilora.system.signals import nothing_at_stake
 
@@ -185,13 +185,11 @@ def _choose_files(source: str, snapshot: Path) -> dict[str, Path]:
 
 
 def _copy(files: dict[str, Path], directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, path in files.items():
-            shutil.copyfile(path, directory / f"{WRITING}{name}")
-            (directory / f"{WRITING}{name}").replace(directory / name)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --output_dir") from None
+    make_folder(directory, "--output_dir")
+    for name, path in files.items():
+        with replacing(directory / name) as temporary, storage_errors(directory / name, path.stat().st_size):
+            shutil.copyfile(path, temporary)
+            sync(temporary)
 
 
 def download_snapshot(kind: str, name: str, revision: str | None, **patterns: Any) -> Path:

@@ -198,13 +198,23 @@ class GrowingFile:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Atomic `write_file`: an existing file stays until the new one is on the disk."""
+    with replacing(path) as temporary:
+        write_file(temporary, content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write and sync a file under, which then takes the place of `path`, or is removed after any exception.
+
+    Of several in one ExitStack, all are written before the first takes its place. StorageError.
+    """
     temporary = path.with_name(WRITING + path.name)
     try:
-        write_file(temporary, content)
+        yield temporary
         with storage_errors(path):
             temporary.replace(path)
             sync(path.parent)
-    except StorageError:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -119,7 +119,7 @@ def test_the_hub_is_asked_for_the_revision_and_the_files_that_are_read(
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads(monkeypatch, tmp_path / "hub", "train.parquet")
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(UserError, match=r"out: cannot be written \(.+\); choose another --output"):
+    with pytest.raises(UserError, match=r"out: cannot be written to \(.+\); choose another --output"):
         fetch_dataset(tmp_path / "file" / "out", "some/reviews")
 
 

@@ -1,5 +1,6 @@
 """A file that is written stays, a hash is that of its bytes, and a folder belongs to one process at a time."""
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
@@ -27,6 +28,7 @@ from minilora.system.files import (
     parse_json,
     remove,
     replace_file,
+    replacing,
     sha256,
     storage_errors,
     write_file,
@@ -460,6 +462,22 @@ def test_a_file_is_replaced_as_a_whole_or_stays_as_it_was(
     assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"first")
     replace_file(path, b"third")
     assert (names_in(tmp_path), path.read_bytes()) == (["report.html"], b"third")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError, None])
+def test_files_that_are_replaced_together_are_all_written_first(
+    stop: type[BaseException] | None, tmp_path: Path
+) -> None:
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(stop) if stop else contextlib.nullcontext(), contextlib.ExitStack() as stack:
+        for name in "ab":
+            write_file(stack.enter_context(replacing(tmp_path / name)), b"new")
+            assert (tmp_path / name).read_bytes() == b"old"
+        if stop is not None:
+            raise stop
+    expected = b"new" if stop is None else b"old"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": expected, "b": expected}
 
 
 def test_a_path_that_is_not_there_reminds_of_one_that_is(tmp_path: Path) -> None:
