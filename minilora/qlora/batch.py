@@ -22,7 +22,7 @@ supervised token reach the head (`supervised_positions`), and of the others the 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -145,10 +145,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
     """
     prefix = cached_prefix or (common_prefix(examples) if share_prefix else 0)
     segments = [example.input_ids[prefix:-1] for example in examples]
-    starts = [prefix]
-    for segment in segments:
-        starts.append(starts[-1] + len(segment))
-
+    starts = list(accumulate(map(len, segments), initial=prefix))
     input_ids = examples[0].input_ids[cached_prefix:prefix]
     position_ids = list(range(cached_prefix, prefix))
     supervised_positions, targets, example_indices = [], [], []
@@ -160,7 +157,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
                 supervised_positions.append(start + position - 1 - prefix)
                 targets.append(example.input_ids[position])
                 example_indices.append(index)
-    spans = _group_spans(prefix, list(pairwise(starts)))
+    spans = _group_spans(list(pairwise(starts)))
     padding = [0] * (round_up_tokens(len(input_ids)) - len(input_ids))
     return MicroBatch(
         input_ids=torch.tensor(input_ids + padding),
@@ -189,10 +186,8 @@ def round_up_tokens(tokens: int) -> int:
 
 def pack_segments(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
     """Attention groups of segments of these lengths, one after another, behind `cached_prefix` tokens of a KV cache."""
-    starts = [cached_prefix]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return _build_groups(cached_prefix, _group_spans(cached_prefix, list(pairwise(starts))), cached_prefix)
+    starts = accumulate(lengths, initial=cached_prefix)
+    return _build_groups(cached_prefix, _group_spans(list(pairwise(starts))), cached_prefix)
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
@@ -201,26 +196,18 @@ def common_prefix(examples: Sequence[Example]) -> int:
         return 0
     limit = min(example.answer_start for example in examples) - 1
     first, last = (choose((e.input_ids for e in examples), key=lambda ids: ids[:limit]) for choose in (min, max))
-    for position in range(limit):
-        if first[position] != last[position]:
-            return position
-    return max(limit, 0)
+    return next((position for position in range(limit) if first[position] != last[position]), max(limit, 0))
 
 
-def _group_spans(prefix: int, spans: Sequence[Span]) -> list[list[Span]]:
+def _group_spans(spans: Sequence[Span]) -> list[list[Span]]:
     """The segments by similar length."""
     groups: list[list[Span]] = []
-    pending: list[Span] = []
     for span in sorted(spans, key=lambda span: span[1] - span[0]):
-        length = span[1] - span[0]
-        count = len(pending) + 1
-        real = sum(end - start for start, end in pending) + length
-        too_padded = real < (1 - MAX_GROUP_PADDING) * count * length
-        if pending and too_padded:
-            groups.append(pending)
-            pending = []
-        pending.append(span)
-    return [*groups, pending] if pending else groups
+        grown = [*(groups.pop() if groups else []), span]
+        padded = len(grown) * (span[1] - span[0])
+        is_even = sum(end - start for start, end in grown) >= (1 - MAX_GROUP_PADDING) * padded
+        groups += [grown] if is_even else [grown[:-1], [span]]
+    return groups
 
 
 def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0) -> tuple[SegmentGroup, ...]:
