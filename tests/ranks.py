@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import math
+import operator
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,8 +102,17 @@ def check_failures(ranks: Ranks) -> Found:
     return found
 
 
+def weigh(chosen: Sequence[Example]) -> list[float]:
+    """A weight for each, from 0.5 to 6, whatever it is beside."""
+    return [example.input_ids[3] / 8 for example in chosen]
+
+
 def take_step(
-    ranks: Ranks, step_examples: list[Example], scaled: bool = False, spoiled: int | None = None
+    ranks: Ranks,
+    step_examples: list[Example],
+    scaled: bool = False,
+    spoiled: int | None = None,
+    weighted: bool = False,
 ) -> tuple[Found, list[torch.Tensor]]:
     """One step of a tiny model on a share of the examples: its result, and the gradient of the update.
 
@@ -121,12 +132,13 @@ def take_step(
         step_module.next_token_nll = lambda *a: (plain_loss(*a)[0] * math.nan, 1)  # type: ignore[assignment]
     share = split_across_ranks(step_examples, ranks.size, 3)[ranks.rank] if ranks.size > 1 else step_examples
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
-    num_supervised = sum(sum(example.supervised) for example in step_examples)
+    counts = [sum(example.supervised) for example in step_examples]
+    total_weight = sum(map(operator.mul, counts, weigh(step_examples))) if weighted else sum(counts)
     try:
         result = train_step(
             TrainState(model, optimizer, dropout_seed, scaler=scaler, ranks=ranks),
-            [pack(share)] if share else [],
-            StepSettings(1, 0.01, 0.0, num_supervised=num_supervised),
+            [pack(share, weights=weigh(share) if weighted else ())] if share else [],
+            StepSettings(1, 0.01, 0.0, total_weight=total_weight),
         )
     finally:
         step_module.next_token_nll = plain_loss
@@ -139,13 +151,14 @@ def take_step(
 def check_steps(ranks: Ranks) -> Found:
     """Steps of all sizes, each beside that of a single process."""
     found: Found = {}
-    for count in (9, 8, 4, 2):
-        ours, gradients = take_step(ranks, examples(count))
-        single, expected = take_step(SINGLE_RANK, examples(count))
+    for count, weighted in product((9, 8, 4, 2), (False, True)):
+        ours, gradients = take_step(ranks, examples(count), weighted=weighted)
+        single, expected = take_step(SINGLE_RANK, examples(count), weighted=weighted)
         pairs = list(zip(gradients, expected, strict=True))
         largest = max(float(right.abs().max()) for _, right in pairs)
         difference = max(float((left - right).abs().max()) for left, right in pairs)
-        found[str(count)] = {"ranks": ours, "single": single, "difference": difference / largest}
+        name = f"{count}, weighted" if weighted else str(count)
+        found[name] = {"ranks": ours, "single": single, "difference": difference / largest}
     found["scaled"] = take_step(ranks, examples(2), scaled=True)[0]
     found["spoiled"] = take_step(ranks, examples(9), spoiled=1)[0]
     found["spoiled, scaled"] = take_step(ranks, examples(9), scaled=True, spoiled=2)[0]

@@ -98,6 +98,7 @@ class MicroBatch:
         supervised_positions: (S,) int64, where the hidden state predicts a supervised token.
         targets: (S,) int64, those tokens.
         example_indices: (S,) int64, the example that each of them belongs to.
+        weights: (S,) float32, the weight of each of them in the loss; None: 1.
         num_examples: examples packed.
         num_real_tokens: tokens of the examples, each with its own prefix: the unit of tokens/s.
     """
@@ -111,6 +112,7 @@ class MicroBatch:
     example_indices: torch.Tensor
     num_examples: int
     num_real_tokens: int
+    weights: torch.Tensor | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -122,11 +124,13 @@ class MicroBatch:
         names = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices")
         tensors = move_together([getattr(self, name) for name in names], device)
         moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        if self.weights is not None:
+            (moved["weights"],) = move_together([self.weights], device)
         return replace(self, **moved)
 
 
 def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """int64 tensors to a device: as one buffer of pinned memory, so that one copy runs beside the processor's work."""
+    """Tensors of one dtype to a device: as one pinned buffer, so that one copy runs beside the processor's work."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     buffer = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
@@ -134,7 +138,9 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: int = 0) -> MicroBatch:
+def pack(
+    examples: Sequence[Example], share_prefix: bool = True, cached_prefix: int = 0, weights: Sequence[float] = ()
+) -> MicroBatch:
     """One micro-batch of all examples, in their order.
 
     Args:
@@ -142,6 +148,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
         share_prefix: compute the ids that all examples begin with once. The result is the same either way;
             with dropout the examples then share the prefix's mask.
         cached_prefix: length of a common prefix that is in the KV cache (`model.build_prefix_cache`) and not computed.
+        weights: of each example, that of its supervised tokens in the loss; none: 1.
     """
     prefix = cached_prefix or (common_prefix(examples) if share_prefix else 0)
     segments = [example.input_ids[prefix:-1] for example in examples]
@@ -152,11 +159,10 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
     for index, (example, segment, start) in enumerate(zip(examples, segments, starts, strict=False)):
         input_ids = input_ids + segment
         position_ids += range(prefix, prefix + len(segment))
-        for position, supervised in enumerate(example.supervised):
-            if supervised:
-                supervised_positions.append(start + position - 1 - prefix)
-                targets.append(example.input_ids[position])
-                example_indices.append(index)
+        own = [position for position, supervised in enumerate(example.supervised) if supervised]
+        supervised_positions += [start + position - 1 - prefix for position in own]
+        targets += [example.input_ids[position] for position in own]
+        example_indices += [index] * len(own)
     spans = _group_spans(list(pairwise(starts)))
     padding = [0] * (round_up_tokens(len(input_ids)) - len(input_ids))
     return MicroBatch(
@@ -169,6 +175,7 @@ def pack(examples: Sequence[Example], share_prefix: bool = True, cached_prefix: 
         example_indices=torch.tensor(example_indices),
         num_examples=len(examples),
         num_real_tokens=sum(len(example.input_ids) for example in examples),
+        weights=torch.tensor(weights)[example_indices] if weights else None,
     )
 
 

@@ -1,8 +1,10 @@
 """Hidden states at the supervised positions in, summed negative log-likelihood out.
 
-    nll = sum over positions of  logsumexp(z) - z[target],     z = W h
-    dz  = softmax(z) - onehot(target),                         dh = W^T dz
+    nll = sum over positions of  w (logsumexp(z) - z[target]),     z = W h
+    dz  = w (softmax(z) - onehot(target)),                         dh = W^T dz
 
+w is a constant, 1 unless the micro-batch has weights. dh is kept without it: a rare class's w of thousands would
+overflow a float16, and the gradient from above, with which it is multiplied, is float32.
 The head is frozen, so dh is all the gradient there is. It is computed in forward, chunk by chunk, while the chunk's
 logits are there: the (S, V) logits never exist as a whole. In Qwen2.5 one position has 152k logits, 0.6 MB in float32,
 and a chat has thousands of positions.
@@ -34,10 +36,12 @@ def head_logits(hidden: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor
 
 
 class _NextTokenNLL(torch.autograd.Function):
-    """The module docstring's formulas; keeps dh, (S, C)."""
+    """The module docstring's formulas; keeps dh / w, (S, C), and w."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -47,7 +51,7 @@ class _NextTokenNLL(torch.autograd.Function):
             chunk = slice(start, start + size)
             log_p, chosen = head_logits(hidden[chunk], head_weight).log_softmax(-1), targets[chunk, None]
             nll = -log_p.gather(1, chosen)
-            total += nll.sum()
+            total += (nll if weights is None else nll * weights[chunk, None]).sum()
             if dhidden is not None:
                 dlogits = log_p.exp_()
                 dlogits.scatter_add_(1, chosen, -torch.ones_like(nll))
@@ -56,28 +60,33 @@ class _NextTokenNLL(torch.autograd.Function):
                 dhidden[chunk] = dlogits.to(hidden.dtype) @ head_weight
                 del dlogits  # the logits' memory: free before the next chunk's are computed
             del log_p
-        ctx.save_for_backward(dhidden)
+        ctx.save_for_backward(dhidden, weights)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (dhidden,) = ctx.saved_tensors
-        wide = dhidden.to(grads[0].dtype) * (grads[0] / ctx.scale)
-        return wide.to(dhidden.dtype), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        dhidden, weights = ctx.saved_tensors
+        factor = grads[0] / ctx.scale
+        if weights is not None:
+            factor = factor * weights[:, None].to(factor.dtype)
+        return (dhidden.to(factor.dtype) * factor).to(dhidden.dtype), None, None, None
 
 
-def next_token_nll(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> tuple[torch.Tensor, int]:
+def next_token_nll(
+    hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
     """Summed loss at the supervised positions, and how many there are.
 
-    A (sum, count) pair, not a mean: the caller divides once per optimizer step, so that a step's gradient does
-    not depend on how it was cut into micro-batches.
+    A sum, not a mean: the caller divides once per optimizer step, so that a step's gradient does not depend on how it
+    was cut into micro-batches.
 
     Args:
         hidden: (S, C) compute dtype, the hidden states that predict a supervised token.
         targets: (S,) int64, those tokens.
         head_weight: (V, C) compute dtype, frozen.
+        weights: (S,) float32 or wider, w of each; None: 1.
 
     Returns:
         The sum in nats, float32 or wider, and S.
     """
-    return _NextTokenNLL.apply(hidden, targets, head_weight), targets.shape[0]
+    return _NextTokenNLL.apply(hidden, targets, head_weight, weights), targets.shape[0]

@@ -1,9 +1,9 @@
 """One optimizer step: micro-batches -> loss -> gradient -> clip -> update.
 
-    loss = sum over all micro-batches of the tokens' losses / number of supervised tokens in all of them
+    loss = sum of w nll / sum of w, both over the supervised tokens of all micro-batches; w = 1 without weights
 
-The division is by the whole step's count, before the first backward pass. Dividing each micro-batch by its own count
-and averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16 examples then train
+The division is by the whole step's sum, before the first backward pass. Dividing each micro-batch by its own and
+averaging, as other trainers did or do, weighs a token by the company it keeps: the same 16 examples then train
 differently as 1 x 16 and as 4 x 4.
 
 All of them means those of all ranks (`distributed.py`), which sum their gradients before the clipping. So every rank
@@ -48,14 +48,14 @@ class StepSettings:
     learning_rate: float
     max_grad_norm: float = 1.0  # the gradient is scaled down to this global norm; 0 leaves it alone
     seed: int = 0  # of the run, for dropout
-    num_supervised: int | None = None  # supervised tokens of all ranks; None: those of this rank's micro-batches
+    total_weight: float | None = None  # of the supervised tokens of all ranks; None: of this rank's micro-batches
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did."""
 
-    loss: float  # mean negative log-likelihood of the supervised tokens, in nats, over all ranks
+    loss: float  # (weighted) mean negative log-likelihood of the supervised tokens, in nats, over all ranks
     grad_norm: float  # global norm of the gradient before clipping
     updated: bool  # False where loss or gradient was NaN or infinite: weights and moments are what they were
 
@@ -71,35 +71,32 @@ def train_step(
     `interruptible` is entered around the work that may be thrown away: an exception in it leaves weights and moments
     as they were.
     """
-    model, optimizer, scaler, ranks = state.model, state.optimizer, state.scaler, state.ranks
-    num_supervised = settings.num_supervised
-    if num_supervised is None:
-        num_supervised = sum(batch.num_supervised for batch in micro_batches)
+    model, optimizer, ranks = state.model, state.optimizer, state.ranks
+    scaler = state.scaler or torch.amp.GradScaler(enabled=False)  # which changes nothing
+    total_weight = settings.total_weight
+    if total_weight is None:
+        total_weight = sum(b.num_supervised if b.weights is None else b.weights.sum().item() for b in micro_batches)
     total = torch.zeros((), device=model.head_weight.device)
     parameters = parameters_of(optimizer)
     try:
         with ranks.barrier(), interruptible():
             for index, batch in enumerate(micro_batches):
                 state.dropout_seed.set(settings.seed, settings.step, index * ranks.size + ranks.rank)
-                nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight)
-                loss = nll / num_supervised
-                (loss if scaler is None else scaler.scale(loss)).backward()
+                nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight, batch.weights)
+                loss = nll / total_weight
+                scaler.scale(loss).backward()
                 total += loss.detach()
 
         total = ranks.all_reduce_gradients(parameters, total)
-        if scaler is not None:
-            scaler.scale(total)  # the first call makes the scale, and a rank without a micro-batch has made none yet
-            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+        scaler.scale(total)  # the first call makes the scale, and a rank without a micro-batch has made none yet
+        scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or torch.inf, foreach=True)
         loss_value, grad_norm = total.item(), norm.item()  # the step's only wait for the device
         updated = math.isfinite(loss_value) and math.isfinite(grad_norm)
         set_rate(optimizer, settings.learning_rate)
-        if scaler is not None:
-            if updated:
-                scaler.step(cast(torch.optim.Optimizer, optimizer))
-            scaler.update()
-        elif updated:
-            optimizer.step()
+        if updated:
+            scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.update()
     finally:
         optimizer.zero_grad()
     return StepResult(loss_value, grad_norm, updated)

@@ -5,6 +5,7 @@ own (`batches`).
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,7 @@ class Run:
     ranks: Ranks
     state: RunState  # as of now
     saved: RunState = field(init=False)  # the newest that is in a checkpoint, or that no checkpoint can have
+    class_weights: dict[str, float] = field(default_factory=dict)  # of each label word in the loss; none: all 1
     scoring: str | None = None  # the split that is being scored
     tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
@@ -98,6 +100,12 @@ class Run:
         folder, shape = self.prompt.tokenizer.folder, self.batch_shape
         dtype, config = choose_dtype(self.config, self.device), self.resolved_config
         return estimate_run_memory(config, folder, shape, dtype=dtype, process_bytes=self.process_bytes)
+
+    def weights_of(self, examples: Sequence[Example]) -> list[float]:
+        """Of each example's supervised tokens in the loss, as train.class_weights has it; none: 1."""
+        words = enumerate(self.prompt.labels)
+        by_class: dict[int | None, float] = {i: self.class_weights[w] for i, w in words if w in self.class_weights}
+        return [by_class[example.label] for example in examples] if by_class else []
 
     @property
     def train_state(self) -> TrainState:
@@ -191,6 +199,13 @@ def batches(run: Run, step: int) -> StepBatch:
         learning_rate=lr_at(step, run.total_steps, peak=peak, schedule=schedule, warmup_ratio=warmup),
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
-        num_supervised=sum(sum(example.supervised) for example in examples),
+        total_weight=_total_weight(examples, run.weights_of(examples)),
     )
-    return StepBatch(settings, examples, [pack(part).to(run.device) for part in parts], split=split, indices=chosen)
+    packed = [pack(part, weights=run.weights_of(part)).to(run.device) for part in parts]
+    return StepBatch(settings, examples, packed, split=split, indices=chosen)
+
+
+def _total_weight(examples: Sequence[Example], weights: Sequence[float]) -> float:
+    """Of all supervised tokens, which without weights is their number: whatever the cut, the same bits."""
+    counts = [sum(example.supervised) for example in examples]
+    return math.fsum(map(operator.mul, weights, counts)) if weights else sum(counts)

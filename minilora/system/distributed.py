@@ -4,7 +4,8 @@ torchrun starts the ranks, on one machine or on several (`torchrun.py`). Each ha
 adapter and its moments. A step's examples are cut into N shares of about as many tokens
 (`sampler.split_across_ranks`), and
 
-    gradient = sum over the ranks of the gradient of  (losses of its share / supervised tokens of all shares)
+    gradient = sum over the ranks of the gradient of  (losses of its share / supervised tokens of all shares),
+               both weighted where classes have weights
 
 is the one that a single process computes from the same examples, except for the order of the sum. One all-reduce a step
 sums it, in one buffer with the loss: 4 bytes per trainable parameter. Every rank gets the same bits and makes the same

@@ -69,6 +69,13 @@ def test_the_common_prefix_stands_once_and_the_segments_follow() -> None:
     assert packed.input_ids.dtype == packed.position_ids.dtype == packed.targets.dtype == torch.int64
 
 
+def test_the_tokens_of_an_answer_have_the_weight_of_their_example() -> None:
+    assert pack(EXAMPLES).weights is None
+    packed = pack(EXAMPLES, weights=[0.5, 3.0, 0.1])
+    assert torch.equal(packed.weights, torch.tensor([0.5, 0.5, 3.0, 3.0, 0.1, 0.1]))
+    assert packed.num_supervised == 6
+
+
 def test_without_sharing_every_example_stands_alone() -> None:
     packed = pack(EXAMPLES, share_prefix=False)
     assert packed.input_ids.tolist() == [i for e in EXAMPLES for i in e.input_ids[:-1]]
@@ -216,10 +223,11 @@ def test_padding_repeats_the_first_token_of_its_segment() -> None:
 
 
 def test_moving_a_batch_moves_what_the_model_reads_and_keeps_every_number() -> None:
-    packed = pack(EXAMPLES)
+    packed = pack(EXAMPLES, weights=[0.5, 3.0, 0.1])
     moved = packed.to(torch.device("meta"))
     names = [name for name, value in vars(packed).items() if isinstance(value, torch.Tensor)]
-    assert len(names) == 5
+    assert len(names) == 6
+    assert pack(EXAMPLES).to(torch.device("meta")).weights is None
     assert all(getattr(moved, name).device.type == "meta" for name in names)
     assert (moved.num_examples, moved.num_real_tokens, moved.num_supervised) == (3, 21, 6)
     assert moved.groups is packed.groups

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -60,6 +61,31 @@ def test_loss_is_the_mean_over_all_supervised_tokens() -> None:
     micro_batches = [pack(examples(6)[:1]), pack(examples(6)[1:])]
     result = train_step(TrainState(model, optimizer, dropout_seed), micro_batches, StepSettings(1, 0.001, 1.0))
     assert result.loss == pytest.approx(expected, rel=1e-5)  # another order of float32 sums
+
+
+WEIGHTS = [0.25, 3.0, 1.0, 0.5, 100.0, 2.0]  # of six examples
+
+
+@pytest.mark.parametrize("names_total", [False, True])
+@pytest.mark.parametrize("cut", [[6], [3, 3], [1, 2, 3], [5, 1], [1] * 6])
+def test_a_weighted_step_is_the_weighted_mean_however_it_is_cut(cut: list[int], names_total: bool) -> None:
+    model, dropout_seed = build()
+    model.double()
+    whole = pack(examples(6), weights=WEIGHTS)
+    assert whole.weights is not None
+    logits = model(whole) @ model.head_weight.T
+    nll = torch.nn.functional.cross_entropy(logits, whole.targets, reduction="none")
+    loss = (nll * whole.weights).sum() / whole.weights.sum()
+    expected = torch.autograd.grad(loss, lora_parameters(model))
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    ends = list(accumulate(cut, initial=0))
+    micro_batches = [pack(examples(6)[a:b], weights=WEIGHTS[a:b]) for a, b in pairwise(ends)]
+    settings = StepSettings(1, 0.5, 0.0, total_weight=2 * sum(WEIGHTS) if names_total else None)
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.0)
+    result = train_step(TrainState(model, optimizer, dropout_seed), micro_batches, settings)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)  # held in float32
+    for old, new, gradient in zip(before, lora_parameters(model), expected, strict=True):
+        torch.testing.assert_close((old - new.detach()) / 0.5, gradient, rtol=1e-9, atol=1e-13)
 
 
 def test_gradient_is_clipped_to_the_global_norm() -> None:

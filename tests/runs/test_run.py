@@ -36,7 +36,7 @@ def test_the_ranks_share_the_examples_of_a_step(opened: Run) -> None:
     ]
     assert [len(share) for share in shares] == [1, 1]
     step = replace(opened, config=config, ranks=Ranks(size=2))
-    assert sum(part.num_supervised for share in shares for part in share) == batches(step, 1).settings.num_supervised
+    assert sum(part.num_supervised for share in shares for part in share) == batches(step, 1).settings.total_weight
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

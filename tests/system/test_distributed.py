@@ -138,9 +138,10 @@ def test_what_ends_one_rank_ends_all_at_the_same_place(found: Found, case: str, 
     assert [one["failures"][case] for one in found] == expected
 
 
+@pytest.mark.parametrize("weighted", ["", ", weighted"])
 @pytest.mark.parametrize("count", [9, 8, 4, 2])  # 9 fill the step; of 2 one rank has none
-def test_ranks_take_the_step_of_one_process(found: Found, count: int) -> None:
-    steps = [one["steps"][str(count)] for one in found]
+def test_ranks_take_the_step_of_one_process(found: Found, count: int, weighted: str) -> None:
+    steps = [one["steps"][f"{count}{weighted}"] for one in found]
     assert sum(step["ranks"]["examples"] for step in steps) == count
     assert min(step["ranks"]["examples"] for step in steps) == count // RANKS
     for step in steps:
@@ -149,6 +150,7 @@ def test_ranks_take_the_step_of_one_process(found: Found, count: int) -> None:
         assert step["difference"] < 2e-6
         assert step["ranks"]["loss"] == pytest.approx(step["single"]["loss"], rel=1e-6)
         assert step["ranks"]["norm"] == pytest.approx(step["single"]["norm"], rel=1e-6)
+    assert weighted == "" or steps[0]["ranks"]["loss"] != found[0]["steps"][str(count)]["ranks"]["loss"]
 
 
 def test_a_rank_without_an_example_scales_its_loss_as_the_others(found: Found) -> None:
