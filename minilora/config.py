@@ -163,8 +163,10 @@ class TrainSection:
     eval_steps: int = key(100, "validate every N steps, and at the end", minimum=1)
     save_steps: int = key(100, "save a checkpoint every N steps, and at the end", minimum=1, is_free=True)
     save_total_limit: int = key(2, "checkpoints to keep, the best one not counted", minimum=1, is_free=True)
-    metric_for_best_model: Literal["auto", "eval_f1", "eval_loss"] = key(
-        "auto", "decides which checkpoint is best; auto is eval_f1 where validation has every label, else eval_loss"
+    metric_for_best_model: Literal["auto", "eval_f1", "eval_macro_f1", "eval_accuracy", "eval_loss"] = key(
+        "auto",
+        "decides which checkpoint is best, of equal ones eval_loss; auto is eval_f1 where validation has every label, "
+        "else eval_loss",
     )
     load_best_model_at_end: bool = key(True, "the final adapter is the best checkpoint's, not the last", is_free=True)
     early_stopping_patience: int | None = key(None, "stop after N validations in a row without a better one", minimum=1)

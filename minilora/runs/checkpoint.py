@@ -54,7 +54,7 @@ class RunState(Provenance):
     validated_step: int = 0  # of the last validation; 0 before the first, as below
     best_step: int = 0  # of the best validation so far
     best_metric: float | None = None  # its value
-    best_loss: float | None = None  # its loss, which decides between equal values of F1
+    best_loss: float | None = None  # its loss, which decides between equal values
     evals_without_improvement: int = 0  # validations since then, for early stopping
     skipped_steps: int = 0  # whose loss or gradient was non-finite, and which changed nothing
     skipped_in_a_row: int = 0  # how many of them came last, without another step behind them

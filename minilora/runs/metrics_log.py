@@ -3,7 +3,11 @@
 metrics.jsonl has a line for every logged step, with the keys that apply to it:
 
     {"step": 20, "epoch": 0.16, "train_loss": 0.41, "learning_rate": 0.0002, "grad_norm": 1.3,
-     "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86}
+     "tokens_per_s": 850.2, "peak_memory_bytes": 1417000000, "eval_loss": 0.33, "eval_accuracy": 0.87, "eval_f1": 0.86,
+     "eval_macro_f1": 0.87}
+
+train_loss is what is trained on, with train.class_weights. eval_loss never has weights: runs with and without them are
+compared by it, and it is the mean over texts as they come.
 
 A step that was skipped, because its loss or gradient was non-finite, has null for it, "skipped": true, and "rows": file
 and line of its records. On a GPU "reserved_bytes" is what PyTorch holds of it, with holes: more than the peak.
@@ -21,11 +25,12 @@ from minilora.runs.trackers import Tracker
 from minilora.system.console import progress
 from minilora.system.files import GrowingFile, replace_file
 
+VALIDATED = ("loss", "accuracy", "f1", "macro_f1")  # metrics of a validation, logged with eval_ before them
 MEASURED_KEYS = ("tokens_per_s", "peak_memory_bytes", "reserved_bytes")
 # In this order: a checkpoint has those of a pending entry sorted.
 KEYS = (
     *("step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_s", "skipped", "rows"),
-    *("peak_memory_bytes", "reserved_bytes", "eval_loss", "eval_accuracy", "eval_f1"),
+    *("peak_memory_bytes", "reserved_bytes", *(f"eval_{name}" for name in VALIDATED)),
 )
 
 
@@ -78,10 +83,11 @@ class RunLog:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """Loss, accuracy and F1 for a line on the screen."""
-    names = ("loss", "accuracy", "f1")
-    shown = ((name, metrics.get(name, metrics.get(f"eval_{name}"))) for name in names)
-    return "  ".join(f"{name} {value:.4f}" for name, value in shown if value is not None)
+    """Loss, accuracy and F1 for a line on the screen, and macro F1 where that is another number."""
+    shown = {name: metrics.get(name, metrics.get(f"eval_{name}")) for name in VALIDATED}
+    if shown["macro_f1"] == shown["f1"]:
+        del shown["macro_f1"]
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if value is not None)
 
 
 def _line(entry: dict[str, Any]) -> bytes:

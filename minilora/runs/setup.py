@@ -98,10 +98,10 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     note_other_system(prompt)
     with ranks.rank_0_first():
         splits = read_splits(config, prompt)
-    if config.train.metric_for_best_model == "eval_f1" and not splits["validation"].labelled:
-        raise UserError("train.metric_for_best_model: eval_f1 needs labels, free-form chat has none; use eval_loss")
-    trained = splits["train"].examples
-    resolve = partial(resolve_token_limit, config, model_folder, trained, device=device, ranks=ranks.size)
+    best_by, trained = config.train.metric_for_best_model, splits["train"]
+    if best_by not in ("auto", "eval_loss") and not splits["validation"].labelled:
+        raise UserError(f"train.metric_for_best_model: {best_by} needs labels, free-form chat has none; use eval_loss")
+    resolve = partial(resolve_token_limit, config, model_folder, trained.examples, device=device, ranks=ranks.size)
     is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
     auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)
@@ -169,7 +169,9 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     files = {f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}
     tell_of_labels(files, run.prompt.labels, says_indices(config))
-    if run.lacks_a_class_for_f1:
+    chosen, positive = config.train.metric_for_best_model, config.prompt.positive
+    is_always_0 = chosen == "eval_f1" and positive is not None and positive not in splits["validation"].labels
+    if run.lacks_a_class_for_f1 or is_always_0:
         info("eval_loss decides which checkpoint is best, because F1 of such a validation set says nothing")
     truncated = sum(split.num_truncated for split in splits.values())
     overlong = sum(split.num_overlong for split in splits.values())

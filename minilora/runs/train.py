@@ -34,7 +34,7 @@ from minilora.runs.advice import NonFiniteError, non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
 from minilora.runs.finish import check_finished, complete_report, finish, score_split, score_test_set
 from minilora.runs.folder import run_folder
-from minilora.runs.metrics_log import RunLog, format_metrics
+from minilora.runs.metrics_log import VALIDATED, RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
 from minilora.system.console import info, warn
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
@@ -137,14 +137,15 @@ def score_before_training(run: Run) -> None:
 def validate(run: Run, entry: dict[str, Any], log: RunLog, safe_points: SafePoints) -> bool:
     """Adds the validation metrics to `entry`; says whether they are the best so far, and keeps count of it.
 
-    Of equal F1 the lower loss is better.
+    Of equal scores the lower loss is better, so one that cannot rise (the F1 of a class that has no example there is 0)
+    leaves the choice to the loss.
     """
     metrics, _ = score_split(run, "validation", interruptible=safe_points.anywhere)
-    entry |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "f1") if name in metrics}
+    entry |= {f"eval_{name}": metrics[name] for name in VALIDATED if name in metrics}
     for text in only_answer("validation", metrics):
         log.info(f"step {entry['step']}: {text}")
     value, loss, best = entry[run.best_by], entry["eval_loss"], run.state.best_metric
-    sign = 1 if run.best_by == "eval_f1" else -1
+    sign = -1 if run.best_by == "eval_loss" else 1
     best_loss = -math.inf if run.state.best_loss is None else run.state.best_loss  # None in an earlier version's state
     improved = best is None or (sign * value, -loss) > (sign * best, -best_loss)
     run.state = replace(run.state, validated_step=run.state.step)

@@ -179,6 +179,29 @@ def test_of_equal_f1_the_lower_loss_is_better(run: Fit, monkeypatch: pytest.Monk
     assert read(run(**keys) / "metrics.json")["validation"] == {"eval_f1": 0.6, "step": 4}
 
 
+@pytest.mark.parametrize("metric", ["f1", "macro_f1", "accuracy", "loss"])
+def test_whatever_decides_an_equal_score_does_not_keep_the_first_checkpoint_best(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    """0 throughout is the F1 of a class of which validation has no example."""
+    scores = [(0.0, 1.0), (0.0, 0.8), (0.0, 0.9), (0.0, 0.7)]
+    score_as(monkeypatch, *({"f1": at, "macro_f1": at, "accuracy": at, "loss": loss} for at, loss in scores))
+    keys = {"train.metric_for_best_model": f"eval_{metric}", "train.eval_steps": 1, "train.do_predict": False}
+    final = run(**keys, **{"train.early_stopping_patience": 2})
+    assert read(final / "metrics.json")["validation"] == {f"eval_{metric}": 0.7 if metric == "loss" else 0.0, "step": 4}
+    assert [read(final.with_name(f"step-00000{n}") / "state.json")["best_step"] for n in (1, 2, 3, 4)] == [1, 2, 2, 4]
+
+
+@pytest.mark.parametrize("metric", ["f1", "macro_f1", "accuracy"])
+def test_the_higher_score_is_better_whatever_the_others_are(
+    run: Fit, monkeypatch: pytest.MonkeyPatch, metric: str
+) -> None:
+    others = {"f1": 0.5, "macro_f1": 0.5, "accuracy": 0.5}
+    score_as(monkeypatch, *({**others, metric: at, "loss": at} for at in (0.6, 0.8, 0.7, 0.8)))
+    keys = {"train.metric_for_best_model": f"eval_{metric}", "train.eval_steps": 1, "train.do_predict": False}
+    assert read(run(**keys) / "metrics.json")["validation"] == {f"eval_{metric}": 0.8, "step": 2}
+
+
 def keep_label(path: Path, label: int) -> None:
     """Leaves the records of one label in a split."""
     lines = path.read_text("utf-8").splitlines(keepends=True)
@@ -200,6 +223,18 @@ def test_a_validation_set_that_lacks_a_class_is_warned_of_and_compared_by_loss(
     best = min(losses, key=lambda step: losses[step])
     assert read(final / "metrics.json")["validation"] == {"eval_loss": losses[best], "step": best}
     assert f"<mark>validation.jsonl: {missing}</mark>" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_an_f1_that_is_asked_for_and_always_0_is_said_and_compared_by_loss(
+    run: Fit, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_label(data / "validation.jsonl", 0)
+    final = run(**{"train.metric_for_best_model": "eval_f1", "train.eval_steps": 1})
+    assert "eval_loss decides which checkpoint is best" in capsys.readouterr().out
+    losses = {entry["step"]: entry["eval_loss"] for entry in read_metrics(tmp_path / "run")}
+    best = min(losses, key=lambda step: losses[step])
+    assert best > 1
+    assert read(final / "metrics.json")["validation"] == {"eval_f1": 0.0, "step": best}
 
 
 def test_a_best_f1_of_an_earlier_version_is_not_compared_with_a_loss(run: Fit, data: Path) -> None:
