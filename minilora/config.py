@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from minilora.errors import UserError
+from minilora.errors import UserError, capped
 from minilora.system.schema import coerce, default_of, limits, takes_text, type_name
 from minilora.system.strict_yaml import parse_yaml, read_yaml
 
@@ -157,6 +157,13 @@ class TrainSection:
     adam_beta1: float = key(0.9, "AdamW's decay of the mean gradient", minimum=0, maximum=0.9999)
     adam_beta2: float = key(0.999, "AdamW's decay of the squared gradient", minimum=0, maximum=0.999999)
     adam_epsilon: float = key(1e-8, "AdamW's epsilon", minimum=0)
+    class_weights: Literal["none", "balanced"] | dict[str, float] = key(
+        "none",
+        "weight of each class in a step's loss, sum(w nll) / sum(w); eval_loss has none; balanced is inverse to the "
+        "class's number of training examples, with a mean of 1; or a table by label word: {负面: 3, 正面: 1}",
+        minimum=1e-6,  # float32 holds what a loss becomes with it
+        maximum=1e6,
+    )
     max_grad_norm: float = key(1.0, "gradients are scaled down to this global norm; 0 turns that off", minimum=0)
     seed: int = key(42, "of data order, initial adapter and dropout", minimum=0, maximum=MAX_SEED)
     logging_steps: int = key(1, "write a line of metrics.jsonl every N steps", minimum=1, is_free=True)
@@ -319,6 +326,12 @@ def _iter_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "prompt.labels", f"got {labels}, expected two or more different words"
     if config.prompt.positive_label is not None and config.prompt.positive_label not in labels:
         yield "prompt.positive_label", f"{config.prompt.positive_label!r} is not one of {labels}"
+    weights = config.train.class_weights
+    if isinstance(weights, dict) and set(weights) != set(labels):
+        missing, unknown = ([w for w in one if w not in other] for one, other in ((labels, weights), (weights, labels)))
+        found = [f"no weight for {capped(', '.join(missing))}"] if missing else []
+        found += [f"one for {capped(', '.join(unknown))}, which is not in prompt.labels"] if unknown else []
+        yield "train.class_weights", f"has {' and '.join(found)}; name each label word once, or use balanced"
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype", "float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
     if config.lora.init_lora_weights in ("pissa", "loftq") and config.model.adapter is not None:
@@ -359,8 +372,9 @@ def _read_override(text: str, kind: Any) -> Any:
 
 def _number_in(value: Any, kind: Any) -> Any:
     """A number that YAML took for text, such as 1e-4 with PyYAML, for a key of the type `kind`."""
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {name: _number_in(item, get_args(kind)[1]) for name, item in value.items()}
+    tables = [item for item in (kind, *get_args(kind)) if get_origin(item) is dict]
+    if tables and isinstance(value, dict):
+        return {name: _number_in(item, get_args(tables[0])[1]) for name, item in value.items()}
     is_numeric = {int, float} & {kind, *get_args(kind)}
     try:
         return float(value) if is_numeric and isinstance(value, str) else value

@@ -121,7 +121,13 @@ def test_a_number_may_be_written_as_people_write_it(text: str, tmp_path: Path) -
         ("train.learning_rate=[1]", "a number"),
         ("train.learning_rate=", "a number"),
         ("lora.r=8.5", "a whole number"),
-        ("train.max_tokens_per_micro_batch=many", "a whole number"),
+        ("train.max_tokens_per_micro_batch=many", "a whole number, or auto"),
+        ("train.class_weights=balance", "a table, such as {name: 1}, or none, balanced"),
+        ("train.class_weights=null", "a table, such as {name: 1}, or none, balanced"),
+        ("train.class_weights={正面: 1, 负面: much}", "a number"),
+        ("train.class_weights={正面: 1, 负面: .nan}", "a number"),
+        ("train.class_weights={正面: 1, 负面: .inf}", "a number"),
+        ("train.class_weights={0: 1, 1: 2}", "a table whose names are text (quote one"),
         ("train.max_tokens_per_micro_batch=15", "16 or more"),
         ("lora.r=yes", "a whole number"),
         ("train.gradient_checkpointing=1", "true or false"),
@@ -271,6 +277,9 @@ def test_a_written_configuration_that_holds_no_sections_is_named(content: object
         ("train.adam_beta2=1", "0.999999 or less"),
         ("train.early_stopping_patience=0", "1 or more"),
         ("train.max_skipped_steps=0", "1 or more"),
+        ("train.class_weights={正面: 1, 负面: 0}", "1e-06 or more"),
+        ("train.class_weights={正面: 1, 负面: -1}", "1e-06 or more"),
+        ("train.class_weights={正面: 1e7, 负面: 1}", "1000000.0 or less"),
     ],
 )
 def test_a_value_out_of_range_is_refused(override: str, problem: str) -> None:
@@ -299,6 +308,15 @@ def test_both_ends_of_a_range_are_allowed() -> None:
         (["prompt.positive_label=好"], "prompt.positive_label: '好' is not one of ['负面', '正面']"),
         (["model.compute_dtype=float16", "model.device=cpu"], "model.compute_dtype: float16"),
         (["train.offload_checkpoints=true"], "train.offload_checkpoints: "),
+        (["train.class_weights={正面: 1}"], "train.class_weights: has no weight for 负面; name each label word"),
+        (
+            ["train.class_weights={正面: 1, 负: 2, 负面: 3}"],
+            "train.class_weights: has one for 负, which is not in prompt.labels; name each label word",
+        ),
+        (
+            ["train.class_weights={好: 1}"],
+            "train.class_weights: has no weight for 负面, 正面 and one for 好, which is not in prompt.labels",
+        ),
     ],
 )
 def test_a_contradiction_is_refused(overrides: list[str], line: str) -> None:
@@ -429,6 +447,9 @@ def test_tables_are_read_from_yaml_and_from_the_command_line(tmp_path: Path) -> 
     path = tmp_path / "config.yaml"
     path.write_text("lora:\n  rank_pattern: {q_proj: 4}\n  layers_to_transform: [0, 3]\n", "utf-8")
     config = load_config(path, ["lora.alpha_pattern={'.*mlp.*': 1e1, v_proj: 2}"])
+    weights = load_config(None, ["train.class_weights={负面: 1e-1, 正面: 3}"]).train.class_weights
+    assert weights == {"负面": 0.1, "正面": 3.0}
+    assert load_config(None, ["train.class_weights=balanced"]).train.class_weights == "balanced"
     assert config.lora.rank_pattern == {"q_proj": 4}
     assert config.lora.alpha_pattern == {".*mlp.*": 10.0, "v_proj": 2.0}
     assert config.lora.layers_to_transform == [0, 3]

@@ -9,6 +9,7 @@ from minilora.data.encode import Encoder
 from minilora.data.labels import index_note, missing_classes
 from minilora.data.records import Record
 from minilora.data.token_store import TokenStore, build_store
+from minilora.errors import UserError, capped
 from minilora.qlora.prompt import ClassificationPrompt
 from minilora.system.console import info, warn
 
@@ -55,6 +56,49 @@ def build_examples(
     path = records[0].where.rpartition(":")[0] if records else ""
     store = build_store(Encoder(prompt, path, lambda: enumerate(records, start=1), overlong, is_trained=is_trained))
     return Examples([records[number - 1] for number in store.lines], store, prompt.max_length, overlong)
+
+
+def class_weights(chosen: str | Mapping[str, float], trained: Examples, words: Sequence[str]) -> dict[str, float]:
+    """What `train.class_weights` gives each label word in the loss of these examples; nothing for "none".
+
+    "balanced" is N / (K n): N examples, n of them of the class, K classes that have any. So their mean over the
+    examples is 1, and a class without examples has no weight. Source: King and Zeng 2001, as in scikit-learn.
+
+    UserError: some are conversations, which are of no class.
+    """
+    if chosen == "none":
+        return {}
+    if not trained.labelled:
+        found = f"{np.count_nonzero(trained.labels < 0):,} of {len(trained.labels):,} training records"
+        raise UserError(f"train.class_weights: {found} are conversations, which have no label; use none")
+    if isinstance(chosen, Mapping):
+        return {word: chosen[word] for word in words}
+    counts = np.bincount(trained.labels, minlength=len(words)).tolist()
+    num_present = np.count_nonzero(counts)
+    return {word: sum(counts) / (num_present * n) for word, n in zip(words, counts, strict=True) if n}
+
+
+def tell_of_class_weights(weights: Mapping[str, float], trained: Examples, words: Sequence[str], in_step: int) -> None:
+    """Says them; warns of those that weigh more than a whole step of `in_step` examples.
+
+    Most steps have no such example. As a step is divided by its own weights, these train as if there were none.
+    """
+    if not weights:
+        return
+    info(f"train.class_weights: {format_class_weights(weights)}")
+    counts = dict(zip(words, np.bincount(trained.labels, minlength=len(words)).tolist(), strict=True))
+    mean = sum(weight * counts[word] for word, weight in weights.items()) / sum(counts.values())
+    rare = capped(", ".join(word for word, weight in weights.items() if counts[word] and weight > in_step * mean))
+    if rare:
+        warn(
+            f"note: train.class_weights: most steps of {in_step:,} examples have none of {rare}, and weights act "
+            "within a step; they do more in longer ones (train.gradient_accumulation_steps)"
+        )
+
+
+def format_class_weights(weights: Mapping[str, float]) -> str:
+    """For a line on the screen and a model card."""
+    return ", ".join(f"{word} {weight:.4g}" for word, weight in weights.items())
 
 
 def lacking_classes(files: Mapping[str, Examples], words: Sequence[str]) -> list[str]:

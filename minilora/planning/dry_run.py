@@ -8,7 +8,7 @@ import torch
 
 from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, says_indices
 from minilora.config import Config
-from minilora.data.examples import tell_of_labels
+from minilora.data.examples import class_weights, tell_of_class_weights, tell_of_labels
 from minilora.data.sampler import epoch_order
 from minilora.planning.budget import resolve_token_limit
 from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
@@ -40,6 +40,8 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")
     files = {f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}
     tell_of_labels(files, prompt.labels, says_indices(config))
+    weights = class_weights(config.train.class_weights, splits["train"], prompt.labels)
+    tell_of_class_weights(weights, splits["train"], prompt.labels, in_step)
     for name, split in splits.items():
         print(f"{name}: {len(split.examples)} examples, {split.describe()}")
     print(

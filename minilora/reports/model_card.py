@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from minilora.data.examples import format_class_weights
 from minilora.reports.render import render
 
 
@@ -19,6 +20,7 @@ def render_model_card(config: dict[str, dict[str, Any]], results: dict[str, Any]
         before=results["test_before"] or {},
         after=results["test"] or {},
         step=results["step"],
+        class_weights=format_class_weights(results.get("class_weights", {})),
         ranks=results["machine"].get("ranks", 1),
         labelled=labelled,
     )

@@ -102,6 +102,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         "step": step,
         "skipped_steps": run.state.skipped_steps,
         "validation": {run.best_by: run.state.best_metric, "step": run.state.best_step},
+        **({"class_weights": run.class_weights} if run.class_weights else {}),
         "test_before": run.state.test_before,
         "test": after,
         "data_sha256": run.state.data_sha256,
@@ -216,6 +217,7 @@ def _report_of(
                 "examples a step, of all ranks": run.samples_per_step,
             },
             "best validation": results["validation"],
+            **({"class weights in the loss": run.class_weights} if run.class_weights else {}),
             "base model": {"name": config.model.name_or_path, "folder": folder},
             "data": {
                 "folder": config.data.dir,

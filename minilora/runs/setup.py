@@ -20,7 +20,7 @@ from minilora.build import (
     says_indices,
 )
 from minilora.config import Config
-from minilora.data.examples import tell_of_labels
+from minilora.data.examples import class_weights, tell_of_class_weights, tell_of_labels
 from minilora.data.hub import fetch_adapter
 from minilora.errors import UserError
 from minilora.planning.budget import resolve_token_limit
@@ -101,6 +101,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     best_by, trained = config.train.metric_for_best_model, splits["train"]
     if best_by not in ("auto", "eval_loss") and not splits["validation"].labelled:
         raise UserError(f"train.metric_for_best_model: {best_by} needs labels, free-form chat has none; use eval_loss")
+    weights = class_weights(config.train.class_weights, trained, prompt.labels)
     resolve = partial(resolve_token_limit, config, model_folder, trained.examples, device=device, ranks=ranks.size)
     is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
     auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
@@ -124,6 +125,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
         scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
         ranks=ranks,
         state=RunState(**vars(provenance), auto_tokens=auto_tokens),
+        class_weights=weights,
     )
     if checkpoint is not None:
         _resume(run, Path(checkpoint["path"]), RunState(**checkpoint["state"]))
@@ -169,6 +171,7 @@ def _describe(run: Run, dtype: torch.dtype) -> None:
     counts = ", ".join(f"{len(split.examples)} {name}" for name, split in splits.items())
     files = {f"{config.data.dir}/{name}.jsonl": split for name, split in splits.items()}
     tell_of_labels(files, run.prompt.labels, says_indices(config))
+    tell_of_class_weights(run.class_weights, splits["train"], run.prompt.labels, run.samples_per_step)
     chosen, positive = config.train.metric_for_best_model, config.prompt.positive
     is_always_0 = chosen == "eval_f1" and positive is not None and positive not in splits["validation"].labels
     if run.lacks_a_class_for_f1 or is_always_0:

@@ -113,7 +113,11 @@ def _as_type(value: Any, kind: Any) -> Any:
         is_list = [a for a in arguments if get_origin(a) in (list, tuple)]
         if isinstance(value, list) and is_list:
             return _as_type(value, is_list[0])
-        return _as_type(value, next(a for a in arguments if a is not type(None) and a not in [*is_list, *words]))
+        other = next(a for a in arguments if a is not type(None) and a not in [*is_list, *words])
+        try:
+            return _as_type(value, other)
+        except ValueError as error:
+            raise ValueError(", or ".join([str(error), *(", ".join(get_args(a)) for a in words)])) from None
     if origin is Literal:
         # YAML reads an unquoted `none` as text but `null` and `~` as None.
         if value in arguments and isinstance(value, str):
@@ -124,8 +128,10 @@ def _as_type(value: Any, kind: Any) -> Any:
             raise ValueError("a list, such as [a, b]")
         return origin(_as_type(item, arguments[0]) for item in value)
     if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        if not isinstance(value, dict):
             raise ValueError("a table, such as {name: 1}")
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError("a table whose names are text (quote one that looks like a number or a yes/no word)")
         return {name: _as_type(item, arguments[1]) for name, item in value.items()}
     if kind is bool:
         if isinstance(value, bool):

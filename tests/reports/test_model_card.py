@@ -44,6 +44,13 @@ def test_it_names_how_it_was_made() -> None:
     assert "learning rate 0.0002 (cosine), 24 examples a step, 120 steps, seed 7" in text
 
 
+def test_it_names_the_weights_of_the_classes() -> None:
+    results = {"test_before": None, "test": AFTER}
+    text = card({**results, "class_weights": {"负面": 0.5833333, "正面": 3.5}})
+    assert "seed 42;\nweights of the classes in the loss: 负面 0.5833, 正面 3.5.\n" in text
+    assert "seed 42.\n" in card(results)
+
+
 def test_the_examples_of_a_step_are_those_of_all_ranks() -> None:
     assert "32 examples a step" in card({"test_before": None, "test": None, "machine": {"ranks": 4}})
 

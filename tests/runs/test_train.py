@@ -1,6 +1,7 @@
 """The loop: resumable at every step and within a validation, non-finite steps skipped, saves made up, ranks agreed."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from minilora.runs.train import fit
 from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.signals import Interrupted
+from tests.conftest import make_reviews
 from tests.runs.conftest import (
     CONSTANT,
     STEPS,
@@ -517,3 +519,79 @@ def test_what_a_step_held_when_memory_ran_out_is_free_for_the_save(run: Fit, mon
     change_steps(monkeypatch, fill)
     with pytest.raises(UserError, match="after step 1: memory ran out"):
         run(**{"train.save_steps": 100})
+
+
+def write_reviews(path: Path, counts: tuple[int, int], seed: int) -> None:
+    """Makes a split of so many reviews of each label."""
+    reviews = make_reviews(2 * max(counts), seed)
+    chosen = [[text for text, label in reviews if label == wanted][:count] for wanted, count in enumerate(counts)]
+    records = ({"text": text, "label": label} for label, texts in enumerate(chosen) for text in texts)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+
+
+def test_balanced_weights_raise_the_recall_of_a_rare_class(run: Fit, data: Path, tmp_path: Path) -> None:
+    write_reviews(data / "train.jsonl", (72, 12), seed=5)
+    write_reviews(data / "test.jsonl", (30, 30), seed=7)
+    keys = {**CONSTANT, "train.max_steps": 30, "lora.r": 8, "lora.dropout": 0, "train.load_best_model_at_end": False}
+    keys |= {"train.per_device_train_batch_size": 84, "train.eval_steps": 100, "train.save_steps": 100}
+    results = {
+        weights: read(run(**keys, **{"train.class_weights": weights, "train.output_dir": tmp_path / weights}) / name)
+        for name in ("metrics.json",)
+        for weights in ("none", "balanced")
+    }
+    rare = {weights: found["test"]["per_class"]["正面"]["recall"] for weights, found in results.items()}
+    assert rare["none"] + 0.3 < rare["balanced"]  # seen 0.03 and 0.6
+    assert "class_weights" not in results["none"]
+    assert results["balanced"]["class_weights"] == {"负面": 84 / 144, "正面": 84 / 24}
+
+
+BALANCED = {"train.class_weights": "balanced", "data.max_train_examples": 13, "lora.dropout": 0.2}
+
+
+def test_a_weighted_run_resumes_to_the_bit_says_its_weights_and_keeps_them(
+    run: Fit, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_reviews(data / "train.jsonl", (40, 8), seed=5)
+    final = run(**BALANCED)
+    said = "负面 0.5909, 正面 3.25"  # 13 / (2 x 11) and 13 / (2 x 2), of the 13 that are trained on
+    assert f"\ntrain.class_weights: {said}\n" in capsys.readouterr().out
+    assert f"weights of the classes in the loss: {said}." in (final / "README.md").read_text("utf-8")
+    assert read(final / "training_args.json")["train"]["class_weights"] == "balanced"
+    report = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "class weights in the loss" in report
+    assert "3.25" in report
+    expected, log = contents(final), lasting(tmp_path / "run")
+    for steps in ((4,), (4, 3, 2)):
+        remove_folders(final, *steps)
+        assert contents(run(**BALANCED)) == expected
+        assert lasting(tmp_path / "run") == log
+    remove_folders(final, 4)
+    for weights in ("none", "{正面: 3.25, 负面: 0.5909}"):
+        with pytest.raises(UserError, match=r'train\.class_weights: "balanced" -> ("none"|\{)'):
+            run(**{**BALANCED, "train.class_weights": weights})
+
+
+@pytest.mark.parametrize("cut", [{"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 4}, {}])
+def test_a_weighted_run_is_the_same_however_its_steps_are_cut(
+    run: Fit, data: Path, tmp_path: Path, cut: dict[str, Any]
+) -> None:
+    write_reviews(data / "train.jsonl", (40, 8), seed=5)
+    keys = {**BALANCED, "lora.dropout": 0, "train.class_weights": "{正面: 9, 负面: 0.5}"}
+    run(**keys)
+    run(**keys, **(cut or {"train.max_tokens_per_micro_batch": 64}), **{"train.output_dir": tmp_path / "cut"})
+    whole, parts = lasting(tmp_path / "run"), lasting(tmp_path / "cut")
+    for name in ("train_loss", "eval_loss", "grad_norm"):
+        found, wanted = ([entry[name] for entry in log if name in entry] for log in (parts, whole))
+        assert found == pytest.approx(wanted, rel=1e-4)  # sums of float32 in another order, four updates of AdamW
+    run(**{**keys, "train.class_weights": "none"}, **{"train.output_dir": tmp_path / "none"})
+    plain = lasting(tmp_path / "none")
+    assert plain[-1]["train_loss"] != pytest.approx(whole[-1]["train_loss"], rel=1e-2)
+
+
+def test_a_validation_has_no_weights(run: Fit, tmp_path: Path) -> None:
+    keys = {"train.learning_rate": 1e-9, "lora.dropout": 0}
+    run(**keys)
+    run(**keys, **{"train.class_weights": "{正面: 9, 负面: 0.5}", "train.output_dir": tmp_path / "weighted"})
+    plain, weighted = lasting(tmp_path / "run")[1], lasting(tmp_path / "weighted")[1]
+    assert weighted["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert weighted["train_loss"] != pytest.approx(plain["train_loss"], rel=1e-3)

@@ -224,6 +224,11 @@ def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: 
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / f"{split}.jsonl").write_text(lines, "utf-8")
     output = tmp_path / "chat-run"
+    for key in ("train.class_weights=balanced", "train.metric_for_best_model=eval_macro_f1"):
+        refused = run_script("train.py", *keys, key, f"data.dir={folder}", f"train.output_dir={output}", check=False)
+        assert refused.returncode == 2
+        assert key.partition("=")[0] in refused.stderr
+        assert "Traceback" not in refused.stderr
     # 40 tokens are enough for these conversations, and would not be for the instruction, which they do not have
     run_script("train.py", *keys, f"data.dir={folder}", f"train.output_dir={output}", "data.max_length=40")
     entries = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -243,8 +248,15 @@ def test_free_form_chat_trains_through_the_same_path(keys: list[str], tmp_path: 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(keys: list[str], tmp_path: Path) -> None:
     output = tmp_path / "planned"
-    done = run_script("train.py", *keys, "--dry_run", f"train.output_dir={output}")
-    for part in ("projections (nf4", "largest micro-batch", "total", "an epoch:", "<|im_start|>assistant"):
+    done = run_script("train.py", *keys, "--dry_run", f"train.output_dir={output}", "train.class_weights=balanced")
+    for part in (
+        "train.class_weights: 负面 1, 正面 1\n",
+        "projections (nf4",
+        "largest micro-batch",
+        "total",
+        "an epoch:",
+        "<|im_start|>assistant",
+    ):
         assert part in done.stdout
     assert not output.exists()
 
