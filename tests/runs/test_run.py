@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from minilora.runs.run import Run, batches
 from minilora.runs.setup import open_run
@@ -37,6 +38,18 @@ def test_the_ranks_share_the_examples_of_a_step(opened: Run) -> None:
     assert [len(share) for share in shares] == [1, 1]
     step = replace(opened, config=config, ranks=Ranks(size=2))
     assert sum(part.num_supervised for share in shares for part in share) == batches(step, 1).settings.total_weight
+
+
+def test_the_ranks_divide_by_the_weight_of_all_their_tokens(opened: Run) -> None:
+    weights = {"负面": 0.5, "正面": 9.0}
+    config = replace(opened.config, train=replace(opened.config.train, per_device_train_batch_size=4))
+    steps = [batches(replace(opened, config=config, ranks=Ranks(r, 2), class_weights=weights), 1) for r in (0, 1)]
+    of_tokens = [part.weights for step in steps for part in step.micro_batches]
+    assert [step.settings.total_weight for step in steps] == [sum(float(tensor.sum()) for tensor in of_tokens)] * 2
+    example_weights = [weights[opened.prompt.labels[example.label]] for example in steps[0].examples]
+    assert {*example_weights} == {0.5, 9.0}
+    assert sorted(torch.cat(of_tokens).tolist()) == sorted(2 * example_weights)  # a word and its closing token
+    assert all(part.weights is None for part in batches(opened, 1).micro_batches)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
