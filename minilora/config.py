@@ -331,7 +331,7 @@ def _iter_contradictions(config: Config) -> Iterator[tuple[str, str]]:
         missing, unknown = ([w for w in one if w not in other] for one, other in ((labels, weights), (weights, labels)))
         found = [f"no weight for {capped(', '.join(missing))}"] if missing else []
         found += [f"one for {capped(', '.join(unknown))}, which is not in prompt.labels"] if unknown else []
-        yield "train.class_weights", f"has {' and '.join(found)}; name each label word once, or use balanced"
+        yield "train.class_weights", f"has {' and '.join(found)}; name each label word once, or use balanced or none"
     if config.model.compute_dtype == "float16" and config.model.device == "cpu":
         yield "model.compute_dtype", "float16 needs a GPU; use bfloat16 or float32 with model.device=cpu"
     if config.lora.init_lora_weights in ("pissa", "loftq") and config.model.adapter is not None:
