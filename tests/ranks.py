@@ -103,8 +103,8 @@ def check_failures(ranks: Ranks) -> Found:
 
 
 def weigh(chosen: Sequence[Example]) -> list[float]:
-    """A weight for each, from 0.5 to 6, whatever it is beside."""
-    return [example.input_ids[3] / 8 for example in chosen]
+    """A weight for each, from 0.5 to 6.5, whatever it is beside."""
+    return [sum(example.input_ids) % 7 + 0.5 for example in chosen]
 
 
 def take_step(
