@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import pathlib
 import re
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from tests.system.conftest import names_in, raising
 OLD = {"a": b"old", "b": b"older"}
 NEW = {"a": b"new", "c": b"newer\n"}
 WRITING_OPERATIONS = ("mkdir", "open", "write", "fsync", "rename")
+PATHLIB = getattr(pathlib, "_NormalAccessor", object)  # Python 3.10 binds os's functions when it imports pathlib
 
 
 def write(target: Path, contents: dict[str, bytes], facts: dict[str, Any] | None = None) -> Path:
@@ -142,7 +144,11 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[str]:
         return operation
 
     for name in WRITING_OPERATIONS:
-        monkeypatch.setattr(os, name, wrapped(name, getattr(os, name)))
+        plain = getattr(os, name)
+        operation = wrapped(name, plain)
+        monkeypatch.setattr(os, name, operation)
+        if vars(PATHLIB).get(name) is plain:
+            monkeypatch.setattr(PATHLIB, name, staticmethod(operation))
     return seen
 
 
