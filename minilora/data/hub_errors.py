@@ -42,18 +42,19 @@ def client_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = cause_of(error)
-        if type(cause).__name__ in ENDPOINT_ERRORS:
-            endpoint = shown(constants.ENDPOINT)
-            raise ClientError(f"HF_ENDPOINT is {endpoint}, expected https://...; correct or unset it") from error
-        if type(cause).__name__ in PROXY_ERRORS:
-            raise ClientError(_blame(cause)) from error
+        cause, endpoint = cause_of(error), constants.ENDPOINT
+        name = type(cause).__name__
+        # requests calls any scheme that it does not know InvalidSchema, the hub's and a proxy's.
+        if name in ENDPOINT_ERRORS or (name in PROXY_ERRORS and not endpoint.startswith("http")):
+            raise ClientError(f"HF_ENDPOINT is {shown(endpoint)}, expected https://...; correct or unset it") from error
+        if name in PROXY_ERRORS:
+            raise ClientError(_blame(cause, PROXIES)) from error
         raise
 
 
-def _blame(error: BaseException) -> str:
-    """The variable that keeps the client from the hub, what is wrong with it, and the remedy."""
-    found = _connection_variables()
+def _blame(error: BaseException, concerned: tuple[str, ...] = (*PROXIES, "no_proxy", *CERTIFICATES)) -> str:
+    """Which of the variables keeps the client from the hub, what is wrong with it, and the remedy."""
+    found = [(name, value) for name, value in _connection_variables() if name.lower() in concerned]
     for name, value in found:
         problem = _problem_of_proxy(value) if name.lower() in PROXIES else None
         if name.lower() in CERTIFICATES and not Path(value).exists():
@@ -75,7 +76,7 @@ def _problem_of_proxy(value: str) -> str | None:
     """Why no client can use a proxy, and the cure, or None."""
     scheme = value.partition("://")[0].lower() if "://" in value else "http"
     if scheme in ("socks5", "socks5h"):
-        module, client = _socks_package()
+        module, client = socks_package()
         is_there = importlib.util.find_spec(module) is not None
         return None if is_there else f"a SOCKS proxy takes one more package; pip install '{client}[socks]'"
     if scheme not in ("http", "https"):
@@ -88,7 +89,7 @@ def _problem_of_proxy(value: str) -> str | None:
     return None
 
 
-def _socks_package() -> tuple[str, str]:
+def socks_package() -> tuple[str, str]:
     """The module that a SOCKS proxy needs, and the client with which pip installs it."""
     import huggingface_hub
 
