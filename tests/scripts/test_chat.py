@@ -144,7 +144,19 @@ class Terminal:
     def interrupt(self) -> None:
         """Types Ctrl-C at the prompt: a little later, for between prompt and waiting Python does not see a signal."""
         time.sleep(0.3)
+        for _ in range(600):  # on a busy machine, until it has had its turn: half a minute at most
+            if not self._is_running():
+                break
+            time.sleep(0.05)
         self.type("\x03")
+
+    def _is_running(self) -> bool:
+        """Whether the script computes or waits for a processor; False where the system is not Linux."""
+        spawner = self._process.pid
+        children = Path(f"/proc/{spawner}/task/{spawner}/children")
+        child = children.read_text().split()[0] if children.exists() else "none"
+        status = Path(f"/proc/{child}/stat")  # pid (name) state ...
+        return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "R"
 
     def wait_for_more(self) -> None:
         """Reads whatever comes next."""
