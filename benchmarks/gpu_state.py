@@ -37,10 +37,10 @@ from torch import nn
 from minilora.adapters.attach import iter_lora_layers, lora_parameters, parameter_groups
 from minilora.config import LoraConfig
 from minilora.qlora.batch import MicroBatch, pack
-from minilora.qlora.lora import DropoutMask
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
+from minilora.qlora.ops import DropoutMask
 from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, build_optimizer
 from minilora.qlora.step import StepSettings, TrainState, train_step
 

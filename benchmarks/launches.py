@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minilora.adapters.attach import attach
 from minilora.config import LoraConfig
 from minilora.qlora.batch import pack
+from minilora.qlora.lora import cast_once
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
@@ -89,7 +90,8 @@ def count_minilora(layers: int, dropout: float, gradient_checkpointing: bool) ->
     attach(model, LoraConfig(r=8, alpha=16, dropout=dropout), seed=0)
     model.train().model.gradient_checkpointing = gradient_checkpointing
     batch = pack(examples())
-    return count_passes(model, lambda: next_token_nll(model(batch), batch.targets, model.head_weight)[0])
+    with cast_once(model, torch.bfloat16):
+        return count_passes(model, lambda: next_token_nll(model(batch), batch.targets, model.head_weight)[0])
 
 
 def count_peft(layers: int, prepare: bool, gradient_checkpointing: bool) -> Passes:

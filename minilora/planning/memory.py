@@ -40,6 +40,7 @@ from minilora.system.process import LARGEST_IN_HEAP
 from minilora.weights.bnb_checkpoint import unquantized_projections
 from minilora.weights.safetensors_io import dtype_name
 
+ALONE = ("o_proj", "down_proj")  # projections that share their input with no other
 KEPT_OUTPUTS = ("v_proj", "gate_proj", "up_proj")  # what attention and SwiGLU keep for their own backward passes
 # Fragmentation of the heap on a CPU: buffers differ in size from micro-batch to micro-batch and leave holes. Fitted to
 # a Qwen2.5-0.5B with glibc after ten steps of up to 256 to 2,048 tokens, where it differs by 10 % of the whole from one
@@ -85,6 +86,8 @@ class ParameterCounts:
     dense: int  # embedding, head, norms and biases
     trainable: tuple[int, ...]  # of each trainable tensor
     lora_a: int  # of all A, as they are multiplied with: with PiSSA's frozen halves
+    lora_b: int  # of all B, likewise
+    stacked_a: int  # of those A that one input is multiplied with together
     lora_ranks: int  # R, summed over all adapted layers, likewise
     frozen_a: int  # of PiSSA's frozen halves of A
     frozen_b: int  # of its frozen halves of B
@@ -136,6 +139,8 @@ def count_parameters(architecture: Qwen2Config, lora_config: LoraConfig, folder:
         dense=sum(parameter.numel() for parameter in model.parameters()) - projections - sum(trainable),
         trainable=trainable,
         lora_a=sum(a.numel() for a, _ in matrices),
+        lora_b=sum(b.numel() for _, b in matrices),
+        stacked_a=sum(w.factors()[0].numel() for path, w in adapted.items() if not path.endswith(ALONE)),
         lora_ranks=sum(len(a) for a, _ in matrices),
         frozen_a=sum(w.initial_A.numel() for w in adapted.values() if w.initial_A is not None),
         frozen_b=sum(w.initial_B.numel() for w in adapted.values() if w.initial_B is not None),
@@ -236,10 +241,13 @@ def _activation_bytes(config: Config, counts: ParameterCounts, shape: BatchShape
     width, layers = machine.compute_dtype.itemsize, counts.trained_layers
     of_adapter = (counts.lora_ranks + counts.dora_outputs) // layers
     token = (_token_elements(counts.config) + of_adapter) * width + 8  # and two root mean squares in float32
-    copies = counts.lora_a * width + 2 * counts.frozen_b * 4  # of A, and of PiSSA's B with both halves
-    one_layer = shape.tokens * token + copies // layers
+    if width < 4:  # A and B in the compute dtype, once for a step, and A again where several are stacked
+        cast, copies = (counts.lora_a + counts.lora_b) * width, counts.stacked_a * width
+    else:  # only what is stacked, and PiSSA's factors with both halves
+        cast, copies = 0, counts.lora_a * width + 2 * counts.frozen_b * width
+    one_layer = shape.tokens * token + copies // layers + cast
     if not config.train.gradient_checkpointing:
-        return (shape.tokens * (layers - 1) + shape.supervised_positions) * token + copies, one_layer
+        return (shape.tokens * (layers - 1) + shape.supervised_positions) * token + copies + cast, one_layer
     inputs = shape.tokens * counts.config.hidden_size * width
     offloads = config.train.offload_checkpoints and machine.device_type == "cuda"
     return inputs * (1 if offloads else layers) + one_layer, inputs + one_layer

@@ -18,21 +18,14 @@ Source: arXiv 2402.09353.
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from minilora.qlora.lora import LoRAWeights
+
 BLOCK_TOKENS = 256  # on a CPU PyTorch multiplies and sums across dtypes by wide copies: of so many tokens, not of all
-
-
-class AdapterWeights(Protocol):
-    """What is read of `lora.LoRAWeights`."""
-
-    lora_magnitude_vector: torch.nn.Parameter | None
-    base_squares: torch.Tensor | None
-    scaling: float
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]: ...  # A and B
 
 
 class _Magnitude(torch.autograd.Function):
@@ -57,7 +50,7 @@ class _Magnitude(torch.autograd.Function):
         return dz, dm / m, None  # m is as good as never 0, where that row of W would be 0 too
 
 
-def apply_magnitude(z: torch.Tensor, w: AdapterWeights, dense: torch.Tensor) -> torch.Tensor:
+def apply_magnitude(z: torch.Tensor, w: "LoRAWeights", dense: torch.Tensor) -> torch.Tensor:
     """y = m / |W + s B A| * z, in the memory of z (T, out), the product without its bias; dense is W (out, in)."""
     m = w.lora_magnitude_vector
     assert m is not None
@@ -72,7 +65,7 @@ def apply_magnitude(z: torch.Tensor, w: AdapterWeights, dense: torch.Tensor) -> 
     return y
 
 
-def base_squares(w: AdapterWeights, dense: torch.Tensor) -> torch.Tensor:
+def base_squares(w: "LoRAWeights", dense: torch.Tensor) -> torch.Tensor:
     """|W|^2 by output, (out,) float32 or wider, computed from the `dense` weight when it is first asked for."""
     if w.base_squares is None or w.base_squares.device != dense.device:
         wide = torch.promote_types(dense.dtype, w.factors()[0].dtype)

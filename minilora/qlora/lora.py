@@ -32,7 +32,8 @@ Left out: adapters of embeddings and norms; several adapters at once (of those t
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from torch.nn import functional as F
 
 from minilora.qlora.dora import apply_magnitude
 from minilora.qlora.nf4 import Linear4bit, dense_weight, frozen_product
+from minilora.qlora.ops import DropoutMask
 
 Device = torch.device | str
 
@@ -97,6 +99,7 @@ class LoRAWeights(nn.Module):
     bias: nn.Parameter | None  # (out,) trained in place of the frozen layer's
     initial_A: torch.Tensor | None  # (R, in) frozen, PiSSA's A0
     initial_B: torch.Tensor | None  # (out, R) frozen, PiSSA's B0 with the sign turned
+    cast: "tuple[torch.Tensor, torch.Tensor] | None" = None  # `factors` in the compute dtype, inside `cast_once`
 
     def __init__(self, size: tuple[int, int], r: int, alpha: float, scaling: float, dropout: "Dropout", device: Device):
         """A and B of zeros for a layer of `size` (out, in)."""
@@ -129,11 +132,32 @@ class LoRAWeights(nn.Module):
             return self.lora_A, self.lora_B
         return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.initial_B), dim=1)
 
-    def dropout_mask(self) -> "DropoutMask":
+    def dropout_mask(self) -> DropoutMask:
         """The mask of this micro-batch; of probability 0 outside training."""
         dropout = self.dropout
         seed = dropout.seed.value * 4096 + dropout.layer
         return DropoutMask(dropout.probability if self.training else 0.0, seed)
+
+
+@contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside it A and B must not change: all passes read the same copies of them, in `dtype`, the compute dtype."""
+    weights = [m.weights for m in model.modules() if isinstance(m, LoRALinear) and m.weights is not None]
+    factors = [factor.detach() for w in weights for factor in w.factors()]
+    try:
+        if factors and factors[0].dtype != dtype:
+            # In one buffer: as many small tensors between large ones would keep the heap in pieces.
+            sizes = [f.numel() for f in factors]
+            parts = torch.empty(sum(sizes), dtype=dtype, device=factors[0].device).split(sizes)
+            copies = [part.view(f.shape) for part, f in zip(parts, factors, strict=True)]
+            torch._foreach_copy_(copies, factors)
+            for w, a, b in zip(weights, copies[::2], copies[1::2], strict=True):
+                w.cast = a, b
+        del factors  # PiSSA's are copies
+        yield
+    finally:
+        for w in weights:
+            w.cast = None
 
 
 # ---- Dropout without state
@@ -160,37 +184,6 @@ class Dropout:
     seed: DropoutSeed
 
 
-@dataclass(frozen=True)
-class DropoutMask:
-    """One mask, True where an entry is dropped: arithmetic of its seed, so the same whenever and wherever it is drawn.
-
-    PyTorch's generators differ from device to device, and between GPUs by their number of multiprocessors. This hash of
-    a counter costs half the time of the CPU's generator, which uses one core.
-    """
-
-    probability: float
-    seed: int
-
-    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """Bool of `shape`, met to 1 / 65536: each 32-bit hash of the counter decides about two entries."""
-        digest = hashlib.blake2b(self.seed.to_bytes(8, "big"), digest_size=8).digest()
-        start, key = int.from_bytes(digest[:4], "big") >> 2, int.from_bytes(digest[4:], "big", signed=True)
-        word = torch.arange(start, start + (shape.numel() + 1) // 2, dtype=torch.int32, device=device)
-        word.bitwise_xor_(word >> 16).mul_(0x7FEB352D).add_(key)  # two rounds of Wellons' lowbias32, a key between them
-        word.bitwise_xor_(word >> 15).mul_(-0x7B935975)
-        return word.view(torch.int16)[: shape.numel()].view(shape) < round(self.probability * 65536) - 32768
-
-    def zero(self, x: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
-        """x with zeros where it is dropped, not yet divided by 1 - p; x itself where p is 0. `dropped`: as `draw`n."""
-        if not self.probability:
-            return x
-        return x.masked_fill(self.draw(x.shape, x.device) if dropped is None else dropped, 0)
-
-    def dropout(self, x: torch.Tensor) -> torch.Tensor:
-        """drop(x), as `F.dropout` defines it."""
-        return self.zero(x) / (1 - self.probability) if self.probability else x
-
-
 # ---- The same, with its gradient derived
 
 
@@ -198,7 +191,7 @@ class DropoutMask:
 class Recompute:
     """How a layer's input is computed a second time in backward, in place of being kept.
 
-    `function` gives the input, bit for bit, from `sources`, tensors that are kept anyway.
+    `function` gives the input, bit for bit, from `sources`, tensors that are kept in its place.
     """
 
     function: Callable[..., torch.Tensor]
@@ -206,52 +199,51 @@ class Recompute:
 
 
 class _Part(NamedTuple):
-    """One of several layers that read the same x: frozen weight, bias (None: none, or added later), s / (1 - p)."""
+    """One of several layers that read the same x: frozen weight, B, bias (None: none, or added later), s / (1 - p)."""
 
     base: "Linear4bit | nn.Linear"
+    b: torch.Tensor
     bias: torch.Tensor | None
     scaling: float
 
 
 class _Group(NamedTuple):
-    """Layers that read the same x, its dropout mask, and what computes it in backward, None where it is kept."""
+    """Layers that read the same x, their A, stacked, the dropout mask, and what computes x in backward."""
 
     parts: Sequence[_Part]
-    mask: "DropoutMask"
-    recompute: Callable[..., torch.Tensor] | None
+    a: torch.Tensor
+    mask: DropoutMask
+    recompute: Callable[..., torch.Tensor]
 
 
 class _LoRA(torch.autograd.Function):
-    """The module docstring's formulas, in its letters. a: the A of all layers, stacked; bs: the B of each."""
+    """The module docstring's formulas, in its letters. factors: all A, then all B, for autograd; the group has both."""
 
     @staticmethod
     def forward(
-        ctx: Any, group: _Group, sources: Sequence[torch.Tensor], x: torch.Tensor, a: torch.Tensor, *bs: torch.Tensor
+        ctx: Any, group: _Group, sources: Sequence[torch.Tensor], x: torch.Tensor, *factors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        a = a.to(x.dtype)
-        u = F.linear(group.mask.zero(x), a)
-        us = u.split([b.shape[1] for b in bs], dim=1)
+        u = F.linear(group.mask.zero(x), group.a)
+        us = u.split([part.b.shape[1] for part in group.parts], dim=1)
         ys = []
-        for (base, bias, s), u_i, b in zip(group.parts, us, bs, strict=True):
-            b = b.to(x.dtype)  # not kept: as many small tensors between large ones would keep the heap in pieces
+        for (base, b, bias, s), u_i in zip(group.parts, us, strict=True):
             y = _product(u_i, b.T, s) if bias is None else torch.addmm(bias, u_i, b.T, alpha=s)
             ys.append(y.addmm_(x, dense_weight(base, x.dtype).T))  # last, or y would be read once more
         ctx.group = group
         # Sources go through `save_for_backward`: an attribute would keep them from being freed layer by layer.
-        ctx.save_for_backward(u, a, *bs, *sources)
+        ctx.save_for_backward(u, *sources)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         group: _Group = ctx.group
-        u, a, *saved = ctx.saved_tensors
-        bs, sources = saved[: len(dys)], saved[len(dys) :]
-        x = sources[0] if group.recompute is None else group.recompute(*sources)
-        us = u.split([b.shape[1] for b in bs], dim=1)
-        wide = torch.promote_types(a.dtype, torch.float32)
+        u, *sources = ctx.saved_tensors
+        x = group.recompute(*sources)
+        ranks = [part.b.shape[1] for part in group.parts]
+        wide = torch.promote_types(u.dtype, torch.float32)
         dus, dbs = [], []
-        for dy, (_, _, s), u_i, b in zip(dys, group.parts, us, bs, strict=True):
-            dus.append(_product(dy, b.to(dy.dtype), s))
+        for dy, (_, b, _, s), u_i in zip(dys, group.parts, u.split(ranks, dim=1), strict=True):
+            dus.append(_product(dy, b, s))
             # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
             dbs.append(_product(u_i.T, dy, s).T.to(wide, memory_format=torch.contiguous_format))
         du = torch.cat(dus, dim=1) if len(dus) > 1 else dus[0]
@@ -259,10 +251,10 @@ class _LoRA(torch.autograd.Function):
         da = (du.T @ group.mask.zero(x, dropped)).to(wide)
         dx = None
         if ctx.needs_input_grad[2]:  # nothing below the first layer is trained, so its x needs none
-            dx = group.mask.zero(du @ a, dropped)
-            for dy, (base, _, _) in zip(dys, group.parts, strict=True):
-                dx.addmm_(dy, dense_weight(base, dy.dtype))
-        return None, None, dx, da, *dbs
+            dx = group.mask.zero(du @ group.a, dropped)
+            for dy, part in zip(dys, group.parts, strict=True):
+                dx.addmm_(dy, dense_weight(part.base, dy.dtype))
+        return None, None, dx, *da.split(ranks), *dbs
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
@@ -292,18 +284,18 @@ def linear_layers(x: torch.Tensor, layers: Sequence[Linear], recompute: Recomput
     if first is None or all(isinstance(base, Linear4bit) and base.uses_gemv(x) for base in bases):
         return [layer(x) for layer in layers]
     mask = first.dropout_mask()
-    parts, factors, bs = [], [], []
+    parts, stacked, factors = [], [], []
     for base, w in zip(bases, adapters, strict=True):
         # DoRA scales before a bias is added, and a trained one is autograd's: both are left to `_finish`.
         bias = base.bias if w is None or w.is_plain else None
-        parts.append(_Part(base, bias, 0.0 if w is None else w.scaling / (1 - mask.probability)))
-        a, b = (first.lora_A[:0], x.new_empty(base.out_features, 0)) if w is None else w.factors()
-        factors.append(a)
-        bs.append(b)
-    a = factors[0] if len(factors) == 1 else torch.cat(factors)
-    sources = (x,) if recompute is None else recompute.sources
-    group = _Group(parts, mask, None if recompute is None else recompute.function)
-    ys = _LoRA.apply(group, sources, x, a, *bs)
+        own = (first.lora_A[:0], x.new_empty(base.out_features, 0)) if w is None else w.factors()
+        a, b = (factor.detach().to(x.dtype) for factor in own) if w is None or w.cast is None else w.cast
+        parts.append(_Part(base, b, bias, 0.0 if w is None else w.scaling / (1 - mask.probability)))
+        stacked.append(a)
+        factors.append(own)
+    kept = recompute or Recompute(lambda x: x, (x,))
+    group = _Group(parts, stacked[0] if len(stacked) == 1 else torch.cat(stacked), mask, kept.function)
+    ys = _LoRA.apply(group, kept.sources, x, *(a for a, _ in factors), *(b for _, b in factors))
     return [_finish(y, layer) for y, layer in zip(ys, layers, strict=True)]
 
 

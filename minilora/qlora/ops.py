@@ -8,6 +8,8 @@ every gradient in float64 (`gradcheck`) and every result against its reference.
 Upper-case sizes are explained in `model.py`. dy means the gradient of the loss with respect to y.
 """
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,3 +150,37 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Source: arXiv 2104.09864, in the half-split layout of Hugging Face checkpoints.
     """
     return _Rotary.apply(x, cos, sin)
+
+
+# ---- Dropout's mask
+
+
+@dataclass(frozen=True)
+class DropoutMask:
+    """One mask, True where an entry is dropped: arithmetic of its seed, so the same whenever and wherever it is drawn.
+
+    PyTorch's generators differ from device to device, and between GPUs by their number of multiprocessors. This hash of
+    a counter costs half the time of the CPU's generator, which uses one core.
+    """
+
+    probability: float
+    seed: int
+
+    def draw(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """Bool of `shape`, met to 1 / 65536: each 32-bit hash of the counter decides about two entries."""
+        digest = hashlib.blake2b(self.seed.to_bytes(8, "big"), digest_size=8).digest()
+        start, key = int.from_bytes(digest[:4], "big") >> 2, int.from_bytes(digest[4:], "big", signed=True)
+        word = torch.arange(start, start + (shape.numel() + 1) // 2, dtype=torch.int32, device=device)
+        word.bitwise_xor_(word >> 16).mul_(0x7FEB352D).add_(key)  # two rounds of Wellons' lowbias32, a key between them
+        word.bitwise_xor_(word >> 15).mul_(-0x7B935975)
+        return word.view(torch.int16)[: shape.numel()].view(shape) < round(self.probability * 65536) - 32768
+
+    def zero(self, x: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
+        """x with zeros where it is dropped, not yet divided by 1 - p; x itself where p is 0. `dropped`: as `draw`n."""
+        if not self.probability:
+            return x
+        return x.masked_fill(self.draw(x.shape, x.device) if dropped is None else dropped, 0)
+
+    def dropout(self, x: torch.Tensor) -> torch.Tensor:
+        """drop(x), as `F.dropout` defines it."""
+        return self.zero(x) / (1 - self.probability) if self.probability else x

@@ -22,7 +22,7 @@ from typing import cast
 import torch
 
 from minilora.qlora.batch import MicroBatch
-from minilora.qlora.lora import DropoutSeed
+from minilora.qlora.lora import DropoutSeed, cast_once
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer, parameters_of, set_rate
@@ -79,7 +79,7 @@ def train_step(
     total = torch.zeros((), device=model.head_weight.device)
     parameters = parameters_of(optimizer)
     try:
-        with ranks.barrier(), interruptible():
+        with ranks.barrier(), interruptible(), cast_once(model, model.head_weight.dtype):
             for index, batch in enumerate(micro_batches):
                 state.dropout_seed.set(settings.seed, settings.step, index * ranks.size + ranks.rank)
                 nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight, batch.weights)

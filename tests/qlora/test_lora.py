@@ -1,6 +1,5 @@
 """The derived LoRA layer equals its definition, outputs and all gradients, for every kind of adapter."""
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,11 +10,11 @@ from minilora.adapters.attach import merged_weight
 from minilora.qlora.dora import BLOCK_TOKENS, base_squares
 from minilora.qlora.lora import (
     Dropout,
-    DropoutMask,
     DropoutSeed,
     LoRALinear,
     LoRAWeights,
     Recompute,
+    cast_once,
     linear_layers,
 )
 from minilora.qlora.nf4 import Linear4bit, quantize
@@ -132,39 +131,6 @@ def test_a_recomputed_input_is_not_kept_and_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_dropout_mask_is_a_function_of_its_seed() -> None:
-    shape, device = torch.Size((30, 41)), torch.device("cpu")
-    first, same, other = (DropoutMask(0.3, seed).draw(shape, device) for seed in (5, 5, 6))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_a_dropout_mask_is_the_same_on_every_machine() -> None:
-    """These entries are written down: a run that moves to another device or version draws them again."""
-    mask = DropoutMask(0.5, 12345 * 4096 + 7).draw(torch.Size((2, 7)), torch.device("cpu"))
-    assert mask.int().tolist() == [[0, 1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0]]
-
-
-@pytest.mark.parametrize("lag", [1, 2, 3, 896, 4864, 65536])
-def test_entries_of_a_dropout_mask_are_unrelated(lag: int) -> None:
-    count, probability = 2_000_000, 0.1
-    for seed in range(3):
-        mask = DropoutMask(probability, seed * 4096 + lag).draw(torch.Size((count,)), torch.device("cpu"))
-        both = (mask[lag:] & mask[:-lag]).sum().item()
-        expected = (count - lag) * probability**2
-        assert abs(both - expected) < 5 * math.sqrt(expected)
-
-
-@pytest.mark.parametrize("probability", [0.05, 0.5])
-def test_dropout_meets_its_probability_and_keeps_the_mean(probability: float) -> None:
-    count = 400_000
-    mask = DropoutMask(probability, 3)
-    share = mask.draw(torch.Size((count,)), torch.device("cpu")).double().mean().item()
-    # Five standard deviations of a mean of `count` draws.
-    assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / count)
-    assert mask.dropout(torch.ones(count)).mean().item() == pytest.approx((1 - share) / (1 - probability), rel=1e-4)
-
-
 def test_dropout_masks_differ_between_steps_micro_batches_and_layers() -> None:
     seed, seen = DropoutSeed(), set()
     for step in range(4):
@@ -203,3 +169,33 @@ def test_the_merged_weight_does_what_the_layer_does(kind: str) -> None:
     x = torch.randn(5, 64)
     merged = nn.functional.linear(x, merged_weight(layer, layer.base.weight), layer.effective_bias)
     torch.testing.assert_close(merged, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "pissa"])
+def test_factors_that_are_cast_once_change_no_bit(kind: str) -> None:
+    torch.manual_seed(2)
+    layers = nn.ModuleList(adapted(frozen(10 + i, 64, torch.bfloat16), kind, r=2 + i) for i in range(3))
+    x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    dys = [torch.randn(5, 10 + i, dtype=torch.bfloat16) for i in range(3)]
+
+    def results() -> list[torch.Tensor]:
+        ys = linear_layers(x, list(layers))  # type: ignore[arg-type]
+        return [*ys, *torch.autograd.grad(ys, [x, *trained(list(layers))], dys)]
+
+    expected = results()
+    with cast_once(layers, torch.bfloat16):
+        found = results()
+        for w in map(weights_of, layers):  # type: ignore[arg-type]
+            w.lora_A.data.zero_()  # which the copies do not see
+        again = results()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(again[0], expected[0]) or kind == "dora"  # whose norms are of the float32 factors
+    assert not torch.equal(results()[0], expected[0])  # nothing of the copies is left
+
+
+def test_factors_of_the_compute_dtype_are_not_copied() -> None:
+    layer = adapted(frozen(10, 64, torch.float32))
+    with cast_once(layer, torch.float32):
+        assert weights_of(layer).cast is None
+    with cast_once(layer, torch.bfloat16):
+        assert weights_of(layer).cast is not None

@@ -1,9 +1,12 @@
 """Every hand-derived gradient against finite differences, every function against its reference."""
 
+import math
+
 import pytest
 import torch
 
 from minilora.qlora import ops
+from minilora.qlora.ops import DropoutMask
 
 
 def random(*shape: int, requires_grad: bool = True) -> torch.Tensor:
@@ -61,3 +64,36 @@ def test_rotary_equals_its_reference_and_gradient() -> None:
     x = random(3, 2, 4)
     torch.testing.assert_close(ops.rotary(x, cos, sin), ops.rotary_reference(x, cos, sin))
     assert torch.autograd.gradcheck(lambda x: ops.rotary(x, cos, sin), (random(3, 2, 4),))
+
+
+def test_a_dropout_mask_is_a_function_of_its_seed() -> None:
+    shape, device = torch.Size((30, 41)), torch.device("cpu")
+    first, same, other = (DropoutMask(0.3, seed).draw(shape, device) for seed in (5, 5, 6))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_a_dropout_mask_is_the_same_on_every_machine() -> None:
+    """These entries are written down: a run that moves to another device or version draws them again."""
+    mask = DropoutMask(0.5, 12345 * 4096 + 7).draw(torch.Size((2, 7)), torch.device("cpu"))
+    assert mask.int().tolist() == [[0, 1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 896, 4864, 65536])
+def test_entries_of_a_dropout_mask_are_unrelated(lag: int) -> None:
+    count, probability = 2_000_000, 0.1
+    for seed in range(3):
+        mask = DropoutMask(probability, seed * 4096 + lag).draw(torch.Size((count,)), torch.device("cpu"))
+        both = (mask[lag:] & mask[:-lag]).sum().item()
+        expected = (count - lag) * probability**2
+        assert abs(both - expected) < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5])
+def test_dropout_meets_its_probability_and_keeps_the_mean(probability: float) -> None:
+    count = 400_000
+    mask = DropoutMask(probability, 3)
+    share = mask.draw(torch.Size((count,)), torch.device("cpu")).double().mean().item()
+    # Five standard deviations of a mean of `count` draws.
+    assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / count)
+    assert mask.dropout(torch.ones(count)).mean().item() == pytest.approx((1 - share) / (1 - probability), rel=1e-4)

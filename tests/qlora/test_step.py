@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.adapters.attach import attach, lora_parameters, parameter_groups
+from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.config import LoraConfig
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
@@ -136,6 +136,29 @@ def test_a_scaled_step_equals_an_unscaled_one() -> None:
         moved.append([parameter.detach().clone() for parameter in lora_parameters(model)])
     for ours, theirs in zip(*moved, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # a power of two scales float32 exactly
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_step_leaves_no_copies_of_the_adapter(is_stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that outlives its step would be what validation and the next step compute with."""
+
+    def look(*arguments: Any) -> Any:
+        seen.append([w.cast for _, w in iter_lora_weights(model)])
+        if is_stopped:
+            raise KeyboardInterrupt
+        return next_token_nll(*arguments)
+
+    model, dropout_seed = build()
+    model.to(torch.bfloat16)
+    for parameter in lora_parameters(model):
+        parameter.data = parameter.data.float()
+    seen: list[Any] = []
+    monkeypatch.setattr(step_module, "next_token_nll", look)
+    state = TrainState(model, build_optimizer(parameter_groups(model)), dropout_seed)
+    with pytest.raises(KeyboardInterrupt) if is_stopped else contextlib.nullcontext():
+        train_step(state, [pack(examples(6))], StepSettings(1, 0.01))
+    assert None not in seen[0]
+    assert all(w.cast is None for _, w in iter_lora_weights(model))
 
 
 def contents(model: Qwen2ForCausalLM, optimizer: Any) -> list[torch.Tensor]:
