@@ -208,12 +208,13 @@ class _Part(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Layers that read the same x, their A, stacked, the dropout mask, and what computes x in backward."""
+    """Layers that read the same x, their A, stacked, the mask, what computes x in backward, and if any y is read."""
 
     parts: Sequence[_Part]
     a: torch.Tensor
     mask: DropoutMask
     recompute: Callable[..., torch.Tensor]
+    is_read: bool
 
 
 class _LoRA(torch.autograd.Function):
@@ -227,6 +228,9 @@ class _LoRA(torch.autograd.Function):
         us = u.split([part.b.shape[1] for part in group.parts], dim=1)
         ys = []
         for (base, b, bias, s), u_i in zip(group.parts, us, strict=True):
+            if not group.is_read:
+                ys.append(x.new_empty(1).expand(len(x), base.out_features))
+                continue
             y = _product(u_i, b.T, s) if bias is None else torch.addmm(bias, u_i, b.T, alpha=s)
             ys.append(y.addmm_(x, dense_weight(base, x.dtype).T))  # last, or y would be read once more
         ctx.group = group
@@ -267,13 +271,16 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 Linear = LoRALinear | Linear4bit | nn.Linear
 
 
-def linear_layers(x: torch.Tensor, layers: Sequence[Linear], recompute: Recompute | None = None) -> list[torch.Tensor]:
+def linear_layers(
+    x: torch.Tensor, layers: Sequence[Linear], recompute: Recompute | None = None, *, is_read: bool = True
+) -> list[torch.Tensor]:
     """What linear layers make of the same input: each layer's own `forward`, for less time and memory.
 
     Args:
         x: (T, in) compute dtype.
         layers: with or without an adapter; one without takes part with rank 0.
         recompute: how x is computed in backward; None keeps it.
+        is_read: False where only a backward pass follows, which needs no result: its values may be anything.
 
     Returns:
         One (T, out) for each layer, compute dtype.
@@ -294,7 +301,8 @@ def linear_layers(x: torch.Tensor, layers: Sequence[Linear], recompute: Recomput
         stacked.append(a)
         factors.append(own)
     kept = recompute or Recompute(lambda x: x, (x,))
-    group = _Group(parts, stacked[0] if len(stacked) == 1 else torch.cat(stacked), mask, kept.function)
+    is_read = is_read or any(w is not None and not w.is_plain for w in adapters)  # `_finish` reads
+    group = _Group(parts, stacked[0] if len(stacked) == 1 else torch.cat(stacked), mask, kept.function, is_read)
     ys = _LoRA.apply(group, kept.sources, x, *(a for a, _ in factors), *(b for _, b in factors))
     return [_finish(y, layer) for y, layer in zip(ys, layers, strict=True)]
 

@@ -94,6 +94,7 @@ class LayerInputs:
     groups: tuple[AttentionGroup, ...] | None  # which queries attend to which keys; None: one, the last, to all
     positions: torch.Tensor | None = None  # (S,) int64, where queries and all that follows are needed; None: all T
     kv_cache: KVCache | None = None  # of the tokens before these
+    is_recomputed: bool = False  # only a backward pass follows: what the layer returns is not read
 
 
 class Attention(nn.Module):
@@ -140,10 +141,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, recompute: Recompute) -> torch.Tensor:
-        """(T, C) -> (T, C)."""
+    def forward(self, x: torch.Tensor, recompute: Recompute, is_read: bool) -> torch.Tensor:
+        """(T, C) -> (T, C), of any values unless they are read."""
         gate, up = linear_layers(x, (self.gate_proj, self.up_proj), recompute)
-        return linear_layers(ops.swiglu(gate, up), (self.down_proj,), Recompute(ops.swiglu, (gate, up)))[0]
+        h = ops.swiglu(gate, up)
+        return linear_layers(h, (self.down_proj,), Recompute(ops.swiglu, (gate, up)), is_read=is_read)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -160,7 +162,7 @@ class DecoderLayer(nn.Module):
         """(T, C) -> (T, C), or (S, C) at `inputs.positions`."""
         stream = hidden if inputs.positions is None else hidden.index_select(0, inputs.positions)
         hidden = stream + self.self_attn(*self.input_layernorm.recomputable(hidden), inputs)
-        return hidden + self.mlp(*self.post_attention_layernorm.recomputable(hidden))
+        return hidden + self.mlp(*self.post_attention_layernorm.recomputable(hidden), not inputs.is_recomputed)
 
 
 class Qwen2Model(nn.Module):
