@@ -147,7 +147,7 @@ class TrainSection:
         minimum=16,
         is_free=True,
     )
-    gradient_checkpointing: bool = key(False, "recompute in backward: less memory, 50 % more work", is_free=True)
+    gradient_checkpointing: bool = key(False, "recompute in backward: less memory, a third more work", is_free=True)
     offload_checkpoints: bool = key(False, "what checkpointing keeps on a GPU waits in the CPU's memory", is_free=True)
     optim: Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = key(
         "adamw_torch_fused", "AdamW of PyTorch, or of bitsandbytes: moments in 8 bits, or paged out of a full GPU"

@@ -200,8 +200,8 @@ def list_options(setup: Setup) -> list[Option]:
     known = [
         ((f"{TOKENS_KEY}={one_example}",), "the same steps; below some 500 tokens each token takes longer"),
         (("model.cache_dequantized=false",), "weights are dequantised at every use"),
-        ((checkpointing,), "1.5 times the computation"),
-        ((checkpointing, offload), "with gradient_checkpointing: 1.5 times the computation, and copies over the bus"),
+        ((checkpointing,), "a third more computation"),
+        ((checkpointing, offload), "with gradient_checkpointing: a third more computation, and copies over the bus"),
         (("model.double_quantization=true",), "scales of the 4 bits are rounded to 8"),
         (("train.optim=adamw_bnb_8bit",), "moments are rounded to 8 bits"),
         ((paged,), "moments are rounded to 8 bits; slower steps where the GPU is full"),

@@ -199,7 +199,7 @@ class _Attention(torch.autograd.Function):
         for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
             if group.prefix:  # which gets the segments' sum
                 by_segment = of_dkv.unflatten(1, group.shape[:2])[:, :, :, : group.prefix]
-                dkv[:, : group.prefix] += by_segment.sum(1).transpose(1, 2)
+                dkv[:, : group.prefix].add_(by_segment.sum(1).transpose(1, 2))  # `+=` would copy the slice to itself
         return dq[:-1].view(q.shape), dkv[0], dkv[1], None
 
 
@@ -253,21 +253,16 @@ def _sum_in_one_order(node: Any) -> None:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[AttentionGroup]) -> torch.Tensor:
-    """`attention_reference` within the segments of a packed micro-batch, causal.
+    """`attention_reference` within the segments of a packed micro-batch, causal, in the shape and dtype of q.
 
-    Args:
-        q: (T, H, D) compute dtype, or (S, H, D) with the micro-batch's `last_groups`.
-        k: (T, K, D) compute dtype.
-        v: (T, K, D) compute dtype.
-        groups: which queries attend to which keys, from `split_heads`.
+    q is (T, H, D), or (S, H, D) with the micro-batch's `last_groups`, and k and v are (T, K, D), all in the compute
+    dtype; `split_heads` says which queries attend to which keys.
 
     The softmax does not change when one vector c is subtracted from all keys, because q (k - c) = q k - q c moves all
     scores of a query alike; dk does not change either, and dq = dS (k - c), since the rows of dS sum to 0. With c = the
     first key, scores are tens and not the hundreds that Qwen2.5's key biases of up to 145 make of them, where
     bfloat16's steps are 2 to 8: on layer 0 of the 0.5B the output is 0.8 % off in place of 16 %, dk 1 % and not 34 %.
-
-    Returns:
-        The shape and dtype of q. Source: arXiv 1706.03762, grouped queries 2305.13245, the subtraction 2410.02367.
+    Source: arXiv 2410.02367.
     """
     k = k - k[:1].detach()
     short = [group for group in groups if isinstance(group, HeadGroups)]
@@ -280,17 +275,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
 
 
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Grouped-query attention of one token to all keys, for decoding, where no gradient is asked for.
+    """Grouped-query attention of one token, q (1, H, D), to all of k and v, (T, K, D): decoding, without a gradient.
 
     The G query heads of a key/value head are PyTorch's queries: its fused kernel then reads each key once, not G times.
-
-    Args:
-        q: (1, H, D) compute dtype.
-        k: (T, K, D) compute dtype.
-        v: (T, K, D) compute dtype.
-
-    Returns:
-        (1, H, D) dtype of q.
     """
     keys, values = k.transpose(0, 1), v.transpose(0, 1)
     queries = q.view(len(keys), -1, q.shape[-1])

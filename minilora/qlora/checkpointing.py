@@ -1,8 +1,8 @@
 """Gradient checkpointing: a layer keeps only its input, and is recomputed in backward.
 
-A third more work, for most of the memory that activations take: of the recomputed layer only what its backward pass
-needs is computed, so not the last product, down_proj's. torch.utils.checkpoint computes that too, and would import
-PyTorch's compiler, 70 MB and some seconds. Source: arXiv 1604.06174.
+A third more work, for most of the memory that activations take: the last product, down_proj's, is not recomputed, since
+no gradient needs it. torch.utils.checkpoint would, and import PyTorch's compiler: 70 MB and some seconds.
+Source: arXiv 1604.06174.
 """
 
 from dataclasses import replace

@@ -171,7 +171,8 @@ class DropoutMask:
         digest = hashlib.blake2b(self.seed.to_bytes(8, "big"), digest_size=8).digest()
         start, key = int.from_bytes(digest[:4], "big") >> 2, int.from_bytes(digest[4:], "big", signed=True)
         word = torch.arange(start, start + (shape.numel() + 1) // 2, dtype=torch.int32, device=device)
-        word.bitwise_xor_(word >> 16).mul_(0x7FEB352D).add_(key)  # two rounds of Wellons' lowbias32, a key between them
+        word.bitwise_xor_(word >> 16)  # two rounds of Wellons' lowbias32, a key between them
+        word = torch.rsub(word, key, alpha=-0x7FEB352D)  # key + 0x7FEB352D * word
         word.bitwise_xor_(word >> 15).mul_(-0x7B935975)
         return word.view(torch.int16)[: shape.numel()].view(shape) < round(self.probability * 65536) - 32768
 
