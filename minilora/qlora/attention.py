@@ -97,12 +97,8 @@ def split_heads(
 ) -> tuple[AttentionGroup, ...]:
     """What all layers' attention needs to know of a micro-batch, computed once, on the CPU.
 
-    Args:
-        groups: every query that is no padding is in exactly one of them.
-        heads: H.
-        kv_heads: K.
-        num_queries: tokens of q.
-        like: q's dtype and the device that the tables go to.
+    Every query that is no padding is in exactly one of `groups`. `heads` is H and `kv_heads` K, `num_queries` the
+    tokens of q, `like` has q's dtype and the device that the tables go to.
     """
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]

@@ -43,13 +43,10 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def checkpoint_layer(layer: nn.Module, hidden: torch.Tensor, inputs: Any, offload: bool) -> torch.Tensor:
-    """`layer(hidden, inputs)`, recomputed in backward.
+    """`layer(hidden, inputs)`, recomputed in backward: a layer that gives the same whenever it is called.
 
-    Args:
-        layer: gives the same output for the same input, whenever it is called.
-        hidden: (T, C); all that is kept.
-        inputs: what else it takes, a dataclass whose `is_recomputed` is set in backward; no gradient flows to them.
-        offload: on a GPU, `hidden` waits in the computer's memory.
+    Only `hidden` (T, C) is kept, with `offload` on a GPU in the computer's memory. No gradient flows to `inputs`, a
+    dataclass whose `is_recomputed` is set in backward.
     """
     trained = (parameter for parameter in layer.parameters() if parameter.requires_grad)
     return _Checkpoint.apply(layer, offload, inputs, hidden, *trained)

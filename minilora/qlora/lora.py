@@ -274,16 +274,10 @@ Linear = LoRALinear | Linear4bit | nn.Linear
 def linear_layers(
     x: torch.Tensor, layers: Sequence[Linear], recompute: Recompute | None = None, *, is_read: bool = True
 ) -> list[torch.Tensor]:
-    """What linear layers make of the same input: each layer's own `forward`, for less time and memory.
+    """What linear layers make of the same x (T, in): each one's own `forward`, (T, out), for less time and memory.
 
-    Args:
-        x: (T, in) compute dtype.
-        layers: with or without an adapter; one without takes part with rank 0.
-        recompute: how x is computed in backward; None keeps it.
-        is_read: False where only a backward pass follows, which needs no result: its values may be anything.
-
-    Returns:
-        One (T, out) for each layer, compute dtype.
+    A layer without an adapter takes part with rank 0. `recompute` computes x in backward; without it x is kept. Where
+    only a backward pass follows, no result `is_read`: its values may be anything.
     """
     adapters = [layer.weights if isinstance(layer, LoRALinear) and layer.merged is None else None for layer in layers]
     first = next((w for w in adapters if w is not None), None)

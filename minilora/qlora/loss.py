@@ -75,18 +75,9 @@ class _NextTokenNLL(torch.autograd.Function):
 def next_token_nll(
     hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Summed loss at the supervised positions, and how many there are.
+    """Loss summed over the S supervised positions, in nats, float32 or wider; and S.
 
-    A sum, not a mean: the caller divides once per optimizer step, so that a step's gradient does not depend on how it
-    was cut into micro-batches.
-
-    Args:
-        hidden: (S, C) compute dtype, the hidden states that predict a supervised token.
-        targets: (S,) int64, those tokens.
-        head_weight: (V, C) compute dtype, frozen.
-        weights: (S,) float32 or wider, w of each; None: 1.
-
-    Returns:
-        The sum in nats, float32 or wider, and S.
+    Hidden states (S, C) predict targets (S,) int64, each of which counts `weights` (S,) times, None: 1; the head's
+    weight (V, C) is frozen. A sum, not a mean: the caller divides once a step, however that is cut.
     """
     return _NextTokenNLL.apply(hidden, targets, head_weight, weights), targets.shape[0]
