@@ -37,7 +37,8 @@ from minilora.system.signals import nothing_at_stake
 
 # Weights, configurations, the tokenizer: what is read, and what is copied when a model is written. Pickled and other
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
-MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # whoever passes a model on passes them on
+MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja", *LICENCE_FILES]
 ADAPTER_FILES = ["adapter_*", "manifest.json", "metrics.json", "training_args.json"]
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 ENDINGS = (".parquet", ".arrow")

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face checkpoint -> `Qwen2Config`, or a message that says why the model cannot be used.
 
-Also the copy of it and of the tokenizer's files beside weights that are written.
+Also the copy of it, of the tokenizer's files and of the licence beside weights that are written.
 
 Both dialects are read: `rope_theta` at the top, and in `rope_parameters` as transformers 5 writes it. Only
 `tie_word_embeddings` (false) and `max_position_embeddings` (unknown) have a default, because Hugging Face's own files
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minilora.data.hub import LICENCE_FILES
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2Config
 from minilora.system.files import json_bytes, read_json, storage_errors, write_file
@@ -24,6 +25,11 @@ MAXIMUM = {
     "hidden_size": 1_000_000,
     "intermediate_size": 3_000_000,
     "num_hidden_layers": 8_000,
+}
+LICENCES = {  # of Qwen2.5: most sizes, 3B, 72B; with what their LICENSE begins
+    "apache license version 2.0": {"license": "apache-2.0"},
+    "qwen research license": {"license": "other", "license_name": "qwen-research"},
+    "qwen license": {"license": "other", "license_name": "qwen"},
 }
 ADVICE = "download config.json of the model again"
 COMPANIONS = (  # what belongs to a checkpoint beside config.json and the weights
@@ -97,7 +103,10 @@ def _check_sizes(config: Qwen2Config, where: str) -> None:
 def copy_config(
     source: Path, folder: Path, dtype_name: str, quantization_config: Mapping[str, Any] | None = None
 ) -> None:
-    """Copies config.json, with the dtype and the quantisation of the weights that are written, and the COMPANIONS."""
+    """Copies config.json, with the dtype and the quantisation of the weights that are written, and what belongs to it.
+
+    That are the COMPANIONS and the licence's files.
+    """
     config = read_json(source / "config.json")
     config.pop("quantization_config", None)
     if quantization_config is not None:
@@ -108,3 +117,29 @@ def copy_config(
         for name in COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+    copy_licence(source, folder)
+
+
+def copy_licence(source: Path, folder: Path) -> None:
+    """Copies the files of a model's licence, if it has any."""
+    with storage_errors(folder):
+        for path in licence_files(source):
+            shutil.copyfile(path, folder / path.name)
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """LICENSE, NOTICE and their like in a model's folder."""
+    return sorted(path for pattern in LICENCE_FILES for path in folder.glob(pattern) if path.is_file())
+
+
+def licence_metadata(folder: Path) -> dict[str, str]:
+    """The hub's `license` of a model, with `license_name` where that is "other", by the text of its LICENSE.
+
+    Empty where there is none, or an unknown one.
+    """
+    for path in licence_files(folder):
+        begin = " ".join(path.read_text("utf-8", errors="replace")[:2000].split()).lower()
+        for words, metadata in LICENCES.items():
+            if words in begin:
+                return metadata
+    return {}

@@ -333,7 +333,7 @@ def ranges(hub: LocalHub) -> list[str | None]:
 
 
 def test_what_is_copied_with_a_model_is_downloaded_with_it() -> None:
-    for name in [*COMPANIONS, "config.json"]:
+    for name in [*COMPANIONS, "config.json", "LICENSE", "LICENSE.md", "NOTICE.txt"]:
         assert any(fnmatch(name, pattern) for pattern in MODEL_FILES)
         assert not any(fnmatch(name, pattern) for pattern in SUBFOLDERS)
 

@@ -1,6 +1,7 @@
 """scripts/quantize.py writes a whole checkpoint in 4 bits, or refuses before it computes anything."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,17 @@ def test_what_is_written_is_the_model_that_loading_quantises(
     assert json.loads((output / "config.json").read_text("utf-8"))["torch_dtype"] == facts["compute_dtype"]
     assert f"{output}: " in printed
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_the_licence_of_the_base_travels_with_it(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, quantize: Quantize
+) -> None:
+    source = shutil.copytree(tiny_checkpoint(), tmp_path / "base")
+    for name in ("LICENSE", "NOTICE"):
+        (source / name).write_text(f"of the base: {name}", "utf-8")
+    quantize("--model_path", source, "--output_dir", tmp_path / "q")
+    assert (tmp_path / "q" / "LICENSE").read_text("utf-8") == "of the base: LICENSE"
+    assert {"LICENSE", "NOTICE"} < read_manifest(tmp_path / "q")["files"].keys()
 
 
 def test_a_checkpoint_that_is_in_4_bits_already_is_refused(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.weights.hf_config import parse_config, read_config
+from minilora.weights.hf_config import licence_metadata, parse_config, read_config
 
 CONFIG = {
     "model_type": "qwen2",
@@ -115,3 +115,23 @@ def test_the_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     assert read_config(tmp_path) == parse_config(CONFIG)
     assert read_config(tmp_path).head_dim == 16
+
+
+APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
+RESEARCH = "Qwen RESEARCH LICENSE AGREEMENT\n\nQwen RESEARCH LICENSE AGREEMENT Release Date: September 19, 2024\n"
+QWEN = "Qwen LICENSE AGREEMENT\n\nQwen LICENSE AGREEMENT Release Date: September 19, 2024\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (APACHE, {"license": "apache-2.0"}),
+        (RESEARCH, {"license": "other", "license_name": "qwen-research"}),
+        (QWEN, {"license": "other", "license_name": "qwen"}),
+        ("Mine alone.", {}),
+    ],
+)
+def test_a_licence_is_known_by_its_text(tmp_path: Path, text: str, expected: dict[str, str]) -> None:
+    assert licence_metadata(tmp_path) == {}
+    (tmp_path / "LICENSE").write_text(text, "utf-8")
+    assert licence_metadata(tmp_path) == expected
