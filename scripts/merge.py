@@ -53,6 +53,7 @@ from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import without_ranks
 from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
+from minilora.weights.hf_config import name_end_of_turn
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.safetensors_io import dtype_name
 
@@ -110,6 +111,8 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
             write_merged(
                 merge, into, dtype, temporary, max_shard_bytes=arguments.max_shard_size, on_progress=bar.update
             )
+        if trained.closes_turns:
+            name_end_of_turn(temporary, trained.prompt.tokenizer.im_end)
         if arguments.gguf is not None:
             info(f"write model-{arguments.gguf}.gguf")
             write_gguf(temporary, temporary / f"model-{arguments.gguf}.gguf", arguments.gguf, output.name)

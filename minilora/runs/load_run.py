@@ -91,6 +91,11 @@ class LoadedRun:
         return choose_dtype(self.config, choose_device(self.config))
 
     @property
+    def closes_turns(self) -> bool:
+        """Whether training is known to have ended the model's turns with `<|im_end|>`: every run of this program."""
+        return self.path is not None and bool(read_provenance(self.path).config)
+
+    @property
     def columns(self) -> dict[str, str]:
         """`columns_of` the adapter's run."""
         return {} if self.path is None else columns_of(self.path)

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minilora.errors import UserError
+from minilora.qlora.prompt import IM_END
 from minilora.system.files import storage_errors
 from minilora.system.optional import MissingPackageError, import_optional
 from minilora.weights.hf_config import read_config
@@ -110,7 +111,9 @@ def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
     writer.add_token_types(types)
     special = gguf.SpecialVocab(checkpoint, load_merges=True, n_vocab=config.vocab_size)
     special.add_special_token["bos"] = False  # Qwen's tokenizer puts no token before a text
-    special.add_to_gguf(writer, quiet=True)  # merges, ids of eos, bos and pad, chat template
+    if IM_END in tokens:  # the end of a turn, which is not the end token of a base model
+        special.special_token_ids["eot"] = tokens.index(IM_END)
+    special.add_to_gguf(writer, quiet=True)  # merges, ids of eos, eot, bos and pad, chat template
 
 
 def _iter_tokens(checkpoint: Path, vocab_size: int) -> Iterator[tuple[str, int]]:

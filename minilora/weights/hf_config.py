@@ -16,6 +16,7 @@ from typing import Any
 from minilora.data.hub import LICENCE_FILES
 from minilora.errors import UserError
 from minilora.qlora.model import Qwen2Config
+from minilora.qlora.prompt import IM_END
 from minilora.system.files import json_bytes, read_json, storage_errors, write_file
 from minilora.system.schema import read_fields
 
@@ -143,3 +144,36 @@ def licence_metadata(folder: Path) -> dict[str, str]:
             if words in begin:
                 return metadata
     return {}
+
+
+def name_end_of_turn(folder: Path, token_id: int) -> None:
+    """Names `<|im_end|>` as an end token in the files of a written model, as Qwen2.5-Instruct does.
+
+    A base model's files name only `<|endoftext|>`, so a model that learned to close its turn would talk on. What holds
+    one end token gets this one, generation_config.json both. `token_id` is its id.
+    """
+    config, generation = folder / "config.json", folder / "generation_config.json"
+    content = _read_object(config)
+    sampling = _read_object(generation) if generation.is_file() else {}
+    ends = _ids(sampling.get("eos_token_id", content.get("eos_token_id")))
+    if token_id not in ends:
+        write_file(generation, json_bytes({**sampling, "eos_token_id": [token_id, *ends]}))
+    if token_id not in _ids(content.get("eos_token_id")):
+        write_file(config, json_bytes({**content, "eos_token_id": token_id}))
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        content = _read_object(path) if path.is_file() else {}
+        token = content.get("eos_token")
+        if path.is_file() and (token["content"] if isinstance(token, dict) else token) != IM_END:
+            write_file(path, json_bytes({**content, "eos_token": IM_END}))
+
+
+def _ids(found: Any) -> list[int]:
+    """`eos_token_id` of a configuration as a list."""
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected an object; download it again")
+    return content

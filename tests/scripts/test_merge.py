@@ -38,6 +38,7 @@ KEYS = (
     "train.learning_rate=0.02",
     "train.per_device_train_batch_size=4",
 )
+MERGED = ["config.json", "generation_config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
 ADAPTER, DEQUANTIZED, ORIGINAL = "adapter on nf4", "merged dequantized", "merged original"
 
 
@@ -89,7 +90,7 @@ def test_a_merge_is_a_whole_checkpoint_with_its_drift(merge: Merge, tmp_path: Pa
     results = merge()
     folder = tmp_path / "merged"
     assert names(tmp_path) == ["merged"]
-    assert names(folder) == ["config.json", "drift.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+    assert names(folder) == sorted([*MERGED, "drift.json"])
     assert verify_folder(folder) is None
     manifest = read_manifest(folder)
     assert sorted(manifest["files"]) == sorted(set(names(folder)) - {"manifest.json"})
@@ -289,7 +290,7 @@ def test_what_a_killed_merge_left_does_not_get_in(merge: Merge, tmp_path: Path) 
     (leftover / "model-00001-of-00009.safetensors").write_bytes(b"half of it")
     merge("--no_drift")
     assert names(tmp_path) == ["merged"]
-    assert names(tmp_path / "merged") == ["config.json", "manifest.json", "model.safetensors", "tokenizer.json"]
+    assert names(tmp_path / "merged") == MERGED
 
 
 def test_a_disk_without_room_is_named_before_the_work_starts(
@@ -400,6 +401,15 @@ def test_a_gguf_file_belongs_to_the_folder(merge: Merge, tmp_path: Path) -> None
     assert "model-f16.gguf" in read_manifest(tmp_path / "merged")["files"]
     merge("--no_drift", "--gguf", "q8_0")
     assert [path.name for path in (tmp_path / "merged").glob("*.gguf")] == ["model-q8_0.gguf"]
+
+
+def test_the_end_tokens_of_another_programs_adapter_are_the_bases(merge: Merge, final: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(final / name, other / name)
+    merge("--no_drift", model_path=other)
+    assert "generation_config.json" not in names(tmp_path / "merged")
 
 
 def test_without_the_gguf_package_it_says_how_to_get_it_before_the_work_starts(

@@ -122,6 +122,7 @@ def test_the_architecture_is_described_as_config_json_has_it(checkpoint: Path, t
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.eos_token_id": 502,
+        "tokenizer.ggml.eot_token_id": 502,
         "tokenizer.ggml.padding_token_id": 500,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minilora.errors import UserError
-from minilora.weights.hf_config import licence_metadata, parse_config, read_config
+from minilora.weights.hf_config import licence_metadata, name_end_of_turn, parse_config, read_config
 
 CONFIG = {
     "model_type": "qwen2",
@@ -135,3 +135,52 @@ def test_a_licence_is_known_by_its_text(tmp_path: Path, text: str, expected: dic
     assert licence_metadata(tmp_path) == {}
     (tmp_path / "LICENSE").write_text(text, "utf-8")
     assert licence_metadata(tmp_path) == expected
+
+
+def write_files(folder: Path, **contents: Any) -> None:
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+
+
+def read_files(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+
+
+def test_a_base_models_files_name_the_end_of_a_turn_too(tmp_path: Path) -> None:
+    token = {"__type": "AddedToken", "content": "<|endoftext|>"}
+    write_files(
+        tmp_path,
+        config={**CONFIG, "eos_token_id": 7},
+        generation_config={"eos_token_id": 7, "temperature": 0.5},
+        tokenizer_config={"eos_token": token, "pad_token": "<|endoftext|>"},
+        special_tokens_map={"eos_token": "<|endoftext|>"},
+    )
+    name_end_of_turn(tmp_path, 9)
+    named = {
+        "config": {**CONFIG, "eos_token_id": 9},
+        "generation_config": {"eos_token_id": [9, 7], "temperature": 0.5},
+        "tokenizer_config": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "special_tokens_map": {"eos_token": "<|im_end|>"},
+    }
+    assert read_files(tmp_path) == named
+    name_end_of_turn(tmp_path, 9)
+    assert read_files(tmp_path) == named
+
+
+def test_files_that_name_it_already_stay_as_they_are(tmp_path: Path) -> None:
+    write_files(
+        tmp_path,
+        config={**CONFIG, "eos_token_id": [7, 9]},
+        generation_config={"eos_token_id": [7, 9]},
+        tokenizer_config={"eos_token": {"content": "<|im_end|>", "lstrip": False}},
+    )
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    name_end_of_turn(tmp_path, 9)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_without_a_generation_config_there_is_one_with_both_ends(tmp_path: Path) -> None:
+    write_files(tmp_path, config={**CONFIG, "eos_token_id": 7})
+    name_end_of_turn(tmp_path, 9)
+    expected = {"config": {**CONFIG, "eos_token_id": 9}, "generation_config": {"eos_token_id": [9, 7]}}
+    assert read_files(tmp_path) == expected
