@@ -1,5 +1,7 @@
 """Merges an adapter into its base model: one dense checkpoint that transformers, vLLM or the next training loads.
 
+With --gguf also a file for llama.cpp and Ollama; with --gguf_adapter only the adapter as such a file, not merged.
+
 Ends with a drift table, so that you see what merging costs before you ship it: accuracy on given reviews, and how far
 the probabilities of their labels move, of the adapter on its base as it was trained, and of both ways to merge. The
 last line is JSON; the table is in OUTPUT_DIR/drift.json too. The merged model is dense and not quantised again.
@@ -21,7 +23,7 @@ import argparse
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 
 from minilora.adapters.merge import (
+    ADAPTER_FACT,
     DEQUANTIZED,
     DTYPES,
     FACT,
@@ -46,14 +49,18 @@ from minilora.data.examples import Examples
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.metrics import drift
+from minilora.generation.chat import read_generation_config
+from minilora.generation.decode import GenerationConfig
+from minilora.generation.modelfile import render_modelfile
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
 from minilora.system.files import WRITING, json_bytes, lock_output, make_folder, remove, storage_errors, write_file
 from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import without_ranks
-from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
-from minilora.weights.hf_config import name_end_of_turn
+from minilora.weights.bnb_checkpoint import is_quantized
+from minilora.weights.gguf import ADAPTER_KINDS, KINDS, check_gguf, gguf_bytes, write_gguf, write_gguf_adapter
+from minilora.weights.hf_config import copy_licence, name_end_of_turn
 from minilora.weights.load import LoadSettings, load_model
 from minilora.weights.safetensors_io import dtype_name
 
@@ -63,6 +70,7 @@ examples:
   python scripts/merge.py --model_path outputs/checkpoints/final --output_dir merged --into dequantized \\
       --data reviews.tsv
   python scripts/merge.py --model_path outputs/checkpoints/final --output_dir merged --no_drift --gguf q8_0
+  python scripts/merge.py --model_path outputs/checkpoints/final --output_dir adapter --gguf_adapter --gguf f16
   python scripts/merge.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --output_dir merged \\
       --data reviews.tsv model.quantization=none
 """
@@ -86,27 +94,24 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
     trained = load_run(arguments.model_path, arguments.base, [*arguments.overrides, *limit], arguments.data is not None)
     if output == trained.model_folder.resolve():
         raise UserError(f"{output}: is the base model's own folder; choose another --output_dir")
-    if arguments.gguf is not None:
+    if arguments.gguf is not None or arguments.gguf_adapter is not None:
         check_gguf(trained.model_folder)
+        modelfile(trained, "", None)  # which refuses a system turn
     merge, into = open_run(trained, arguments.allow_bin), arguments.into
+    if arguments.gguf_adapter is not None:
+        write_adapter(arguments, output, trained, merge)
+        return
     refuse_variant(merge, into)
-    if into == ORIGINAL and trained.config.lora.init_lora_weights == "loftq":
-        warn(
-            "warning: the run began with LoftQ, so the adapter also corrects the quantisation error, which the "
-            f"original weights do not have; --into {DEQUANTIZED} fits better"
-        )
+    warn_of_loftq(trained, into)
     dtype = merge.base_dtype if arguments.dtype is None else DTYPES[arguments.dtype]
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
     refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
     reading = ReadOptions.given(arguments, trained.columns)
     data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, reading)
 
-    temporary = output.with_name(WRITING + output.name)
     results: dict[str, Any] = {"output": str(arguments.output_dir), FACT: into, "dtype": dtype_name(dtype)}
-    try:
-        with storage_errors(temporary):
-            remove(temporary)  # of a merge that was killed
-            temporary.mkdir()
+    facts = {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)}
+    with new_folder(output, facts) as temporary:
         with progress(f"merge into {into}", len(merge.shapes), "tensor") as bar:
             write_merged(
                 merge, into, dtype, temporary, max_shard_bytes=arguments.max_shard_size, on_progress=bar.update
@@ -114,8 +119,10 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
         if trained.closes_turns:
             name_end_of_turn(temporary, trained.prompt.tokenizer.im_end)
         if arguments.gguf is not None:
-            info(f"write model-{arguments.gguf}.gguf")
-            write_gguf(temporary, temporary / f"model-{arguments.gguf}.gguf", arguments.gguf, output.name)
+            file = f"model-{arguments.gguf}.gguf"
+            info(f"write {file}")
+            write_gguf(temporary, temporary / file, arguments.gguf, output.name)
+            write_file(temporary / "Modelfile", modelfile(trained, f"./{file}", None).encode())
         if reviews is not None:
             written = Written(temporary, into, dtype)
             rows = measure_drift(trained, merge, written, reviews, allow_bin=arguments.allow_bin)
@@ -123,13 +130,68 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
             write_file(temporary / "drift.json", json_bytes(results["drift"]))
             print(f"{len(reviews.examples)} reviews of {data}; written: merged {into}")
             print(render_drift(rows, len(reviews.examples)))
-        finish_folder(temporary, output, {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)})
-    finally:
-        with contextlib.suppress(OSError):  # after a failure, which counts; on success it no longer exists
-            remove(temporary)
     info(f"{dtype_name(dtype)} model, merged into the {into} weights: {arguments.output_dir}")
     note_other_system(trained.prompt, "begin conversations with the merged model by prompt.system")
     print(json.dumps(results, ensure_ascii=False))
+
+
+def write_adapter(arguments: argparse.Namespace, output: Path, trained: LoadedRun, merge: Merge) -> None:
+    """Writes the adapter as a GGUF file, and on request its base as another; nothing is merged."""
+    pairs, kind = merge.pairs(), arguments.gguf_adapter
+    if arguments.gguf is not None and is_quantized(merge.base):
+        raise UserError(
+            f"{merge.base}: is in 4 bits, so it cannot be written as GGUF; name the model that it was made from with "
+            "--base, or leave out --gguf"
+        )
+    warn_of_loftq(trained, ORIGINAL)
+    of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
+    refuse_full_disk(output, of_gguf + sum(4 * tensor.numel() for pair in pairs.values() for tensor in pair))
+    results = {"output": str(arguments.output_dir), ADAPTER_FACT: kind}
+    with new_folder(output, {**results, "adapter": str(trained.path), "base": str(merge.base)}) as temporary:
+        file, model = f"adapter-{kind}.gguf", str(merge.base.resolve())
+        write_gguf_adapter(pairs, temporary / file, kind, merge.lora_config.alpha)
+        if arguments.gguf is not None:
+            model = f"./base-{arguments.gguf}.gguf"
+            info(f"write {model[2:]}")
+            write_gguf(merge.base, temporary / model, arguments.gguf, merge.base.name)
+        write_file(temporary / "Modelfile", modelfile(trained, model, f"./{file}").encode())
+        copy_licence(merge.base, temporary)
+    info(f"{kind} adapter for llama.cpp: {arguments.output_dir}")
+    if arguments.gguf is None:
+        info(f"FROM in its Modelfile is {model}, which Ollama converts; --gguf writes the base as a GGUF file too")
+    print(json.dumps(results, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def new_folder(output: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary folder, which takes the place of `output` at the end and goes where something fails."""
+    temporary = output.with_name(WRITING + output.name)
+    try:
+        with storage_errors(temporary):
+            remove(temporary)  # of a merge that was killed
+            temporary.mkdir()
+        yield temporary
+        finish_folder(temporary, output, facts)
+    finally:
+        with contextlib.suppress(OSError):  # after a failure, which counts; on success it no longer exists
+            remove(temporary)
+
+
+def modelfile(trained: LoadedRun, model: str, adapter: str | None) -> str:
+    """`render_modelfile` for the run: label words are chosen as `predict.py` does, without sampling."""
+    sampling = GenerationConfig(do_sample=False, repetition_penalty=1)
+    if not trained.labelled:
+        sampling = read_generation_config(trained.model_folder)
+    return render_modelfile(model, trained.prompt.system, sampling, adapter)
+
+
+def warn_of_loftq(trained: LoadedRun, into: str) -> None:
+    """Warns where a LoftQ adapter meets the original weights."""
+    if into == ORIGINAL and trained.config.lora.init_lora_weights == "loftq":
+        warn(
+            "warning: the run began with LoftQ, so the adapter also corrects the quantisation error, which the "
+            f"original weights do not have; --into {DEQUANTIZED} fits better"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -152,6 +214,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gguf", choices=KINDS, nargs="?", const="f16", help="also write a GGUF file for llama.cpp (default type: f16)"
     )
+    parser.add_argument(
+        "--gguf_adapter",
+        choices=ADAPTER_KINDS,
+        nargs="?",
+        const=ADAPTER_KINDS[0],
+        help="write the adapter alone as a GGUF file for llama.cpp, and with --gguf its base; do not merge "
+        f"(default type: {ADAPTER_KINDS[0]})",
+    )
     parser.add_argument("--data", type=Path, help="reviews for the drift table (default: the test split of its run)")
     add_reading_options(parser, "--data")
     parser.add_argument("--max_examples", help="score MAX_EXAMPLES of the reviews; same as data.max_test_examples")
@@ -160,6 +230,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.no_drift and (arguments.data is not None or arguments.max_examples is not None):
         parser.error("--no_drift scores no reviews: leave out --no_drift, or --data and --max_examples")
+    of_merging = ("data", "max_examples", "dtype")
+    given = [f"--{name}" for name in of_merging if getattr(arguments, name) is not None]
+    given += ["--into"] if arguments.into != ORIGINAL else []
+    if arguments.gguf_adapter is not None and given:
+        parser.error(f"--gguf_adapter merges nothing: leave out --gguf_adapter, or {' and '.join(given)}")
     return arguments
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from minilora.adapters.attach import iter_lora_layers, merged_weight
 from minilora.adapters.peft_files import load_adapter, read_adapter_tensors
 from minilora.adapters.peft_keys import peft_keys, without_base_tensors
+from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.lora import LoRALinear
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
@@ -36,6 +37,7 @@ from minilora.weights.safetensors_io import dtype_name, read_tensor, write_tenso
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 FACT = "merged_into"  # in the manifest of a folder that holds a merged model
+ADAPTER_FACT = "gguf_adapter"  # in that of one with an adapter for llama.cpp
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Merge:
     base: Path  # the base model's folder
     config: Qwen2Config  # its architecture
     weights: BaseWeights  # its tensors
+    lora_config: LoraConfig  # of the adapter
     layers: Mapping[str, LoRALinear]  # of the adapter, on the CPU, by path
     shapes: Mapping[str, torch.Size]  # of the merged model's tensors, by name, in the model's order
 
@@ -86,6 +89,26 @@ class Merge:
             )
         return tensor
 
+    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A (R, in) and B (out, R) by the name of their weight, for readers that scale every pair by alpha / R.
+
+        Whatever else makes the scale (rsLoRA, alpha_pattern) is multiplied into B. UserError for an adapter that is
+        more than such pairs.
+        """
+        found = {}
+        for path, layer in self.layers.items():
+            w = layer.weights
+            assert w is not None  # `iter_lora_layers` gives no others
+            more = "DoRA's magnitudes" if w.lora_magnitude_vector is not None else "a trained bias"
+            if w.lora_magnitude_vector is not None or w.bias is not None:
+                raise UserError(
+                    f"--gguf_adapter: {path} has {more}, which a GGUF adapter cannot hold; write the merged model with "
+                    "--gguf and without --gguf_adapter"
+                )
+            scale = w.scaling * w.r / self.lora_config.alpha  # 1 for plain LoRA
+            found[f"{path}.weight"] = (w.lora_A.detach(), w.lora_B.detach() * scale)
+        return found
+
     def build(
         self, into: str, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device | str
     ) -> Qwen2ForCausalLM:
@@ -110,8 +133,8 @@ def open_merge(base: Path, adapter: Path, settings: LoadSettings, *, allow_bin: 
     weights = open_weights(model, base, settings)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     _refuse_changed_base_tensors(model, adapter, weights, allow_bin)
-    load_adapter(model, adapter, allow_bin, device="cpu")
-    return Merge(base=base, config=config, weights=weights, layers=dict(iter_lora_layers(model)), shapes=shapes)
+    lora_config = load_adapter(model, adapter, allow_bin, device="cpu")
+    return Merge(base, config, weights, lora_config=lora_config, layers=dict(iter_lora_layers(model)), shapes=shapes)
 
 
 def _refuse_changed_base_tensors(model: Qwen2ForCausalLM, adapter: Path, weights: BaseWeights, allow_bin: bool) -> None:
@@ -185,7 +208,7 @@ def plan_shards(shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_bytes:
 
 
 def refuse_output(output: Path) -> None:
-    """Raises UserError where `output` is anything except a new or empty folder or an earlier merged model."""
+    """Raises UserError where `output` is anything except a new or empty folder or what an earlier merge wrote."""
     if not output.exists() and not output.is_symlink():
         return
     problem = "is not a folder"
@@ -193,7 +216,7 @@ def refuse_output(output: Path) -> None:
         others = {path.name for path in output.iterdir()}
         with contextlib.suppress(UserError):  # no manifest, or a damaged one
             manifest = read_manifest(output)
-            if FACT in manifest["facts"]:
+            if {FACT, ADAPTER_FACT} & manifest["facts"].keys():
                 others -= {MANIFEST, *manifest["files"]}
         if not others:
             return

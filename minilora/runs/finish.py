@@ -105,6 +105,7 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         **({"class_weights": run.class_weights} if run.class_weights else {}),
         "test_before": run.state.test_before,
         "test": after,
+        "labelled": run.splits["train"].labelled,
         "data_sha256": run.state.data_sha256,
         **({"data_columns": columns} if columns else {}),
         "model_sha256": run.state.model_sha256,

@@ -96,6 +96,12 @@ class LoadedRun:
         return self.path is not None and bool(read_provenance(self.path).config)
 
     @property
+    def labelled(self) -> bool:
+        """Whether it is known to answer with label words: the run's final folder says so."""
+        path = None if self.path is None else self.path / "metrics.json"
+        return path is not None and path.is_file() and read_json(path).get("labelled") is True
+
+    @property
     def columns(self) -> dict[str, str]:
         """`columns_of` the adapter's run."""
         return {} if self.path is None else columns_of(self.path)

@@ -1,4 +1,4 @@
-"""A dense Qwen2.5 checkpoint in, one GGUF file for llama.cpp and what is built on it out.
+"""A dense Qwen2.5 checkpoint or an adapter in, one GGUF file for llama.cpp and what is built on it out.
 
 A GGUF file is a table of metadata, then the tensors: all that llama.cpp knows of a model, with its tokenizer and chat
 template. The `gguf` package, llama.cpp's own, writes the format, names the tensors and rounds to 8 bits; here is what
@@ -9,7 +9,16 @@ is specific to Qwen2: which metadata the architecture needs, and how its vocabul
 
 Norms and biases stay in float32, as llama.cpp expects them. A tied head is left out: llama.cpp takes the embedding.
 
-Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2.
+An adapter is a file of its own, which llama.cpp applies to any GGUF file of its base model (`--lora`):
+
+    {name of the weight}.lora_a    A (R, in)
+    {name of the weight}.lora_b    B (out, R)
+    adapter.lora.alpha             y = W x + alpha / R B A x, with R of each tensor: it knows no other scale
+
+The rows of q and k stay in Hugging Face's order, because llama.cpp rotates qwen2's halves as transformers does.
+
+Source: llama.cpp's convert_hf_to_gguf.py, of whose metadata this is the part that is read for qwen2; for adapters
+src/llama-adapter.cpp.
 """
 
 import contextlib
@@ -34,6 +43,7 @@ with contextlib.suppress(MissingPackageError):  # `check_gguf` says so
     gguf = import_optional("gguf")
 
 KINDS = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}  # llama.cpp's file types
+ADAPTER_KINDS = ("f32", "f16")
 CHUNK = 1 << 24  # values that are converted at a time
 
 
@@ -63,29 +73,66 @@ def write_gguf(checkpoint: Path, path: Path, kind: str, name: str) -> None:
     """
     check_gguf(checkpoint)
     entries = read_checkpoint_entries(checkpoint)
-    config = read_config(checkpoint)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, read_config(checkpoint).num_hidden_layers)
+    with _writer(path) as writer:
+        for key, entry in entries.items():
+            _announce(writer, _gguf_name(names, key), entry.shape, kind)
+        _add_metadata(writer, checkpoint, kind, name)
+        _write_head(writer)
+        for key, entry in entries.items():
+            writer.write_tensor_data(_convert(key, read_tensor(entry), _type_of(entry.shape, kind)))
+
+
+def write_gguf_adapter(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], path: Path, kind: str, alpha: float
+) -> None:
+    """Writes `path` from an adapter's A and B by the name of their weight in the base model.
+
+    `kind` is one of ADAPTER_KINDS. llama.cpp multiplies B A by `alpha` over the rank of each. Errors as `write_gguf`.
+    """
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 1 + max(int(key.split(".")[2]) for key in pairs))
+    with _writer(path) as writer:
+        for key, pair in pairs.items():
+            for letter, tensor in zip("ab", pair, strict=True):
+                _announce(writer, f"{_gguf_name(names, key)}.lora_{letter}", tensor.shape, kind)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_name(path.stem)
+        writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        _write_head(writer)
+        for key, pair in pairs.items():
+            for tensor in pair:
+                writer.write_tensor_data(_convert(key, tensor, _type_of(tensor.shape, kind)))
+
+
+@contextlib.contextmanager
+def _writer(path: Path) -> Iterator[Any]:
+    """What writes the file `path` of a qwen2 model; StorageError for a full or failing disk."""
     with storage_errors(path):
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
         try:
-            for key, entry in entries.items():
-                tensor_type = _type_of(entry.shape, kind)
-                shape = gguf.quant_shape_to_byte_shape(entry.shape, tensor_type)
-                writer.add_tensor_info(
-                    name=names.get_name(key, try_suffixes=(".weight", ".bias")),
-                    tensor_shape=shape,
-                    tensor_dtype=np.dtype(np.uint8),
-                    tensor_nbytes=math.prod(shape),
-                    raw_dtype=tensor_type,
-                )
-            _add_metadata(writer, checkpoint, kind, name)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for key, entry in entries.items():
-                writer.write_tensor_data(_convert(key, read_tensor(entry), _type_of(entry.shape, kind)))
+            yield writer
         finally:
             writer.close()
+
+
+def _gguf_name(names: Any, key: str) -> str:
+    return str(names.get_name(key, try_suffixes=(".weight", ".bias")))
+
+
+def _announce(writer: Any, name: str, shape: torch.Size, kind: str) -> None:
+    """Puts a tensor into the file's table; its data follow in the same order."""
+    tensor_type = _type_of(shape, kind)
+    size = gguf.quant_shape_to_byte_shape(shape, tensor_type)
+    writer.add_tensor_info(name, size, np.dtype(np.uint8), math.prod(size), raw_dtype=tensor_type)
+
+
+def _write_head(writer: Any) -> None:
+    """All that stands before the tensors' data."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _add_metadata(writer: Any, checkpoint: Path, kind: str, name: str) -> None:
@@ -149,6 +196,8 @@ def _convert(key: str, tensor: torch.Tensor, tensor_type: Any) -> np.ndarray:
     for start in range(0, len(matrix), step):
         piece = matrix[start : start + step].float()
         if tensor_type == gguf.GGMLQuantizationType.F16 and piece.abs().max() > torch.finfo(torch.float16).max:
-            raise UserError(f"{key}: has values that float16 cannot hold; write --gguf bf16 or f32")
+            raise UserError(
+                f"{key}: has values that float16 cannot hold; write --gguf bf16 or f32, or --gguf_adapter f32"
+            )
         data[start : start + step] = gguf.quantize(piece.numpy(), tensor_type).view(np.uint8)
     return data

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -396,11 +397,112 @@ def test_a_size_that_is_none_is_refused(merge: Merge, text: str, capsys: pytest.
     assert f"got {text!r}, expected a size" in capsys.readouterr().err
 
 
-def test_a_gguf_file_belongs_to_the_folder(merge: Merge, tmp_path: Path) -> None:
+def test_a_gguf_file_belongs_to_the_folder_with_a_modelfile(merge: Merge, tmp_path: Path) -> None:
     merge("--no_drift", "--gguf")
-    assert "model-f16.gguf" in read_manifest(tmp_path / "merged")["files"]
+    assert {"model-f16.gguf", "Modelfile"} < read_manifest(tmp_path / "merged")["files"].keys()
+    lines = (tmp_path / "merged" / "Modelfile").read_text("utf-8").splitlines()
+    assert lines[1].startswith("FROM ./model-f16.gguf")
+    assert not [line for line in lines if line.startswith("ADAPTER")]
     merge("--no_drift", "--gguf", "q8_0")
     assert [path.name for path in (tmp_path / "merged").glob("*.gguf")] == ["model-q8_0.gguf"]
+
+
+def test_an_adapter_alone_is_a_gguf_file_with_a_modelfile(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert merge("--gguf_adapter")["gguf_adapter"] == "f32"
+    folder = tmp_path / "merged"
+    assert names(folder) == ["Modelfile", "adapter-f32.gguf", "manifest.json"]
+    assert verify_folder(folder) is None
+    assert read_manifest(folder)["facts"]["gguf_adapter"] == "f32"
+    lines = (folder / "Modelfile").read_text("utf-8").splitlines()
+    assert lines[1:3] == [f"FROM {tiny_checkpoint().resolve()}", "ADAPTER ./adapter-f32.gguf"]
+    assert 'SYSTEM """You are Qwen, created by Alibaba Cloud. You are a helpful assistant."""' in lines
+    assert "PARAMETER temperature 0" in lines  # it answers with label words
+
+    merge("--gguf_adapter", "f16", "--gguf", "q8_0")
+    assert names(folder) == ["Modelfile", "adapter-f16.gguf", "base-q8_0.gguf", "manifest.json"]
+    assert "FROM ./base-q8_0.gguf\nADAPTER ./adapter-f16.gguf\n" in (folder / "Modelfile").read_text("utf-8")
+    merge("--no_drift")  # in its place
+    assert names(folder) == MERGED
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["lora.use_dora=true"], r"q_proj has DoRA's magnitudes.* with --gguf and without --gguf_adapter"),
+        (["lora.bias=lora_only"], r"q_proj has a trained bias.* with --gguf and without --gguf_adapter"),
+    ],
+)
+def test_what_an_adapter_for_llama_cpp_cannot_hold_is_named(
+    merge: Merge,
+    tiny_checkpoint: Callable[..., Path],
+    processed_data: Path,
+    tmp_path: Path,
+    keys: list[str],
+    message: str,
+) -> None:
+    trained = train(tiny_checkpoint(), processed_data, tmp_path / "run", *keys)
+    with pytest.raises(UserError, match=message):
+        merge("--gguf_adapter", model_path=trained)
+    assert names(tmp_path) == ["run"]
+    merge("--no_drift", "--gguf", model_path=trained)
+
+
+def test_a_base_in_4_bits_has_adapters_but_is_not_written(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base-bnb-4bit"
+    write_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base, {})
+    with pytest.raises(UserError, match=r"base-bnb-4bit: is in 4 bits.*--base, or leave out --gguf"):
+        merge("--base", base, "--gguf_adapter", "--gguf", "f16")
+    merge("--base", base, "--gguf_adapter")
+
+
+@pytest.mark.parametrize("option", [("--data", "a.tsv"), ("--dtype", "float16"), ("--into", "dequantized")])
+def test_what_only_merging_reads_is_a_mistake_with_an_adapter_alone(
+    merge: Merge, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        merge("--gguf_adapter", "f32", *option)
+    assert f"leave out --gguf_adapter, or {option[0]}" in capsys.readouterr().err
+
+
+def test_a_system_turn_that_a_modelfile_cannot_hold_is_refused_before_the_work_starts(
+    merge: Merge, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "write_merged", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UserError, match=r"prompt\.system: holds"):
+        merge("--no_drift", "--gguf", "f16", """prompt.system='say \"\"\" twice'""")
+    assert names(tmp_path) == []
+
+
+def test_a_merged_base_model_names_the_end_of_a_turn_and_keeps_its_licence(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint(), base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 500, "max_new_tokens": 20}), "utf-8")
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}), "utf-8")
+    for name in ("LICENSE", "NOTICE.txt"):
+        (base / name).write_text(f"of the base: {name}", "utf-8")
+    merge("--base", base, "--no_drift", "--gguf", "f32")
+    folder = tmp_path / "merged"
+
+    def content(name: str) -> Any:
+        return json.loads((folder / name).read_text("utf-8"))
+
+    assert content("config.json")["eos_token_id"] == 502
+    assert content("tokenizer_config.json")["eos_token"] == "<|im_end|>"
+    assert content("generation_config.json") == {"eos_token_id": [502, 500], "max_new_tokens": 20}
+    fields = gguf.GGUFReader(folder / "model-f32.gguf").fields
+    for kind in ("eos", "eot"):
+        assert fields[f"tokenizer.ggml.{kind}_token_id"].contents() == 502
+    for output, options in (("merged", []), ("adapter", ["--gguf_adapter"])):
+        if options:
+            merge("--base", base, *options, output=tmp_path / output)
+        assert (tmp_path / output / "LICENSE").read_text("utf-8") == "of the base: LICENSE"
+        assert (tmp_path / output / "NOTICE.txt").is_file()
 
 
 def test_the_end_tokens_of_another_programs_adapter_are_the_bases(merge: Merge, final: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.errors import UserError
 from minilora.system.files import StorageError
-from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf
+from minilora.weights.gguf import KINDS, check_gguf, gguf_bytes, write_gguf, write_gguf_adapter
 
 Checkpoint = Callable[..., Path]
 LAYER_NAMES = {  # llama.cpp's src/llama-arch.cpp, LLM_ARCH_QWEN2
@@ -237,3 +237,37 @@ def test_a_missing_context_length_is_named(checkpoint: Path, tmp_path: Path) -> 
 def test_a_file_that_cannot_be_written_is_a_storage_error(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"absent/model\.gguf: cannot be written \(No such file or directory\)"):
         write_gguf(checkpoint, tmp_path / "absent" / "model.gguf", "f16", "tiny")
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_an_adapters_pairs_are_named_by_the_weight_that_they_change(tmp_path: Path, kind: str) -> None:
+    pairs = {
+        f"model.layers.1.{name}.weight": (torch.full((2, 6), 0.1), torch.full((4, 2), 0.3))
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    }
+    write_gguf_adapter(pairs, tmp_path / "adapter.gguf", kind, 16)
+    reader = read(tmp_path / "adapter.gguf")
+    expected = {
+        "general.architecture": "qwen2",
+        "general.type": "adapter",
+        "general.name": "adapter",
+        "general.file_type": {"f32": 0, "f16": 1}[kind],
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 16,
+    }
+    assert {key: value(reader, key) for key in expected} == expected
+    found = read_tensors(reader)
+    names = [f"blk.1.{name}.weight.lora_{letter}" for name in ("attn_q", "attn_output", "ffn_down") for letter in "ab"]
+    assert list(found) == names
+    for name, (held_as, values) in found.items():
+        assert held_as == kind.upper()
+        assert values.shape == ((2, 6) if name.endswith("a") else (4, 2))
+        assert values == pytest.approx(0.1 if name.endswith("a") else 0.3, rel=1e-3)
+
+
+def test_an_adapters_values_that_float16_cannot_hold_are_named(tmp_path: Path) -> None:
+    pairs = {"model.layers.0.self_attn.q_proj.weight": (torch.ones(2, 6), torch.full((4, 2), 1e6))}
+    with pytest.raises(
+        UserError, match=r"q_proj\.weight: has values that float16 cannot hold; write .* --gguf_adapter f32"
+    ):
+        write_gguf_adapter(pairs, tmp_path / "adapter.gguf", "f16", 16)
