@@ -59,7 +59,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, weights: bool = 
     """
     folder = local_folder(name_or_path)
     if folder is None:
-        if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        if hub_name(name_or_path) is None:
             raise UserError(f"{name_or_path}: is neither a folder nor a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
         patterns = MODEL_FILES if weights else SMALL_FILES
         folder = download_snapshot("model", name_or_path, revision, allow_patterns=patterns, ignore_patterns=SUBFOLDERS)
@@ -105,6 +105,12 @@ def _is_hub_name(name_or_path: str) -> bool:
     """Whether it can only be owner/name: a path has another form, or begins with a folder that is here."""
     owner, _, name = name_or_path.partition("/")
     return bool(name) and "/" not in name and owner not in ("", ".", "..", "~") and not Path(owner).is_dir()
+
+
+def hub_name(name_or_path: str) -> str | None:
+    """A model's name on the hub, None for a folder or what could only be one."""
+    is_path = name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))
+    return None if is_path or local_folder(name_or_path) is not None else name_or_path
 
 
 def local_folder(name_or_path: str) -> Path | None:

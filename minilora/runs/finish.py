@@ -34,7 +34,7 @@ from minilora.evaluation.metrics import classification_metrics, only_answer
 from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.memory import scoring_tokens
 from minilora.reports import plots
-from minilora.reports.model_card import render_model_card
+from minilora.reports.model_card import language_of, render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import non_finite
 from minilora.runs.checkpoint import list_checkpoints
@@ -47,7 +47,9 @@ from minilora.system.distributed import Ranks
 from minilora.system.files import StorageError, json_bytes, read_json, replace_file
 from minilora.system.manifest import write_folder
 from minilora.system.optional import MissingPackageError
+from minilora.weights.hf_config import licence_metadata
 
+LANGUAGE_TEXTS = 1000  # that are read for their language, spread over all
 # Keys that do not change the course of a run, but the content of its final folder.
 FINAL_KEYS = ("do_predict", "load_best_model_at_end", "save_format", "save_dtype", "portable")
 
@@ -122,7 +124,8 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         )
         yield "training_args.json", json_bytes(run.config.to_dict())
         yield "metrics.json", json_bytes(results)
-        yield "README.md", render_model_card(run.config.to_dict(), results, run.splits["train"].labelled).encode()
+        labelled = run.splits["train"].labelled
+        yield "README.md", render_model_card(run.config.to_dict(), results, labelled, _known_of(run)).encode()
 
     write_folder(run.final, files(), {"step": step}, lambda folder: _check_saved(run, folder, dtype))
     if after is not None:
@@ -132,6 +135,15 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
     print(f"final adapter (step {step}): {run.final}")
     _write_report(run, results, probabilities)
     _write_plot(run.directory)
+
+
+def _known_of(run: Run) -> dict[str, str]:
+    """The base's licence and the language of the training texts, for the model card."""
+    records = run.splits["train"].records
+    language = language_of(
+        records[index].content for index in range(0, len(records), len(records) // LANGUAGE_TEXTS + 1)
+    )
+    return {**licence_metadata(run.prompt.tokenizer.folder), **({"language": language} if language else {})}
 
 
 def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:

@@ -1,11 +1,14 @@
 """The model card says what was trained, and how well it does."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from minilora.config import load_config
-from minilora.reports.model_card import render_model_card
+from minilora.reports.model_card import language_of, render_model_card
 
 AFTER = {
     "loss": 0.21,
@@ -18,18 +21,69 @@ AFTER = {
 }
 
 
-def card(results: dict[str, Any], *overrides: str, labelled: bool = True) -> str:
-    return render_model_card(load_config(None, overrides).to_dict(), {"step": 120, "machine": {}, **results}, labelled)
+def card(results: dict[str, Any], *overrides: str, labelled: bool = True, known: dict[str, str] | None = None) -> str:
+    results = {"step": 120, "machine": {}, **results}
+    return render_model_card(load_config(None, overrides).to_dict(), results, labelled, known)
+
+
+def metadata_of(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text.split("---\n", 2)[1]))
 
 
 def test_it_begins_with_the_metadata_of_the_hub() -> None:
     text = card({"test_before": None, "test": AFTER}, "model.name_or_path=Qwen/Qwen2.5-1.5B-Instruct")
-    _, front, _ = text.split("---\n", 2)
     assert text.startswith("---\n")
-    metadata = yaml.safe_load(front)
+    metadata = metadata_of(text)
     assert metadata["base_model"] == "Qwen/Qwen2.5-1.5B-Instruct"
     assert metadata["library_name"] == "peft"
-    assert "lora" in metadata["tags"]
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert {"lora", "text-classification"} < set(metadata["tags"])
+    assert metadata.keys().isdisjoint({"language", "license"})  # neither is known
+
+
+def test_the_hub_reads_licence_language_and_figures_from_it() -> None:
+    known = {"license": "other", "license_name": "qwen-research", "language": "zh"}
+    keys = ("model.name_or_path=Qwen/Qwen2.5-3B-Instruct", "data.dir=data/hotels", "train.output_dir=outputs/hotels-3b")
+    text = card({"test_before": None, "test": AFTER}, *keys, known=known)
+    data = ModelCard(text).data  # which warns, an error here, of figures that it cannot read
+    assert (data.license, data.license_name, data.language) == ("other", "qwen-research", "zh")
+    assert data.license_link == "https://huggingface.co/Qwen/Qwen2.5-3B-Instruct/blob/main/LICENSE"
+    assert data.model_name == "hotels-3b"
+    assert data.eval_results is not None
+    assert {(e.task_type, e.dataset_name, e.dataset_split) for e in data.eval_results} == {
+        ("text-classification", "hotels", "test")
+    }
+    figures = ("accuracy", "precision", "recall", "f1", "loss")
+    assert {e.metric_type: e.metric_value for e in data.eval_results} == {name: AFTER[name] for name in figures}
+
+
+def test_a_folder_of_this_machine_is_named_nowhere(tmp_path: Path) -> None:
+    for folder in (tmp_path / "base", tmp_path / "moved away", "~/models/base", "../models"):
+        if folder == tmp_path / "base":
+            folder.mkdir()
+        keys = (f"model.name_or_path={folder}", f"model.adapter={tmp_path / 'first'}", f"data.dir={tmp_path / 'mine'}")
+        text = card({"test_before": None, "test": AFTER}, *keys, f"train.output_dir={tmp_path / 'run'}")
+        assert str(tmp_path) not in text
+        assert "models/" not in text
+        assert "base_model" not in metadata_of(text)
+        assert f"# LoRA adapter for {Path(folder).name}\n" in text
+        assert "beginning with the adapter first:" in text
+        assert 'from_pretrained("path/to/the/base/model")' in text
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["房间很干净，WiFi 也快。", "差"], "zh"),
+        (["The room was clean.", "bad"], None),
+        (["とても良いホテルです。部屋が綺麗。"], None),
+        (["방이 깨끗하고 직원이 친절합니다 大満足"], None),
+        ([], None),
+    ],
+    ids=["Chinese", "English", "Japanese", "Korean", "none"],
+)
+def test_chinese_is_known_by_its_letters(texts: list[str], expected: str | None) -> None:
+    assert language_of(texts) == expected
 
 
 def test_it_names_how_it_was_made() -> None:
@@ -67,6 +121,7 @@ def test_without_a_test_it_says_so() -> None:
     text = card({"test_before": None, "test": None})
     assert "| test set | not scored | not scored |" in text
     assert "Test set:" not in text
+    assert "model-index" not in metadata_of(text)
 
 
 def test_it_shows_the_prompt_that_the_adapter_expects() -> None:
@@ -88,6 +143,8 @@ def test_a_chat_adapters_card_says_nothing_of_labels() -> None:
     assert "| loss | 2.0000 | 1.5000 |" in text
     assert "Test set: 4 records. `metrics.json`" in text
     assert "conversations, in ChatML. Those without a system turn began with\n\n    system: 系统\n" in text
-    assert yaml.safe_load(text.split("---\n", 2)[1])["tags"] == ["lora", "qlora", "qwen2.5"]
+    metadata = metadata_of(text)
+    assert metadata["tags"] == ["lora", "qlora", "qwen2.5"]
+    assert metadata["model-index"][0]["results"][0]["metrics"] == [{"type": "loss", "value": 1.5}]
     for part in ("评论", "正面", "review", "evaluate.py", "classification", "intervals"):
         assert part not in text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, save
 
 from minilora.adapters.peft_files import adapter_files
@@ -16,10 +17,20 @@ from minilora.errors import UserError
 from minilora.runs import finish as finish_module
 from minilora.runs import setup
 from minilora.runs.load_run import load_run
+from minilora.runs.train import fit
 from minilora.system import console
 from minilora.system.files import json_bytes
 from minilora.system.manifest import verify_folder
-from tests.runs.conftest import STEPS, Fit, change_best_step, contents, flip_bit, read, remove_folders
+from tests.runs.conftest import (
+    STEPS,
+    Fit,
+    change_best_step,
+    contents,
+    flip_bit,
+    make_config,
+    read,
+    remove_folders,
+)
 
 
 def test_quiet_leaves_the_result(run: Fit, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +92,19 @@ def test_the_base_models_place_may_be_corrected_by_hand_and_counts(
     path.write_bytes(json_bytes({**content, "lora_alpha": 1}))
     with pytest.raises(UserError, match=r"final: is damaged \(adapter_config\.json has SHA-256"):
         run()
+
+
+def test_the_model_card_knows_the_bases_licence_and_the_language_of_the_texts(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_checkpoint(), tmp_path / "base"))
+    (base / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n", "utf-8")
+    config = make_config(data, tmp_path / "run", **{"model.name_or_path": base, "train.max_steps": 1})
+    final = fit(config, base)
+    metadata = yaml.safe_load((final / "README.md").read_text("utf-8").split("---\n")[1])
+    assert (metadata["license"], metadata["language"]) == ("apache-2.0", "zh")
+    assert metadata["model-index"][0]["name"] == "run"
+    assert read(final / "metrics.json")["labelled"] is True
 
 
 def test_a_model_card_may_be_changed_by_hand(final: Path, run: Fit) -> None:
