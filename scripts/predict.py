@@ -1,6 +1,6 @@
 """Predicts labels of reviews and their probabilities: of one review, a file, or lines from a pipe.
 
-The probabilities are the model's softmax over the label words, not calibrated.
+Probabilities are calibrated by the temperature that training or evaluate.py --calibrate left beside the adapter.
 """
 
 from minilora.system.cli import add_adapter_options, add_reading_options, begin_script, build_parser, run_script
@@ -24,8 +24,9 @@ from minilora.data.readers import approximate_count
 from minilora.data.records import ReadOptions, Record, iter_line_records, iter_texts
 from minilora.errors import UserError
 from minilora.evaluation.formats import Renderer
-from minilora.evaluation.predict import MAX_WAIT_S, Predictor, iter_windows, with_pauses
+from minilora.evaluation.predict import MAX_WAIT_S, PredictOptions, Predictor, iter_windows, with_pauses
 from minilora.evaluation.score import MAX_TOKENS
+from minilora.runs.calibration_file import usable_calibration
 from minilora.runs.load_run import columns_of, load_run_or_base
 from minilora.system.console import info, progress, warn, write_results
 from minilora.system.distributed import SINGLE_RANK, Ranks
@@ -71,8 +72,12 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
 
     with ranks.rank_0_first():
         trained = load_run_or_base(arguments.model_path, arguments.base, arguments.overrides, KEYS_READ)
+    calibration = usable_calibration(trained.path, trained.model_folder, trained.prompt, arguments.raw)
+    options = PredictOptions(
+        arguments.max_batch_tokens, None if calibration is None else calibration.temperature, arguments.min_probability
+    )
     total = len(reviews) if path is None else approximate_count(path)
-    predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, arguments.max_batch_tokens, ranks)
+    predictor = Predictor(trained.load(arguments.allow_bin, ranks), trained.prompt, options, ranks)
     write_all(windows, predictor, arguments, total, ranks=ranks)
 
 
@@ -105,6 +110,14 @@ def parse_arguments() -> argparse.Namespace:
         help="default: that of --output's ending, else a table on a terminal and JSONL elsewhere",
     )
     parser.add_argument(
+        "--min_probability",
+        type=probability,
+        metavar="P",
+        help="give no label to a review whose most probable one is below P, 0 to 1; the report's thresholds show what "
+        "that costs",
+    )
+    parser.add_argument("--raw", action="store_true", help="the model's own probabilities, without a temperature")
+    parser.add_argument(
         "--max_batch_tokens",
         type=int,
         default=MAX_TOKENS,
@@ -136,6 +149,14 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.format is None:
         arguments.format = FORMATS.get(ending) or ("table" if sys.stdout.isatty() else "jsonl")
     return arguments
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 to 1")
+    return value
 
 
 def output_encoding(name: str) -> str:
@@ -180,7 +201,8 @@ def write_all(
     """
     output = None if arguments.output is None else GrowingFile(arguments.output)
     width = shutil.get_terminal_size().columns if output is None and sys.stdout.isatty() else None
-    renderer = Renderer(arguments.format, predictor.prompt.labels, width)
+    says_answered = arguments.min_probability is not None
+    renderer = Renderer(arguments.format, predictor.prompt.labels, width, says_answered)
     encoder = codecs.getincrementalencoder(arguments.output_encoding)("backslashreplace")  # writes a mark once
     num_written = 0
     own: list[Record] = []
@@ -218,15 +240,18 @@ def write_all(
         if not ranks.is_rank_0:  # only rank 0 writes
             raise
         raise UserError(f"{error}\n  {summarize(predictor, num_written, arguments.output)}") from error
-    if predictor.num_empty or predictor.num_cut:
+    if predictor.num_empty or predictor.num_cut or predictor.num_unanswered:
         warn(f"note: {summarize(predictor, num_written, arguments.output)}")
     elif output is not None:
         info(summarize(predictor, num_written, arguments.output))
 
 
 def summarize(predictor: Predictor, num_written: int, output: Path | None) -> str:
-    """Counts of written, empty and cut records, in a line."""
+    """Counts of written, unanswered, empty and cut records, in a line."""
     parts = [f"predictions written{'' if output is None else f' to {output}'}: {num_written:,}"]
+    if predictor.num_unanswered:
+        limit = f"{predictor.options.min_probability:g}"
+        parts.append(f"without a label, below --min_probability {limit}: {predictor.num_unanswered:,}")
     if predictor.num_empty:
         parts.append(f"empty reviews skipped: {predictor.num_empty:,}, the first at {predictor.first_empty}")
     if predictor.num_cut:

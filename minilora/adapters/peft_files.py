@@ -35,6 +35,8 @@ from minilora.system.manifest import MANIFEST, read_manifest, verify_folder
 from minilora.weights.load import is_finite
 from minilora.weights.safetensors_io import find_mismatches, read_header, read_tensor, show_problems
 
+CALIBRATION = "calibration.json"
+
 
 def adapter_files(
     model: Qwen2ForCausalLM,
@@ -133,13 +135,14 @@ def load_adapter(
 def damage_of_adapter(folder: Path) -> str | None:
     """What differs from the manifest of an adapter's folder, or None.
 
-    README.md may be edited, and adapter_config.json name another place of the base model.
+    README.md may be edited, and adapter_config.json name another place of the base model. calibration.json is compared
+    by whoever uses it: the adapter is sound without.
     """
     try:
         entries = read_manifest(folder)["files"]
     except UserError as error:
         return str(error)
-    names = [name for name in entries if name != "README.md"]
+    names = [name for name in entries if name not in ("README.md", CALIBRATION)]
     problem, config = verify_folder(folder, names), "adapter_config.json"
     if problem is not None and problem.startswith(config) and _digest_before_move(folder) == entries[config]["sha256"]:
         return verify_folder(folder, [name for name in names if name != config])
@@ -180,6 +183,12 @@ def _fill(model: Qwen2ForCausalLM, path: Path, tensors: dict[str, torch.Tensor])
         for name, (parts, dim) in slots.items():
             for part, value in zip(parts, tensors[name].chunk(len(parts), dim), strict=True):
                 part.copy_(value)
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of the adapter's tensors: the pickle only where there is no adapter_model.safetensors."""
+    path, binary = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    return binary if binary.is_file() and not path.is_file() else path
 
 
 def read_adapter_tensors(

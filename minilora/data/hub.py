@@ -39,7 +39,7 @@ from minilora.system.signals import nothing_at_stake
 # formats of the same weights (.bin, .gguf, original/) are as large again, and not read.
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")  # whoever passes a model on passes them on
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja", *LICENCE_FILES]
-ADAPTER_FILES = ["adapter_*", "manifest.json", "metrics.json", "training_args.json"]
+ADAPTER_FILES = ["adapter_*", "calibration.json", "manifest.json", "metrics.json", "training_args.json"]
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 ENDINGS = (".parquet", ".arrow")
 DATA_FILES = [f"*{ending}" for ending in ENDINGS]

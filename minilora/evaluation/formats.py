@@ -15,13 +15,15 @@ from minilora.evaluation.predict import Prediction
 class Renderer:
     """Predictions as text: a table, JSONL or CSV, with the input's other columns behind the results.
 
-    A table's line fits into `width` columns of a terminal. CSV has the columns of the first record.
+    A table's line fits into `width` columns of a terminal. CSV has the columns of the first record. Where labels are
+    given only from some probability on, `says_answered` adds a column that says whether one is.
     """
 
-    def __init__(self, kind: str, labels: Sequence[str], width: int | None = None):
+    def __init__(self, kind: str, labels: Sequence[str], width: int | None = None, says_answered: bool = False):
         self._kind = kind
         self._labels = labels
         self._width = width
+        self._answered = ["answered"] if says_answered else []
         self._other: dict[str, str] | None = None  # CSV's columns beside the results, by the input's names
 
     def render(self, records: Sequence[Record], predictions: Sequence[Prediction]) -> str:
@@ -32,15 +34,17 @@ class Renderer:
     def _begin(self, first: Mapping[str, Any]) -> str:
         self._other = self._names(first)
         if self._kind == "table":
-            return f"{'index':>7}  {padded('label', column_width(self._labels))}  probability  text\n"
+            answered = "".join(f"{name}  " for name in self._answered)
+            return f"{'index':>7}  {padded('label', column_width(self._labels))}  probability  {answered}text\n"
         if self._kind == "csv":
             scores = (f"probability_{label}" for label in self._labels)
-            return csv_line(["index", "text", "label", "probability", *scores, *self._other.values()])
+            begin = ["index", "text", "label", "probability", *self._answered]
+            return csv_line([*begin, *scores, *self._other.values()])
         return ""
 
     def _names(self, other: Mapping[str, Any]) -> dict[str, str]:
         """What the input's columns are called in the output: input_label, because `label` is the predicted one."""
-        taken = {"index", "text", "label", "probability", "probabilities"}
+        taken = {"index", "text", "label", "probability", "probabilities", *self._answered}
         taken |= {f"probability_{label}" for label in self._labels}
         names: dict[str, str] = {}
         for name in filter(None, other):
@@ -52,16 +56,19 @@ class Renderer:
 
     def _line(self, prediction: Prediction) -> str:
         found, scores, other = prediction, prediction.probabilities, prediction.other or {}
+        answered = ["yes" if found.is_answered else "no" for _ in self._answered]
         if self._kind == "csv":
             carried = [as_csv(other.get(name)) for name in self._other or {}]
-            return csv_line([found.index, found.text, found.label, found.probability, *scores.values(), *carried])
+            results = [found.index, found.text, found.label, found.probability, *answered]
+            return csv_line([*results, *scores.values(), *carried])
         if self._kind == "jsonl":
             line = {"index": found.index, "text": found.text, "label": found.label, "probability": found.probability}
+            line |= dict.fromkeys(self._answered, found.is_answered)
             line["probabilities"] = scores
             line |= {given: other[name] for name, given in self._names(other).items()}
             return json.dumps(line, ensure_ascii=False, default=str) + "\n"
         label = padded(found.label, column_width(list(scores)))
-        begin = f"{found.index:7}  {label}  {found.probability:11.4f}  "
+        begin = f"{found.index:7}  {label}  {found.probability:11.4f}  " + "".join(f"{word:8}  " for word in answered)
         return begin + fitted(found.text, None if self._width is None else self._width - columns(begin)) + "\n"
 
 

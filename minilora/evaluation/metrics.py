@@ -25,7 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from minilora.evaluation.calibration import expected_calibration_error
+from minilora.evaluation.calibration import (
+    at_temperature,
+    calibration_figures,
+    expected_calibration_error,
+    truth_losses,
+)
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -80,14 +85,8 @@ def roc_auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean negative natural logarithm of the true class's probability, in nats.
-
-    Probabilities are clipped to [eps, 1 - eps] of float64, as scikit-learn clips them: one confident mistake
-    costs 36.04 and not infinity.
-    """
-    eps = np.finfo(np.float64).eps
-    of_truth = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.clip(of_truth, eps, 1 - eps)).mean())
+    """Mean negative natural logarithm of the true class's probability, in nats; see `truth_losses`."""
+    return float(truth_losses(labels, probabilities).mean())
 
 
 def bootstrap_intervals(
@@ -217,6 +216,25 @@ def classification_metrics(
         "expected_calibration_error": expected_calibration_error(labels, probabilities),
         "confidence_intervals_95": {name: list(bounds) for name, bounds in intervals.items()},
     }
+
+
+def final_metrics(
+    labels: np.ndarray,
+    uncalibrated: np.ndarray,
+    temperature: float | None,
+    label_names: Sequence[str],
+    positive: int | None,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """`classification_metrics` at a temperature, or of the probabilities as they are; and the (N, K) behind them.
+
+    Beside them are `temperature` and what `calibration_figures` adds: intervals of log loss and calibration error, and
+    where there is a temperature the same before it.
+    """
+    probabilities = uncalibrated if temperature is None else at_temperature(uncalibrated, temperature)
+    metrics = classification_metrics(labels, probabilities, label_names, positive)
+    figures = calibration_figures(labels, probabilities, None if temperature is None else uncalibrated)
+    metrics["confidence_intervals_95"] |= figures.pop("confidence_intervals_95")
+    return {**metrics, **figures, "temperature": temperature}, probabilities
 
 
 def only_answer(where: str, metrics: Mapping[str, Any]) -> list[str]:

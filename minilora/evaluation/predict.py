@@ -5,8 +5,8 @@
 A window is what is in memory at once, and what a result waits for. The first ones are small, for an early result; later
 ones are large enough to give batches of similar length. The prompts' shared prefix is computed once for all windows.
 
-The probabilities are the model's own softmax over the label words. They are not calibrated: of the predictions with
-confidence 0.9, more or fewer than 90 % may be right (scripts/evaluate.py measures that).
+The probabilities are the model's own softmax over the label words, at a temperature where one was fitted. Without one,
+of the predictions with confidence 0.9 more or fewer than 90 % may be right (scripts/evaluate.py measures that).
 """
 
 import math
@@ -22,6 +22,7 @@ import numpy as np
 
 from minilora.data.records import Record
 from minilora.errors import UserError
+from minilora.evaluation.calibration import at_temperature
 from minilora.evaluation.score import Prefix, ScoringOptions, label_probabilities
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
@@ -42,35 +43,49 @@ class Prediction:
     text: str
     probabilities: dict[str, float]  # by label word, in the order of the prompt's labels; their sum is 1
     other: Mapping[str, Any] | None = None  # what the record has beside the text, by column
+    min_probability: float | None = None  # that the label must have to be given
 
     @property
     def label(self) -> str:
-        """The most probable label word."""
-        return max(self.probabilities, key=self.probabilities.__getitem__)
+        """The most probable label word; empty where it is less probable than asked for."""
+        return max(self.probabilities, key=self.probabilities.__getitem__) if self.is_answered else ""
 
     @property
     def probability(self) -> float:
-        """The probability of `label`."""
-        return self.probabilities[self.label]
+        """The probability of the most probable label word."""
+        return max(self.probabilities.values())
+
+    @property
+    def is_answered(self) -> bool:
+        return self.min_probability is None or self.probability >= self.min_probability
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """How probabilities become labels, and how the work is divided."""
+
+    max_batch_tokens: int  # of a forward pass
+    temperature: float | None = None  # None for the model's own probabilities
+    min_probability: float | None = None  # of a label that is given; None gives all of them
 
 
 class Predictor:
-    """Predicts window after window, and counts records: seen, cut to data.max_length, and empty ones.
+    """Predicts window after window, and counts records: seen, cut to data.max_length, empty ones, and unanswered.
 
     A record that holds only white space is empty and gets no prediction. The ranks get the same windows, share the
     work, and all get the result.
     """
 
     def __init__(
-        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, max_batch_tokens: int, ranks: Ranks = SINGLE_RANK
+        self, model: Qwen2ForCausalLM, prompt: ClassificationPrompt, options: PredictOptions, ranks: Ranks = SINGLE_RANK
     ):
         """Puts the model into evaluation mode and computes the prompts' shared prefix."""
         self._model = model.eval()
         self._ranks = ranks
-        self._max_batch_tokens = max_batch_tokens
         self._prefix = Prefix.of(model, prompt.prefix)
         self.prompt = prompt
-        self.num_records = self.num_cut = self.num_empty = 0
+        self.options = options
+        self.num_records = self.num_cut = self.num_empty = self.num_unanswered = 0
         self.first_empty: str | None = None  # file and line
 
     def predict(
@@ -90,7 +105,7 @@ class Predictor:
             texts = [records[index].content for index in filled]
             examples = self.prompt.examples(texts, [0] * len(texts))  # any answer will do
             options = ScoringOptions(
-                max_tokens=self._max_batch_tokens,
+                max_tokens=self.options.max_batch_tokens,
                 on_progress=on_progress,
                 ranks=self._ranks,
                 interruptible=interruptible,
@@ -98,7 +113,9 @@ class Predictor:
             found = self._score(examples, options, records[0].where)
             for index, text, values in zip(filled, texts, found.tolist(), strict=True):
                 probabilities = dict(zip(self.prompt.labels, values, strict=True))
-                predictions.append(Prediction(self.num_records + index, text, probabilities, records[index].other))
+                place, other = self.num_records + index, records[index].other
+                predictions.append(Prediction(place, text, probabilities, other, self.options.min_probability))
+            self.num_unanswered += sum(not prediction.is_answered for prediction in predictions)
             self.num_cut += sum(example.truncated_tokens > 0 for example in examples)
         empty = [record.where for record in records if not record.content.strip()]
         self.first_empty = self.first_empty or next(iter(empty), None)
@@ -121,7 +138,7 @@ class Predictor:
                 f"{where}: a probability in the window that begins here is non-finite (NaN or inf); use "
                 "model.compute_dtype=float32, or a checkpoint from before the run diverged"
             )
-        return found
+        return found if self.options.temperature is None else at_temperature(found, self.options.temperature)
 
 
 def iter_windows(records: Iterable[Record | None], max_wait_s: float = math.inf) -> Iterator[list[Record]]:

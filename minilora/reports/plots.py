@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.evaluation.thresholds import Answered
 from minilora.system.optional import broken, import_optional
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ def curve_picture(title: str, draw: Draw, log: LogLines, alt: str) -> Picture:
 
 
 @_matplotlib()
-def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Picture:
+def reliability_picture(title: str, counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Picture:
     """Accuracy over confidence, the gap to the diagonal, and below them the number of reviews in each bin.
 
     Args:
+        title: of the picture.
         counts: (B,) int, reviews in each bin; the bins divide 0..1 evenly.
         accuracy: (B,) float64, the share of them that is right; any value in an empty bin.
         confidence: (B,) float64, their mean confidence.
@@ -150,8 +152,25 @@ def reliability_picture(counts: np.ndarray, accuracy: np.ndarray, confidence: np
         bottom.xaxis.set_major_locator(MaxNLocator(5))
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
 
+    return Picture(title, "accuracy over confidence; the table has its values", _svg_uri(fill, height=3.8))
+
+
+@_matplotlib()
+def answered_picture(table: Sequence[Answered]) -> Picture:
+    """Accuracy of what is answered over the share that is, with its interval."""
+    shares = [row.answered.value or 0.0 for row in table]
+    accuracies = [row.right.value or 0.0 for row in table]
+    low, high = zip(*(row.right.interval for row in table), strict=True)
+
+    def fill(figure: "Figure") -> None:
+        axes = figure.subplots()
+        axes.fill_between(shares, low, high, color=ACCENT, alpha=0.2, linewidth=0, label="95 % interval")
+        axes.plot(shares, accuracies, _line([len(shares)] * len(shares)), color=ACCENT, linewidth=1.8, label="accuracy")
+        axes.set(xlim=(0, 1), ylabel="accuracy of the answered", xlabel="share that is answered")
+        axes.set_ylim(top=1.01)
+
     return Picture(
-        "Reliability diagram", "accuracy over confidence; the table has its values", _svg_uri(fill, height=3.8)
+        "Accuracy by the share that is answered", "the table has its values at some shares", _svg_uri(fill, height=3.2)
     )
 
 

@@ -1,6 +1,7 @@
 """report.html: a run or an evaluation on one page, in one file.
 
-    results   curves   classes   calibration   worst mistakes   memory   skipped steps   configuration   provenance
+    results   curves   classes   calibration   thresholds   worst mistakes   memory   skipped steps   configuration
+    provenance
 
 This module computes plain values, `templates/report.html` lays them out. Style and pictures are in the file, and its
 policy forbids it to load or run anything. What comes from data and configuration is escaped. Words of the data's
@@ -15,7 +16,15 @@ import numpy as np
 
 from minilora import __version__
 from minilora.data.records import Record
-from minilora.evaluation.calibration import calibration_bins
+from minilora.evaluation.calibration import NUM_BINS, calibration_bins, calibration_figures, error_by_chance
+from minilora.evaluation.thresholds import (
+    WANTED,
+    answered_by_confidence,
+    at_shares,
+    bar_for_precision,
+    bar_for_recall,
+    bars,
+)
 from minilora.reports import plots
 from minilora.reports.render import render
 from minilora.system.optional import MissingPackageError
@@ -49,6 +58,9 @@ class ScoredExamples:
     labels: np.ndarray  # (N,) int, the true classes
     probabilities: np.ndarray  # (N, K) float64, rows sum to one
     names: Sequence[str]  # the K label words
+    positive: int | None = None  # the class that precision and recall are about
+    uncalibrated: np.ndarray | None = None  # (N, K), before the temperature, where there is one
+    calibration: str = ""  # a sentence on the temperature
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,9 @@ class Report:
 def render_report(report: Report) -> str:
     """The page as HTML."""
     last = list(report.results.values())[-1] if report.results else {}
-    curves, diagram, no_pictures = _pictures(report)
+    curves, pictures, no_pictures = _pictures(report)
+    examples = report.examples
+    parts = {} if examples is None else {**_calibration(examples), **_thresholds(examples), **_mistakes(examples)}
     page = render(
         "report.html",
         report=report,
@@ -80,7 +94,7 @@ def render_report(report: Report) -> str:
         headlines=[name for name in HEADLINES if name in last],
         metric_names=[name for name in NAMES if last.get(name) is not None],
         curves=curves,
-        diagram=diagram,
+        pictures=pictures,
         no_pictures=no_pictures,
         skipped=[line for line in report.log if line.get("skipped")],
         num_keys=sum(map(len, report.config.values())),
@@ -90,35 +104,68 @@ def render_report(report: Report) -> str:
             for name, value in keys.items()
         ),
         version=__version__,
-        **({} if report.examples is None else {**_calibration(report.examples), **_mistakes(report.examples)}),
+        **parts,
     )
     return page.translate(FORBIDDEN)
 
 
-def _pictures(report: Report) -> tuple[list[plots.Picture], plots.Picture | None, str | None]:
-    """The curves, the reliability diagram, and why there are none; all of them or none."""
+def _pictures(report: Report) -> tuple[list[plots.Picture], dict[str, plots.Picture], str | None]:
+    """The curves, those of the examples by what they show, and why there are none; all of them or none."""
     try:
         curves = _curves(report.log) if report.log else []
-        return curves, None if report.examples is None else plots.reliability_picture(*_bins(report.examples)), None
+        return curves, {} if report.examples is None else _pictures_of(report.examples), None
     except MissingPackageError as error:
-        return [], None, str(error)
+        return [], {}, str(error)
 
 
-def _bins(examples: ScoredExamples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pictures_of(examples: ScoredExamples) -> dict[str, plots.Picture]:
+    """ "after", "before" (where there is a temperature): reliability; "answered": accuracy by the share answered."""
+    sets = {"after": examples.probabilities, "before": examples.uncalibrated}
+    titles = {"after": "Reliability diagram", "before": "Reliability diagram without the temperature"}
+    found = {
+        name: plots.reliability_picture(titles[name], *_bins(examples.labels, probabilities))
+        for name, probabilities in sets.items()
+        if probabilities is not None
+    }
+    table = answered_by_confidence(examples.labels, examples.probabilities)
+    return found | {"answered": plots.answered_picture(table)}
+
+
+def _bins(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Reviews, accuracy and mean confidence of each bin of confidence, as `plots.reliability_picture` takes them."""
-    counts, correct, confidence = calibration_bins(examples.labels, examples.probabilities)
+    counts, correct, confidence = calibration_bins(labels, probabilities)
     return counts, correct / np.maximum(counts, 1), confidence / np.maximum(counts, 1)
 
 
 def _calibration(examples: ScoredExamples) -> dict[str, Any]:
-    """The bins that are not empty: low, high, count, confidence, accuracy."""
-    counts, accuracy, confidence = _bins(examples)
-    num_bins = len(counts)
-    bins = [
-        (index / num_bins, (index + 1) / num_bins, counts[index], confidence[index], accuracy[index])
+    """The bins that are not empty, after and before the temperature, and the figures with their intervals."""
+    sets = {"after": examples.probabilities, "before": examples.uncalibrated}
+    return {
+        "bins": {name: _filled_bins(examples.labels, one) for name, one in sets.items() if one is not None},
+        "num_bins": NUM_BINS,
+        "calibration": calibration_figures(examples.labels, examples.probabilities, examples.uncalibrated),
+        "by_chance": error_by_chance(examples.probabilities),
+    }
+
+
+def _filled_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[tuple[float, ...]]:
+    """Of each bin that is not empty: low, high, count, confidence, accuracy."""
+    counts, accuracy, confidence = _bins(labels, probabilities)
+    return [
+        (index / NUM_BINS, (index + 1) / NUM_BINS, counts[index], confidence[index], accuracy[index])
         for index in np.flatnonzero(counts)
     ]
-    return {"bins": bins, "num_bins": num_bins}
+
+
+def _thresholds(examples: ScoredExamples) -> dict[str, Any]:
+    """What is answered from each confidence on, and the bars of two classes by the precision or recall wanted."""
+    answered = at_shares(answered_by_confidence(examples.labels, examples.probabilities))
+    wanted = []
+    if examples.positive is not None and len(examples.names) == 2:
+        table = bars(examples.labels == examples.positive, examples.probabilities[:, examples.positive])
+        wanted = [("precision", value, bar_for_precision(table, value)) for value in WANTED]
+        wanted += [("recall", value, bar_for_recall(table, value)) for value in WANTED]
+    return {"answered": answered, "bars": wanted}
 
 
 def _mistakes(examples: ScoredExamples) -> dict[str, Any]:

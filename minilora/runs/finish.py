@@ -4,13 +4,16 @@ checkpoints/final/
     adapter_config.json, adapter_model.safetensors    as peft reads them
     training_args.json                                the resolved configuration
     metrics.json                                      test set before and after, best validation, what made it
+    calibration.json                                  temperature of the label probabilities, for labelled data
     README.md, manifest.json                          a model card; size and SHA-256 of each file
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 from minilora.adapters.peft_config import to_peft
 from minilora.adapters.peft_files import (
+    CALIBRATION,
     adapter_files,
     adapter_tensors,
     damage_of_adapter,
@@ -30,13 +34,15 @@ from minilora.config import Config
 from minilora.data.examples import Examples, lacking_classes
 from minilora.data.split_files import prepared_columns
 from minilora.errors import UserError
-from minilora.evaluation.metrics import classification_metrics, only_answer
+from minilora.evaluation.calibration import TemperatureFit, fit_temperature
+from minilora.evaluation.metrics import classification_metrics, final_metrics, only_answer
 from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.planning.memory import scoring_tokens
 from minilora.reports import plots
 from minilora.reports.model_card import language_of, render_model_card
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.advice import non_finite
+from minilora.runs.calibration_file import Calibration, read_calibration
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import format_metrics, read_metrics
 from minilora.runs.provenance import LENGTHS, current_provenance, read_provenance, refuse_other_run
@@ -78,9 +84,49 @@ def finish(run: Run) -> Path:
         info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
     step = run.ranks.run_on_rank_0(lambda: _load_best(run))
     share_adapter(run.model, run.ranks)
-    after, probabilities = score_test_set(run, "test after training") if run.config.train.do_predict else (None, None)
-    run.ranks.run_on_rank_0(lambda: _write_final(run, step, after, probabilities))
+    fit = _fit_temperature(run, step)
+    tested = _score_after(run, None if fit is None else fit.temperature)
+    run.ranks.run_on_rank_0(lambda: _write_final(run, step, fit, tested))
     return run.final
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The test set after training; None where it has no labels, or was not scored."""
+
+    metrics: dict[str, Any] | None = None
+    probabilities: np.ndarray | None = None  # (N, labels), at the temperature
+    uncalibrated: np.ndarray | None = None  # the model's own, where there is a temperature
+
+
+def _fit_temperature(run: Run, step: int) -> TemperatureFit | None:
+    """The temperature of the adapter of `step`, by the validation split; None for conversations.
+
+    Its probabilities are at hand, unless the run was resumed since that validation.
+    """
+    split = run.splits["validation"]
+    if not split.labelled or not len(split.examples):
+        return None
+    if step not in run.validated:
+        with progress("validation, for the temperature", len(split.examples), "record") as bar:
+            probabilities = score_split(run, "validation", bar.update)[1]
+        assert probabilities is not None  # it is labelled
+        run.validated = {step: probabilities}
+    return fit_temperature(split.labels, run.validated[step])
+
+
+def _score_after(run: Run, temperature: float | None) -> Tested:
+    """The test set with the final adapter, its probabilities at a temperature."""
+    if not run.config.train.do_predict:
+        return Tested()
+    metrics, uncalibrated = score_test_set(run, "test after training")
+    if uncalibrated is None:
+        return Tested(metrics)
+    names, positive = run.prompt.labels, run.config.prompt.positive
+    final, probabilities = final_metrics(
+        run.splits["test"].labels, uncalibrated, temperature, label_names=names, positive=positive
+    )
+    return Tested({**metrics, **final}, probabilities, None if temperature is None else uncalibrated)
 
 
 def _load_best(run: Run) -> int:
@@ -92,12 +138,9 @@ def _load_best(run: Run) -> int:
     return run.state.best_step
 
 
-def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilities: np.ndarray | None) -> None:
-    """The final folder, the report and the plot.
-
-    `step` is the one whose adapter the model has, `after` its metrics on the test set, from (N, labels) probabilities.
-    """
-    train = run.config.train
+def _write_final(run: Run, step: int, fit: TemperatureFit | None, tested: Tested) -> None:
+    """The final folder, the report and the plot; `step` is the one whose adapter the model has."""
+    train, after = run.config.train, tested.metrics
     base = run.prompt.tokenizer.folder
     columns = prepared_columns(run.config.data.dir)
     results = {
@@ -119,9 +162,12 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
     dtype = DTYPES[train.save_dtype]
 
     def files() -> Iterator[tuple[str, bytes]]:
-        yield from adapter_files(
+        for name, content in adapter_files(
             run.model, *run.adapter, save_format=train.save_format, save_dtype=dtype, portable=train.portable
-        )
+        ):
+            yield name, content
+            if fit is not None and name.startswith("adapter_model."):
+                yield CALIBRATION, _calibration(run, fit, content).to_bytes()
         yield "training_args.json", json_bytes(run.config.to_dict())
         yield "metrics.json", json_bytes(results)
         labelled = run.splits["train"].labelled
@@ -132,8 +178,10 @@ def _write_final(run: Run, step: int, after: dict[str, Any] | None, probabilitie
         print(f"test after training:  {format_metrics(after)}")
         for text in only_answer("test after training", after):
             warn(f"warning: {text}")
+    if fit is not None:
+        info(f"temperature of the label probabilities: {fit.temperature:.4g}{f'; {fit.note}' if fit.note else ''}")
     print(f"final adapter (step {step}): {run.final}")
-    _write_report(run, results, probabilities)
+    _write_report(run, results, tested)
     _write_plot(run.directory)
 
 
@@ -144,6 +192,18 @@ def _known_of(run: Run) -> dict[str, str]:
         records[index].content for index in range(0, len(records), len(records) // LANGUAGE_TEXTS + 1)
     )
     return {**licence_metadata(run.prompt.tokenizer.folder), **({"language": language} if language else {})}
+
+
+def _calibration(run: Run, fit: TemperatureFit, weights: bytes) -> Calibration:
+    """Content of calibration.json, for the adapter's file of tensors."""
+    name = "validation.jsonl"
+    return Calibration.of(
+        fit,
+        run.prompt,
+        weights=hashlib.sha256(weights).hexdigest(),
+        model=run.state.model_sha256,
+        data={name: run.state.data_sha256[name]},
+    )
 
 
 def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
@@ -163,16 +223,18 @@ def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
             if ranks.run_on_rank_0(lambda: _load_best(run)) != results["step"]:
                 raise gone
             share_adapter(run.model, ranks)
-            _, probabilities = score_test_set(run, "test after training") if config.train.do_predict else (None, None)
-            ranks.run_on_rank_0(lambda: _write_report(run, results, probabilities))
+            calibration = read_calibration(run.final) if ranks.is_rank_0 else None
+            temperature = ranks.run_on_rank_0(lambda: None if calibration is None else calibration.temperature)
+            tested = _score_after(run, temperature)
+            ranks.run_on_rank_0(lambda: _write_report(run, results, tested))
     except UserError as error:
         warn(f"note: {path} is missing and cannot be written: {error}")
     if ranks.is_rank_0 and not (directory / "loss.png").is_file():
         _write_plot(directory)
 
 
-def _write_report(run: Run, results: dict[str, Any], probabilities: np.ndarray | None) -> None:
-    report = render_report(_report_of(run, results, probabilities, read_metrics(run.directory)))
+def _write_report(run: Run, results: dict[str, Any], tested: Tested) -> None:
+    report = render_report(_report_of(run, results, tested, read_metrics(run.directory)))
     _write_if_possible(run.directory / "report.html", report.encode())
 
 
@@ -195,29 +257,31 @@ def _write_if_possible(path: Path, content: bytes) -> None:
         info(f"written: {path}")
 
 
-def _report_of(
-    run: Run, results: dict[str, Any], probabilities: np.ndarray | None, log: list[dict[str, Any]]
-) -> Report:
-    """What the report of a run shows.
-
-    `results` is the content of metrics.json, `log` that of metrics.jsonl; the (N, labels) probabilities of the test set
-    are None where it has no labels or was not scored.
-    """
+def _report_of(run: Run, results: dict[str, Any], tested: Tested, log: list[dict[str, Any]]) -> Report:
+    """What the report of a run shows; `results` is the content of metrics.json, `log` that of metrics.jsonl."""
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
-    test = splits["test"]
+    test, calibration = splits["test"], read_calibration(run.final)
     scored = {"before training": results["test_before"], "after training": results["test"]}
     remark = f"Test set: {len(test.examples):,} records, {test.describe()}."
     if results["test"] is None:
         scored, remark = {}, "The test set was not scored (train.do_predict=false), so there are no figures of it."
-    elif probabilities is None:
+    elif tested.probabilities is None:
         remark += " Conversations have no labels to be right in: the loss is all there is."
     return Report(
         title="Training report",
         remark=remark,
         results={title: metrics for title, metrics in scored.items() if metrics is not None},
         examples=None
-        if probabilities is None
-        else ScoredExamples(test.records, test.labels, probabilities, run.prompt.labels),
+        if tested.probabilities is None
+        else ScoredExamples(
+            test.records,
+            test.labels,
+            tested.probabilities,
+            run.prompt.labels,
+            positive=config.prompt.positive,
+            uncalibrated=tested.uncalibrated,
+            calibration="" if calibration is None else calibration.describe(),
+        ),
         log=log,
         memory_estimate=run.memory_estimate.parts,
         peak_bytes=max((entry["peak_memory_bytes"] for entry in log if "peak_memory_bytes" in entry), default=None),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minilora.adapters.peft_config import BaseModel
@@ -66,6 +67,9 @@ class Run:
     saved: RunState = field(init=False)  # the newest that is in a checkpoint, or that no checkpoint can have
     class_weights: dict[str, float] = field(default_factory=dict)  # of each label word in the loss; none: all 1
     scoring: str | None = None  # the split that is being scored
+    validated: dict[int, np.ndarray] = field(
+        default_factory=dict
+    )  # label probabilities of the last and best validation
     tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:

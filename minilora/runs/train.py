@@ -140,7 +140,7 @@ def validate(run: Run, entry: dict[str, Any], log: RunLog, safe_points: SafePoin
     Of equal scores the lower loss is better, so one that cannot rise (the F1 of a class that has no example there is 0)
     leaves the choice to the loss.
     """
-    metrics, _ = score_split(run, "validation", interruptible=safe_points.anywhere)
+    metrics, probabilities = score_split(run, "validation", interruptible=safe_points.anywhere)
     entry |= {f"eval_{name}": metrics[name] for name in VALIDATED if name in metrics}
     for text in only_answer("validation", metrics):
         log.info(f"step {entry['step']}: {text}")
@@ -155,6 +155,9 @@ def validate(run: Run, entry: dict[str, Any], log: RunLog, safe_points: SafePoin
         )
     else:
         run.state = replace(run.state, evals_without_improvement=run.state.evals_without_improvement + 1)
+    if probabilities is not None:
+        known = {**run.validated, run.state.step: probabilities}
+        run.validated = {step: known[step] for step in {run.state.best_step, run.state.step} if step in known}
     return improved
 
 

@@ -29,6 +29,7 @@ from minilora.system.files import (
     hash_file,
     json_bytes,
     remove,
+    replace_file,
     storage_errors,
     sync,
     write_file,
@@ -75,6 +76,18 @@ def write_folder(
     finally:
         with contextlib.suppress(OSError):  # after a failure; on success it no longer exists
             remove(temporary)
+
+
+def add_file(folder: Path, name: str, content: bytes) -> None:
+    """Writes a file into a folder that has a manifest or none, atomically, and names it in the manifest.
+
+    Between the two writes a crash leaves a file that differs from its entry. StorageError if one of them fails.
+    """
+    replace_file(folder / name, content)
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        replace_file(folder / MANIFEST, _render_manifest(manifest["facts"], {**manifest["files"], name: entry}))
 
 
 def finish_folder(temporary: Path, target: Path, facts: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def test_a_run_of_one_step_is_a_dot_at_a_whole_step(draw: plots.Draw) -> None:
 
 def test_a_reliability_diagram_shows_the_bins_that_are_not_empty() -> None:
     counts, accuracy, confidence = np.array([0, 4, 0, 9]), np.array([0, 0.5, 0, 1.0]), np.array([0, 0.4, 0, 0.9])
-    picture = svg(plots.reliability_picture(counts, accuracy, confidence))
+    picture = svg(plots.reliability_picture("Reliability diagram", counts, accuracy, confidence))
     assert picture.count("<use ") == 2 + 1  # two bins, and the legend
     assert "reviews</text>" in picture
     assert "confidence</text>" in picture
