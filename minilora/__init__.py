@@ -11,7 +11,7 @@ A folder imports only what stands above it here; tests/test_structure.py holds t
     data          files -> fields -> records -> clean, deduplicated splits -> examples; names on the hub -> folders
     weights       safetensors, config.json, the loader, 4-bit checkpoints, GGUF
     adapters      LoRA on a model: attached, initialized, saved as peft does, merged
-    evaluation    metrics, scoring, calibration, prediction
+    evaluation    metrics, scoring, calibration, thresholds, prediction
     generation    decoding with a KV cache, GEMV on 4-bit weights, chat
     build         what a configuration names, as objects
     planning      memory: the estimate, the plan, what fits a budget

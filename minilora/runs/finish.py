@@ -223,8 +223,7 @@ def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
             if ranks.run_on_rank_0(lambda: _load_best(run)) != results["step"]:
                 raise gone
             share_adapter(run.model, ranks)
-            calibration = read_calibration(run.final) if ranks.is_rank_0 else None
-            temperature = ranks.run_on_rank_0(lambda: None if calibration is None else calibration.temperature)
+            temperature = ranks.run_on_rank_0(lambda: getattr(read_calibration(run.final), "temperature", None))
             tested = _score_after(run, temperature)
             ranks.run_on_rank_0(lambda: _write_report(run, results, tested))
     except UserError as error:

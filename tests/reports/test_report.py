@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from minilora.config import Config, load_config
 from minilora.data.records import Record
+from minilora.evaluation.calibration import at_temperature, calibration_figures
 from minilora.evaluation.metrics import classification_metrics
 from minilora.reports.report import MAX_MISTAKES, Report, ScoredExamples, render_report
 
@@ -32,7 +33,8 @@ def full_report() -> Report:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, 60)
     positive = 1 / (1 + np.exp(-(2 * labels - 1) * 1.5 + generator.normal(0, 2, 60)))
-    probabilities = np.stack([1 - positive, positive], axis=1)
+    uncalibrated = np.stack([1 - positive, positive], axis=1)
+    probabilities = at_temperature(uncalibrated, 2.0)
     records = [Record(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
     after = {**classification_metrics(labels, probabilities, NAMES, 1), "loss": 0.2}
     before = {**classification_metrics(labels, np.full((60, 2), 0.5), NAMES, 1), "loss": 0.7}
@@ -47,7 +49,7 @@ def full_report() -> Report:
         title="Training report",
         remark="Test set: 60 records.",
         results={"before training": before, "after training": after},
-        examples=ScoredExamples(records, labels, probabilities, NAMES),
+        examples=ScoredExamples(records, labels, probabilities, NAMES, 1, uncalibrated, f"Temperature 2 {ATTACK}"),
         log=log,
         memory_estimate={"projections (nf4)": 3_000_000, "activations of 640 tokens": 1_000_000},
         peak_bytes=4_100_000,
@@ -114,7 +116,7 @@ def render_examples(texts: list[str], labels: list[int], positive: list[float], 
     records = [Record(f"test.jsonl:{number}", text) for number, text in enumerate(texts, start=1)]
     probabilities = np.array([[1 - p, p] for p in positive])
     metrics = classification_metrics(np.array(labels), probabilities, names, 1)
-    examples = ScoredExamples(records, np.array(labels), probabilities, names)
+    examples = ScoredExamples(records, np.array(labels), probabilities, names, positive=1)
     return render_report(make_report(results={"adapter": metrics}, examples=examples, log=[], memory_estimate=None))
 
 
@@ -134,7 +136,7 @@ def test_text_stays_text_in_elements_and_attributes(text: str) -> None:
     names = (text, "正面")  # shown in cells; the configuration's section names a table in an attribute
     page = Page(render_examples([text], [0], [0.9], names))
     assert page.text.count(text) >= 4  # two tables, label of the mistake, its text
-    assert len(page.named("img")) <= 1  # the diagram
+    assert len(page.named("img")) <= 2  # reliability, and accuracy by the share that is answered
     report = make_report(config={text: {"key": 1}}, defaults={text: {"key": 1}}, results={}, examples=None, log=[])
     page = Page(render_report(report))
     assert {"role": "region", "tabindex": "0", "class": "wide", "aria-label": text} in page.named("div")
@@ -229,7 +231,7 @@ def test_conversations_have_no_classes_and_an_evaluation_no_curves() -> None:
     assert titles(chat) == ["#results", "#curves", "#memory", "#skipped-steps", "#configuration", "#provenance"]
     assert "accuracy" not in Page(render_report(chat)).text.partition("Curves")[0]
     evaluation = make_report(log=[], memory_estimate=None)
-    assert titles(evaluation)[1:5] == ["#classes", "#calibration", "#worst-mistakes", "#memory"]
+    assert titles(evaluation)[1:6] == ["#classes", "#calibration", "#thresholds", "#worst-mistakes", "#memory"]
     assert "Measured peak: 4.1 MB." in Page(render_report(evaluation)).text
 
 
@@ -280,8 +282,51 @@ def test_calibration_shows_the_bins_that_are_not_empty() -> None:
     assert "0.4000" in page  # |1 - 1.8| and |1 - 0.6| of 3 reviews: 0.4
     assert row(page, "0.533 to 0.600") == ["1", "0.600", "1.000"]
     assert row(page, "0.867 to 0.933") == ["2", "0.900", "0.500"]
-    assert page.count('<th scope="row">') == 2
+    assert page.count('<th scope="row">') == 2 + 2  # the bins, log loss and calibration error
     assert page.count("<img ") == 1
+    assert "No temperature" in page
+
+
+def test_calibration_is_shown_before_and_after_the_temperature_with_intervals() -> None:
+    pytest.importorskip("matplotlib")
+    report = make_report()
+    page = section(render_report(report), "Calibration")
+    examples = report.examples
+    assert examples is not None
+    assert examples.uncalibrated is not None
+    figures = calibration_figures(examples.labels, examples.probabilities, examples.uncalibrated)
+    for name, title in (("log_loss", "log loss, nats"), ("expected_calibration_error", "calibration error")):
+        expected = []
+        for part in (figures["uncalibrated"], figures, figures["change"]):
+            low, high = part["confidence_intervals_95"][name]
+            expected.append(f"{part[name]:.4f}<small>{low:.3f} to {high:.3f}</small>")
+        assert row(page, title) == expected
+    assert page.count("<img ") == 2
+    assert f"Temperature 2 {ATTACK}" in words(page)
+    assert "after" in words(page)
+
+
+def test_thresholds_show_what_is_answered_and_what_precision_and_recall_cost() -> None:
+    # confidences 0.9 (right), 0.8 (right), 0.7 (wrong), 0.6 (right); positive from 0.9, 0.8 and wrongly 0.7 on
+    page = section(render_examples(["a"] * 4, [1, 1, 0, 0], [0.9, 0.8, 0.7, 0.4]), "Thresholds")
+    shares = {cells[0]: cells[1:] for cells in map(cells_of, re.findall("<tr>(<th scope=.row.>.+?)</tr>", page))}
+    assert shares["0.6000"][:2] == ["100.0 %", "4"]
+    assert shares["0.6000"][2].startswith("0.7500<small>0.301 to 0.954")
+    assert shares["0.7000"][:2] == ["75.0 %", "3"]
+    assert shares["0.8000"][2].startswith("1.0000<small>")
+    assert [cell.partition("<")[0] for cell in shares["precision 0.99"]] == ["0.8000", "1.0000", "1.0000"]
+    assert [cell.partition("<")[0] for cell in shares["recall 0.9"]] == ["0.8000", "1.0000", "1.0000"]
+    assert "--min_probability" in page
+
+
+def test_a_precision_that_no_threshold_reaches_is_said() -> None:
+    page = section(render_examples(["a"] * 2, [0, 1], [0.9, 0.8]), "Thresholds")
+    assert row(page, "precision 0.8") == ["none", "-", "-"]
+    assert row(page, "recall 0.8")[0] == "0.8000"
+
+
+def cells_of(line: str) -> list[str]:
+    return re.findall("<t[hd][^>]*>(.*?)</t[hd]>", line)
 
 
 def test_mistakes_are_the_wrong_predictions_with_the_highest_confidence_first() -> None:
@@ -351,9 +396,9 @@ def test_a_browser_shows_it_without_a_complaint_at_any_width(
     inner = "[...document.querySelectorAll('.wide, figure, dd, li')].filter(e => e.scrollWidth > e.clientWidth).length"
     assert chromium.value(inner) == 0
     assert chromium.value("document.title") == "Training report"
-    assert chromium.value("document.querySelectorAll('section').length") == 9
+    assert chromium.value("document.querySelectorAll('section').length") == 10
     drawn = "[...document.querySelectorAll('figure img')].filter(e => e.complete && e.naturalWidth > 0).length"
-    assert chromium.value(drawn) == 4
+    assert chromium.value(drawn) == 6
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 

@@ -18,9 +18,11 @@ from minilora.data.prepare import prepare
 from minilora.data.records import ReadOptions, read_records
 from minilora.data.sampler import epoch_order, stratified_sample
 from minilora.errors import UserError
+from minilora.runs.calibration_file import read_calibration
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
 from minilora.system.files import StorageError, sha256
+from minilora.system.manifest import verify_folder
 from tests.conftest import make_reviews
 from tests.scripts.conftest import RunMain, load_script
 
@@ -471,3 +473,97 @@ def test_inspection_of_data_that_is_not_prepared_says_how_to_prepare_it(
     monkeypatch.setattr(sys, "argv", ["inspect_batch.py", *keys])
     with pytest.raises(UserError, match=r"train\.jsonl: .*scripts/preprocess_data\.py or scripts/train\.py"):
         load_script("inspect_batch").main()
+
+
+# --- the temperature
+
+
+def test_probabilities_are_at_the_adapters_temperature_unless_raw_is_asked_for(final: Path, evaluate: Evaluate) -> None:
+    temperature = read_calibration(final)
+    assert temperature is not None
+    test = json.loads((final / "metrics.json").read_text("utf-8"))["test"]
+    calibrated, raw = evaluate(final), evaluate(final, "--raw")
+    for name in ("log_loss", "expected_calibration_error", "temperature", "uncalibrated", "change"):
+        assert calibrated[name] == test[name]
+    assert calibrated["temperature"] == temperature.temperature
+    assert (raw["temperature"], "uncalibrated" in raw) == (None, False)
+    for name in ("log_loss", "expected_calibration_error"):
+        assert raw[name] == calibrated["uncalibrated"][name]
+    for name in ("accuracy", "precision", "recall", "f1", "roc_auc", "confusion_matrix", "loss"):
+        assert raw[name] == calibrated[name]
+
+
+def test_calibrate_fits_a_temperature_keeps_it_and_uses_it(
+    final: Path, evaluate: Evaluate, processed_data: Path, tmp_path: Path
+) -> None:
+    reviews = write_reviews(tmp_path / "more.tsv", make_reviews(40, seed=8))
+    before = read_calibration(final)
+    results = evaluate(final, "--calibrate", reviews)
+    found = read_calibration(final)
+    assert found is not None
+    assert found != before
+    assert (found.num_examples, found.data_sha256) == (40, {"more.tsv": sha256(reviews)})
+    assert results["num_examples"] == 6  # the run's own test split
+    assert results["temperature"] == evaluate(final)["temperature"] == found.temperature
+    assert results["warnings"] == []
+    assert verify_folder(final) is None
+    # the log loss of the file itself goes down as the file says
+    own = evaluate(final, "--data", reviews)
+    assert own["log_loss"] == pytest.approx(found.log_loss_after, rel=1e-9)
+    assert own["uncalibrated"]["log_loss"] == pytest.approx(found.log_loss_before, rel=1e-9)
+
+
+def test_figures_of_the_file_that_it_was_fitted_on_are_said_to_flatter(
+    final: Path, evaluate: Evaluate, processed_data: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copy(processed_data / "validation.jsonl", tmp_path / "another_name.jsonl"))
+    results = evaluate(final, "--data", copy, "--output_dir", tmp_path / "scored")
+    (warning,) = [text for text in results["warnings"] if "fitted on this file" in text]
+    assert warning.startswith(str(copy))
+    assert "fitted on this file" in (tmp_path / "scored" / "report.html").read_text("utf-8")
+    assert not any("fitted on this file" in text for text in evaluate(final)["warnings"])
+
+
+def test_an_adapter_of_another_program_is_calibrated_on_the_only_file_there_is(
+    final: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    for name in ("metrics.json", "training_args.json", "calibration.json", "manifest.json"):
+        (final / name).unlink()
+    reviews = write_reviews(tmp_path / "more.tsv", make_reviews(20, seed=8))
+    base = json.loads((final / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    places = ("--base", base, f"data.dir={tmp_path / 'none'}")
+    results = evaluate(final, "--calibrate", reviews, *places)
+    assert results["num_examples"] == 20
+    assert any("fitted on this file" in text for text in results["warnings"])
+    assert evaluate(final, "--data", reviews, *places)["temperature"] == results["temperature"]
+    assert not (final / "manifest.json").exists()
+
+
+def test_calibrating_on_the_training_data_is_warned_of(
+    final: Path, evaluate: Evaluate, processed_data: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(script, "warn", said.append)
+    evaluate(final, "--calibrate", processed_data / "train.jsonl", "data.max_test_examples=4")
+    assert any("train.jsonl: is what the adapter was trained on" in text for text in said)
+
+
+def test_a_base_model_and_an_adapter_on_the_hub_have_no_place_for_a_temperature(
+    final: Path, evaluate: Evaluate, tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reviews = write_reviews(tmp_path / "more.tsv", make_reviews(4, seed=8))
+    base = json.loads((final / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+    with pytest.raises(UserError, match=r"--calibrate: .+ is the base model itself"):
+        evaluate(Path(base), "--data", reviews, "--calibrate", reviews)
+    load = script.load_run_or_base
+    monkeypatch.setattr(script, "load_run_or_base", lambda _, *more, **keys: load(final, *more, **keys))
+    with pytest.raises(UserError, match=r"user/adapter is on the hub.+hf download user/adapter --local-dir"):
+        evaluate(Path("user/adapter"), "--calibrate", reviews)
+
+
+def test_raw_and_calibrate_exclude_each_other(
+    final: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate(final, "--raw", "--calibrate", "x.tsv")
+    assert "give one of them" in capsys.readouterr().err

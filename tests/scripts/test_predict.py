@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from minilora.config import load_config
 from minilora.data.records import ReadOptions, Record, iter_texts
 from minilora.errors import UserError
+from minilora.evaluation.calibration import at_temperature
 from minilora.evaluation.predict import LAST_WINDOW
 from minilora.runs.train import fit
 from minilora.system.console import set_quiet
@@ -526,13 +528,81 @@ def test_an_output_that_has_no_disk_is_written_all_the_same(predict: Predict) ->
     )
 
 
-def test_help_shows_options_and_examples_and_what_the_probabilities_are_not(
+def test_help_shows_options_and_examples_and_what_the_probabilities_are(
     predict: Predict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         predict("--help")
     said = capsys.readouterr().out
-    options = "--model_path --input --text_column --encoding --output --overwrite --format --max_batch_tokens --base"
+    options = "--model_path --input --text_column --encoding --output --overwrite --format --max_batch_tokens --base "
+    options += "--min_probability --raw"
     assert set(options.split()) <= set(said.replace("[", " ").replace("]", " ").split())
     assert "python scripts/predict.py --model_path outputs/checkpoints/final" in said
-    assert "not calibrated" in said
+    assert "evaluate.py --calibrate" in said
+
+
+# --- calibrated probabilities, and labels only from a probability on
+
+
+def test_probabilities_are_at_the_adapters_temperature_unless_raw_is_asked_for(
+    predict: Predict, final: Path, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    temperature = json.loads((final / "calibration.json").read_text("utf-8"))["temperature"]
+    assert temperature != 1
+    calibrated, raw = (
+        np.array([list(line["probabilities"].values()) for line in read_json_lines(predict("--input", reviews, *more))])
+        for more in ((), ("--raw",))
+    )
+    np.testing.assert_allclose(calibrated, at_temperature(raw, temperature), rtol=1e-12)
+    assert not np.allclose(calibrated, raw)
+
+
+@pytest.mark.parametrize("more", [(), ("--raw",)])
+def test_a_line_beside_the_results_says_which_probabilities_they_are(
+    final: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", str(final), "好", *more])
+    script.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("probabilities: ")]
+    assert len(said) == 1
+    assert ("not calibrated (--raw)" if more else "calibrated, temperature ") in said[0]
+
+
+@pytest.mark.parametrize("kind", ["table", "jsonl", "csv"])
+def test_below_the_least_probability_the_label_is_empty_and_the_end_counts(
+    predict: Predict, script: ModuleType, reviews: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    every = read_json_lines(predict("--input", reviews))
+    limit = sorted(line["probability"] for line in every)[len(every) // 2]
+    answered = [line["probability"] >= limit for line in every]
+    assert 0 < sum(answered) < len(answered)
+    notes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "warn", notes.append)
+        text = predict("--input", reviews, "--min_probability", limit, "--format", kind)
+    assert notes == [
+        f"note: predictions written: {len(every)}; without a label, below --min_probability {limit:g}: "
+        f"{len(every) - sum(answered)}"
+    ]
+    if kind == "jsonl":
+        found = read_json_lines(text)
+        assert [line.pop("answered") for line in found] == answered
+        assert found == [
+            {**line, "label": line["label"] if yes else ""} for line, yes in zip(every, answered, strict=True)
+        ]
+    elif kind == "csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert [row["answered"] for row in rows] == ["yes" if yes else "no" for yes in answered]
+        assert [bool(row["label"]) for row in rows] == answered
+    else:
+        lines = text.splitlines()[1:]
+        assert [" yes " in line for line in lines] == answered
+        assert [any(word in line[:16] for word in ("负面", "正面")) for line in lines] == answered
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "x"])
+def test_a_least_probability_is_one(predict: Predict, capsys: pytest.CaptureFixture[str], value: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        predict("好", f"--min-probability={value}")
+    assert stop.value.code == 2
+    assert "--min_probability" in capsys.readouterr().err

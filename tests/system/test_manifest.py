@@ -18,6 +18,8 @@ from minilora.errors import UserError
 from minilora.system import manifest
 from minilora.system.files import StorageError, json_bytes
 from minilora.system.manifest import (
+    MANIFEST,
+    add_file,
     finish_folder,
     read_manifest,
     recover_folders,
@@ -424,3 +426,33 @@ def test_a_manifest_is_plain_json_with_a_digest_of_the_rest(folder: Path) -> Non
     digest = content.pop("sha256")
     assert sorted(content) == ["facts", "files"]
     assert hashlib.sha256(json_bytes(content)).hexdigest() == digest
+
+
+def test_a_file_that_is_added_is_in_the_manifest_and_the_others_stay(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", OLD, {"step": 3})
+    before = read_manifest(folder)
+    for content in (b"first", b"second"):
+        add_file(folder, "c", content)
+        assert (folder / "c").read_bytes() == content
+        assert verify_folder(folder) is None
+    after = read_manifest(folder)
+    assert after["facts"] == before["facts"]
+    assert {name: entry for name, entry in after["files"].items() if name != "c"} == before["files"]
+    assert names_in(folder) == sorted([*OLD, "c", MANIFEST])
+
+
+def test_a_file_is_added_to_a_folder_without_a_manifest_too(tmp_path: Path) -> None:
+    add_file(tmp_path, "c", b"new")
+    assert names_in(tmp_path) == ["c"]
+
+
+def test_between_the_two_writes_the_old_files_are_sound_and_the_new_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path / "folder", {**OLD, "c": b"first"})
+    monkeypatch.setattr(manifest, "_render_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        add_file(folder, "c", b"second")
+    monkeypatch.undo()
+    assert verify_folder(folder, OLD) is None
+    assert "c has SHA-256" in (verify_folder(folder, ["c"]) or "")
