@@ -21,7 +21,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,13 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         )
     check_options(arguments, trained)
     reading = ReadOptions.given(arguments, trained.columns)
-    data, examples = trained.read_reviews(reviews_file(arguments, trained), reading)
-    fitted_on = None if arguments.calibrate is None else trained.read_reviews(arguments.calibrate, reading)
+    path, calibration, fitted_on = reviews_file(arguments, trained), None, None
+    if arguments.calibrate is not None:
+        fitted_on = unlimited(arguments, trained).read_reviews(arguments.calibrate, reading)
+    if fitted_on is not None and path == arguments.calibrate:
+        data, examples = fitted_on
+    else:
+        data, examples = trained.read_reviews(path, reading)
     if fitted_on is None:
         calibration = usable_calibration(trained.path, trained.model_folder, trained.prompt, arguments.raw)
     model = trained.load(arguments.allow_bin, ranks)
@@ -101,7 +106,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
         results["mcnemar"] = mcnemar_test(correct, base.probabilities.argmax(1) == labels)
     if not ranks.is_rank_0:
         return
-    show(arguments, trained, calibration, Scored(data, examples), found)
+    show(arguments, trained, calibration, reviews=Scored(data, examples), found=found)
 
 
 def parse_arguments() -> Namespace:
@@ -149,6 +154,14 @@ def reviews_file(arguments: Namespace, trained: LoadedRun) -> Path | None:
     has_test = (Path(trained.config.data.dir) / "test.jsonl").is_file()
     given: Path | None = arguments.data
     return arguments.calibrate if given is None and not has_test else given
+
+
+def unlimited(arguments: Namespace, trained: LoadedRun) -> LoadedRun:
+    """With all of a file's reviews, unless the command line limits them: the run's own limit is for its test split."""
+    if any(override.startswith("data.max_test_examples=") for override in arguments.overrides):
+        return trained
+    config = trained.config
+    return replace(trained, config=replace(config, data=replace(config.data, max_test_examples=None)))
 
 
 def calibrate(trained: LoadedRun, model: Qwen2ForCausalLM, reviews: tuple[Path, Examples], ranks: Ranks) -> Calibration:

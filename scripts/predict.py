@@ -48,7 +48,8 @@ examples:
 Every word after -- is a review. Results are written in the order of the input, the first ones while the rest is still
 computed; a line from a pipe waits a second at most for others of its batch. The index counts the input's records from
 0; empty ones are skipped and counted at the end. CSV and JSONL carry the input's other columns behind the results, as
-input_label and the like where a name is taken; CSV those of the first record.
+input_label and the like where a name is taken; CSV those of the first record. With --min_probability a column more,
+`answered`, says whether a label is given.
 """
 KEYS_READ = ("model.", "prompt.", "data.max_length")
 OVERRIDE = re.compile(r"(model|lora|data|prompt|train)\.[\w-]+=.*", re.DOTALL)
@@ -93,6 +94,36 @@ def parse_arguments() -> argparse.Namespace:
         "standard input (the default without reviews)",
     )
     add_reading_options(parser, "--input", has_labels=False)
+    add_output_options(parser)
+    parser.add_argument(
+        "words", nargs="*", metavar="REVIEW or section.key=value", help="reviews, and keys as in train.py"
+    )
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)  # argparse loses its way there
+    arguments = parser.parse_intermixed_args(words[:end])
+
+    arguments.overrides = [word for word in arguments.words if OVERRIDE.fullmatch(word)]
+    arguments.reviews = [word for word in arguments.words if not OVERRIDE.fullmatch(word)] + words[end + 1 :]
+    if arguments.reviews == ["-"] and end == len(words):
+        arguments.input, arguments.reviews = arguments.input or STANDARD_INPUT, []
+    if arguments.reviews and arguments.input is not None:
+        parser.error("give reviews or --input, not both")
+    if not arguments.reviews and arguments.input is None:
+        if sys.stdin.isatty():
+            parser.error("give a review, a file with --input, or lines on standard input")
+        arguments.input = STANDARD_INPUT
+    if arguments.max_batch_tokens < 1:
+        parser.error("--max_batch_tokens: expected 1 or more")
+    ending = "" if arguments.output is None else arguments.output.suffix.lower()
+    if arguments.format is None and arguments.output is not None and ending not in FORMATS:
+        parser.error(f"--output {arguments.output}: ends in neither .csv nor .jsonl; rename it or choose a --format")
+    if arguments.format is None:
+        arguments.format = FORMATS.get(ending) or ("table" if sys.stdout.isatty() else "jsonl")
+    return arguments
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What becomes of the probabilities, and where it goes."""
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="written record by record (default: standard output)"
     )
@@ -124,31 +155,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="tokens of a forward pass (default: %(default)s)",
     )
-    parser.add_argument(
-        "words", nargs="*", metavar="REVIEW or section.key=value", help="reviews, and keys as in train.py"
-    )
-    words = sys.argv[1:]
-    end = words.index("--") if "--" in words else len(words)  # argparse loses its way there
-    arguments = parser.parse_intermixed_args(words[:end])
-
-    arguments.overrides = [word for word in arguments.words if OVERRIDE.fullmatch(word)]
-    arguments.reviews = [word for word in arguments.words if not OVERRIDE.fullmatch(word)] + words[end + 1 :]
-    if arguments.reviews == ["-"] and end == len(words):
-        arguments.input, arguments.reviews = arguments.input or STANDARD_INPUT, []
-    if arguments.reviews and arguments.input is not None:
-        parser.error("give reviews or --input, not both")
-    if not arguments.reviews and arguments.input is None:
-        if sys.stdin.isatty():
-            parser.error("give a review, a file with --input, or lines on standard input")
-        arguments.input = STANDARD_INPUT
-    if arguments.max_batch_tokens < 1:
-        parser.error("--max_batch_tokens: expected 1 or more")
-    ending = "" if arguments.output is None else arguments.output.suffix.lower()
-    if arguments.format is None and arguments.output is not None and ending not in FORMATS:
-        parser.error(f"--output {arguments.output}: ends in neither .csv nor .jsonl; rename it or choose a --format")
-    if arguments.format is None:
-        arguments.format = FORMATS.get(ending) or ("table" if sys.stdout.isatty() else "jsonl")
-    return arguments
 
 
 def probability(text: str) -> float:

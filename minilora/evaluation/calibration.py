@@ -65,18 +65,19 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> Temperatur
     if _slope(z, labels, 1 / COLDEST)[0] <= 0:
         right = int((probabilities.argmax(axis=1) == labels).sum())
         note = f"{right:,} of {count:,} examples are right, and no temperature has the lowest log loss: it stays 1"
-        return TemperatureFit(1.0, None, count, before, before, note)
+        return TemperatureFit(1.0, None, count, log_loss_before=before, log_loss_after=before, note=note)
     if _slope(z, labels, 1 / HOTTEST)[0] >= 0:
         after = _log_loss(z, labels, 1 / HOTTEST)
         note = f"log loss falls up to {HOTTEST:g}, the highest: these probabilities say nothing of the labels"
-        return TemperatureFit(HOTTEST, None, count, before, after, note)
+        return TemperatureFit(HOTTEST, None, count, log_loss_before=before, log_loss_after=after, note=note)
     inverse, curvature = _minimum(z, labels)
     error = 1.96 / math.sqrt(count * inverse**2 * curvature)
     limit = math.log(HOTTEST)
     low, high = (math.exp(min(max(side * error - math.log(inverse), -limit), limit)) for side in (-1, 1))
     vague = f"{count:,} examples leave it open between {low:.2f} and {high:.2f}: more of them say more"
     after = _log_loss(z, labels, inverse)
-    return TemperatureFit(1 / inverse, (low, high), count, before, after, vague if high / low > MAX_SPREAD else None)
+    doubt = vague if high / low > MAX_SPREAD else None
+    return TemperatureFit(1 / inverse, (low, high), count, log_loss_before=before, log_loss_after=after, note=doubt)
 
 
 def _minimum(z: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

@@ -114,7 +114,8 @@ class Predictor:
             for index, text, values in zip(filled, texts, found.tolist(), strict=True):
                 probabilities = dict(zip(self.prompt.labels, values, strict=True))
                 place, other = self.num_records + index, records[index].other
-                predictions.append(Prediction(place, text, probabilities, other, self.options.min_probability))
+                least = self.options.min_probability
+                predictions.append(Prediction(place, text, probabilities, other, min_probability=least))
             self.num_unanswered += sum(not prediction.is_answered for prediction in predictions)
             self.num_cut += sum(example.truncated_tokens > 0 for example in examples)
         empty = [record.where for record in records if not record.content.strip()]

@@ -285,7 +285,7 @@ def test_a_key_that_prediction_does_not_read_is_noted(
 ) -> None:
     for model in (final, tiny_checkpoint()):
         keys = ("model.compute_dtype=float32", "prompt.system=s", "data.max_length=400", override)
-        monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", str(model), "好", *keys])
+        monkeypatch.setattr(sys, "argv", ["predict.py", "--model_path", str(model), "--raw", "好", *keys])
         script.main()
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
         assert notes == [f"note: {override.partition('=')[0]} changes nothing here: an adapter is as its files say"]
