@@ -307,7 +307,7 @@ def test_the_report_shows_the_evaluation_and_of_the_configuration_what_scoring_r
     page = (output / "report.html").read_text("utf-8")
     assert "<h1>Evaluation report</h1>" in page
     for metrics in (results, results["base"]):
-        assert f"<td>{metrics['log_loss']:.4f}</td>" in page
+        assert f"<td>{metrics['log_loss']:.4f}<small>" in page
     assert '<th scope="col">base model</th><th scope="col">adapter</th>' in page
     assert f"{data}: 2 reviews, 0 cut to 512 tokens. {results['mcnemar']['b']} only the adapter has right, " in page
     assert sha256(data) in page
