@@ -149,6 +149,7 @@ def test_the_final_folder_and_the_log_hold_what_is_promised(undisturbed: Path) -
         "adapter_model.safetensors",
         "training_args.json",
         "metrics.json",
+        "calibration.json",
         "README.md",
         "manifest.json",
     }
