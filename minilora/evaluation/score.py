@@ -1,13 +1,17 @@
 """Model and examples in, label probabilities and loss out: one prefill, no text generation.
 
-The answer of a classification prompt is one of a few label words, so its probability is read off directly:
+The answer of a classification prompt is one of its label words, so its probability is read off directly:
 
     p(label | review) = softmax over labels of  sum over the word's tokens of log p(token | review, tokens before)
 
+What is scored is the word, and the closing `<|im_end|>` only where the word begins another one: without it "手机" could
+never lose against "手机壳", and with it the two are different answers, as they are in training. Behind other words it
+would add nothing but the model's doubt whether the answer goes on.
+
 Where every label word is one token, as in the default prompt, the hidden state of one position scores all of them and
-the sum is a logit of that position (the normalising constant is common and cancels). Otherwise every review is computed
-with each word in turn. Logits are computed in float32: in bfloat16 two labels closer than 0.8 % tie. Sampling settings
-in generation_config.json (temperature, repetition penalty) play no part.
+the sum is a logit of that position (the normalising constant is common and cancels). Otherwise the words run behind
+each review in the same pass (`label_trie.py`). Logits of labels are computed in float32: in bfloat16 two labels closer
+than 0.8 % tie. Sampling settings in generation_config.json (temperature, repetition penalty) play no part.
 
 All prompts share a prefix: its KV cache is computed once for all examples, and no batch has tokens for it.
 
@@ -25,9 +29,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from minilora.evaluation.label_trie import LabelTrie
 from minilora.qlora.batch import MicroBatch, common_prefix, pack
 from minilora.qlora.kv_cache import KVCache
-from minilora.qlora.loss import chunk_positions, head_logits, next_token_nll
+from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ClassificationPrompt, Example
 from minilora.system.distributed import SINGLE_RANK, Ranks
@@ -44,7 +49,7 @@ class ScoringOptions:
     """How the work is divided."""
 
     batch_size: int | None = None  # most examples in a forward pass
-    max_tokens: int = MAX_TOKENS  # of a forward pass; a longer example has one of its own
+    max_tokens: int = MAX_TOKENS  # of a forward pass, the label words counted; a longer example has one of its own
     on_progress: Callable[[int], object] | None = None  # called with the number of examples finished
     ranks: Ranks = SINGLE_RANK  # share the work, and all get the whole result
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around the work of this rank
@@ -73,10 +78,44 @@ class Prefix:
             return cls(0, None)
         return cls(len(input_ids), model.build_prefix_cache(torch.tensor(input_ids, device=model.head_weight.device)))
 
-    def run(self, model: Qwen2ForCausalLM, examples: Sequence[Example]) -> tuple[MicroBatch, torch.Tensor]:
-        """Some of the examples as a micro-batch after the prefix, and its (S, C) hidden states."""
-        batch = pack(examples, cached_prefix=self.num_tokens).to(model.head_weight.device)
-        return batch, model(batch, self.cache)
+
+@dataclass(frozen=True)
+class LabelWords:
+    """A prompt's label words as one trie, or, where they have too many tokens for a pass, as several.
+
+    A part has at most a third of a pass' tokens, so that it fits beside any example of a run whose `token_limit` caps
+    passes (`planning/memory.py`).
+    """
+
+    num_labels: int
+    parts: tuple[tuple[list[int], LabelTrie], ...]  # indices of labels, and the trie of their words
+
+    @classmethod
+    def of(cls, prompt: ClassificationPrompt, max_tokens: int) -> "LabelWords":
+        """Of a prompt, for passes of at most `max_tokens`."""
+        words = prompt.scored_ids
+        return cls(len(words), tuple(LabelTrie(words).parts(max(1, max_tokens // 3))))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a pass has behind each example for them, at most."""
+        return max(len(trie.inner_tokens) for _, trie in self.parts)
+
+    def run(
+        self, model: Qwen2ForCausalLM, prefix_cache: Sequence[KVCache] | None, examples: Sequence[Example]
+    ) -> tuple[MicroBatch, torch.Tensor, torch.Tensor]:
+        """The examples as a micro-batch, its (S, C) hidden states, and (n, labels) float64 scores on the CPU.
+
+        Scores are the labels' log-probabilities, up to a constant for each example.
+        """
+        scores = torch.empty(len(examples), self.num_labels, dtype=torch.float64)
+        (indices, trie), *others = self.parts
+        batch, hidden, states = trie.run(model, prefix_cache, examples)
+        scores[:, indices] = trie.log_probabilities(states, model.head_weight)
+        for indices, trie in others:
+            _, _, states = trie.run(model, prefix_cache, [_question(example) for example in examples])
+            scores[:, indices] = trie.log_probabilities(states, model.head_weight)
+        return batch, hidden, scores
 
 
 @torch.inference_mode()
@@ -95,18 +134,19 @@ def score(
     model.eval()
     prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
 
+    words = None if prompt is None else LabelWords.of(prompt, options.max_tokens)
+
     def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
         """Summed loss, supervised tokens, and the labels' scores."""
-        batch, hidden = prefix.run(model, chosen)
-        nll, count = next_token_nll(hidden, batch.targets, model.head_weight)
-        scores = torch.empty(0)
-        if prompt is not None and _are_single_tokens(prompt):
-            scores = _single_token_scores(model, prompt, batch, hidden)
-        elif prompt is not None:
-            scores = _label_scores(model, prefix, chosen, prompt)
+        if words is None:
+            batch = pack(chosen, cached_prefix=prefix.num_tokens).to(model.head_weight.device)
+            hidden, scores = model(batch, prefix.cache), torch.empty(0)
+        else:
+            batch, hidden, scores = words.run(model, prefix.cache, chosen)
+        nll, count = next_token_nll(hidden, batch.targets.to(hidden.device), model.head_weight)
         return nll.item(), count, scores.tolist()
 
-    batches = list(iter_batches([len(example.input_ids) for example in examples], options))
+    batches = list(iter_batches(_lengths(examples, words), options))
     try:
         parts = _divide(batches, examples, score_batch, options)
     finally:
@@ -128,10 +168,12 @@ def label_probabilities(
     `prefix` begins all examples.
     """
 
-    def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
-        return _label_scores(model, prefix, chosen, prompt).tolist()
+    words = LabelWords.of(prompt, options.max_tokens)
 
-    batches = list(iter_batches([len(example.input_ids) for example in examples], options))
+    def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
+        return words.run(model, prefix.cache, [_question(example) for example in chosen])[2].tolist()
+
+    batches = list(iter_batches(_lengths(examples, words), options))
     return _softmax(batches, _divide(batches, examples, score_batch, options))
 
 
@@ -171,44 +213,12 @@ def iter_batches(lengths: Sequence[int] | np.ndarray, options: ScoringOptions) -
         order = order[size:]
 
 
-def _are_single_tokens(prompt: ClassificationPrompt) -> bool:
-    return all(len(ids) == 1 for ids in prompt.label_ids)
+def _question(example: Example) -> Example:
+    """The example up to the token that its answer begins with, which is a target only and so not computed."""
+    start = example.answer_start
+    return Example(example.input_ids[: start + 1], [*[False] * start, True])
 
 
-def _single_token_scores(
-    model: Qwen2ForCausalLM, prompt: ClassificationPrompt, batch: MicroBatch, hidden: torch.Tensor
-) -> torch.Tensor:
-    """(N, labels) float64 on the CPU: the logits of the label words at the position before each answer."""
-    indices = torch.arange(int(batch.example_indices[-1]) + 1, device=batch.example_indices.device)
-    positions = torch.searchsorted(batch.example_indices, indices)
-    words = model.head_weight[[ids[0] for ids in prompt.label_ids]]
-    return head_logits(hidden[positions].float(), words.float()).double().cpu()
-
-
-def _label_scores(
-    model: Qwen2ForCausalLM, prefix: Prefix, examples: Sequence[Example], prompt: ClassificationPrompt
-) -> torch.Tensor:
-    """(N, labels) float64 on the CPU: the labels' log-probabilities, up to a constant for each example."""
-    if _are_single_tokens(prompt):
-        first_word = prefix.run(model, [prompt.with_answer(example, 0) for example in examples])
-        return _single_token_scores(model, prompt, *first_word)
-    hidden, targets, entries = [], [], []
-    for label in range(len(prompt.labels)):
-        batch, states = prefix.run(model, [prompt.with_answer(example, label) for example in examples])
-        hidden.append(states)
-        targets.append(batch.targets)
-        entries.append(batch.example_indices * len(prompt.labels) + label)
-    tokens = token_log_probabilities(torch.cat(hidden), torch.cat(targets), model.head_weight)
-    scores = tokens.new_zeros(len(examples) * len(prompt.labels)).index_add_(0, torch.cat(entries), tokens)
-    return scores.view(len(examples), -1).double().cpu()
-
-
-def token_log_probabilities(hidden: torch.Tensor, targets: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position: (S,) float32 or wider, as the products are; for scoring, no gradient is kept.
-
-    A piece of the vocabulary at a time: a float32 copy of a 7B's head would be 2 GB.
-    """
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    pieces = head_weight.split(chunk_positions(sum(hidden.shape), hidden.device.type))  # with their logits (size, S)
-    normalizers = [(hidden @ piece.to(hidden.dtype).T).logsumexp(1) for piece in pieces]
-    return (hidden * head_weight[targets]).sum(1) - torch.stack(normalizers).logsumexp(0)
+def _lengths(examples: Sequence[Example], words: LabelWords | None) -> list[int]:
+    """Tokens of each example in a pass, the label words counted."""
+    return [len(example.input_ids) + (0 if words is None else words.num_tokens) for example in examples]

@@ -40,6 +40,7 @@ class HeadGroup:
     prefix: int  # P
     shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
     last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
+    last_query: torch.Tensor | None = None  # (n, 1, 1, 1, P + L) int64, likewise
     mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
 
     def with_mask(self, dtype: torch.dtype) -> "HeadGroup":
@@ -51,6 +52,8 @@ class HeadGroup:
         if self.mask is not None:
             return self.mask
         masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
+        if self.last_query is not None:
+            masked = masked | (self.last_key > self.last_query)
         return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
@@ -130,7 +133,8 @@ def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_
     for piece in pieces:
         n, per_segment = piece.queries.shape
         shape = (n, kv_heads, heads // kv_heads, per_segment, piece.num_keys)
-        groups.append(HeadGroup(piece.prefix, shape, piece.last_key[:, None, None, :, None]))
+        last_query = None if piece.last_query is None else piece.last_query[:, None, None, None]
+        groups.append(HeadGroup(piece.prefix, shape, piece.last_key[:, None, None, :, None], last_query))
         queries.append((piece.queries[:, None, None] * heads + head).flatten())
         padded.append(piece.padding[:, None].expand(n, heads, per_segment).flatten())
         of_piece = piece.seen()[:, None] * kv_heads + kv_head

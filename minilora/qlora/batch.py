@@ -49,7 +49,9 @@ class SegmentGroup:
             from the first token of a forward pass; keys from that of a cached prefix, if there is one.
         padding: (n, Q) bool, which queries are padding.
         last_key: (1 or n, Q) int64, the last of the P + L keys that a query attends to, which is itself. All behind it
-            are masked: that is the whole attention mask.
+            are masked: that is the whole attention mask of sequences.
+        last_query: (n, P + L) int64, for tokens that form a tree, in depth-first order: the `last_key` of the last
+            query that attends to a key. It is masked for all behind that.
     """
 
     prefix: int
@@ -57,6 +59,7 @@ class SegmentGroup:
     queries: torch.Tensor
     padding: torch.Tensor
     last_key: torch.Tensor
+    last_query: torch.Tensor | None = None
 
     @property
     def num_keys(self) -> int:
@@ -66,7 +69,8 @@ class SegmentGroup:
     @property
     def is_fused(self) -> bool:
         """Whether PyTorch's fused attention computes it: long, and most tokens are queries, as its causal mask asks."""
-        return self.num_keys >= FUSED_KEYS and 2 * self.queries.shape[1] > self.num_keys
+        is_causal = self.last_query is None and 2 * self.queries.shape[1] > self.num_keys
+        return is_causal and self.num_keys >= FUSED_KEYS
 
     def seen(self) -> torch.Tensor:
         """(n, P + L) int64, the keys of each segment as tokens, prefix first."""
@@ -82,8 +86,9 @@ class SegmentGroup:
                 columns = slice(start, start + block)
                 last_key = self.last_key[rows if len(self.last_key) > 1 else slice(None), columns]
                 end = int(last_key.max()) + 1 - self.prefix  # what is behind a piece's last query is not attended to
-                keys, queries = self.keys[rows, :end], self.queries[rows, columns]
-                yield SegmentGroup(self.prefix, keys, queries, self.padding[rows, columns], last_key=last_key)
+                keys, queries, padding = self.keys[rows, :end], self.queries[rows, columns], self.padding[rows, columns]
+                last_query = None if self.last_query is None else self.last_query[rows, : self.prefix + end]
+                yield SegmentGroup(self.prefix, keys, queries, padding, last_key=last_key, last_query=last_query)
 
 
 @dataclass(frozen=True)
@@ -222,7 +227,7 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
     groups = []
     prefixes = [(0, [(0, prefix)])] if prefix > cached else []
     for seen, group in [*prefixes, *((prefix, group) for group in spans)]:
-        keys, padding = _pad([range(*span) for span in group])
+        keys, padding = pad_segments([range(*span) for span in group])
         queries = keys - cached if cached else keys
         last_key = torch.arange(seen, seen + keys.shape[1])[None]
         groups.append(SegmentGroup(seen, keys, queries, padding, last_key=last_key))
@@ -232,13 +237,13 @@ def _build_groups(prefix: int, spans: Sequence[Sequence[Span]], cached: int = 0)
 def _build_last_group(prefix: int, spans: Sequence[Span], supervised_positions: Sequence[int]) -> SegmentGroup:
     """A group whose queries are the supervised positions of its segments, by their index in `supervised_positions`."""
     chosen = [[i for i, token in enumerate(supervised_positions) if start <= token < end] for start, end in spans]
-    queries, padding = _pad(chosen)
-    keys, _ = _pad([range(*span) for span in spans])
+    queries, padding = pad_segments(chosen)
+    keys, _ = pad_segments([range(*span) for span in spans])
     last_key = torch.tensor(supervised_positions)[queries] + prefix - torch.tensor([[start] for start, _ in spans])
     return SegmentGroup(prefix, keys, queries, padding, last_key=last_key)
 
 
-def _pad(segments: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_segments(segments: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Segments of one token or more side by side, (n, L), padded with their first token; where padding is, (n, L)."""
     longest = max(map(len, segments))
     padded = torch.tensor([[*segment, *[segment[0]] * (longest - len(segment))] for segment in segments])

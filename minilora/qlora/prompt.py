@@ -25,7 +25,6 @@ Left out: tool calls, and jinja: Qwen's template equals these rules for system, 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +163,9 @@ class ChatTokenizer:
 class ClassificationPrompt:
     """How a review becomes a question whose answer is one label word.
 
-    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`. No label word's ids begin with
-    another's: a word is scored without the closing token, so that the longer one could never win.
+    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`. `scored_ids` are those that decide
+    between the words: a word's own, and the closing `<|im_end|>` where they begin another word, which is no more
+    probable than its beginning. So none begins another, and no answer counts for two labels.
     """
 
     tokenizer: ChatTokenizer
@@ -180,15 +180,15 @@ class ClassificationPrompt:
         self.prefix += tokenizer.open_turn("user", self.instruction)
         self.suffix = tokenizer.close_turn() + tokenizer.open_turn("assistant")
         self.label_ids = [tokenizer.encode_answer(word, f"prompt.labels: {word!r}") for word in self.labels]
-        for (word, ids), (longer, longer_ids) in permutations(zip(self.labels, self.label_ids, strict=True), 2):
-            if longer_ids[: len(ids)] == ids:
-                raise UserError(
-                    f"prompt.labels: the tokens of {longer!r} begin with those of {word!r}, so {word!r} would always "
-                    "be the more probable answer; choose words of which none begins another"
-                )
+        self.scored_ids = []
+        for word, ids in zip(self.labels, self.label_ids, strict=True):
+            if (first := self.labels[self.label_ids.index(ids)]) != word:
+                raise UserError(f"prompt.labels: {first!r} and {word!r} are the same tokens; remove one of them")
+            begins_another = sum(other[: len(ids)] == ids for other in self.label_ids) > 1
+            self.scored_ids.append([*ids, tokenizer.im_end] if begins_another else ids)
 
     def examples(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
-        """One Example per review, which is cut where it is too long; UserError where there is no room for any."""
+        """One Example per review, cut where it is too long for the longest word; UserError where none has room."""
         fixed = len(self.prefix) + len(self.suffix) + max(map(len, self.label_ids)) + 1
         if texts and fixed >= self.max_length:
             raise UserError(
@@ -199,18 +199,11 @@ class ClassificationPrompt:
         texts = [self.tokenizer.beginning(text, self.max_length) for text in texts]
         for review, label in zip(self.tokenizer.encode_all(texts), labels, strict=True):
             answer = [*self.label_ids[label], self.tokenizer.im_end]
-            room = self.max_length - len(self.prefix) - len(self.suffix) - len(answer)
-            kept = self.tokenizer.cut(review, room)
+            kept = self.tokenizer.cut(review, self.max_length - fixed)
             question = self.prefix + kept + self.suffix
             supervised = [False] * len(question) + [True] * len(answer)
             examples.append(Example(question + answer, supervised, label, len(review) - len(kept)))
         return examples
-
-    def with_answer(self, example: Example, label: int) -> Example:
-        """The same question with another label word as its answer and no closing token, for scoring."""
-        question = example.input_ids[: example.answer_start]
-        answer = self.label_ids[label]
-        return Example(question + answer, [False] * len(question) + [True] * len(answer), label)
 
 
 def check_turns(turns: Sequence[Turn], where: str) -> None:

@@ -8,15 +8,14 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.config import LoraConfig
-from minilora.evaluation.score import Scores, ScoringOptions, score, token_log_probabilities
-from minilora.qlora import loss
+from minilora.evaluation.score import Scores, ScoringOptions, score
 from minilora.qlora.batch import common_prefix, pack_segments
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
-from tests.planning.test_memory import allocated_peak
 
 LoadModel = Callable[..., Qwen2ForCausalLM]
 SINGLE, SEVERAL, MIXED = ("负面", "正面"), ("差评", "好评"), ("负面", "好评", "一般般")
+NESTED = ("好评论", "好", "差评", "好评", "负面", "差评论")
 REVIEWS = [
     "早餐好。",
     "这台电脑很糟糕，不推荐。",
@@ -58,14 +57,14 @@ def brute_force(model: Qwen2ForCausalLM, prompt: ClassificationPrompt, examples:
     scores = torch.zeros(len(examples), len(prompt.labels), dtype=torch.float64)
     for row, example in enumerate(examples):
         question = example.input_ids[: example.answer_start]
-        for column, word in enumerate(prompt.label_ids):
+        for column, word in enumerate(prompt.scored_ids):
             logs = log_probabilities(model, question + word)
             scores[row, column] = sum(logs[len(question) - 1 + i, token] for i, token in enumerate(word))
     return scores.softmax(-1).numpy()
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("labels", [SINGLE, SEVERAL, MIXED])
+@pytest.mark.parametrize("labels", [SINGLE, SEVERAL, MIXED, NESTED])
 def test_probabilities_equal_brute_force(
     tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, labels: tuple[str, ...], tie: bool
 ) -> None:
@@ -146,10 +145,8 @@ def test_the_common_prefix_is_run_once_for_all_batches(
     own = sum(len(example.input_ids) - 1 - prefix for example in examples)
     assert prefix > 3
     assert rows[0] == prefix
-    variants = 0 if labels == SINGLE else len(labels)
-    answers = [len(e.input_ids) - e.answer_start for e in examples]
-    again = sum(own + len(examples) * len(ids) - sum(answers) for ids in prompt.label_ids[:variants])
-    computed = prefix + own + again
+    behind = {tuple(ids[:depth]) for ids in prompt.label_ids for depth in range(1, len(ids))}
+    computed = prefix + own + len(examples) * len(behind)
     assert computed <= sum(rows) <= computed + len(rows)  # a pass of less than 64 rows is rounded up by one at most
 
 
@@ -210,26 +207,3 @@ def test_bfloat16_labels_that_are_close_do_not_tie(tiny_model: LoadModel, chat_t
     scores: Scores = score(model, examples, prompt, ScoringOptions(4))
     assert scores.probabilities is not None
     assert (scores.probabilities[:, 0] != scores.probabilities[:, 1]).all()
-
-
-@pytest.mark.parametrize("rows", [1, 70])
-def test_token_log_probabilities_equal_log_softmax(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 4 * (rows + 8) * 7})  # pieces of 7 tokens
-    hidden, head = torch.randn(rows, 8), torch.randn(30, 8)
-    targets = torch.randint(30, (rows,))
-    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(token_log_probabilities(hidden, targets, head), expected)
-
-
-def test_token_log_probabilities_of_bfloat16_are_float32s_without_a_float32_head(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(loss, "LOGITS_BYTES", {"cpu": 400_000})
-    hidden, head = torch.randn(70, 64).bfloat16(), torch.randn(20_000, 64).bfloat16()
-    targets = torch.randint(20_000, (70,))
-    expected = (hidden.float() @ head.float().T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    torch.testing.assert_close(token_log_probabilities(hidden, targets, head), expected)
-    peak = allocated_peak(lambda: token_log_probabilities(hidden, targets, head))
-    assert peak < 4 * head.numel() / 4

@@ -190,13 +190,14 @@ def test_a_long_review_is_cut_and_counted(chat_tokenizer: ChatTokenizer) -> None
     )
 
 
-def test_with_answer_changes_the_label_word_alone(chat_tokenizer: ChatTokenizer) -> None:
-    prompt = build_prompt(chat_tokenizer, labels=("差评", "好评"))
-    (example,) = prompt.examples(["好"], [0])
-    variant = prompt.with_answer(example, 1)
-    assert variant.input_ids == example.input_ids[: example.answer_start] + prompt.label_ids[1]
-    assert supervised_ids(variant) == prompt.label_ids[1]
-    assert variant.label == 1
+def test_the_answer_has_no_say_in_the_question(chat_tokenizer: ChatTokenizer) -> None:
+    prompt = build_prompt(chat_tokenizer, 64, ("负面", "好评论的人"))
+    assert len(prompt.label_ids[1]) > len(prompt.label_ids[0])
+    for review in ("好", "这家酒店非常好。" * 20):
+        short, long = prompt.examples([review] * 2, [0, 1])
+        assert short.input_ids[: short.answer_start] == long.input_ids[: long.answer_start]
+        assert short.truncated_tokens == long.truncated_tokens
+    assert len(long.input_ids) == 64
 
 
 def test_encode_all_equals_encode(chat_tokenizer: ChatTokenizer) -> None:
@@ -205,12 +206,19 @@ def test_encode_all_equals_encode(chat_tokenizer: ChatTokenizer) -> None:
 
 
 @pytest.mark.parametrize(("short", "long"), [("好", "好评论的人"), ("1", "10")])
-def test_label_words_of_which_one_begins_another_are_refused(
+def test_only_a_label_word_that_begins_another_is_scored_with_its_end(
     chat_tokenizer: ChatTokenizer, short: str, long: str
 ) -> None:
     assert chat_tokenizer.encode(long)[: len(chat_tokenizer.encode(short))] == chat_tokenizer.encode(short)
-    with pytest.raises(UserError, match=rf"prompt\.labels: the tokens of '{long}' begin with those of '{short}', so"):
-        build_prompt(chat_tokenizer, labels=(long, "差", short))
+    prompt = build_prompt(chat_tokenizer, labels=(long, "差", short))
+    *others, shortest = prompt.label_ids
+    assert prompt.scored_ids == [*others, [*shortest, chat_tokenizer.im_end]]
+
+
+def test_label_words_of_the_same_tokens_are_refused(chat_tokenizer: ChatTokenizer) -> None:
+    composed, decomposed = "é", "e\u0301"
+    with pytest.raises(UserError, match=rf"prompt\.labels: '{composed}' and '{decomposed}' are the same tokens"):
+        build_prompt(chat_tokenizer, labels=(composed, "差", decomposed))
 
 
 def test_an_instruction_that_leaves_no_room_is_refused(chat_tokenizer: ChatTokenizer) -> None:
