@@ -42,6 +42,9 @@ T = TypeVar("T")
 # Tokens of a forward pass, the prefix counted in each example: 32 of the longest reviews at once took 4 GB in a 0.5B,
 # and larger passes are no faster.
 MAX_TOKENS = 4096
+# Label words may have one token in so many of a pass behind each example. `planning/memory.py` caps passes at 1.5 times
+# the tokens of the longest training example or more, so that both fit.
+LABEL_SHARE = 3
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,16 @@ class Prefix:
 class LabelWords:
     """A prompt's label words as one trie, or, where they have too many tokens for a pass, as several.
 
-    A part has at most a third of a pass' tokens, so that it fits beside any example of a run whose `token_limit` caps
-    passes (`planning/memory.py`).
+    The review runs once more for each further trie: with passes of `MAX_TOKENS` from some thousand labels on.
     """
 
     num_labels: int
     parts: tuple[tuple[list[int], LabelTrie], ...]  # indices of labels, and the trie of their words
 
     @classmethod
-    def of(cls, prompt: ClassificationPrompt, max_tokens: int) -> "LabelWords":
-        """Of a prompt, for passes of at most `max_tokens`."""
-        words = prompt.scored_ids
-        return cls(len(words), tuple(LabelTrie(words).parts(max(1, max_tokens // 3))))
+    def of(cls, words: Sequence[Sequence[int]], max_tokens: int) -> "LabelWords":
+        """Of `ClassificationPrompt.scored_ids`, for passes of at most `max_tokens`."""
+        return cls(len(words), tuple(LabelTrie(words).parts(max(1, max_tokens // LABEL_SHARE))))
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +135,7 @@ def score(
     model.eval()
     prefix = Prefix.of(model, examples[0].input_ids[: common_prefix(examples)])
 
-    words = None if prompt is None else LabelWords.of(prompt, options.max_tokens)
+    words = None if prompt is None else LabelWords.of(prompt.scored_ids, options.max_tokens)
 
     def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
         """Summed loss, supervised tokens, and the labels' scores."""
@@ -168,7 +169,7 @@ def label_probabilities(
     `prefix` begins all examples.
     """
 
-    words = LabelWords.of(prompt, options.max_tokens)
+    words = LabelWords.of(prompt.scored_ids, options.max_tokens)
 
     def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
         return words.run(model, prefix.cache, [_question(example) for example in chosen])[2].tolist()

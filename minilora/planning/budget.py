@@ -37,7 +37,7 @@ from minilora.planning.memory import (
 from minilora.planning.plan import ANSWER_TOKENS, LONGEST_TOKENS, SIZES, hub_name, largest_batch, next_smaller
 from minilora.qlora.batch import round_up_tokens
 from minilora.qlora.model import Qwen2Config
-from minilora.qlora.prompt import ChatTokenizer
+from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.weights.hf_config import read_config
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -104,17 +104,19 @@ def shapes_of_records(
     path: Path, read: Callable[[], Iterable[tuple[int, Record]]], tokenizer: ChatTokenizer
 ) -> Callable[[Config], BatchShape]:
     """`Setup.shape_of` for the records of a file, which `read` gives, rendered and truncated as in training."""
-    examples: dict[int, TokenStore] = {}
+    examples: dict[int, tuple[TokenStore, ClassificationPrompt]] = {}
     shapes: dict[str, BatchShape] = {}
 
     def shape_of(config: Config) -> BatchShape:
         length = config.data.max_length
         if length not in examples:
-            encoder = Encoder(build_prompt(config, tokenizer), str(path), read, config.data.overlong)
-            examples[length] = build_store(encoder)
+            prompt = build_prompt(config, tokenizer)
+            examples[length] = build_store(Encoder(prompt, str(path), read, config.data.overlong)), prompt
         key = repr((config.data, config.train))
         if key not in shapes:
-            shapes[key] = largest_batch(config, examples[length])
+            store, prompt = examples[length]
+            words = prompt.scored_ids if (store.labels >= 0).all() else ()
+            shapes[key] = largest_batch(config, store, words=words)
         return shapes[key]
 
     return shape_of
@@ -159,7 +161,12 @@ def largest_micro_batch(setup: Setup, budget_bytes: int) -> int:
 
 
 def resolve_token_limit(
-    config: Config, model_folder: Path, examples: TokenStore, device: torch.device, ranks: int = 1
+    config: Config,
+    model_folder: Path,
+    examples: TokenStore,
+    device: torch.device,
+    ranks: int = 1,
+    words: Sequence[Sequence[int]] = (),
 ) -> int | None:
     """What train.max_tokens_per_micro_batch=auto is on this device: what fits a GPU's free memory; None on a CPU.
 
@@ -168,7 +175,7 @@ def resolve_token_limit(
     if config.train.max_tokens_per_micro_batch != "auto" or device.type != "cuda":
         return None
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    shape_of = partial(largest_batch, examples=examples, ranks=ranks)
+    shape_of = partial(largest_batch, examples=examples, ranks=ranks, words=words)
     setup = Setup(config, read_config(model_folder), shape_of, "cuda", process_bytes=None, folder=model_folder)
     return max(largest_micro_batch(setup, free_bytes * 9 // 10), SHORTEST_TOKENS)
 

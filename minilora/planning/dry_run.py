@@ -30,11 +30,13 @@ def print_plan(config: Config, model_folder: Path, ranks: int = 1) -> None:
     device = choose_device(config)
     dtype = choose_dtype(config, device)
     examples = splits["train"].examples
-    config = config.with_token_limit(resolve_token_limit(config, model_folder, examples, device, ranks=ranks))
+    words = prompt.scored_ids if splits["train"].labelled else ()
+    limit = resolve_token_limit(config, model_folder, examples, device, ranks=ranks, words=words)
+    config = config.with_token_limit(limit)
     packed = [count_packed_tokens(batch) for batch in epoch_batches(config, examples, 0, ranks)]
     in_step = examples_per_step(config, ranks)
 
-    shape = largest_batch(config, examples, ranks)
+    shape = largest_batch(config, examples, ranks, words)
     estimate = estimate_run_memory(config, model_folder, shape, dtype=dtype, process_bytes=process_bytes)
     where = f"{device}, {dtype_name(dtype)}" + (f", each of {ranks} ranks" if ranks > 1 else "")
     print(f"memory estimate ({where}, largest micro-batch of the run):\n{estimate}\n")

@@ -30,7 +30,7 @@ from torch import nn
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters
 from minilora.config import Config, LoraConfig
-from minilora.evaluation.score import MAX_TOKENS
+from minilora.evaluation.score import LABEL_SHARE, MAX_TOKENS
 from minilora.qlora.attention import MAX_SCORES_BYTES
 from minilora.qlora.batch import FUSED_KEYS
 from minilora.qlora.loss import chunk_positions
@@ -104,6 +104,7 @@ class BatchShape:
     supervised_positions: int  # S of the one that has most of them
     longest: int  # tokens of the longest example that the model reads, with the prefix
     scored_tokens: int = 0  # T of the largest pass of a validation before `scoring_tokens` caps it; 0 leaves it out
+    label_tokens: int = 0  # of the label words behind each example of such a pass, uncapped too
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ def estimate_memory(config: Config, counts: ParameterCounts, shape: BatchShape, 
         {"activations": all_layers, "backward": backward},
         {"activations": one_layer, "backward": backward, "gradients": gradients},
         {"scoring": dense_weight + _scoring_pass(config, model, shape, width) * width},
+        {"scoring": _label_logits(config, model, shape, machine)},
     )
     peak = max(moments_of_a_step, key=lambda moment: sum(moment.values()))
     in_step = {
@@ -266,13 +268,27 @@ def _mlp_backward(counts: ParameterCounts, shape: BatchShape) -> int:
     return shape.tokens * (2 * model.hidden_size + (4 if counts.dora_in_mlp else 3) * model.intermediate_size)
 
 
+def _scored_tokens(config: Config, shape: BatchShape) -> tuple[int, int]:
+    """T of the largest scoring pass, and how many of its tokens are label words behind each example."""
+    limit = scoring_tokens(config)
+    of_words = min(shape.label_tokens, limit // LABEL_SHARE)
+    return min(shape.scored_tokens, max(limit, shape.longest + of_words)), of_words
+
+
 def _scoring_pass(config: Config, model: Qwen2Config, shape: BatchShape, width: int) -> int:
     """Elements of a layer in a scoring pass: gate, up and what SwiGLU makes of them, or attention with its scores."""
-    tokens = min(shape.scored_tokens, max(scoring_tokens(config), shape.longest))
-    keys = 0 if shape.longest >= FUSED_KEYS else shape.longest
+    tokens, of_words = _scored_tokens(config, shape)
+    keys = of_words if shape.longest >= FUSED_KEYS else shape.longest + of_words  # fused attention has no scores
     scores = min(tokens * keys * model.num_attention_heads, MAX_SCORES_BYTES // width)
     in_mlp, in_attention = 3 * model.intermediate_size + 5 * model.hidden_size, 6 * model.hidden_size
     return max(tokens * in_mlp, tokens * in_attention + 2 * scores)
+
+
+def _label_logits(config: Config, model: Qwen2Config, shape: BatchShape, machine: Machine) -> int:
+    """Bytes of float32 logits behind the tokens of label words, a piece of the vocabulary's, and of their softmax."""
+    tokens, of_words = _scored_tokens(config, shape)
+    positions = tokens * of_words // (shape.longest + of_words)
+    return 8 * positions * min(model.vocab_size, chunk_positions(positions + model.hidden_size, machine.device_type))
 
 
 # ---- Attention: all that the estimate says of it, except what `_token_elements` keeps

@@ -17,7 +17,8 @@ from minilora.build import choose_device
 from minilora.config import Config
 from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches
 from minilora.data.token_store import TokenStore
-from minilora.evaluation.score import MAX_TOKENS, ScoringOptions, iter_batches
+from minilora.evaluation.label_trie import LabelTrie
+from minilora.evaluation.score import LABEL_SHARE, MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
 from minilora.qlora.batch import count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
@@ -89,8 +90,12 @@ def epoch_batches(config: Config, examples: Sequence[Example], epoch: int, ranks
             yield from split_into_micro_batches(share, size, max_tokens)
 
 
-def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> BatchShape:
+def largest_batch(
+    config: Config, examples: TokenStore, ranks: int = 1, words: Sequence[Sequence[int]] = ()
+) -> BatchShape:
     """The shape of a run's micro-batches; the order of every epoch is known beforehand.
+
+    `words` are those that a validation scores behind each example, `ClassificationPrompt.scored_ids`; none for chat.
 
     Where a micro-batch has a number of examples, it has at most the tokens that it would have with the prefix that all
     examples share, so only those that could be the largest are made.
@@ -101,15 +106,18 @@ def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> Batch
         epochs = math.ceil(train.max_steps / math.ceil(len(examples) / examples_per_step(config, ranks)))
     inputs, counts, size = examples.lengths, examples.num_supervised, train.per_device_train_batch_size
     # Validation and test set are assumed to be as long as the training set; their prefix is in a KV cache.
+    label_tokens = len(LabelTrie(words).inner_tokens)
+    behind = min(label_tokens, MAX_TOKENS // LABEL_SHARE)
+    inputs += behind
     scored = next(iter_batches(inputs, ScoringOptions(train.per_device_eval_batch_size)))
-    inputs -= 1
-    scored_tokens = round_up_tokens(int((inputs[scored] - examples.common_prefix).sum()))
+    scored_tokens = round_up_tokens(int((inputs[scored] - 1 - examples.common_prefix).sum()))
+    inputs -= 1 + behind
     tokens = supervised = 0
     if train.max_tokens_per_micro_batch is not None or ranks > 1:
         for batch in chain.from_iterable(epoch_batches(config, examples, epoch, ranks) for epoch in range(epochs)):
             tokens = max(tokens, count_packed_tokens(batch))
             supervised = max(supervised, sum(sum(example.supervised) for example in batch))
-        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens)
+        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens)
     starts = np.arange(0, len(examples), size)
     others = np.diff(starts, append=len(examples)) - 1
     for epoch in range(epochs):
@@ -121,7 +129,7 @@ def largest_batch(config: Config, examples: TokenStore, ranks: int = 1) -> Batch
                 break
             chosen = order[starts[index] : starts[index] + size]
             tokens = max(tokens, count_packed_tokens([examples[i] for i in chosen]))
-    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens)
+    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens)
 
 
 def uniform_batch(config: Config) -> BatchShape:

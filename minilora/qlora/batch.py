@@ -69,8 +69,7 @@ class SegmentGroup:
     @property
     def is_fused(self) -> bool:
         """Whether PyTorch's fused attention computes it: long, and most tokens are queries, as its causal mask asks."""
-        is_causal = self.last_query is None and 2 * self.queries.shape[1] > self.num_keys
-        return is_causal and self.num_keys >= FUSED_KEYS
+        return self.last_query is None and FUSED_KEYS <= self.num_keys < 2 * self.queries.shape[1]
 
     def seen(self) -> torch.Tensor:
         """(n, P + L) int64, the keys of each segment as tokens, prefix first."""

@@ -163,9 +163,8 @@ class ChatTokenizer:
 class ClassificationPrompt:
     """How a review becomes a question whose answer is one label word.
 
-    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`. `scored_ids` are those that decide
-    between the words: a word's own, and the closing `<|im_end|>` where they begin another word, which is no more
-    probable than its beginning. So none begins another, and no answer counts for two labels.
+    The ids of an example are prefix + review + suffix + label word + `<|im_end|>`. `scored_ids` decide between words: a
+    word's own, and the closing token where they begin another word, which could never be the more probable one else.
     """
 
     tokenizer: ChatTokenizer

@@ -2,7 +2,7 @@
 
 from minilora.config import Config
 from minilora.errors import UserError
-from minilora.evaluation.score import ScoringOptions, iter_batches
+from minilora.evaluation.score import LabelWords, ScoringOptions, iter_batches
 from minilora.planning.budget import SHORTEST_TOKENS
 from minilora.planning.memory import scoring_tokens
 from minilora.qlora.batch import round_up_tokens
@@ -44,8 +44,10 @@ def _resuming_keys(run: Run) -> list[str]:
     model, train = run.config.model, run.config.train
     keys = []
     if run.scoring is not None:
-        lengths = run.splits[run.scoring].examples.lengths
-        passes = iter_batches(lengths, ScoringOptions(train.per_device_eval_batch_size, scoring_tokens(run.config)))
+        split, tokens = run.splits[run.scoring], scoring_tokens(run.config)
+        of_words = LabelWords.of(run.prompt.scored_ids, tokens).num_tokens if split.labelled else 0
+        lengths = split.examples.lengths + of_words
+        passes = iter_batches(lengths, ScoringOptions(train.per_device_eval_batch_size, tokens))
         if (size := len(next(passes))) > 1:
             keys.append(f"train.per_device_eval_batch_size={size // 2}")
     else:

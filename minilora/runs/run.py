@@ -96,7 +96,9 @@ class Run:
     @property
     def batch_shape(self) -> BatchShape:
         """The shape of the largest micro-batch."""
-        return largest_batch(self.resolved_config, self.splits["train"].examples, self.ranks.size)
+        train = self.splits["train"]
+        words = self.prompt.scored_ids if train.labelled else ()
+        return largest_batch(self.resolved_config, train.examples, self.ranks.size, words)
 
     @property
     def memory_estimate(self) -> MemoryEstimate:

@@ -102,7 +102,9 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     if best_by not in ("auto", "eval_loss") and not splits["validation"].labelled:
         raise UserError(f"train.metric_for_best_model: {best_by} needs labels, free-form chat has none; use eval_loss")
     weights = class_weights(config.train.class_weights, trained, prompt.labels)
-    resolve = partial(resolve_token_limit, config, model_folder, trained.examples, device=device, ranks=ranks.size)
+    words = prompt.scored_ids if trained.labelled else ()
+    limit_of = partial(resolve_token_limit, config, model_folder, trained.examples, device=device, ranks=ranks.size)
+    resolve = partial(limit_of, words=words)
     is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
     auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
     model = build_model(config, model_folder, device, dtype, ranks=ranks)

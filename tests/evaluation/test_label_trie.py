@@ -85,7 +85,7 @@ def test_words_with_too_many_tokens_for_a_pass_have_several(
 ) -> None:
     model = tiny_model().eval()
     prompt, examples = build(chat_tokenizer)
-    words = LabelWords.of(prompt, 24)
+    words = LabelWords.of(prompt.scored_ids, 24)
     assert len(words.parts) > 1
     assert words.num_tokens <= 8
     assert sorted(index for indices, _ in words.parts for index in indices) == list(range(len(WORDS)))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,6 +354,29 @@ def test_the_estimate_is_what_pytorch_allocates_in_a_scoring_pass(
     found = estimate_memory(configuration(quantization=quantization), counts, shape, Machine("cpu", torch.bfloat16))
     assert part(found, "a scoring pass") > 0
     assert found.total_bytes - part(found, "AdamW") == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("length", "count", "num_words"), [(64, 16, 60), (700, 2, 200), (32, 8, 200)])
+def test_the_estimate_is_what_pytorch_allocates_in_a_scoring_pass_with_label_words(
+    length: int, count: int, num_words: int, tmp_path: Path
+) -> None:
+    sizes = {"hidden": 256, "heads": 8, "kv_heads": 2, "intermediate": 1024, "layers": 2}
+    folder = write_checkpoint(tmp_path / "model", "{}", dtype=torch.bfloat16, **sizes)
+    lora = LoraConfig(r=8, alpha=16, dropout=0)
+    model = load_model(folder, torch.bfloat16, "none")
+    attach(model, lora)
+    prompt: Any = SimpleNamespace(scored_ids=[[index, index % 7, 3] for index in range(num_words)])
+    examples = [Example([i, *[3] * length], [False] * length + [True]) for i in range(count)]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    measured = held + allocated_peak(lambda: score(model, examples, prompt, ScoringOptions(count)))
+    tokens = count * (length + 2 * num_words)
+    assert tokens <= 4096
+    shape = BatchShape(16, 2, length, scored_tokens=tokens, label_tokens=2 * num_words)
+    counts = count_parameters(read_config(folder), lora)
+    found = estimate_memory(configuration(quantization="none"), counts, shape, Machine("cpu", torch.bfloat16))
+    assert part(found, "a scoring pass") > 0
+    # Not counted are the words' attention mask and a second copy of keys and values, which weigh more in a small model.
+    assert found.total_bytes - part(found, "AdamW") == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -16,7 +16,7 @@ from minilora.build import build_prompt, read_split
 from minilora.config import Config, LoraConfig, load_config
 from minilora.data.sampler import epoch_order, split_into_micro_batches
 from minilora.data.token_store import ENTRY, TokenStore
-from minilora.evaluation.score import ScoringOptions, iter_batches
+from minilora.evaluation.score import ScoringOptions, iter_batches, score
 from minilora.planning import dry_run
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
@@ -103,6 +103,20 @@ def test_what_finds_the_largest_takes_a_few_bytes_an_example() -> None:
     finally:
         tracemalloc.stop()
     assert (shape.tokens, shape.supervised_positions, shape.longest) == (72, 64, 7)
+
+
+def test_the_largest_scoring_pass_has_the_label_words(
+    examples: TokenStore, tiny_model: Callable[..., Qwen2ForCausalLM], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    config = load_config(None, ["train.per_device_eval_batch_size=5", "prompt.labels=[差评, 好评, 好评论, 好]"])
+    prompt = build_prompt(config, ChatTokenizer(tiny_checkpoint()))
+    tokens: list[int] = []
+    model = tiny_model()
+    model.model.layers[0].register_forward_hook(lambda _, inputs, __: tokens.append(len(inputs[0])))
+    score(model, list(examples), prompt, ScoringOptions(5))
+    shape = largest_batch(config, examples, words=prompt.scored_ids)
+    assert shape.label_tokens == len({tuple(ids[:d]) for ids in prompt.scored_ids for d in range(1, len(ids))}) > 3
+    assert shape.scored_tokens == max(tokens[1:])  # the first is of the common prefix
 
 
 def test_a_run_that_is_counted_in_steps_is_as_long_as_they_say(examples: TokenStore) -> None:
