@@ -36,7 +36,7 @@ from minilora.data.readers import data_files
 from minilora.data.records import ReadOptions
 from minilora.errors import UserError
 from minilora.evaluation.calibration import fit_temperature
-from minilora.evaluation.metrics import final_metrics, mcnemar_test, only_answer
+from minilora.evaluation.metrics import final_metrics, mcnemar_test, most_confused, only_answer
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.reports.report import Report, ScoredExamples, render_report
 from minilora.runs.calibration_file import Calibration, usable_calibration
@@ -49,6 +49,8 @@ from minilora.system.manifest import add_file
 from minilora.system.memory import peak_memory_bytes
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import with_ranks
+
+SHOWN_CLASSES = 12  # of more classes those with the lowest F1 are printed; JSON and report.html have all
 
 EXAMPLES = """\
 examples:
@@ -253,6 +255,7 @@ def print_table(results: dict[str, Any], kind: str, truncated: str) -> None:
         "recall",
         "f1",
         "macro_f1",
+        "weighted_f1",
         "roc_auc",
         "log_loss",
         "expected_calibration_error",
@@ -260,19 +263,33 @@ def print_table(results: dict[str, Any], kind: str, truncated: str) -> None:
     for name in (*single, "reviews_per_s"):
         low_high = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
         print(f"{name:28}{_figure(results[name])}  {low_high:<18}" + (_figure(base[name]) if base else ""))
-    for name, figures in results["per_class"].items():
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in figures.items() if key != "support")
-        print(f"{name}: {shown}  ({figures['support']} reviews)")
     if results["temperature"] is not None:
         before = results["uncalibrated"]
         print(
             f"without the temperature of {results['temperature']:.4g}: log_loss {before['log_loss']:.4f}, "
             f"expected_calibration_error {before['expected_calibration_error']:.4f}"
         )
-    print(f"confusion matrix (rows true, columns predicted): {results['confusion_matrix']}")
+    print_classes(results)
     if "mcnemar" in results:
         test = results["mcnemar"]
         print(f"McNemar: {test['b']} only the adapter right, {test['c']} only the base, p = {test['p_value']:.3g}")
+
+
+def print_classes(results: dict[str, Any]) -> None:
+    """Scores of each class, of many those with the lowest F1, and the confusion matrix, or its largest errors."""
+    classes, confusion = results["per_class"], np.array(results["confusion_matrix"])
+    is_few = len(classes) <= SHOWN_CLASSES
+    present = [name for name, figures in classes.items() if is_few or figures["support"]]
+    for name in present if is_few else sorted(present, key=lambda name: classes[name]["f1"])[:SHOWN_CLASSES]:
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in classes[name].items() if key != "support")
+        print(f"{name}: {shown}  ({classes[name]['support']} reviews)")
+    if is_few:
+        print(f"confusion matrix (rows true, columns predicted): {results['confusion_matrix']}")
+        return
+    print(f"these are the lowest F1 of {len(classes)} classes; the most frequent errors:")
+    names = list(classes)
+    for label, answer, count in most_confused(confusion, SHOWN_CLASSES):
+        print(f"{names[label]} predicted as {names[answer]}: {count} of {classes[names[label]]['support']}")
 
 
 def _figure(value: float | None) -> str:

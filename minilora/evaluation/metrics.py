@@ -57,6 +57,24 @@ def precision_recall_f1(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     )
 
 
+def averages(confusion: np.ndarray) -> dict[str, tuple[float, float, float]]:
+    """Precision, recall and F1: `macro`, every class alike, and `weighted`, each by its share of the reviews.
+
+    A class without a review counts as 0 in the first and not at all in the second.
+    """
+    by_class, support = precision_recall_f1(confusion), confusion.sum(axis=1)
+    macro, weighted = ([float(np.average(x, weights=w)) for x in by_class] for w in (None, support))
+    return {"macro": (macro[0], macro[1], macro[2]), "weighted": (weighted[0], weighted[1], weighted[2])}
+
+
+def most_confused(confusion: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """Class, prediction and reviews of the most frequent errors, the first of equals first."""
+    errors = confusion - np.diag(np.diagonal(confusion))
+    cells = np.argsort(-errors, axis=None, kind="stable")[:most]
+    pairs = zip(*np.unravel_index(cells, errors.shape), strict=True)
+    return [(int(label), int(answer), int(errors[label, answer])) for label, answer in pairs if errors[label, answer]]
+
+
 def roc_auc(positive: np.ndarray, scores: np.ndarray) -> float | None:
     """The probability that a random positive scores above a random negative, a tie counting one half.
 
@@ -185,10 +203,11 @@ def classification_metrics(
             more than two classes, makes the first three macro averages and `roc_auc` None.
 
     Returns:
-        `num_examples`, `accuracy`, `precision`, `recall`, `f1`, `macro_precision`, `macro_recall`,
-        `macro_f1`, `per_class` (by name: `precision`, `recall`, `f1`, `support`), `confusion_matrix` (K lists
-        of K), `roc_auc`, `log_loss` (nats), `expected_calibration_error`, `confidence_intervals_95` ([low,
-        high] of `accuracy`, `precision`, `recall` and `f1`).
+        `num_examples`, `accuracy`, `precision`, `recall`, `f1`, `macro_precision`, `macro_recall`, `macro_f1`,
+        `weighted_precision`, `weighted_recall`, `weighted_f1` (see `averages`), `per_class` (by name: `precision`,
+        `recall`, `f1`, `support`), `confusion_matrix` (K lists of K), `roc_auc`, `log_loss` (nats),
+        `expected_calibration_error`, `confidence_intervals_95` ([low, high] of `accuracy`, `precision`, `recall` and
+        `f1`).
 
     Raises:
         ValueError: a row holds no probabilities. A diverged model gives NaN, whose argmax is a class like any other.
@@ -199,16 +218,20 @@ def classification_metrics(
         row = int(unfit.argmax())
         raise ValueError(f"row {row} is {probabilities[row].tolist()}, expected probabilities, sum 1")
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), len(label_names))
-    macro, intervals = _headline_scores(confusion, None), bootstrap_intervals(confusion, positive)
+    intervals, fields = bootstrap_intervals(confusion, positive), ("precision", "recall", "f1")
     columns = (*precision_recall_f1(confusion), confusion.sum(axis=1))
     per_class = {
-        name: dict(zip(("precision", "recall", "f1", "support"), row, strict=True))
+        name: dict(zip((*fields, "support"), row, strict=True))
         for name, *row in zip(label_names, *(column.tolist() for column in columns), strict=True)
     }
     return {
         "num_examples": len(labels),
         **{name: float(score) for name, score in _headline_scores(confusion, positive).items()},
-        **{f"macro_{name}": float(macro[name]) for name in ("precision", "recall", "f1")},
+        **{
+            f"{kind}_{field}": score
+            for kind, scores in averages(confusion).items()
+            for field, score in zip(fields, scores, strict=True)
+        },
         "per_class": per_class,
         "confusion_matrix": confusion.tolist(),
         "roc_auc": None if positive is None else roc_auc(labels == positive, probabilities[:, positive]),

@@ -17,6 +17,7 @@ import numpy as np
 from minilora import __version__
 from minilora.data.records import Record
 from minilora.evaluation.calibration import NUM_BINS, calibration_bins, calibration_figures, error_by_chance
+from minilora.evaluation.metrics import averages, most_confused
 from minilora.evaluation.thresholds import (
     WANTED,
     answered_by_confidence,
@@ -36,6 +37,7 @@ NAMES = {
     "recall": "recall",
     "f1": "F1",
     "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
     "roc_auc": "ROC AUC",
     "log_loss": "log loss, nats",
     "expected_calibration_error": "calibration error",
@@ -43,6 +45,9 @@ NAMES = {
 }
 HEADLINES = ("accuracy", "f1", "loss")
 MAX_MISTAKES = 20
+MATRIX_CLASSES = 12  # most that a confusion matrix has; of more classes, those that are confused most
+MAX_PAIRS = 20
+RARE_REVIEWS = 10  # a class with fewer is marked: one review more or less moves its recall by 0.1
 # Control characters that no HTML page may hold, and surrogates, which no encoding can write.
 FORBIDDEN = dict.fromkeys(
     (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
@@ -85,7 +90,6 @@ def render_report(report: Report) -> str:
     last = list(report.results.values())[-1] if report.results else {}
     curves, pictures, no_pictures = _pictures(report)
     examples = report.examples
-    parts = {} if examples is None else {**_calibration(examples), **_thresholds(examples), **_mistakes(examples)}
     page = render(
         "report.html",
         report=report,
@@ -104,9 +108,44 @@ def render_report(report: Report) -> str:
             for name, value in keys.items()
         ),
         version=__version__,
-        **parts,
+        **({} if examples is None else _of_examples(examples, last)),
     )
     return page.translate(FORBIDDEN)
+
+
+def _of_examples(examples: ScoredExamples, metrics: Values) -> dict[str, Any]:
+    """What the page shows of single reviews and of classes."""
+    classes = _classes(metrics, examples.names)
+    return {**classes, **_calibration(examples), **_thresholds(examples), **_mistakes(examples)}
+
+
+def _classes(metrics: Values, names: Sequence[str]) -> dict[str, Any]:
+    """Tables of the classes: in the labels' order, and of many the worst first.
+
+    Of more than `MATRIX_CLASSES`, the matrix has those of the most confused pairs, and a column for all other answers.
+    """
+    confusion = np.array(metrics["confusion_matrix"])
+    pairs, support = most_confused(confusion, MAX_PAIRS), confusion.sum(axis=1)
+    order, shown = list(range(len(names))), list(range(len(names)))
+    if len(names) > MATRIX_CLASSES:
+        order.sort(key=lambda index: (support[index] == 0, metrics["per_class"][names[index]]["f1"]))
+        shown = list(dict.fromkeys(index for label, answer, _ in pairs for index in (label, answer)))[:MATRIX_CLASSES]
+    matrix = [(names[index], confusion[index, shown].tolist(), int(support[index])) for index in shown]
+    return {
+        "matrix_names": [names[index] for index in shown],
+        "matrix": [(name, [*counts, *_others(counts, total, names)], total) for name, counts, total in matrix],
+        "pairs": [(names[label], names[answer], count, count / support[label]) for label, answer, count in pairs],
+        "num_errors": int(support.sum() - np.trace(confusion)),
+        "class_names": [names[index] for index in order],
+        "absent": [names[index] for index in order if support[index] == 0],
+        "rare_reviews": RARE_REVIEWS,
+        "averages": averages(confusion),
+    }
+
+
+def _others(counts: Sequence[int], total: int, names: Sequence[str]) -> list[int]:
+    """The answers that a matrix without all classes has no column for."""
+    return [total - sum(counts)] if len(names) > MATRIX_CLASSES else []
 
 
 def _pictures(report: Report) -> tuple[list[plots.Picture], dict[str, plots.Picture], str | None]:

@@ -17,6 +17,7 @@ from minilora.evaluation.metrics import (
     drift,
     log_loss,
     mcnemar_test,
+    most_confused,
     only_answer,
     precision_recall_f1,
     roc_auc,
@@ -70,6 +71,13 @@ def test_confusion_matrix_has_true_classes_in_rows() -> None:
     matrix = confusion_matrix(np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0]), 3)
     assert matrix.tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
     assert matrix.dtype == np.int64
+
+
+def test_the_most_frequent_errors_come_first_and_the_first_of_equals() -> None:
+    matrix = np.array([[9, 0, 2], [3, 9, 2], [0, 1, 9]])
+    assert most_confused(matrix, 3) == [(1, 0, 3), (0, 2, 2), (1, 2, 2)]
+    assert most_confused(matrix, 99)[3:] == [(2, 1, 1)]
+    assert most_confused(np.eye(3, dtype=int), 3) == []
 
 
 def test_confusion_matrix_of_no_reviews_is_zero() -> None:
@@ -148,8 +156,11 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
 
     predictions = probabilities.argmax(axis=1)
     by_class = sklearn_metrics.precision_recall_fscore_support(labels, predictions, labels=classes, zero_division=0)
-    macro = sklearn_metrics.precision_recall_fscore_support(
-        labels, predictions, labels=classes, zero_division=0, average="macro"
+    macro, weighted = (
+        sklearn_metrics.precision_recall_fscore_support(
+            labels, predictions, labels=classes, zero_division=0, average=average
+        )
+        for average in ("macro", "weighted")
     )
     fields = ("precision", "recall", "f1", "support")
     for index, name in enumerate(NAMES[: len(classes)]):
@@ -157,6 +168,7 @@ def test_metrics_equal_scikit_learn(seed: int) -> None:
         assert ours["per_class"][name] == pytest.approx(theirs, abs=ROUNDING)
     for index, name in enumerate(fields[:3]):
         assert ours[f"macro_{name}"] == pytest.approx(macro[index], abs=ROUNDING)
+        assert ours[f"weighted_{name}"] == pytest.approx(weighted[index], abs=ROUNDING)
         headline = macro[index] if positive is None else by_class[index][positive]
         assert ours[name] == pytest.approx(headline, abs=ROUNDING)
 
@@ -204,7 +216,8 @@ def test_keys_are_those_that_the_evaluation_promises() -> None:
     metrics = classification_metrics(np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]]), ("负面", "正面"), 1)
     assert set(metrics) == {
         "num_examples", "accuracy", "precision", "recall", "f1", "macro_precision", "macro_recall",
-        "macro_f1", "per_class", "confusion_matrix", "roc_auc", "log_loss", "expected_calibration_error",
+        "macro_f1", "weighted_precision", "weighted_recall", "weighted_f1",
+        "per_class", "confusion_matrix", "roc_auc", "log_loss", "expected_calibration_error",
         "confidence_intervals_95",
     }  # fmt: skip
     assert set(metrics["per_class"]) == {"负面", "正面"}

@@ -268,7 +268,53 @@ def test_the_confusion_matrix_is_shaded_by_the_share_of_its_row() -> None:
     page = render_examples(["a"] * 5, [0, 0, 0, 1, 1], [0.1, 0.2, 0.7, 0.9, 0.8], ("负面", "<正面>"))
     shares = [re.findall(r"--share: ([\d.]+)\">(\d+)<", cell) for cell in row(page, "负面")[:2]]
     assert shares == [[("0.667", "2")], [("0.333", "1")]]
-    assert row(page, "&lt;正面&gt;")[2:] == ["0.6667", "1.0000", "0.8000", "2"]
+    assert row(page, "&lt;正面&gt;")[2:] == ["0.6667", "1.0000", "0.8000", "2<small><mark>rare</mark></small>"]
+
+
+def render_classes(count: int) -> str:
+    """The part on `count` classes of 40 reviews each; two of the last are confused, one is rare, the last absent."""
+    names = [f"类别{index}" for index in range(count)]
+    labels = np.repeat(np.arange(count - 2), 40)
+    answers = labels.copy()
+    answers[40:47] = 3  # seven of class 1
+    answers[80:82] = 0  # two of class 2
+    labels, answers = np.append(labels, [count - 2] * 3), np.append(answers, [count - 2] * 3)
+    probabilities = np.full((len(labels), count), 0.1 / (count - 1))
+    probabilities[np.arange(len(labels)), answers] = 0.9
+    metrics = classification_metrics(labels, probabilities, names, None)
+    records = [Record(f"t:{index}", "评论") for index in range(len(labels))]
+    examples = ScoredExamples(records, labels, probabilities, names)
+    return section(render_report(make_report(results={"adapter": metrics}, examples=examples, log=[])), "Classes")
+
+
+@pytest.mark.parametrize("count", [5, 100])
+def test_the_most_confused_classes_the_rare_and_the_absent_are_named(count: int) -> None:
+    page = render_classes(count)
+    assert f"<mark>No review is of 类别{count - 1}</mark>" in page
+    assert "Most confused: 9 of 9 wrong answers" in page
+    assert row(page, "类别1")[:3] == ["类别3", "7", "0.175"]
+    assert row(page, "类别2")[:3] == ["类别0", "2", "0.050"]
+    assert page.count("<mark>rare</mark>") == page.count("<mark>absent</mark>") == 1
+    averages = [
+        row(page.replace("<b>", "").replace("</b>", ""), f"{kind} average")[1] for kind in ("macro", "weighted")
+    ]
+    recall = (40 * (count - 2) - 9 + 3) / (40 * (count - 2) + 3)
+    assert averages == [f"{(count - 1 - 9 / 40) / count:.4f}", f"{recall:.4f}"]
+
+
+def test_of_many_classes_the_matrix_has_those_that_are_confused_and_the_worst_come_first() -> None:
+    few, many = render_classes(5), render_classes(100)
+    heads = [re.findall('<th scope="col">(.*?)</th>', table) for table in many.split("<table>")[1:]]
+    assert heads[1] == ["label", "类别1", "类别3", "类别2", "类别0", "others"]
+    assert len(many) < 40_000
+    order = re.findall(r'<th scope="row">(类别\d+)</th>', many.split("<table>")[3])
+    assert order[:2] == ["类别1", "类别3"]
+    assert order[-1] == "类别99"
+    assert len(order) == 100
+    assert [re.findall('<th scope="col">(.*?)</th>', table) for table in few.split("<table>")[1:]][1] == [
+        "label",
+        *(f"类别{index}" for index in range(5)),
+    ]
 
 
 def test_a_class_that_never_occurs_has_no_share() -> None:
