@@ -35,7 +35,7 @@ from minilora.system.files import WRITING, GrowingFile, StorageError, remove, sh
 from minilora.system.manifest import finish_folder, read_manifest, verify_folder
 
 CACHE = ".tokens"
-FORMAT = 1  # raised when the same records would become other arrays
+FORMAT = 2  # raised when the same records would become other arrays
 ENTRY = np.dtype(
     [("tokens", "<u8"), ("spans", "<u8"), ("line", "<u4"), ("label", "<i4"), ("truncated", "<u4")], align=True
 )
