@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minilora.evaluation.label_trie import LabelTrie, log_normalizers
 from minilora.evaluation.score import LabelWords, Prefix, ScoringOptions, label_probabilities, score
-from minilora.qlora import loss
+from minilora.qlora import attention, loss
 from minilora.qlora.batch import FUSED_KEYS, pack
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example
@@ -47,7 +47,14 @@ def a_pass_for_each_word(
 
 
 # float32 sums in another order; in bfloat16 hidden states are rounded to 0.4 %, by other kernels for other shapes.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.2}
+
+
+def assert_same(found: np.ndarray | None, expected: np.ndarray, tolerance: float = 1e-4) -> None:
+    """Of logarithms: words of many tokens have tiny probabilities, whose errors would not be seen."""
+    assert found is not None
+    assert np.log(expected).min() < -20
+    np.testing.assert_allclose(np.log(found), np.log(expected), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -62,10 +69,9 @@ def test_probabilities_equal_those_of_a_pass_for_each_word(
     found = label_probabilities(model, prefix, examples, prompt, ScoringOptions(4))
     expected = a_pass_for_each_word(model, prefix, examples, prompt)
     assert 0.2 < expected.max() < 0.99
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCES[dtype])
+    assert_same(found, expected, TOLERANCES[dtype])
     validated = score(model, examples, prompt, ScoringOptions(3)).probabilities
-    assert validated is not None
-    np.testing.assert_allclose(validated, expected, rtol=0, atol=TOLERANCES[dtype])
+    assert_same(validated, expected, TOLERANCES[dtype])
 
 
 def test_words_behind_reviews_that_fused_attention_computes(
@@ -77,7 +83,23 @@ def test_words_behind_reviews_that_fused_attention_computes(
     prefix = Prefix.of(model, prompt.prefix)
     assert max(group.num_keys for group in pack(examples, cached_prefix=prefix.num_tokens).groups) > FUSED_KEYS
     found = label_probabilities(model, prefix, examples, prompt, ScoringOptions())
-    np.testing.assert_allclose(found, a_pass_for_each_word(model, prefix, examples, prompt), rtol=0, atol=1e-5)
+    assert_same(found, a_pass_for_each_word(model, prefix, examples, prompt))
+
+
+def test_attention_in_pieces_does_not_change_a_probability(
+    tiny_model: LoadModel, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model().eval()
+    prompt, examples = build(chat_tokenizer)
+    prefix = Prefix.of(model, prompt.prefix)
+    expected = a_pass_for_each_word(model, prefix, examples, prompt)
+    for elements in (300, 3000):  # some queries of one example, some examples
+        monkeypatch.setattr(attention, "MAX_SCORES_BYTES", elements * 4 * 4)
+        pieces = label_probabilities(model, prefix, examples, prompt, ScoringOptions())
+        assert_same(pieces, expected)
+    monkeypatch.setattr(attention, "MAX_MASK", 0)  # masks are made in each layer
+    pieces = label_probabilities(model, prefix, examples, prompt, ScoringOptions())
+    assert_same(pieces, expected)
 
 
 def test_words_with_too_many_tokens_for_a_pass_have_several(
@@ -91,7 +113,8 @@ def test_words_with_too_many_tokens_for_a_pass_have_several(
     assert sorted(index for indices, _ in words.parts for index in indices) == list(range(len(WORDS)))
     together, apart = (score(model, examples, prompt, ScoringOptions(max_tokens=tokens)) for tokens in (4096, 24))
     assert together.loss == pytest.approx(apart.loss, rel=1e-5)
-    np.testing.assert_allclose(apart.probabilities, together.probabilities, rtol=0, atol=1e-5)
+    assert together.probabilities is not None
+    assert_same(apart.probabilities, together.probabilities)
 
 
 def test_a_review_runs_once_and_a_token_that_words_share_too(
