@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -195,6 +196,40 @@ def test_a_raw_file_is_scored_by_the_columns_that_the_run_was_prepared_with(
         run_main(script, "--model_path", final, "--data", raw, "--label-column", "label")[0].splitlines()[-1]
     )
     assert [figures["support"] for figures in named["per_class"].values()] == [30, 30, 0]
+
+
+def test_a_label_word_that_begins_another_is_trained_and_scored(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, run_main: RunMain, script: ModuleType
+) -> None:
+    labels = ("好评", "好", "差评")
+    lines = "".join(f"{labels[n % 3]}\t评论{n}\n" for n in range(60))
+    (tmp_path / "raw.tsv").write_text("label\ttext_a\n" + lines, "utf-8")
+    prepare([tmp_path / "raw.tsv"], tmp_path / "data")
+    places = (f"model.name_or_path={tiny_checkpoint()}", f"data.dir={tmp_path / 'data'}")
+    words = f"prompt.labels={json.dumps(labels, ensure_ascii=False)}"
+    config = load_config(None, [*KEYS, *places, words, f"train.output_dir={tmp_path / 'run'}"])
+    out, _ = run_main(script, "--model_path", fit(config, tiny_checkpoint()), "--data", tmp_path / "raw.tsv")
+    results = json.loads(out.splitlines()[-1])
+    assert {name: figures["support"] for name, figures in results["per_class"].items()} == dict.fromkeys(labels, 20)
+
+
+def test_of_many_classes_the_worst_and_the_most_confused_are_printed(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = script.SHOWN_CLASSES + 3
+    confusion = np.diag([5] * (count - 1) + [0])
+    confusion[4, 2], confusion[7, 2] = 3, 1
+    scores = {"precision": 1.0, "recall": 1.0}
+    classes = {
+        f"类{index}": {**scores, "f1": 0.5 if index == 4 else 1.0, "support": int(row.sum())}
+        for index, row in enumerate(confusion)
+    }
+    script.print_classes({"per_class": classes, "confusion_matrix": confusion.tolist()})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("类4: ")
+    assert len([line for line in lines if line.endswith("reviews)")]) == script.SHOWN_CLASSES
+    assert f"of {count} classes" in lines[script.SHOWN_CLASSES]
+    assert lines[-2:] == ["类4 predicted as 类2: 3 of 8", "类7 predicted as 类2: 1 of 6"]
 
 
 @pytest.mark.parametrize("override", ["lora.r=4", "train.seed=1", "data.max_train_examples=2"])
