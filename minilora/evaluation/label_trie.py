@@ -14,8 +14,8 @@ cancels, so only inner nodes need one, over the whole vocabulary.
 The nodes are in depth-first order, so that the descendants of a node follow it: `SegmentGroup.last_query` then says
 with two numbers a token which nodes attend to which.
 
-Source: tree attention as of speculative decoding (SpecInfer, arXiv 2305.09781). Left out: dropping words that can no
-longer win: a trained model still gives them 1e-3 to 1e-8, more than rounding.
+Source: tree attention, as in speculative decoding (SpecInfer, arXiv 2305.09781). Left out: to drop words that can no
+longer win, because log loss and calibration need their small probabilities.
 """
 
 from collections.abc import Iterator, Sequence
