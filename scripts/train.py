@@ -7,27 +7,19 @@ if __name__ == "__main__":
 
 import shutil
 import tempfile
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 from minilora.build import take_adapter
-from minilora.config import Config, describe_keys, layer_of, load_config
-from minilora.data.hub import fetch_dataset, fetch_model
-from minilora.data.labels import POLARITY
-from minilora.data.prepare import prepare, prepare_demo
-from minilora.data.records import ReadOptions
-from minilora.data.split_files import SPLITS, recover_splits
-from minilora.errors import UserError
+from minilora.config import Config, describe_keys, load_config
+from minilora.data.hub import fetch_model
 from minilora.planning.dry_run import print_plan
+from minilora.runs.data_folder import DOWNLOADS, has_data, prepare_data, refuse_slip
 from minilora.runs.train import fit
-from minilora.system.console import info
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.files import similar_path
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import with_ranks
 
-DOWNLOADS = "chn_senti_corp"  # beside data.dir
 EXAMPLES = """\
 examples:
   python scripts/train.py                                    the quickstart: two minutes, no download
@@ -50,7 +42,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     with ranks.rank_0_first():
         config = load_config(arguments.config, arguments.overrides)
         if not has_data(config):
-            refuse_slip(config, arguments)
+            refuse_slip(config, arguments.config, arguments.overrides)
     if arguments.dry_run:
         if ranks.is_rank_0:
             show_plan(take_adapter(config), ranks.size)
@@ -72,47 +64,6 @@ def show_plan(config: Config, ranks: int) -> None:
             config = replace(config, data=replace(config.data, dir=str(Path(folder) / "processed")))
             prepare_data(config)
         print_plan(config, fetch_model(config.model.name_or_path, config.model.revision), ranks)
-
-
-def has_data(config: Config) -> bool:
-    """Whether the splits are in `data.dir`; UserError if only some are."""
-    directory = Path(config.data.dir)
-    recover_splits(directory)
-    missing = [f"{split}.jsonl" for split in SPLITS if not (directory / f"{split}.jsonl").is_file()]
-    if 0 < len(missing) < len(SPLITS):
-        raise UserError(
-            f"{directory}: has no {', '.join(missing)}; correct data.dir, or prepare the data with "
-            f"scripts/preprocess_data.py --input FILES --output_dir {directory}"
-        )
-    return not missing
-
-
-def refuse_slip(config: Config, arguments: Namespace) -> None:
-    """UserError where `data.dir` was named and what to prepare there was not: it may be misspelt."""
-    path, overrides = arguments.config, arguments.overrides
-    is_own = Path(config.data.dir) == Path(load_config(path).data.dir)
-    named = [] if is_own else overrides
-    if layer_of("data.source", path, overrides) < layer_of("data.dir", path, named):
-        if Path(config.data.dir).is_file():
-            raise UserError(
-                f"data.dir: {config.data.dir} is a file, expected a folder; make one of it with python "
-                f"scripts/preprocess_data.py --input {config.data.dir} --output_dir data/mine and name that"
-            )
-        raise UserError(
-            f"data.dir: {config.data.dir} holds no train.jsonl; prepare it with python scripts/preprocess_data.py "
-            f"--input FILES --output_dir {config.data.dir}, or name what to prepare there with "
-            f"data.source={config.data.source}{similar_path(Path(config.data.dir))}"
-        )
-
-
-def prepare_data(config: Config) -> None:
-    """Makes `data.dir` from `data.source`."""
-    directory = Path(config.data.dir)
-    info(f"{directory} holds no data yet: preparing it from {config.data.source}")
-    if config.data.source == "demo":
-        prepare_demo(directory)
-    else:
-        prepare(fetch_dataset(directory.parent / DOWNLOADS), directory, reading=ReadOptions(map_labels=POLARITY))
 
 
 if __name__ == "__main__":
