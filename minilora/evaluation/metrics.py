@@ -133,7 +133,7 @@ def bootstrap_intervals(
     draws = generator.multinomial(total, confusion.ravel()[observed] / total, size=resamples)
     tables = np.zeros((resamples, confusion.size), dtype=np.int64)
     tables[:, observed] = draws
-    scores = _headline_scores(tables.reshape(resamples, *confusion.shape), positive)
+    scores = headline_scores(tables.reshape(resamples, *confusion.shape), positive)
     bounds = {name: np.quantile(values, [0.025, 0.975]) for name, values in scores.items()}
     return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
 
@@ -226,7 +226,7 @@ def classification_metrics(
     }
     return {
         "num_examples": len(labels),
-        **{name: float(score) for name, score in _headline_scores(confusion, positive).items()},
+        **{name: float(score) for name, score in headline_scores(confusion, positive).items()},
         **{
             f"{kind}_{field}": score
             for kind, scores in averages(confusion).items()
@@ -269,7 +269,7 @@ def only_answer(where: str, metrics: Mapping[str, Any]) -> list[str]:
     return [f"{where}: all {metrics['num_examples']:,} predictions are {list(metrics['per_class'])[answers[0]]}"]
 
 
-def _headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, np.ndarray]:
+def headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, np.ndarray]:
     """The four scores of one (K, K) table, or of many (..., K, K): the estimate and its resamples alike."""
     trace = np.trace(confusion, axis1=-2, axis2=-1)
     scores = {"accuracy": trace / confusion.sum(axis=(-2, -1))}
