@@ -15,7 +15,13 @@ TEMPLATES = Environment(
 )
 TEMPLATES.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
 
+# Control characters that no HTML page may hold, and surrogates, which no encoding can write.
+FORBIDDEN = dict.fromkeys(
+    (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
+)
+
 
 def render(template: str, **values: Any) -> str:
     """The text of `templates/<template>` with `values`; an unknown name in it is an error."""
-    return TEMPLATES.get_template(template).render(values)
+    text = TEMPLATES.get_template(template).render(values)
+    return text.translate(FORBIDDEN) if template.endswith(".html") else text

@@ -48,10 +48,6 @@ MAX_MISTAKES = 20
 MATRIX_CLASSES = 12  # most that a confusion matrix has; of more classes, those that are confused most
 MAX_PAIRS = 20
 RARE_REVIEWS = 10  # a class with fewer is marked: one review more or less moves its recall by 0.1
-# Control characters that no HTML page may hold, and surrogates, which no encoding can write.
-FORBIDDEN = dict.fromkeys(
-    (*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0xD800, 0xE000)), "\N{REPLACEMENT CHARACTER}"
-)
 Values = Mapping[str, Any]
 
 
@@ -90,7 +86,7 @@ def render_report(report: Report) -> str:
     last = list(report.results.values())[-1] if report.results else {}
     curves, pictures, no_pictures = _pictures(report)
     examples = report.examples
-    page = render(
+    return render(
         "report.html",
         report=report,
         names=NAMES,
@@ -110,7 +106,6 @@ def render_report(report: Report) -> str:
         version=__version__,
         **({} if examples is None else _of_examples(examples, last)),
     )
-    return page.translate(FORBIDDEN)
 
 
 def _of_examples(examples: ScoredExamples, metrics: Values) -> dict[str, Any]:
