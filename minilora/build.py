@@ -15,6 +15,7 @@ import tokenizers
 import torch
 
 from minilora import __version__
+from minilora.adapters.attach import adapter_names, remove_adapter
 from minilora.adapters.peft_config import no_adapter, read_adapter_config
 from minilora.config import Config, same_modules
 from minilora.data.encode import Encoder
@@ -243,6 +244,27 @@ def iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) 
         if chosen is None or (num_taken < len(chosen) and chosen[num_taken] == index):
             num_taken += 1
             yield int(record.where.rpartition(":")[2]), record
+
+
+class SharedBase:
+    """The base model of the last run, kept for the next one that has the same: a sweep loads it once."""
+
+    def __init__(self) -> None:
+        self._model: Qwen2ForCausalLM | None = None
+        self._made_of: tuple[Any, ...] = ()
+
+    def build(
+        self, config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks
+    ) -> Qwen2ForCausalLM:
+        """`build_model`, or what it gave before; an adapter that is still attached is removed."""
+        made_of = (replace(config.model, adapter=None), folder, device, dtype)
+        if self._model is None or made_of != self._made_of:
+            self._model = None  # its memory is free before another is loaded
+            self._model = build_model(config, folder, device, dtype, ranks=ranks)
+            self._made_of = made_of
+        for name in adapter_names(self._model):
+            remove_adapter(self._model, name)
+        return self._model
 
 
 def build_model(

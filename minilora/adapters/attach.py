@@ -167,10 +167,15 @@ def _unmerged_layers(model: nn.Module) -> list[LoRALinear]:
     return layers
 
 
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters that the model has, sorted."""
+    return sorted({name for layer in adapted_layers(model) for name in layer.adapters})
+
+
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Makes an adapter the active one, or none. ValueError where there is none of that name, or one is merged."""
     layers = _unmerged_layers(model)
-    names = sorted({known for layer in layers for known in layer.adapters})
+    names = adapter_names(model)
     if name is not None and name not in names:
         raise ValueError(f"name: got {name!r}, expected one of {names}")
     for layer in layers:

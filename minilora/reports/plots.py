@@ -126,6 +126,27 @@ def curve_picture(title: str, draw: Draw, log: LogLines, alt: str) -> Picture:
 
 
 @_matplotlib()
+def runs_picture(name: str, runs: Sequence[tuple[int, LogLines]]) -> Picture:
+    """A value of the logs of several runs over their steps; runs with the same number are in one colour."""
+    from matplotlib.ticker import MaxNLocator
+
+    def fill(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for number, log in runs:
+            steps, values = points(log, name)
+            window = max(1, len(values) // 30)
+            means = np.convolve(values or [0.0], np.ones(window) / window, "valid")[: len(values)]
+            style = _line(steps) if name.startswith("train") else "o-"
+            colour = f"C{(number - 1) % 10}"
+            label = None if str(number) in axes.get_legend_handles_labels()[1] else str(number)
+            axes.plot(steps[window - 1 :], means, style, color=colour, markersize=3, linewidth=1.2, label=label)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        axes.set(xlabel="optimizer step", ylabel=name.replace("_", " "))
+
+    return Picture(name, "over the steps of all runs; the numbers are those of the table", _svg_uri(fill, height=3.2))
+
+
+@_matplotlib()
 def reliability_picture(title: str, counts: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Picture:
     """Accuracy over confidence, the gap to the diagonal, and below them the number of reviews in each bin.
 

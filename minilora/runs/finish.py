@@ -45,6 +45,7 @@ from minilora.runs.advice import non_finite
 from minilora.runs.calibration_file import Calibration, read_calibration
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import format_metrics, read_metrics
+from minilora.runs.predictions import PREDICTIONS, prediction_bytes
 from minilora.runs.provenance import LENGTHS, current_provenance, read_provenance, refuse_other_run
 from minilora.runs.run import Run
 from minilora.runs.setup import check_best, open_run, share_adapter
@@ -84,9 +85,16 @@ def finish(run: Run) -> Path:
         info(f"no better validation in {run.state.evals_without_improvement} tries: stopped early")
     step = run.ranks.run_on_rank_0(lambda: _load_best(run))
     share_adapter(run.model, run.ranks)
-    fit = _fit_temperature(run, step)
+    validation = _validation_scores(run, step)
+    fit = _fit_temperature(run, validation)
     tested = _score_after(run, None if fit is None else fit.temperature)
-    run.ranks.run_on_rank_0(lambda: _write_final(run, step, fit, tested))
+
+    def write() -> None:
+        content = prediction_bytes(run.splits["validation"], run.state.data_sha256["validation.jsonl"], validation)
+        replace_file(run.directory / PREDICTIONS, content)
+        _write_final(run, step, fit, tested)
+
+    run.ranks.run_on_rank_0(write)
     return run.final
 
 
@@ -99,20 +107,20 @@ class Tested:
     uncalibrated: np.ndarray | None = None  # the model's own, where there is a temperature
 
 
-def _fit_temperature(run: Run, step: int) -> TemperatureFit | None:
-    """The temperature of the adapter of `step`, by the validation split; None for conversations.
-
-    Its probabilities are at hand, unless the run was resumed since that validation.
-    """
-    split = run.splits["validation"]
-    if not split.labelled or not len(split.examples):
-        return None
+def _validation_scores(run: Run, step: int) -> Scores:
+    """The validation split with the adapter of `step`: at hand, unless the run was resumed since that validation."""
     if step not in run.validated:
-        with progress("validation, for the temperature", len(split.examples), "record") as bar:
-            probabilities = score_split(run, "validation", bar.update)[1]
-        assert probabilities is not None  # it is labelled
-        run.validated = {step: probabilities}
-    return fit_temperature(split.labels, run.validated[step])
+        with progress("validation", len(run.splits["validation"].examples), "record") as bar:
+            metrics, probabilities = score_split(run, "validation", bar.update)
+        run.validated = {step: Scores(metrics["loss"], probabilities)}
+    return run.validated[step]
+
+
+def _fit_temperature(run: Run, validation: Scores) -> TemperatureFit | None:
+    """The temperature of the final adapter, by the validation split; None for conversations."""
+    if validation.probabilities is None:
+        return None
+    return fit_temperature(run.splits["validation"].labels, validation.probabilities)
 
 
 def _score_after(run: Run, temperature: float | None) -> Tested:

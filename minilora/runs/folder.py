@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from minilora.build import SharedBase
 from minilora.config import Config
 from minilora.runs.advice import NonFiniteError, out_of_memory
 from minilora.runs.checkpoint import list_checkpoints, newest_checkpoint, prune_checkpoints, step_of
 from minilora.runs.metrics_log import read_metrics
+from minilora.runs.predictions import PREDICTIONS
 from minilora.runs.run import Run
 from minilora.runs.setup import open_run
 from minilora.runs.trackers import check_tracker, open_tracker
@@ -26,21 +28,23 @@ from minilora.system.manifest import recover_folders
 from minilora.system.memory import is_out_of_memory
 from minilora.system.signals import Interrupted
 
-RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", "tensorboard", "wandb", "checkpoints")
+RUN_FILES = ("metrics.jsonl", "loss.png", "report.html", PREDICTIONS, "tensorboard", "wandb", "checkpoints")
 RESTARTING = ".restarting"
 
 
 @contextmanager
-def run_folder(config: Config, model_folder: Path, restart: bool, ranks: Ranks) -> Iterator[Run | None]:
+def run_folder(
+    config: Config, model_folder: Path, restart: bool, ranks: Ranks, base: SharedBase | None = None
+) -> Iterator[Run | None]:
     """Locks the output folder and opens its run, at the newest checkpoint or at its beginning; None if it is finished.
 
-    Of what ends the run within it says what is saved, and what to do.
+    Of what ends the run within it says what is saved, and what to do. `base`: as `open_run`.
     """
     run: Run | None = None
     with ExitStack() as stack:
         try:
             if not ranks.run_on_rank_0(lambda: _claim(config, restart, stack)):
-                run = _open_run(config, model_folder, ranks, stack)
+                run = _open_run(config, model_folder, ranks, stack, base=base)
             yield run
         except Interrupted as stop:
             if stop.is_explained or run is None:
@@ -75,8 +79,8 @@ def _claim(config: Config, restart: bool, stack: ExitStack) -> bool:
     return False
 
 
-def _open_run(config: Config, model_folder: Path, ranks: Ranks, stack: ExitStack) -> Run:
-    run, train = open_run(config, model_folder, ranks), config.train
+def _open_run(config: Config, model_folder: Path, ranks: Ranks, stack: ExitStack, base: SharedBase | None) -> Run:
+    run, train = open_run(config, model_folder, ranks, base), config.train
     with ranks.barrier():
         if ranks.is_rank_0:
             prune_checkpoints(run.checkpoints, train.save_total_limit)  # what a run that was killed left to remove

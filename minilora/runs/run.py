@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from minilora.adapters.peft_config import BaseModel
@@ -19,6 +18,7 @@ from minilora.build import choose_dtype
 from minilora.config import Config, LoraConfig
 from minilora.data.examples import Examples, lacking_classes
 from minilora.data.sampler import epoch_order, split_across_ranks, split_into_micro_batches
+from minilora.evaluation.score import Scores
 from minilora.planning.memory import BatchShape, MemoryEstimate
 from minilora.planning.plan import estimate_run_memory, examples_per_step, largest_batch
 from minilora.qlora.batch import MicroBatch, pack
@@ -67,9 +67,7 @@ class Run:
     saved: RunState = field(init=False)  # the newest that is in a checkpoint, or that no checkpoint can have
     class_weights: dict[str, float] = field(default_factory=dict)  # of each label word in the loss; none: all 1
     scoring: str | None = None  # the split that is being scored
-    validated: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # label probabilities of the last and best validation
+    validated: dict[int, Scores] = field(default_factory=dict)  # of the last and the best validation, by step
     tracker: Tracker = field(default_factory=Tracker)  # gets the log's entries; on rank 0
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters,
 from minilora.adapters.init import BY_WEIGHTS, initialize
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
 from minilora.build import (
+    SharedBase,
     build_model,
     build_prompt,
     choose_device,
@@ -81,9 +82,10 @@ def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) 
     return {"path": str(checkpoint), "state": asdict(state)}
 
 
-def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> Run:
+def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK, base: SharedBase | None = None) -> Run:
     """Data, model, adapter and optimizer, as the newest sound checkpoint left them or as they begin.
 
+    `base` has the base model of an earlier run of this process, and gets this one's.
     Rank 0 reads the checkpoint, which the others need not see, and broadcasts what is in it.
     """
     process_bytes = peak_memory_bytes(torch.device("cpu"))
@@ -107,7 +109,8 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK) -> 
     resolve = partial(limit_of, words=words)
     is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
     auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
-    model = build_model(config, model_folder, device, dtype, ranks=ranks)
+    build = build_model if base is None else base.build
+    model = build(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     dropout_seed = attach(model, config.lora, seed=config.train.seed)

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 from minilora.adapters.attach import adapter_disabled, lora_parameters
-from minilora.build import take_adapter, with_model_system
+from minilora.build import SharedBase, take_adapter, with_model_system
 from minilora.config import Config
 from minilora.errors import UserError
 from minilora.evaluation.metrics import only_answer
+from minilora.evaluation.score import Scores
 from minilora.qlora.step import StepResult, train_step
 from minilora.runs.advice import NonFiniteError, non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
@@ -42,8 +43,16 @@ from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved
 from minilora.system.signals import Interrupted, SafePoints
 
 
-def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks = SINGLE_RANK) -> Path:
+def fit(
+    config: Config,
+    model_folder: Path,
+    restart: bool = False,
+    ranks: Ranks = SINGLE_RANK,
+    base: SharedBase | None = None,
+) -> Path:
     """Trains, resumes training, or finds it done; returns the final adapter's folder. `restart` sets an old run aside.
+
+    `base` spares a sweep from loading the same model for each of its runs.
 
     Raises:
         UserError: the output folder is another run's, in use or not writable, something in the input is wrong, losses
@@ -52,7 +61,7 @@ def fit(config: Config, model_folder: Path, restart: bool = False, ranks: Ranks 
     """
     with ranks.rank_0_first():
         config = with_model_system(take_adapter(config), model_folder)
-    with run_folder(config, model_folder, restart, ranks) as run:
+    with run_folder(config, model_folder, restart, ranks, base=base) as run:
         if run is None:
             final = Path(config.train.output_dir) / "checkpoints" / "final"
             ranks.run_on_rank_0(lambda: check_finished(final, config, model_folder, ranks.size))
@@ -155,9 +164,8 @@ def validate(run: Run, entry: dict[str, Any], log: RunLog, safe_points: SafePoin
         )
     else:
         run.state = replace(run.state, evals_without_improvement=run.state.evals_without_improvement + 1)
-    if probabilities is not None:
-        known = {**run.validated, run.state.step: probabilities}
-        run.validated = {step: known[step] for step in {run.state.best_step, run.state.step} if step in known}
+    known = {**run.validated, run.state.step: Scores(loss, probabilities)}
+    run.validated = {step: known[step] for step in {run.state.best_step, run.state.step} if step in known}
     return improved
 
 

@@ -34,7 +34,7 @@ DISK_ERRORS = {
 }
 SCRIPTS = Path(__file__).parents[2] / "scripts"  # of the clone; an installed wheel has none
 QUICKSTART = SCRIPTS / "configs" / "quickstart.yaml"
-COMMANDS = {name: name for name in ("train", "evaluate", "predict", "chat", "merge", "quantize", "plan")}
+COMMANDS = {name: name for name in ("train", "evaluate", "predict", "chat", "merge", "quantize", "plan", "sweep")}
 COMMANDS |= {"preprocess": "preprocess_data", "download": "download_data", "inspect": "inspect_batch"}
 
 

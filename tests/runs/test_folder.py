@@ -47,7 +47,7 @@ def test_restart_sets_everything_aside_and_begins_anew(
 
 
 @pytest.mark.parametrize("is_finished", [True, False])
-@pytest.mark.parametrize("moment", range(1, 8))
+@pytest.mark.parametrize("moment", range(1, 9))
 def test_a_restart_that_was_killed_anywhere_is_completed_by_the_next_run(
     final: Path, run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, is_finished: bool
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_restart_that_was_killed_anywhere_is_completed_by_the_next_run(
     if not is_finished:
         shutil.rmtree(final)
     names = sorted(name for name in RUN_FILES if (directory / name).exists())
-    assert len(names) == 6  # and the folder that they are in: seven renamings
+    assert len(names) == 7  # and the folder that they are in: eight renamings
     log, saved = lasting(directory), saved_steps(final)
     calls = itertools.count(1)
     plain = Path.rename
