@@ -74,8 +74,8 @@ def test_validation_is_not_scored_twice_and_a_resumed_run_gets_the_same_bytes(
 
 def test_without_the_best_checkpoint_it_is_that_of_the_last_step(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    find = finish_module._fit_temperature
-    monkeypatch.setattr(finish_module, "_fit_temperature", lambda run, step: steps.append(step) or find(run, step))
+    find = finish_module._validation_scores
+    monkeypatch.setattr(finish_module, "_validation_scores", lambda run, step: steps.append(step) or find(run, step))
     run(**{"train.load_best_model_at_end": False})
     assert steps == [STEPS]
 

@@ -54,7 +54,9 @@ def test_a_stage_begins_where_the_adapter_ended(adapter: Path, run: Fit) -> None
     assert all((old[name] - new[name]).abs().max() < 0.02 for name in old)  # a step of AdamW at 0.01
     shapes = [read(folder / "adapter_config.json") for folder in (adapter, final)]
     assert shapes[0] == shapes[1]
-    assert f"beginning with the adapter {adapter}:" in (final / "README.md").read_text("utf-8")
+    card = (final / "README.md").read_text("utf-8")
+    assert "beginning with the adapter " in card
+    assert str(adapter) not in card  # a folder's path is nobody else's business
 
 
 def test_a_stage_resumes_to_the_bit_also_where_the_adapter_has_moved(

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from minilora.errors import UserError
+from minilora.runs import data_folder
 from minilora.runs.metrics_log import MEASURED_KEYS
 from tests.scripts.conftest import SCRIPTS, RunMain, load_script
 
@@ -311,7 +312,7 @@ def test_data_is_prepared_where_it_is_asked_for(
     monkeypatch.chdir(tmp_path)
     script = load_script("train")
     prepared = []
-    monkeypatch.setattr(script, "prepare_demo", prepared.append)
+    monkeypatch.setattr(data_folder, "prepare_demo", prepared.append)
     monkeypatch.setattr(script, "fit", lambda *_: None)
     run_main(script, *arguments)
     assert prepared == [Path("data/other" if "other" in str(arguments) else "data/quickstart")]
