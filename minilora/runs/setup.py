@@ -69,6 +69,15 @@ def check_best(config: Config, directory: Path, state: RunState) -> Path | None:
     return best
 
 
+def load_best(run: Run) -> int:
+    """Loads the best checkpoint's adapter if so configured; returns the step whose adapter the model has."""
+    best = check_best(run.config, run.checkpoints, run.state)
+    if best is None:
+        return run.state.step
+    load_adapter_weights(run.model, best, is_verified=True)
+    return run.state.best_step
+
+
 def _choose_checkpoint(config: Config, directory: Path, provenance: Provenance) -> dict[str, Any] | None:
     """The path and state of the checkpoint to resume from, as JSON; None where the run begins."""
     checkpoint = find_checkpoint(directory / "checkpoints")

@@ -33,10 +33,12 @@ from minilora.evaluation.score import Scores
 from minilora.qlora.step import StepResult, train_step
 from minilora.runs.advice import NonFiniteError, non_finite, too_many_skipped
 from minilora.runs.checkpoint import prune_checkpoints, save_checkpoint, state_digests
-from minilora.runs.finish import check_finished, complete_report, finish, score_split, score_test_set
+from minilora.runs.finish import check_finished, finish
 from minilora.runs.folder import run_folder
 from minilora.runs.metrics_log import VALIDATED, RunLog, format_metrics
 from minilora.runs.run import Run, StepBatch, batches
+from minilora.runs.run_report import complete_report
+from minilora.runs.scoring import score_split, score_test_set
 from minilora.system.console import info, warn
 from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks
 from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved_memory_bytes

@@ -14,6 +14,7 @@ from minilora.adapters.peft_files import CALIBRATION, damage_of_adapter
 from minilora.errors import UserError
 from minilora.evaluation.calibration import fit_temperature
 from minilora.runs import finish as finish_module
+from minilora.runs import scoring
 from minilora.runs.calibration_file import Calibration, read_calibration, usable_calibration
 from minilora.runs.load_run import load_run
 from minilora.system.files import json_bytes, sha256
@@ -59,9 +60,9 @@ def test_validation_is_not_scored_twice_and_a_resumed_run_gets_the_same_bytes(
     run: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored = []
-    score_split = finish_module.score_split
+    score_split = scoring.score_split
     monkeypatch.setattr(
-        finish_module, "score_split", lambda run, name, *more: scored.append(name) or score_split(run, name, *more)
+        scoring, "score_split", lambda run, name, *more: scored.append(name) or score_split(run, name, *more)
     )
     final = run()
     assert "validation" not in scored
@@ -74,8 +75,8 @@ def test_validation_is_not_scored_twice_and_a_resumed_run_gets_the_same_bytes(
 
 def test_without_the_best_checkpoint_it_is_that_of_the_last_step(run: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    find = finish_module._validation_scores
-    monkeypatch.setattr(finish_module, "_validation_scores", lambda run, step: steps.append(step) or find(run, step))
+    find = finish_module.validation_scores
+    monkeypatch.setattr(finish_module, "validation_scores", lambda run, step: steps.append(step) or find(run, step))
     run(**{"train.load_best_model_at_end": False})
     assert steps == [STEPS]
 

@@ -18,9 +18,8 @@ import torch
 from minilora.errors import UserError
 from minilora.qlora import optim
 from minilora.qlora.step import StepResult
-from minilora.runs import finish as finish_module
 from minilora.runs import folder as folder_module
-from minilora.runs import train
+from minilora.runs import scoring, train
 from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import RunLog, read_metrics
 from minilora.runs.run import Run
@@ -254,13 +253,13 @@ def test_a_best_f1_of_an_earlier_version_is_not_compared_with_a_loss(run: Fit, d
 def test_one_answer_to_all_reviews_is_said(
     run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = finish_module.score
+    plain = scoring.score
 
     def one_sided(*arguments: Any) -> Any:
         scores = plain(*arguments)
         return dataclasses.replace(scores, probabilities=np.tile([0.25, 0.75], (len(scores.probabilities), 1)))
 
-    monkeypatch.setattr(finish_module, "score", one_sided)
+    monkeypatch.setattr(scoring, "score", one_sided)
     run()
     printed = capsys.readouterr()
     assert "step 2: validation: all 12 predictions are 正面\n" in printed.out
@@ -306,7 +305,7 @@ def test_a_signal_ends_the_run_where_it_can_resume_to_the_bit(
     calls: Iterator[int] = iter(range(100))
     when = {"first step": 0, "step": 2, "validation": 1, "last validation": 2}[moment]  # a test comes before all
     done = {"first step": 0, "step": 2, "validation": 3, "last validation": 4}[moment]
-    module, name = (finish_module, "score") if "validation" in moment else (train, "train_step")
+    module, name = (scoring, "score") if "validation" in moment else (train, "train_step")
     plain = getattr(module, name)
 
     def interrupted(*arguments: Any, **more: Any) -> Any:
@@ -335,7 +334,7 @@ def test_a_validation_that_is_repeated_is_logged_once(
 ) -> None:
     keys = {"train.do_predict": False, "train.save_steps": 100}
     run(**keys, **{"train.output_dir": tmp_path / "whole"})
-    plain = finish_module.score
+    plain = scoring.score
 
     def interrupted(*arguments: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -345,7 +344,7 @@ def test_a_validation_that_is_repeated_is_logged_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish_module, "score", interrupted)
+        patch.setattr(scoring, "score", interrupted)
         with pytest.raises(Interrupted, match="saved step 2"):
             run(**keys)
     with monkeypatch.context() as patch:  # the line is written, the checkpoint behind it is not
@@ -361,14 +360,14 @@ def test_a_run_that_was_stopped_in_its_last_validation_may_become_longer(
     run: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {**CONSTANT, "train.max_steps": 3, "train.do_predict": False}
-    plain = finish_module.score
+    plain = scoring.score
 
     def interrupted(*arguments: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)  # without do_predict the first score is the last validation's
         return plain(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finish_module, "score", interrupted)
+        patch.setattr(scoring, "score", interrupted)
         with pytest.raises(Interrupted, match="saved step 3"):
             run(**{**keys, "train.eval_steps": 5})
     steps: list[int] = []
