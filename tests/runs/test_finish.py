@@ -1,5 +1,6 @@
 """The final folder: written as trained or not at all, refused where it is not what is asked for; report and plot."""
 
+import itertools
 import math
 import re
 import shutil
