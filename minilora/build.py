@@ -33,6 +33,7 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import sha256
+from minilora.system.memory import peak_memory_bytes
 from minilora.weights.chat_template import default_system
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -247,9 +248,13 @@ def iter_chosen(path: Path, reading: ReadOptions, chosen: Sequence[int] | None) 
 
 
 class SharedBase:
-    """The base model of the last run, kept for the next one that has the same: a sweep loads it once."""
+    """The base model of the last run, kept for the next one that has the same: a sweep loads it once.
+
+    `process_bytes` is what the process took before any was loaded; None where that cannot be measured.
+    """
 
     def __init__(self) -> None:
+        self.process_bytes = peak_memory_bytes(torch.device("cpu"))
         self._model: Qwen2ForCausalLM | None = None
         self._made_of: tuple[Any, ...] = ()
 

@@ -97,7 +97,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK, bas
     `base` has the base model of an earlier run of this process, and gets this one's.
     Rank 0 reads the checkpoint, which the others need not see, and broadcasts what is in it.
     """
-    process_bytes = peak_memory_bytes(torch.device("cpu"))
+    process_bytes = peak_memory_bytes(torch.device("cpu")) if base is None else base.process_bytes
     directory = Path(config.train.output_dir)
     check_optimizer(config.train.optim)
     device = choose_device(config)

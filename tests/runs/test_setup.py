@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minilora.build import SharedBase
 from minilora.errors import UserError
 from minilora.qlora.prompt import Example
 from minilora.runs import run as run_module
@@ -227,3 +228,13 @@ def test_a_run_with_the_models_own_system_turn_says_which_and_resumes(
     assert fit(config, folder) == final
     fit(make_config(data, tmp_path / "other"), folder)
     assert "prompt.system=model takes that" in capsys.readouterr().err
+
+
+def test_the_memory_estimate_of_a_sweeps_later_run_does_not_count_the_earlier_ones(
+    tiny_checkpoint: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    base = SharedBase()
+    base.process_bytes = 123_000_000
+    opened = setup.open_run(make_config(data, tmp_path / "run"), tiny_checkpoint(), base=base)
+    assert opened.process_bytes == 123_000_000
+    assert 123_000_000 in opened.memory_estimate.parts.values()
