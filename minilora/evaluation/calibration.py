@@ -31,7 +31,8 @@ NUM_BINS = 15  # of confidence
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures that a fit may give
 MAX_SPREAD = 2.0  # of the interval's ends, beyond which a fit is said to be vague
 SMALLEST = np.nextafter(0.0, 1.0)
-BLOCK = 1 << 22  # numbers of a bootstrap's weights at once
+RESAMPLES = 1000  # of every bootstrap
+BLOCK = 1 << 22  # numbers of a bootstrap's resamples in memory at once
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def truth_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 def calibration_figures(
-    labels: np.ndarray, probabilities: np.ndarray, uncalibrated: np.ndarray | None = None, resamples: int = 1000
+    labels: np.ndarray, probabilities: np.ndarray, uncalibrated: np.ndarray | None = None, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
     """`log_loss` and `expected_calibration_error` with 95 % bootstrap intervals, by the keys of an evaluation.
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.evaluation.metrics import confusion_matrix, headline_scores
+from minilora.evaluation.calibration import RESAMPLES, truth_losses
+from minilora.evaluation.metrics import confusion_matrix, headline_scores, percentiles
 
-RESAMPLES = 1000
 LOWER_IS_BETTER = ("loss", "log_loss")
 
 
@@ -57,13 +57,12 @@ class Predictions:
     def _scores(self, draws: Iterable[np.ndarray], metric: str, positive: int | None) -> np.ndarray:
         """The metric of each of several choices of records, given as indices."""
         if metric == "log_loss":
-            of_truth = self.probabilities[np.arange(len(self.labels)), self.labels]
-            nll = -np.log(np.maximum(of_truth, np.finfo(np.float64).eps))
-            return np.array([nll[drawn].mean() for drawn in draws])
+            losses = truth_losses(self.labels, self.probabilities)
+            return np.array([losses[drawn].mean() for drawn in draws])
         predictions, classes = self.probabilities.argmax(axis=1), self.probabilities.shape[1]
-        tables = [confusion_matrix(self.labels[drawn], predictions[drawn], classes) for drawn in draws]
-        is_macro = metric == "macro_f1"
-        return headline_scores(np.stack(tables), None if is_macro else positive)["f1" if is_macro else metric]
+        name, positive = ("f1", None) if metric == "macro_f1" else (metric, positive)
+        tables = (confusion_matrix(self.labels[drawn], predictions[drawn], classes) for drawn in draws)
+        return np.array([headline_scores(table, positive)[name] for table in tables])
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Comparison:
     """One setting beside the best one."""
 
     scores: list[float]  # of its runs
-    interval: tuple[float, float] | None  # 95 %, of their mean; None without labels
-    difference: float | None  # its mean less the best's; None for the best itself, and where the records are others
-    difference_interval: tuple[float, float] | None
-    p_value: float | None
+    interval: tuple[float, float] | None = None  # 95 %, of their mean; None without labels
+    difference: float | None = None  # its mean less the best's; None for the best, and where the records are others
+    difference_interval: tuple[float, float] | None = None
+    p_value: float | None = None
 
     @property
     def mean(self) -> float:
@@ -105,15 +104,15 @@ def compare(settings: Mapping[str, Sequence[Predictions]], metric: str, positive
 
     def beside_best(name: str) -> Comparison:
         if name not in resampled:
-            return Comparison(scores[name], None, None, None, None)
-        interval = _quantiles(resampled[name])
+            return Comparison(scores[name])
+        interval = percentiles(resampled[name])
         if name == best or data[name] != data[best]:
-            return Comparison(scores[name], interval, None, None, None)
+            return Comparison(scores[name], interval)
         differences = resampled[name] - resampled[best]
         difference = float(np.mean(scores[name]) - np.mean(scores[best]))
         shares = (differences <= 0).mean(), (differences >= 0).mean()
         p_value = min(1.0, 2 * max(float(min(shares)), 1 / len(differences)))
-        return Comparison(scores[name], interval, difference, _quantiles(differences), p_value)
+        return Comparison(scores[name], interval, difference, percentiles(differences), p_value=p_value)
 
     return {name: beside_best(name) for name in settings}
 
@@ -122,8 +121,3 @@ def best_of(scores: Mapping[str, Sequence[float]], metric: str) -> str:
     """The name with the best mean, the first of equals."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return max(scores, key=lambda name: sign * float(np.mean(scores[name])))
-
-
-def _quantiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
+from minilora.evaluation import metrics as evaluation_metrics
 from minilora.evaluation.metrics import (
     bootstrap_intervals,
     classification_metrics,
@@ -306,6 +307,13 @@ def test_interval_depends_only_on_the_seed() -> None:
     table = np.array([[45, 5], [8, 42]])
     assert bootstrap_intervals(table, 1, seed=3) == bootstrap_intervals(table, 1, seed=3)
     assert bootstrap_intervals(table, 1, seed=3) != bootstrap_intervals(table, 1, seed=4)
+
+
+def test_blocks_of_tables_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.array([[45, 5], [8, 42]])
+    whole = bootstrap_intervals(table, 1, resamples=7)
+    monkeypatch.setattr(evaluation_metrics, "BLOCK", 8)  # two tables at once
+    assert bootstrap_intervals(table, 1, resamples=7) == whole
 
 
 def test_interval_of_a_perfect_model_is_a_point() -> None:
