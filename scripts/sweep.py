@@ -1,7 +1,7 @@
 """Trains with every combination of the values given, and says which is best and how sure that is.
 
 `train.learning_rate=1e-4,3e-4 train.seed=1,2,3` are six runs, each in a folder of its own, as train.py makes them. The
-same command goes on where it stopped, and trains no finished run again. Settings are compared on the validation set.
+same command resumes where it stopped, and trains no finished run again. Settings are compared on the validation set.
 """
 
 from minilora.system.cli import add_config_options, begin_script, build_parser, run_script
@@ -56,18 +56,21 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
             folds = write_folds(Path(variants[0].config.data.dir), arguments.folds, directory / "folds")
             variants = expand(path, overrides, directory, folds)
         make_folder(directory, "--output_dir")
-    report = train_all(variants, directory, ranks)
+    failed = train_all(variants, directory, ranks)
     if ranks.is_rank_0:
+        report = build_report(variants, failed)
         print(report.to_text())
         if report.best_run is not None:
             print(f"best: {report.best}; on the test set:")
             print(f"  python scripts/evaluate.py --model_path '{report.best_run.final}'")
 
 
-def train_all(variants: Sequence[Variant], directory: Path, ranks: Ranks) -> SweepReport:
-    """Trains what is not finished, one run after another, over one base model while it is the same."""
+def train_all(variants: Sequence[Variant], directory: Path, ranks: Ranks) -> dict[str, str]:
+    """Trains what is not finished, one run after another, over one base model while it is the same.
+
+    Returns why runs ended before their end, by name.
+    """
     base, failed = SharedBase(), dict[str, str]()
-    report = build_report(variants, failed)
     for number, variant in enumerate(variants, start=1):
         info(f"run {number} of {len(variants)}: {variant.name}")
         model = variant.config.model
@@ -78,11 +81,14 @@ def train_all(variants: Sequence[Variant], directory: Path, ranks: Ranks) -> Swe
         except NonFiniteError as error:
             failed[variant.name] = str(error).partition("\n")[0]
             warn(f"warning: {variant.name}: {error}")
-        if ranks.is_rank_0:
-            report = build_report(variants, failed)
-            replace_file(directory / "sweep.json", json_bytes(report.to_json()))
-            replace_file(directory / "sweep.html", render_sweep(report).encode())
-    return report
+        ranks.run_on_rank_0(lambda: write_table(directory, build_report(variants, failed)))
+    return failed
+
+
+def write_table(directory: Path, report: SweepReport) -> None:
+    """sweep.json and sweep.html."""
+    replace_file(directory / "sweep.json", json_bytes(report.to_json()))
+    replace_file(directory / "sweep.html", render_sweep(report).encode())
 
 
 if __name__ == "__main__":

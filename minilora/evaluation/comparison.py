@@ -17,12 +17,13 @@ Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", sections 
 Left out: corrections for having compared many settings with the best; the table says how many there are.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from minilora.evaluation.calibration import RESAMPLES, truth_losses
+from minilora.evaluation.calibration import BLOCK, RESAMPLES, truth_losses
 from minilora.evaluation.metrics import confusion_matrix, headline_scores, percentiles
 
 LOWER_IS_BETTER = ("loss", "log_loss")
@@ -62,7 +63,10 @@ class Predictions:
         predictions, classes = self.probabilities.argmax(axis=1), self.probabilities.shape[1]
         name, positive = ("f1", None) if metric == "macro_f1" else (metric, positive)
         tables = (confusion_matrix(self.labels[drawn], predictions[drawn], classes) for drawn in draws)
-        return np.array([headline_scores(table, positive)[name] for table in tables])
+        scores = []
+        while block := list(itertools.islice(tables, max(1, BLOCK // classes**2))):
+            scores.append(headline_scores(np.stack(block), positive)[name])
+        return np.concatenate(scores)
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,12 @@ def test_the_lowest_loss_is_best() -> None:
     assert found["a"].interval is None
 
 
-def test_many_classes_are_compared_one_table_at_a_time() -> None:
+def test_many_classes_are_compared_a_block_of_tables_at_a_time() -> None:
     """All tables of 300 classes at once would take 720 MB."""
     generator = np.random.default_rng(3)
     labels = generator.integers(0, 300, 100)
     run = Predictions("ab" * 32, 1.0, labels, generator.dirichlet([1] * 300, size=100))
     tracemalloc.start()
     assert run.resampled("macro_f1", None).shape == (RESAMPLES,)
-    assert tracemalloc.get_traced_memory()[1] < 30e6
+    assert tracemalloc.get_traced_memory()[1] < 150e6
     tracemalloc.stop()
