@@ -38,7 +38,7 @@ from minilora.errors import UserError
 from minilora.evaluation.calibration import fit_temperature
 from minilora.evaluation.metrics import final_metrics, mcnemar_test, most_confused, only_answer
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.reports.report import Report, ScoredExamples, render_report
+from minilora.reports.report import FEW_CLASSES, NAMES, Report, ScoredExamples, render_report
 from minilora.runs.calibration_file import Calibration, usable_calibration
 from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests, read_provenance
@@ -49,8 +49,6 @@ from minilora.system.manifest import add_file
 from minilora.system.memory import peak_memory_bytes
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import with_ranks
-
-SHOWN_CLASSES = 12  # of more classes those with the lowest F1 are printed; JSON and report.html have all
 
 EXAMPLES = """\
 examples:
@@ -249,18 +247,7 @@ def print_table(results: dict[str, Any], kind: str, truncated: str) -> None:
     intervals = results["confidence_intervals_95"]
     print(f"{results['num_examples']} reviews of {results['data']}, {truncated}")
     print(f"{'':28}{kind:>10}  {'95 % interval':<18}" + (f"{'base':>10}" if base else ""))
-    single = (
-        "accuracy",
-        "precision",
-        "recall",
-        "f1",
-        "macro_f1",
-        "weighted_f1",
-        "roc_auc",
-        "log_loss",
-        "expected_calibration_error",
-    )
-    for name in (*single, "reviews_per_s"):
+    for name in (*NAMES, "reviews_per_s"):
         low_high = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
         print(f"{name:28}{_figure(results[name])}  {low_high:<18}" + (_figure(base[name]) if base else ""))
     if results["temperature"] is not None:
@@ -278,9 +265,9 @@ def print_table(results: dict[str, Any], kind: str, truncated: str) -> None:
 def print_classes(results: dict[str, Any]) -> None:
     """Scores of each class, of many those with the lowest F1, and the confusion matrix, or its largest errors."""
     classes, confusion = results["per_class"], np.array(results["confusion_matrix"])
-    is_few = len(classes) <= SHOWN_CLASSES
+    is_few = len(classes) <= FEW_CLASSES
     present = [name for name, figures in classes.items() if is_few or figures["support"]]
-    for name in present if is_few else sorted(present, key=lambda name: classes[name]["f1"])[:SHOWN_CLASSES]:
+    for name in present if is_few else sorted(present, key=lambda name: classes[name]["f1"])[:FEW_CLASSES]:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in classes[name].items() if key != "support")
         print(f"{name}: {shown}  ({classes[name]['support']} reviews)")
     if is_few:
@@ -288,7 +275,7 @@ def print_classes(results: dict[str, Any]) -> None:
         return
     print(f"these are the lowest F1 of {len(classes)} classes; the most frequent errors:")
     names = list(classes)
-    for label, answer, count in most_confused(confusion, SHOWN_CLASSES):
+    for label, answer, count in most_confused(confusion, FEW_CLASSES):
         print(f"{names[label]} predicted as {names[answer]}: {count} of {classes[names[label]]['support']}")
 
 

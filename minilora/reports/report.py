@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora import __version__
 from minilora.data.records import Record
-from minilora.evaluation.calibration import NUM_BINS, calibration_bins, calibration_figures, error_by_chance
+from minilora.evaluation.calibration import NUM_BINS, calibration_bins, error_by_chance
 from minilora.evaluation.metrics import averages, most_confused
 from minilora.evaluation.thresholds import (
     WANTED,
@@ -45,7 +45,7 @@ NAMES = {
 }
 HEADLINES = ("accuracy", "f1", "loss")
 MAX_MISTAKES = 20
-MATRIX_CLASSES = 12  # most that a confusion matrix has; of more classes, those that are confused most
+FEW_CLASSES = 12  # most that are shown in the labels' order; of more the worst come first
 MAX_PAIRS = 20
 RARE_REVIEWS = 10  # a class with fewer is marked: one review more or less moves its recall by 0.1
 Values = Mapping[str, Any]
@@ -70,7 +70,9 @@ class Report:
 
     title: str
     remark: str  # a sentence on the results, or on why there are none
-    results: Mapping[str, Values]  # metrics by what was scored ("before training"); the last one is the headline
+    results: Mapping[
+        str, Values
+    ]  # metrics by what was scored; the last are the headline, with `final_metrics`' figures
     examples: ScoredExamples | None  # behind the last results; None for conversations, and where nothing was scored
     log: Sequence[dict[str, Any]]  # lines of metrics.jsonl; none for an evaluation
     memory_estimate: Mapping[str, int] | None  # predicted bytes by part, None where nothing was trained
@@ -117,14 +119,14 @@ def _of_examples(examples: ScoredExamples, metrics: Values) -> dict[str, Any]:
 def _classes(metrics: Values, names: Sequence[str]) -> dict[str, Any]:
     """Tables of the classes: in the labels' order, and of many the worst first.
 
-    Of more than `MATRIX_CLASSES`, the matrix has those of the most confused pairs, and a column for all other answers.
+    Of more than `FEW_CLASSES`, the matrix has those of the most confused pairs, and a column for all other answers.
     """
     confusion = np.array(metrics["confusion_matrix"])
     pairs, support = most_confused(confusion, MAX_PAIRS), confusion.sum(axis=1)
     order, shown = list(range(len(names))), list(range(len(names)))
-    if len(names) > MATRIX_CLASSES:
+    if len(names) > FEW_CLASSES:
         order.sort(key=lambda index: (support[index] == 0, metrics["per_class"][names[index]]["f1"]))
-        shown = list(dict.fromkeys(index for label, answer, _ in pairs for index in (label, answer)))[:MATRIX_CLASSES]
+        shown = list(dict.fromkeys(index for label, answer, _ in pairs for index in (label, answer)))[:FEW_CLASSES]
     matrix = [(names[index], confusion[index, shown].tolist(), int(support[index])) for index in shown]
     return {
         "matrix_names": [names[index] for index in shown],
@@ -140,7 +142,7 @@ def _classes(metrics: Values, names: Sequence[str]) -> dict[str, Any]:
 
 def _others(counts: Sequence[int], total: int, names: Sequence[str]) -> list[int]:
     """The answers that a matrix without all classes has no column for."""
-    return [total - sum(counts)] if len(names) > MATRIX_CLASSES else []
+    return [total - sum(counts)] if len(names) > FEW_CLASSES else []
 
 
 def _pictures(report: Report) -> tuple[list[plots.Picture], dict[str, plots.Picture], str | None]:
@@ -172,12 +174,11 @@ def _bins(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _calibration(examples: ScoredExamples) -> dict[str, Any]:
-    """The bins that are not empty, after and before the temperature, and the figures with their intervals."""
+    """The bins that are not empty, after and before the temperature; figures and intervals are among the metrics."""
     sets = {"after": examples.probabilities, "before": examples.uncalibrated}
     return {
         "bins": {name: _filled_bins(examples.labels, one) for name, one in sets.items() if one is not None},
         "num_bins": NUM_BINS,
-        "calibration": calibration_figures(examples.labels, examples.probabilities, examples.uncalibrated),
         "by_chance": error_by_chance(examples.probabilities),
     }
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from minilora.config import Config, load_config
 from minilora.data.records import Record
-from minilora.evaluation.calibration import at_temperature, calibration_figures
-from minilora.evaluation.metrics import classification_metrics
+from minilora.evaluation.calibration import calibration_figures
+from minilora.evaluation.metrics import classification_metrics, final_metrics
 from minilora.reports.report import MAX_MISTAKES, Report, ScoredExamples, render_report
 
 ATTACK = "<script>document.title = 'hacked'</script>"
@@ -34,9 +34,9 @@ def full_report() -> Report:
     labels = generator.integers(0, 2, 60)
     positive = 1 / (1 + np.exp(-(2 * labels - 1) * 1.5 + generator.normal(0, 2, 60)))
     uncalibrated = np.stack([1 - positive, positive], axis=1)
-    probabilities = at_temperature(uncalibrated, 2.0)
+    metrics, probabilities = final_metrics(labels, uncalibrated, 2.0, label_names=NAMES, positive=1)
     records = [Record(f"test.jsonl:{n}", f"房间很好{ATTACK}" + "服务也很热情，" * n) for n in range(60)]
-    after = {**classification_metrics(labels, probabilities, NAMES, 1), "loss": 0.2}
+    after = {**metrics, "loss": 0.2}
     before = {**classification_metrics(labels, np.full((60, 2), 0.5), NAMES, 1), "loss": 0.7}
     log: list[dict[str, Any]] = [
         {"step": n, "epoch": n / 90, "train_loss": 1 / n, "learning_rate": 1e-4, "peak_memory_bytes": n}

@@ -216,7 +216,7 @@ def test_a_label_word_that_begins_another_is_trained_and_scored(
 def test_of_many_classes_the_worst_and_the_most_confused_are_printed(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = script.SHOWN_CLASSES + 3
+    count = script.FEW_CLASSES + 3
     confusion = np.diag([5] * (count - 1) + [0])
     confusion[4, 2], confusion[7, 2] = 3, 1
     scores = {"precision": 1.0, "recall": 1.0}
@@ -227,8 +227,8 @@ def test_of_many_classes_the_worst_and_the_most_confused_are_printed(
     script.print_classes({"per_class": classes, "confusion_matrix": confusion.tolist()})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("类4: ")
-    assert len([line for line in lines if line.endswith("reviews)")]) == script.SHOWN_CLASSES
-    assert f"of {count} classes" in lines[script.SHOWN_CLASSES]
+    assert len([line for line in lines if line.endswith("reviews)")]) == script.FEW_CLASSES
+    assert f"of {count} classes" in lines[script.FEW_CLASSES]
     assert lines[-2:] == ["类4 predicted as 类2: 3 of 8", "类7 predicted as 类2: 1 of 6"]
 
 
