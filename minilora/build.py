@@ -33,7 +33,7 @@ from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import sha256
-from minilora.system.memory import peak_memory_bytes
+from minilora.system.memory import peak_memory_bytes, reset_peak_memory, trim_heap
 from minilora.weights.chat_template import default_system
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -261,15 +261,18 @@ class SharedBase:
     def build(
         self, config: Config, folder: Path, device: torch.device, dtype: torch.dtype, ranks: Ranks
     ) -> Qwen2ForCausalLM:
-        """`build_model`, or what it gave before; an adapter that is still attached is removed."""
+        """`build_model`, or what it gave before, without an adapter; peaks of memory begin anew."""
         made_of = (replace(config.model, adapter=None), folder, device, dtype)
-        if self._model is None or made_of != self._made_of:
-            self._model = None  # its memory is free before another is loaded
-            self._model = build_model(config, folder, device, dtype, ranks=ranks)
+        model = self._model if made_of == self._made_of else None
+        self._model = model  # the memory of another one is free before this one is loaded
+        trim_heap()
+        reset_peak_memory(device)
+        if model is None:
+            model = self._model = build_model(config, folder, device, dtype, ranks=ranks)
             self._made_of = made_of
-        for name in adapter_names(self._model):
-            remove_adapter(self._model, name)
-        return self._model
+        for name in adapter_names(model):
+            remove_adapter(model, name)
+        return model
 
 
 def build_model(

@@ -170,11 +170,12 @@ def resolve_token_limit(
 ) -> int | None:
     """What train.max_tokens_per_micro_batch=auto is on this device: what fits a GPU's free memory; None on a CPU.
 
-    A tenth stays free, for the holes in what PyTorch's allocator has.
+    A tenth stays free, for the holes in what PyTorch's allocator has. What that has now, of an earlier run of a sweep
+    with its base model, is free for this run.
     """
     if config.train.max_tokens_per_micro_batch != "auto" or device.type != "cuda":
         return None
-    free_bytes, _ = torch.cuda.mem_get_info(device)
+    free_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     shape_of = partial(largest_batch, examples=examples, ranks=ranks, words=words)
     setup = Setup(config, read_config(model_folder), shape_of, "cuda", process_bytes=None, folder=model_folder)
     return max(largest_micro_batch(setup, free_bytes * 9 // 10), SHORTEST_TOKENS)

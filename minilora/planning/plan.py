@@ -117,7 +117,7 @@ def largest_batch(
         for batch in chain.from_iterable(epoch_batches(config, examples, epoch, ranks) for epoch in range(epochs)):
             tokens = max(tokens, count_packed_tokens(batch))
             supervised = max(supervised, sum(sum(example.supervised) for example in batch))
-        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens)
+        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens=label_tokens)
     starts = np.arange(0, len(examples), size)
     others = np.diff(starts, append=len(examples)) - 1
     for epoch in range(epochs):
@@ -129,7 +129,7 @@ def largest_batch(
                 break
             chosen = order[starts[index] : starts[index] + size]
             tokens = max(tokens, count_packed_tokens([examples[i] for i in chosen]))
-    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens)
+    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens=label_tokens)
 
 
 def uniform_batch(config: Config) -> BatchShape:

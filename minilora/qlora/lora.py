@@ -296,7 +296,7 @@ def linear_layers(
         factors.append(own)
     kept = recompute or Recompute(lambda x: x, (x,))
     is_read = is_read or any(w is not None and not w.is_plain for w in adapters)  # `_finish` reads
-    group = _Group(parts, stacked[0] if len(stacked) == 1 else torch.cat(stacked), mask, kept.function, is_read)
+    group = _Group(parts, stacked[0] if len(stacked) == 1 else torch.cat(stacked), mask, kept.function, is_read=is_read)
     ys = _LoRA.apply(group, kept.sources, x, *(a for a, _ in factors), *(b for _, b in factors))
     return [_finish(y, layer) for y, layer in zip(ys, layers, strict=True)]
 

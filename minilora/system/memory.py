@@ -3,6 +3,7 @@
 What a configuration will take is predicted in `planning/memory.py`.
 """
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from minilora.system.process import call_glibc
 
-STATUS = Path("/proc/self/status")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # fmt: off
 OUT_OF_MEMORY = (
     "not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive",  # on a CPU
@@ -28,7 +29,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory used so far: allocated on a GPU, resident for this process on a CPU; None where unknown."""
+    """Most memory used so far: allocated on a GPU, resident for this process on a CPU; None where unknown.
+
+    `reset_peak_memory` begins anew.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if STATUS.is_file():  # Linux, whose getrusage tells a child the peak of the process that started it
@@ -38,6 +42,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Makes the peaks what is used now; that of a process only on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.is_file():
+        with contextlib.suppress(OSError):  # a kernel without it
+            CLEAR_REFS.write_text("5", "ascii")
 
 
 def reserved_memory_bytes(device: torch.device) -> int | None:

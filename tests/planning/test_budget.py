@@ -162,6 +162,11 @@ def test_auto_is_what_fits_a_gpus_free_memory_and_nothing_on_a_cpu(
     shape = largest_batch(resolved, examples)
     estimate = estimate_run_memory(resolved, folder, shape, dtype=torch.float32, process_bytes=None)
     assert free - 5_000_000 < estimate.total_bytes <= free
+    held = free // 2  # by the allocator, of a sweep's run before
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * 10 // 9 - held, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: held)
+    assert resolve_token_limit(config, folder, examples, torch.device("cuda")) == found
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 10**12))
     assert resolve_token_limit(config, folder, examples, torch.device("cuda")) == 16
     assert resolve_token_limit(config, folder, examples, torch.device("cpu")) is None

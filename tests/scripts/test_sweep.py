@@ -82,7 +82,16 @@ def test_runs_are_those_of_train_over_one_base_model(
         assert log(same) == log(tmp_path / str(number))
 
 
-def test_the_same_command_goes_on_where_it_stopped(
+def test_each_run_of_a_sweep_measures_its_own_peak(
+    keys: list[str], tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resets: list[Any] = []
+    monkeypatch.setattr(build, "reset_peak_memory", resets.append)
+    run_main(SWEEP, "--output_dir", tmp_path, *keys, "train.seed=1,2")
+    assert len(resets) == 2
+
+
+def test_the_same_command_resumes_where_it_stopped(
     keys: list[str], tmp_path: Path, run_main: RunMain, monkeypatch: pytest.MonkeyPatch, count_loads: list[Any]
 ) -> None:
     command = ["--output_dir", tmp_path / "sweep", *keys, "train.seed=1,2,3"]

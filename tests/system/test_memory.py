@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minilora.system import memory
-from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved_memory_bytes
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reserved_memory_bytes, reset_peak_memory
 
 
 def test_only_a_gpu_has_reserved_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +67,22 @@ def test_where_the_system_does_not_tell_the_peak_is_unknown(tmp_path: Path, monk
     monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
     monkeypatch.setattr(sys, "platform", "win32")
     assert peak_memory_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.is_file(), reason="only Linux resets the peak of a process")
+def test_a_peak_that_is_reset_forgets_what_was_freed() -> None:
+    block = torch.ones(300_000_000, dtype=torch.uint8)
+    before, size = peak_memory_bytes(torch.device("cpu")), block.nbytes
+    del block
+    reset_peak_memory(torch.device("cpu"))
+    after = peak_memory_bytes(torch.device("cpu"))
+    assert before is not None
+    assert after is not None
+    assert before - after > 0.9 * size
+
+
+def test_a_gpu_resets_its_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", devices.append)
+    reset_peak_memory(torch.device("cuda", 1))
+    assert devices == [torch.device("cuda", 1)]
