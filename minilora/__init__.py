@@ -11,12 +11,12 @@ A folder imports only what stands above it here; tests/test_structure.py holds t
     data          files -> fields -> records -> clean, deduplicated splits -> examples; names on the hub -> folders
     weights       safetensors, config.json, the loader, 4-bit checkpoints, GGUF
     adapters      LoRA on a model: attached, initialized, saved as peft does, merged
-    evaluation    metrics, scoring, calibration, thresholds, prediction
-    generation    decoding with a KV cache, GEMV on 4-bit weights, chat
+    evaluation    metrics, scoring, calibration, thresholds, comparison of runs, prediction
+    generation    decoding with a KV cache, GEMV on 4-bit weights, chat, Modelfiles
     build         what a configuration names, as objects
     planning      memory: the estimate, the plan, what fits a budget
-    reports       report.html, plots, model card
-    runs          the training loop, and a run's state from the first step to the final adapter
+    reports       report.html, sweep.html, plots, model card
+    runs          the training loop, a run's state from the first step to the final adapter, sweeps of runs
 
 Reading order of qlora/, an hour:
 
