@@ -21,6 +21,7 @@ Validation uses the training examples' own layout, so `eval_loss` comes out of t
 the answer follows the position that predicts it.
 """
 
+import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -137,15 +138,15 @@ def score(
 
     words = None if prompt is None else LabelWords.of(prompt.scored_ids, options.max_tokens)
 
-    def score_batch(chosen: Sequence[Example]) -> tuple[float, int, list[list[float]]]:
-        """Summed loss, supervised tokens, and the labels' scores."""
+    def score_batch(chosen: Sequence[Example]) -> tuple[float, int, str]:
+        """Summed loss, supervised tokens, and the labels' scores as `_to_text` has them."""
         if words is None:
             batch = pack(chosen, cached_prefix=prefix.num_tokens).to(model.head_weight.device)
             hidden, scores = model(batch, prefix.cache), torch.empty(0)
         else:
             batch, hidden, scores = words.run(model, prefix.cache, chosen)
         nll, count = next_token_nll(hidden, batch.targets.to(hidden.device), model.head_weight)
-        return nll.item(), count, scores.tolist()
+        return nll.item(), count, _to_text(scores)
 
     batches = list(iter_batches(_lengths(examples, words), options))
     try:
@@ -153,7 +154,8 @@ def score(
     finally:
         model.train(was_training)
     loss = sum(nll for nll, _, _ in parts) / sum(count for _, count, _ in parts)
-    return Scores(loss, None if prompt is None else _softmax(batches, [scores for _, _, scores in parts]))
+    scores = [text for _, _, text in parts]
+    return Scores(loss, None if words is None else _softmax(batches, scores, words.num_labels))
 
 
 @torch.inference_mode()
@@ -171,11 +173,11 @@ def label_probabilities(
 
     words = LabelWords.of(prompt.scored_ids, options.max_tokens)
 
-    def score_batch(chosen: Sequence[Example]) -> list[list[float]]:
-        return words.run(model, prefix.cache, [_question(example) for example in chosen])[2].tolist()
+    def score_batch(chosen: Sequence[Example]) -> str:
+        return _to_text(words.run(model, prefix.cache, [_question(example) for example in chosen])[2])
 
     batches = list(iter_batches(_lengths(examples, words), options))
-    return _softmax(batches, _divide(batches, examples, score_batch, options))
+    return _softmax(batches, _divide(batches, examples, score_batch, options), words.num_labels)
 
 
 def _divide(
@@ -195,12 +197,17 @@ def _divide(
     return options.ranks.gather_in_order(parts)
 
 
-def _softmax(batches: Sequence[list[int]], scores: Sequence[list[list[float]]]) -> np.ndarray:
+def _to_text(scores: torch.Tensor) -> str:
+    """Float64 scores, to the bit, as ranks exchange them: in a third of what Python's numbers take, or JSON of them."""
+    return base64.b64encode(scores.numpy().tobytes()).decode()
+
+
+def _softmax(batches: Sequence[list[int]], scores: Sequence[str], num_labels: int) -> np.ndarray:
     """(N, labels) float64 of the labels' scores by batch, each at the index of its example."""
-    log_scores = torch.empty(sum(map(len, batches)), len(scores[0][0]), dtype=torch.float64)
-    for indices, values in zip(batches, scores, strict=True):
-        log_scores[indices] = torch.tensor(values, dtype=torch.float64)
-    return torch.softmax(log_scores, dim=-1).numpy()
+    log_scores = np.empty((sum(map(len, batches)), num_labels))
+    for indices, text in zip(batches, scores, strict=True):
+        log_scores[indices] = np.frombuffer(base64.b64decode(text)).reshape(len(indices), num_labels)
+    return torch.softmax(torch.from_numpy(log_scores), dim=-1).numpy()
 
 
 def iter_batches(lengths: Sequence[int] | np.ndarray, options: ScoringOptions) -> Iterator[list[int]]:
