@@ -67,7 +67,8 @@ class SweepReport:
     def to_text(self) -> str:
         """The table as lines for a terminal."""
         width = max(map(len, self.settings))
-        lines = [f"{'setting':{width}}  runs   {self.metric:>8}  spread  {'95 % interval':<16}  minus the best, 95 %, p"]
+        columns = f"{self.metric:>8}  spread  {'95 % interval':<16}  minus the best, 95 %, p"
+        lines = [f"{'setting':{width}}  runs   {columns}"]
         for name, runs in self.settings.items():
             one = self.comparisons.get(name)
             count = f"{sum(run.score is not None for run in runs)}/{len(runs)}"
