@@ -81,11 +81,12 @@ def write_folder(
 def add_file(folder: Path, name: str, content: bytes) -> None:
     """Writes a file into a folder that has a manifest or none, atomically, and names it in the manifest.
 
-    Between the two writes a crash leaves a file that differs from its entry. StorageError if one of them fails.
+    Between the two writes a crash leaves a file that differs from its entry. StorageError if one of them fails;
+    UserError for a damaged manifest, where nothing is written.
     """
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     replace_file(folder / name, content)
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
+    if manifest is not None:
         entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         replace_file(folder / MANIFEST, _render_manifest(manifest["facts"], {**manifest["files"], name: entry}))
 

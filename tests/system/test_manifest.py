@@ -446,11 +446,26 @@ def test_a_file_is_added_to_a_folder_without_a_manifest_too(tmp_path: Path) -> N
     assert names_in(tmp_path) == ["c"]
 
 
+def test_nothing_is_added_to_a_folder_whose_manifest_is_damaged(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", OLD)
+    (folder / MANIFEST).write_bytes(b"{}")
+    with pytest.raises(UserError, match="is damaged"):
+        add_file(folder, "c", b"new")
+    assert names_in(folder) == sorted([*OLD, MANIFEST])
+
+
 def test_between_the_two_writes_the_old_files_are_sound_and_the_new_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path / "folder", {**OLD, "c": b"first"})
-    monkeypatch.setattr(manifest, "_render_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    plain = manifest.replace_file
+
+    def replace_file(path: Path, content: bytes) -> None:
+        if path.name == MANIFEST:
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    monkeypatch.setattr(manifest, "replace_file", replace_file)
     with pytest.raises(KeyboardInterrupt):
         add_file(folder, "c", b"second")
     monkeypatch.undo()
