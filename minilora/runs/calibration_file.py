@@ -103,7 +103,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     problem = verify_folder(folder, [CALIBRATION]) if (folder / MANIFEST).is_file() else None
     if problem is not None:
         raise UserError(f"{path}: is not as it was written ({problem}); {advice}")
-    content = read_json(path)
+    content = read_json(path, advice)
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object; {advice}")
     return read_fields(Calibration, content, str(path), advice)

@@ -83,14 +83,14 @@ def json_bytes(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; UserError where it is missing or not JSON."""
+def read_json(path: Path, remedy: str = "write or download it again") -> Any:
+    """Content of a JSON file; UserError where it is missing, or not JSON, with what to do then."""
     try:
         return parse_json(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); write or download it again") from None
+        raise UserError(f"{path}: is not JSON ({error}); {remedy}") from None
 
 
 def parse_json(text: str) -> Any:

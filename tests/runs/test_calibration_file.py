@@ -173,7 +173,7 @@ def test_what_is_no_calibration_is_one_message(adapter: Path, text: str, problem
         content.pop(name)
         text = json.dumps(content)[:-1] + f", {text}}}"
     (adapter / CALIBRATION).write_text(text, "utf-8")
-    with pytest.raises(UserError, match=rf"calibration\.json: .*{problem}"):
+    with pytest.raises(UserError, match=rf"calibration\.json: .*{problem}.*--raw.*--calibrate"):
         read_calibration(adapter)
 
 
