@@ -12,6 +12,7 @@ import argparse
 import codecs
 import functools
 import itertools
+import math
 import re
 import shutil
 import sys
@@ -159,7 +160,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def probability(text: str) -> float:
     """A number from 0 to 1."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected 0 to 1")
     return value

@@ -605,4 +605,6 @@ def test_a_least_probability_is_one(predict: Predict, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         predict("好", f"--min-probability={value}")
     assert stop.value.code == 2
-    assert "--min_probability" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--min_probability" in said
+    assert f"got {value}, expected 0 to 1" in said
