@@ -74,6 +74,7 @@ examples:
   python scripts/merge.py --model_path some/peft/adapter --base Qwen/Qwen2.5-0.5B-Instruct --output_dir merged \\
       --data reviews.tsv model.quantization=none
 """
+OTHERWISE = ", or merge with --no_drift, without the drift table"
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -107,7 +108,7 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
     of_gguf = 0 if arguments.gguf is None else gguf_bytes(merge.shapes, arguments.gguf)
     refuse_full_disk(output, merge.num_bytes(dtype) + of_gguf)
     reading = ReadOptions.given(arguments, trained.columns)
-    data, reviews = (None, None) if arguments.no_drift else read_reviews(trained, arguments.data, reading)
+    data, reviews = (None, None) if arguments.no_drift else trained.read_reviews(arguments.data, reading, OTHERWISE)
 
     results: dict[str, Any] = {"output": str(arguments.output_dir), FACT: into, "dtype": dtype_name(dtype)}
     facts = {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)}
@@ -260,17 +261,6 @@ def open_run(trained: LoadedRun, allow_bin: bool) -> Merge:
         ),
         allow_bin=allow_bin,
     )
-
-
-def read_reviews(trained: LoadedRun, data: Path | None, reading: ReadOptions) -> tuple[Path, Examples]:
-    """`LoadedRun.read_reviews`; UserError with a remedy if there is no test split."""
-    split = Path(trained.config.data.dir) / "test.jsonl"
-    if data is None and not split.is_file():
-        raise UserError(
-            f"{split}: does not exist, so drift cannot be measured on the test split of the adapter's run; give other "
-            "reviews with --data, or merge with --no_drift"
-        )
-    return trained.read_reviews(data, reading)
 
 
 @dataclass(frozen=True)

@@ -106,15 +106,20 @@ class LoadedRun:
         """`columns_of` the adapter's run."""
         return {} if self.path is None else columns_of(self.path)
 
-    def read_reviews(self, data: Path | None, reading: ReadOptions = ReadOptions()) -> tuple[Path, Examples]:
-        """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run."""
+    def read_reviews(
+        self, data: Path | None, reading: ReadOptions = ReadOptions(), otherwise: str = ""
+    ) -> tuple[Path, Examples]:
+        """Labelled reviews to score the model on, and their file: `data`, or the test split of the adapter's run.
+
+        `otherwise` is what a message adds to its remedies where there are none.
+        """
         config, prompt, is_trained = self.config, self.prompt, self.path is not None
         check_label_map(reading.map_labels, prompt.labels)
         if data is None:
             path = Path(config.data.dir) / "test.jsonl"
             if not path.is_file():
                 raise UserError(
-                    f"{path}: is not there; give labelled reviews with --data, or their folder with data.dir"
+                    f"{path}: is not there; give labelled reviews with --data, or their folder with data.dir{otherwise}"
                 )
             reviews = read_split(
                 config, prompt, "test", ReadOptions(map_labels=reading.map_labels), is_trained=is_trained
@@ -131,7 +136,8 @@ class LoadedRun:
             reviews = build_examples(records, prompt, is_trained)
         if not reviews.labelled:
             found = f"{np.count_nonzero(reviews.labels < 0):,} of its {len(reviews.labels):,} records are conversations"
-            raise UserError(f"{path}: {found}, which have no label; give labelled reviews with --data")
+            remedy = "give labelled reviews with --data" if data is None else "give a file of labelled reviews"
+            raise UserError(f"{path}: {found}, which have no label; {remedy}{otherwise}")
         if not reviews.examples:
             raise UserError(f"{path}: holds no labelled review; give a file with a text and a label")
         tell_of_labels({str(path): reviews}, prompt.labels, data is not None or says_indices(config))
