@@ -9,11 +9,13 @@ from minilora.system.cli import add_config_options, begin_script, build_parser, 
 if __name__ == "__main__":
     begin_script()  # before the imports that take seconds
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from minilora.build import SharedBase
 from minilora.data.hub import fetch_model
+from minilora.errors import UserError
 from minilora.reports.sweep import SweepReport, render_sweep
 from minilora.runs.advice import NonFiniteError
 from minilora.runs.data_folder import has_data, prepare_data, refuse_slip, write_folds
@@ -43,6 +45,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     parser.add_argument(
         "--folds", type=int, metavar="K", help="cross-validation: K runs of each, on K parts of the data"
     )
+    parser.add_argument("--restart", action="store_true", help="start over; set earlier runs in their folders aside")
     add_config_options(parser)
     arguments = parser.parse_intermixed_args()
     path, overrides, directory = arguments.config, arguments.overrides, arguments.output_dir
@@ -56,32 +59,41 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
             folds = write_folds(Path(variants[0].config.data.dir), arguments.folds, directory / "folds")
             variants = expand(path, overrides, directory, folds)
         make_folder(directory, "--output_dir")
-    failed = train_all(variants, directory, ranks)
+    failed = train_all(variants, directory, arguments.restart, ranks)
     if ranks.is_rank_0:
         report = build_report(variants, failed)
         print(report.to_text())
         if report.best_run is not None:
-            print(f"best: {report.best}; on the test set:")
-            print(f"  python scripts/evaluate.py --model_path '{report.best_run.final}'")
+            what, script = ("on the test set", "evaluate") if report.is_labelled else ("try it", "chat")
+            print(f"best: {report.best}; {what}:")
+            print(f"  python scripts/{script}.py --model_path {shlex.quote(report.best_run.final)}")
 
 
-def train_all(variants: Sequence[Variant], directory: Path, ranks: Ranks) -> dict[str, str]:
+def train_all(variants: Sequence[Variant], directory: Path, restart: bool, ranks: Ranks) -> dict[str, str]:
     """Trains what is not finished, one run after another, over one base model while it is the same.
 
-    Returns why runs ended before their end, by name.
+    Returns why runs ended before their end, by name; UserError if all of them did.
     """
     base, failed = SharedBase(), dict[str, str]()
+    models = [variant.config.model for variant in variants]
+    with ranks.rank_0_first():  # of all runs: a name that is wrong shows before the first one trains
+        named = dict.fromkeys((model.name_or_path, model.revision) for model in models)
+        folders = {(name, revision): fetch_model(name, revision) for name, revision in named}
     for number, variant in enumerate(variants, start=1):
         info(f"run {number} of {len(variants)}: {variant.name}")
         model = variant.config.model
-        with ranks.rank_0_first():
-            folder = fetch_model(model.name_or_path, model.revision)
         try:
-            fit(variant.config, folder, ranks=ranks, base=base)
+            fit(variant.config, folders[model.name_or_path, model.revision], restart, ranks, base=base)
         except NonFiniteError as error:
             failed[variant.name] = str(error).partition("\n")[0]
             warn(f"warning: {variant.name}: {error}")
         ranks.run_on_rank_0(lambda: write_table(directory, build_report(variants, failed)))
+    with ranks.rank_0_first():
+        if len(failed) == len(variants):
+            raise UserError(
+                f"{directory}: no run is finished, all ended with non-finite losses; take a lower train.learning_rate "
+                "or another model.compute_dtype"
+            )
     return failed
 
 

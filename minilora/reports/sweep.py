@@ -11,6 +11,8 @@ from minilora.reports.render import render
 from minilora.reports.report import NAMES
 from minilora.system.optional import MissingPackageError
 
+OTHER_RECORDS = "validated on other records"  # than the best setting, so there is no paired difference
+
 
 @dataclass(frozen=True)
 class SweptRun:
@@ -39,6 +41,11 @@ class SweepReport:
     metric: str  # as `comparison.compare` takes them; empty while no run is finished
     settings: Mapping[str, Sequence[SweptRun]]  # the runs of each
     comparisons: Mapping[str, Comparison]  # of the settings that have a finished run
+
+    @property
+    def is_labelled(self) -> bool:
+        """Otherwise the runs are of conversations, of which there is only a loss, without intervals."""
+        return self.metric != "loss"
 
     @property
     def best(self) -> str | None:
@@ -78,6 +85,8 @@ class SweepReport:
                 difference = f"{one.difference:+.4f} ({_interval(one.difference_interval)}), {one.p_value:.3g}"
             elif name == self.best:
                 difference = "best"
+            elif one is not None and self.is_labelled:
+                difference = OTHER_RECORDS
             lines.append(f"{name:{width}}  {count:<5}  {figures}  {difference}".rstrip())
         return "\n".join(lines)
 
@@ -107,5 +116,6 @@ def render_sweep(report: SweepReport) -> str:
         metric_name=NAMES.get(report.metric, report.metric),
         curves=curves,
         no_pictures=no_pictures,
+        other_records=OTHER_RECORDS,
         version=__version__,
     )

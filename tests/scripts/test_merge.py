@@ -173,19 +173,13 @@ def test_without_reviews_it_asks_for_some(merge: Merge, tmp_path: Path, processe
     assert "drift" in merge(elsewhere, "--data", processed_data / "test.jsonl")
 
 
-def test_conversations_have_no_drift_and_the_message_says_how_to_merge(merge: Merge, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "问题"}, {"role": "assistant", "content": "回答"}]
-    data = tmp_path / "chat.jsonl"
-    data.write_text(json.dumps({"messages": turns}) + "\n", "utf-8")
-    with pytest.raises(UserError, match=r"chat\.jsonl: .*conversations.*give a file of labelled.*--no_drift"):
-        merge("--data", data)
-
-
 def test_reviews_without_a_label_are_refused_before_anything_is_merged(merge: Merge, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text(json.dumps({"messages": turns}), "utf-8")
-    with pytest.raises(UserError, match=r"chat\.jsonl: 1 of its 1 records are conversations.*; give labelled reviews"):
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl: 1 of its 1 records are conversations.+ give a file of .+--no_drift"
+    ):
         merge("--data", path)
     assert names(tmp_path) == ["chat.jsonl"]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,68 @@ def test_a_run_whose_losses_are_non_finite_is_told_and_the_others_go_on(
     assert "0/1" in shown
     table = json.loads((tmp_path / "sweep.json").read_text("utf-8"))
     assert table["settings"][1]["runs"][0]["status"] == "non-finite losses"
+
+
+def test_a_restart_sets_the_runs_aside_and_trains_other_ones(
+    keys: list[str], tmp_path: Path, run_main: RunMain
+) -> None:
+    """Of a changed configuration the refusal names --restart."""
+    command = ["--output_dir", tmp_path, *keys, "train.seed=1,2"]
+    run_main(SWEEP, *command)
+    with pytest.raises(UserError, match="--restart"):
+        run_main(SWEEP, *command, "lora.alpha=3")
+    run_main(SWEEP, *command, "lora.alpha=3", "--restart")
+    for seed in (1, 2):
+        run = tmp_path / f"seed={seed}"
+        assert (run / "previous-1" / "checkpoints" / "final").is_dir()
+        assert json.loads((run / "checkpoints/final/adapter_config.json").read_text("utf-8"))["lora_alpha"] == 3
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_is_trained(
+    keys: list[str], tmp_path: Path, run_main: RunMain, count_loads: list[Any]
+) -> None:
+    base = next(key for key in keys if key.startswith("model.name_or_path="))
+    with pytest.raises(UserError, match="no-such-model"):
+        run_main(SWEEP, "--output_dir", tmp_path / "sweep", *keys, f"{base},{tmp_path / 'no-such-model'}")
+    assert count_loads == []
+    assert list((tmp_path / "sweep").iterdir()) == []
+
+
+def test_conversations_are_compared_by_their_loss_and_the_next_command_takes_them(
+    keys: list[str], tmp_path: Path, run_main: RunMain
+) -> None:
+    data = tmp_path / "chat"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        turns = [[("user", f"问题 {i}"), ("assistant", f"回答 {i}")] for i in range(8)]
+        records = [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (data / f"{split}.jsonl").write_text(lines, "utf-8")
+    own = [key for key in keys if not key.startswith(("data.dir=", "train.metric_for_best_model="))]
+    output = tmp_path / "it's"
+    shown, _ = run_main(SWEEP, "--output_dir", output, *own, f"data.dir={data}", "train.learning_rate=1e-4,1e-2")
+    (line,) = [line for line in shown.splitlines() if "--model_path" in line]
+    words = shlex.split(line)
+    assert words[:2] == ["python", "scripts/chat.py"]  # evaluate.py refuses conversations
+    assert (Path(words[3]) / "adapter_config.json").is_file()
+    page = (output / "sweep.html").read_text("utf-8")
+    assert "bootstrap" not in page
+    assert "no intervals" in page
+
+
+def test_settings_that_are_validated_on_other_records_say_so(
+    keys: list[str], tmp_path: Path, run_main: RunMain
+) -> None:
+    shown, _ = run_main(SWEEP, "--output_dir", tmp_path, *keys, "data.max_validation_examples=3,4")
+    assert shown.count("validated on other records") == 1
+    assert (tmp_path / "sweep.html").read_text("utf-8").count("validated on other records") == 1
+
+
+def test_a_sweep_of_which_no_run_is_finished_is_an_error(keys: list[str], tmp_path: Path, run_main: RunMain) -> None:
+    command = [*keys, "train.max_skipped_steps=2", "train.max_grad_norm=0", "train.learning_rate=1e30"]
+    with pytest.raises(UserError, match="no run is finished"):
+        run_main(SWEEP, "--output_dir", tmp_path, *command)
+    assert "non-finite losses" in (tmp_path / "sweep.html").read_text("utf-8")
 
 
 def test_folds_are_one_setting_each_and_share_its_records(keys: list[str], tmp_path: Path, run_main: RunMain) -> None:
