@@ -27,7 +27,7 @@ from minilora.runs.predictions import read_predictions
 from minilora.system.files import read_json
 
 REPEATED = ("seed", "fold")  # runs that differ in these are of one setting
-LONGEST_NAME = 100  # characters of a folder; file systems take 255 bytes
+LONGEST_NAME = 100  # bytes of a folder; file systems take 255
 OPENING, CLOSING, QUOTES = "[{(", "]})", "'\""
 
 
@@ -122,7 +122,7 @@ def _choices(override: str) -> list[str]:
 
 def _folder_name(text: str) -> str:
     """A name that every file system takes: some characters become dashes, and a hash tells such names apart."""
-    name = re.sub(r"[^\w.=,+-]", "-", text)[:LONGEST_NAME]
+    name = re.sub(r"[^\w.=,+-]", "-", text).encode()[:LONGEST_NAME].decode(errors="ignore")
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -47,8 +47,10 @@ def test_names_that_no_file_system_takes_become_others_that_differ() -> None:
     names = [v.name for v in expand(None, ["model.name_or_path=a/b,a:b"], Path("out"))]
     assert len({*names, "name_or_path=a-b"}) == 3
     assert not any(set(name) & set('/\\:*?"<>|') for name in names)
-    long = "x" * 300
-    assert all(len(v.name) <= LONGEST_NAME + 9 for v in expand(None, [f"prompt.system={long}a,{long}b"], Path("out")))
+    for long in ("x" * 300, "你是客服" * 75):
+        variants = expand(None, [f"prompt.system={long}a,{long}b"], Path("out"))
+        assert len({v.name for v in variants}) == 2
+        assert all(len(v.name.encode()) <= LONGEST_NAME + 9 for v in variants)
 
 
 @pytest.mark.parametrize(
