@@ -111,7 +111,7 @@ def write_merge(arguments: argparse.Namespace, output: Path) -> None:
     data, reviews = (None, None) if arguments.no_drift else trained.read_reviews(arguments.data, reading, OTHERWISE)
 
     results: dict[str, Any] = {"output": str(arguments.output_dir), FACT: into, "dtype": dtype_name(dtype)}
-    facts = {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder)}
+    facts = {FACT: into, "adapter": str(trained.path), "base": str(trained.model_folder), **trained.asked_with}
     with new_folder(output, facts) as temporary:
         with progress(f"merge into {into}", len(merge.shapes), "tensor") as bar:
             write_merged(

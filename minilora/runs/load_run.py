@@ -6,7 +6,8 @@ of this program says all of that; for another program's adapter, and for a base 
 """
 
 import math
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ from minilora.planning.memory import scoring_tokens
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.runs.provenance import changed_names, model_digests, read_provenance
-from minilora.system.console import progress, warn
+from minilora.system.console import info, progress, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import read_json, sha256
-from minilora.system.manifest import MANIFEST
+from minilora.system.manifest import MANIFEST, read_manifest
 
+ASKED_WITH = "asked_with"  # in the manifest of a merged model
 # Beginnings of the keys that scoring reads: an adapter's shape is in its own files, and nothing is trained.
 KEYS_READ = (
     "model.",
@@ -94,6 +96,13 @@ class LoadedRun:
     def closes_turns(self) -> bool:
         """Whether training is known to have ended the model's turns with `<|im_end|>`: every run of this program."""
         return self.path is not None and bool(read_provenance(self.path).config)
+
+    @property
+    def asked_with(self) -> dict[str, Any]:
+        """What a merged model's manifest keeps of a run of this program: how it was asked, for `load_run_or_base`."""
+        if not self.closes_turns:
+            return {}
+        return {ASKED_WITH: {"prompt": asdict(self.config.prompt), "data": {"max_length": self.config.data.max_length}}}
 
     @property
     def labelled(self) -> bool:
@@ -213,13 +222,26 @@ def load_run(
 def load_run_or_base(
     path: Path, base: str | None, overrides: list[str], keys_read: tuple[str, ...], other_data: bool = True
 ) -> LoadedRun:
-    """`load_run`, or the base model that `path` names, without an adapter and with the default prompt."""
+    """`load_run`, or the base model that `path` names, without an adapter and with the default prompt.
+
+    Where scripts/merge.py made that, with the prompt of the adapter's run.
+    """
     folder = fetch_adapter(path.as_posix())
     if not _is_base(path, folder):
         return load_run(folder, base, overrides, other_data, keys_read=keys_read)
     if base is not None:
         raise UserError(f"{path}: is a base model itself; leave out --base, or give an adapter")
-    return _open({"model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)
+    asked_with = _read_asked_with(folder)
+    if asked_with:
+        info(f"{path}: is a merged model; prompt.* and data.max_length are those of the adapter's run")
+    return _open({**asked_with, "model": {"name_or_path": path.as_posix()}}, overrides, "--model_path", keys_read)
+
+
+def _read_asked_with(folder: Path) -> dict[str, Any]:
+    """`LoadedRun.asked_with` of a merged model, by section; nothing of another model."""
+    with suppress(UserError):  # no manifest, or another program's
+        return dict(read_manifest(folder)["facts"].get(ASKED_WITH, {}))
+    return {}
 
 
 def _open(content: dict[str, Any], overrides: list[str], where: str, keys_read: tuple[str, ...]) -> LoadedRun:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minilora import build
-from minilora.config import load_config
+from minilora.config import Config, load_config
 from minilora.errors import UserError
 from minilora.runs.load_run import load_run_or_base
 from minilora.runs.train import fit
@@ -505,6 +505,22 @@ def test_a_merged_base_model_names_the_end_of_a_turn_and_keeps_its_licence(
             merge("--base", base, *options, output=tmp_path / output)
         assert (tmp_path / output / "LICENSE").read_text("utf-8") == "of the base: LICENSE"
         assert (tmp_path / output / "NOTICE.txt").is_file()
+
+
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(
+    merge: Merge, tiny_checkpoint: Callable[..., Path], processed_data: Path, tmp_path: Path
+) -> None:
+    """Also with keys of the command line over it; another base has the defaults."""
+    prompt = ["prompt.labels=[差评, 好评]", "prompt.instruction=好吗？", "data.max_length=100"]
+    final = train(tiny_checkpoint(), processed_data, tmp_path / "run", *prompt)
+    merge("--no_drift", model_path=final)
+    trained = load_run_or_base(final, None, [], ())
+    merged = load_run_or_base(tmp_path / "merged", None, [], ())
+    assert merged.config.prompt == trained.config.prompt
+    assert merged.config.data.max_length == 100
+    other = load_run_or_base(tmp_path / "merged", None, ["prompt.labels=[负面, 正面]"], ("prompt.",))
+    assert other.config.prompt.labels == ["负面", "正面"]
+    assert load_run_or_base(tiny_checkpoint(), None, [], ()).config.prompt == Config().prompt
 
 
 def test_the_end_tokens_of_another_programs_adapter_are_the_bases(merge: Merge, final: Path, tmp_path: Path) -> None:
