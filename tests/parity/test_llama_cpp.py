@@ -58,7 +58,7 @@ def may_answer(folder: Path) -> torch.Tensor:
 
 def llama_cpp(base: Path, model: Path, adapter: Path | None = None, most: int = 12) -> Answer:
     """A function: ids -> llama.cpp's greedy answer of at most `most` tokens, and their log-probabilities."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="pip install -e '.[llama_cpp]'")
+    xllamacpp = pytest.importorskip("xllamacpp", reason="pip install -e '.[llamacpp]'")
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     if adapter is not None:
