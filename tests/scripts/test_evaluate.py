@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -211,25 +210,6 @@ def test_a_label_word_that_begins_another_is_trained_and_scored(
     out, _ = run_main(script, "--model_path", fit(config, tiny_checkpoint()), "--data", tmp_path / "raw.tsv")
     results = json.loads(out.splitlines()[-1])
     assert {name: figures["support"] for name, figures in results["per_class"].items()} == dict.fromkeys(labels, 20)
-
-
-def test_of_many_classes_the_worst_and_the_most_confused_are_printed(
-    script: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    count = script.FEW_CLASSES + 3
-    confusion = np.diag([5] * (count - 1) + [0])
-    confusion[4, 2], confusion[7, 2] = 3, 1
-    scores = {"precision": 1.0, "recall": 1.0}
-    classes = {
-        f"类{index}": {**scores, "f1": 0.5 if index == 4 else 1.0, "support": int(row.sum())}
-        for index, row in enumerate(confusion)
-    }
-    script.print_classes({"per_class": classes, "confusion_matrix": confusion.tolist()})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("类4: ")
-    assert len([line for line in lines if line.endswith("reviews)")]) == script.FEW_CLASSES
-    assert f"of {count} classes" in lines[script.FEW_CLASSES]
-    assert lines[-2:] == ["类4 predicted as 类2: 3 of 8", "类7 predicted as 类2: 1 of 6"]
 
 
 @pytest.mark.parametrize("override", ["lora.r=4", "train.seed=1", "data.max_train_examples=2"])
