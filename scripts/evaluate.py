@@ -91,7 +91,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
     else:
         data, examples = trained.read_reviews(path, reading)
     if fitted_on is None:
-        calibration = usable_calibration(trained.path, trained.model_folder, trained.prompt, arguments.raw)
+        calibration = usable_calibration(trained, arguments.raw)
     model = trained.load(arguments.allow_bin, ranks)
     if fitted_on is not None:
         calibration = calibrate(trained, model, fitted_on, ranks=ranks)
@@ -176,6 +176,7 @@ def calibrate(trained: LoadedRun, model: Qwen2ForCausalLM, reviews: tuple[Path, 
     calibration = Calibration.of(
         fit_temperature(np.array(examples.labels), probabilities),
         trained.prompt,
+        quantization=trained.config.model.quantization,
         weights=sha256(weights_file(folder)),
         model=model_digests(trained.model_folder),
         data={file.name: sha256(file) for file in data_files(path)},

@@ -74,7 +74,7 @@ def main(ranks: Ranks = SINGLE_RANK) -> None:
 
     with ranks.rank_0_first():
         trained = load_run_or_base(arguments.model_path, arguments.base, arguments.overrides, KEYS_READ)
-        calibration = usable_calibration(trained.path, trained.model_folder, trained.prompt, arguments.raw)
+        calibration = usable_calibration(trained, arguments.raw)
     options = PredictOptions(
         arguments.max_batch_tokens, None if calibration is None else calibration.temperature, arguments.min_probability
     )

@@ -1,8 +1,8 @@
 """calibration.json beside an adapter: its temperature, and what that was fitted for.
 
-A temperature belongs to one function from a review to probabilities. Where the adapter's weights, the base model or the
-prompt are others now, it is not used, and a note says so. The files that it was fitted on are known by SHA-256, so that
-figures of the same data are called what they are.
+A temperature belongs to one function from a review to probabilities. Where the adapter's weights, the base model, its
+quantisation or the prompt are others now, it is not used, and a note says so. The files that it was fitted on are known
+by SHA-256, so that figures of the same data are called what they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from minilora.adapters.peft_files import CALIBRATION, weights_file
 from minilora.errors import UserError
 from minilora.evaluation.calibration import TemperatureFit
 from minilora.qlora.prompt import ClassificationPrompt
+from minilora.runs.load_run import LoadedRun
 from minilora.runs.provenance import model_digests
 from minilora.system.console import note, warn
 from minilora.system.files import json_bytes, read_json, sha256
@@ -38,6 +39,7 @@ class Calibration:
     system: str
     temperature_interval_95: tuple[float, ...] | None = None
     note: str | None = None  # why it says little
+    quantization: str | None = None  # of the base model; not in files of the first versions
 
     @classmethod
     def of(
@@ -45,11 +47,12 @@ class Calibration:
         fit: TemperatureFit,
         prompt: ClassificationPrompt,
         *,
+        quantization: str,
         weights: str,
         model: Mapping[str, str],
         data: Mapping[str, str],
     ) -> "Calibration":
-        """A fit, and the SHA-256 of the adapter's weights, the base model's files and the labelled ones."""
+        """A fit, model.quantization, and the SHA-256 of adapter, base model and labelled files."""
         return cls(
             fit.temperature,
             fit.num_examples,
@@ -63,16 +66,19 @@ class Calibration:
             system=prompt.system,
             temperature_interval_95=fit.interval_95,
             note=fit.note,
+            quantization=quantization,
         )
 
     def to_bytes(self) -> bytes:
         return json_bytes(asdict(self))
 
-    def changes(self, folder: Path, model_folder: Path, prompt: ClassificationPrompt) -> list[str]:
-        """What it was fitted for that is different now, in words."""
+    def changes(self, folder: Path, run: LoadedRun) -> list[str]:
+        """What it was fitted for that is different now, in words; `folder` has the run's adapter."""
+        prompt, quantization = run.prompt, run.config.model.quantization
         pairs = {
             "other weights of the adapter": (self.weights_sha256, sha256(weights_file(folder))),
-            "another base model": (self.model_sha256, model_digests(model_folder)),
+            "another base model": (self.model_sha256, model_digests(run.model_folder)),
+            f"model.quantization={self.quantization}": (self.quantization or quantization, quantization),
             "another prompt": (
                 (self.labels, self.instruction, self.system),
                 (tuple(prompt.labels), prompt.instruction, prompt.system),
@@ -109,15 +115,14 @@ def read_calibration(folder: Path) -> Calibration | None:
     return read_fields(Calibration, content, str(path), advice)
 
 
-def usable_calibration(
-    folder: Path | None, model_folder: Path, prompt: ClassificationPrompt, raw: bool
-) -> Calibration | None:
-    """`read_calibration` where it fits adapter, base and prompt; a line says which probabilities there will be.
+def usable_calibration(run: LoadedRun, raw: bool) -> Calibration | None:
+    """`read_calibration` where it fits the adapter and how it is asked; a line says which probabilities there will be.
 
-    `folder` is the adapter's, None for a base model; `raw` leaves the file alone.
+    `raw` leaves the file alone.
     """
+    folder = run.path
     found = None if folder is None or raw else read_calibration(folder)
-    changes = [] if found is None or folder is None else found.changes(folder, model_folder, prompt)
+    changes = [] if found is None or folder is None else found.changes(folder, run)
     if changes:
         warn(
             f"note: probabilities are not calibrated: {folder}/{CALIBRATION} was fitted for {' and '.join(changes)}; "

@@ -155,6 +155,7 @@ def _calibration(run: Run, fit: TemperatureFit, weights: bytes) -> Calibration:
     return Calibration.of(
         fit,
         run.prompt,
+        quantization=run.config.model.quantization,
         weights=hashlib.sha256(weights).hexdigest(),
         model=run.state.model_sha256,
         data={name: run.state.data_sha256[name]},

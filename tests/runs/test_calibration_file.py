@@ -29,8 +29,7 @@ def usable(tiny_checkpoint: Callable[..., Path]) -> Usable:
     """`usable_calibration` of a folder, with overrides of its configuration."""
 
     def find(folder: Path, *overrides: str, raw: bool = False) -> Calibration | None:
-        run = load_run(folder, str(tiny_checkpoint()), list(overrides))
-        return usable_calibration(run.path, run.model_folder, run.prompt, raw)
+        return usable_calibration(load_run(folder, str(tiny_checkpoint()), list(overrides)), raw)
 
     return find
 
@@ -117,6 +116,17 @@ def test_another_prompt_is_not_calibrated_and_a_note_says_so(
 ) -> None:
     assert usable(adapter, override) is None
     assert "fitted for another prompt" in capsys.readouterr().err
+
+
+def test_another_quantisation_is_not_calibrated_unless_the_file_is_too_old_to_know(
+    adapter: Path, capsys: pytest.CaptureFixture[str], usable: Usable
+) -> None:
+    assert usable(adapter, "model.quantization=none") is None
+    assert "fitted for model.quantization=nf4; evaluate.py --calibrate FILE" in capsys.readouterr().err
+    content = read(adapter / CALIBRATION)
+    del content["quantization"]
+    (adapter / CALIBRATION).write_bytes(json_bytes(content))
+    assert usable(adapter, "model.quantization=none") is not None
 
 
 def test_another_base_model_is_not_calibrated(
