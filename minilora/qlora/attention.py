@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.qlora.batch import SegmentGroup, move_together
 
@@ -20,6 +22,8 @@ from minilora.qlora.batch import SegmentGroup, move_together
 MAX_SCORES_BYTES = 120_000_000
 # Elements of an attention mask that is made once for all layers; a larger one is made in each layer.
 MAX_MASK = 1 << 20
+# PyTorch's kernels without T x T scores. Without cuDNN's, whose backward pass cannot be made to sum in one order.
+FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -231,22 +235,31 @@ def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: F
         q = q.new_zeros(n * num_keys, *q.shape[1:]).index_copy(0, entries, q)
     # Where every token is supervised the last layer's queries are without the padding that its keys have.
     q, k, v = (x[: n * num_keys].view(n, num_keys, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    is_grouped = _takes_groups(q, k, v)
+    if not is_grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(FUSED_KERNELS):
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
     if mixed.is_cuda and mixed.grad_fn is not None:
         _sum_in_one_order(mixed.grad_fn)
     mixed = mixed.transpose(1, 2).flatten(0, 1)
     return mixed if entries is None else mixed.index_select(0, entries)
 
 
-def _sum_in_one_order(node: Any) -> None:
-    """Lets a backward pass of PyTorch's be deterministic on a GPU, where the fused one else adds dq by atomics.
+def _takes_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether a fused kernel takes fewer key/value heads than query heads: before sm80 and in float32 no GPU's does."""
+    return not q.is_cuda or can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, True, True))
 
-    A resumed run needs the bits of an unbroken one. Only around this node: elsewhere PyTorch would take slow ways, for
-    `index_add_` too, which here adds nothing but zeros where indices meet.
+
+def _sum_in_one_order(node: Any) -> None:
+    """Lets a backward pass of PyTorch's be deterministic on a GPU, where the fused ones else add dq by atomics.
+
+    A resumed run needs the bits of an unbroken one, and a mere warning leaves the atomics. Only around this node: else
+    PyTorch would take slow ways, for `index_add_` too, which here adds nothing but zeros where indices meet.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    node.register_prehook(lambda _: torch.use_deterministic_algorithms(True, warn_only=True))
-    node.register_hook(lambda *_: torch.use_deterministic_algorithms(before))
+    before = torch.get_deterministic_debug_mode()
+    node.register_prehook(lambda _: torch.set_deterministic_debug_mode("error"))
+    node.register_hook(lambda *_: torch.set_deterministic_debug_mode(before))
 
 
 # ---- All of them

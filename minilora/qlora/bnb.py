@@ -61,11 +61,7 @@ def is_available() -> bool:
 
 
 def adamw() -> Any:
-    """The class `bitsandbytes.optim.AdamW`.
-
-    Raises:
-        UserError: bitsandbytes cannot be imported.
-    """
+    """The class `bitsandbytes.optim.AdamW`; UserError where bitsandbytes cannot be imported."""
     if not is_available():
         raise UserError("train.optim: needs bitsandbytes; pip install bitsandbytes, or use adamw_torch_fused")
     from bitsandbytes.optim import AdamW

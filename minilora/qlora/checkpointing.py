@@ -13,9 +13,7 @@ from torch import nn
 
 
 class _Checkpoint(torch.autograd.Function):
-    """A layer that keeps only its input and is recomputed in backward.
-
-    The recomputation sees the same dropout masks: they are a function of a seed that is set once a micro-batch
+    """The recomputation sees the same dropout masks: they are a function of a seed that is set once a micro-batch
     (`lora.py`). The trained parameters are inputs too, because the first layer's input needs no gradient, and a
     Function of which no input needs one has no backward.
     """

@@ -4,19 +4,13 @@ import torch
 
 
 class KVCache:
-    """Keys and values of one layer for the tokens before those of a forward pass.
-
-    A prompt's common prefix is prefilled once and read by every batch of an evaluation; a conversation's cache grows
-    with every token.
-
-    Attributes:
-        length: how many tokens are held.
-        is_frozen: a pass reads the cache and does not add its own tokens.
+    """Of one layer. A prompt's common prefix is prefilled once and read by every batch of an evaluation; that of a
+    conversation grows with every token.
     """
 
     def __init__(self) -> None:
-        self.length = 0
-        self.is_frozen = False
+        self.length = 0  # tokens that are held
+        self.is_frozen = False  # a pass reads the cache and does not add its own tokens
         self._held: torch.Tensor | None = None  # (2, length or more, K, D) compute dtype, keys and values
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,7 +126,7 @@ class Attention(nn.Module):
             mixed = decode_attention(q, keys, values)
         else:
             mixed = attention(q, keys, values, inputs.groups)
-        return linear_layers(mixed.view(q.shape[0], -1), (self.o_proj,))[0]
+        return linear_layers(mixed.reshape(q.shape[0], -1), (self.o_proj,))[0]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(x.shape[0], -1, self.head_dim)

@@ -1,0 +1,171 @@
+"""A training pass and a decode step on a device that is not the CPU, without owning one.
+
+PyTorch's FakeTensorMode computes shapes, strides and devices, and no values. So a tensor that was left on the CPU, a
+value that the processor would wait for and a view that a GPU's layout does not allow are errors here. `lazy` is a
+device for which this build has no kernels; a fake `cuda` needs a CUDA build, and a card in backward.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+from minilora.adapters.attach import attach, lora_parameters
+from minilora.config import LoraConfig
+from minilora.qlora import model as model_module
+from minilora.qlora.attention import AttentionGroup, FusedGroup, HeadGroups
+from minilora.qlora.batch import SegmentGroup, pack
+from minilora.qlora.kv_cache import KVCache
+from minilora.qlora.lora import cast_once
+from minilora.qlora.loss import next_token_nll
+from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
+from minilora.qlora.nf4 import Linear4bit, quantize
+from minilora.qlora.prompt import Example
+
+DEVICE = torch.device("lazy")
+CONFIG = Qwen2Config(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+)
+TABLES = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices", "weights")
+
+
+def moved(value: Any) -> Any:
+    """Tensors as fake ones on the device, within tuples and the dataclasses of attention too; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device=DEVICE)
+    if isinstance(value, tuple):
+        return tuple(map(moved, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+@contextmanager
+def on_device(model: Qwen2ForCausalLM) -> Iterator[None]:
+    """Inside it the model's tensors are fake ones on the device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(moved(parameter.data), parameter.requires_grad))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, moved(buffer))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _real_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of indices are made of values on the CPU, and only then go to the device."""
+    make, pack_segments = model_module.split_heads, model_module.pack_segments
+
+    def split_heads(
+        groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
+    ) -> tuple[AttentionGroup, ...]:
+        with unset_fake_temporarily():
+            split = make(groups, heads, kv_heads, num_queries=num_queries, like=torch.empty(0, dtype=like.dtype))
+        return tuple(moved(group) for group in split)
+
+    def on_cpu(*given: Any) -> tuple[SegmentGroup, ...]:
+        with unset_fake_temporarily():
+            return pack_segments(*given)
+
+    monkeypatch.setattr(model_module, "split_heads", split_heads)
+    monkeypatch.setattr(model_module, "pack_segments", on_cpu)
+
+
+def build(dtype: torch.dtype = torch.bfloat16, quantized: bool = True, **lora: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(CONFIG).to(dtype).requires_grad_(False)
+    for path, module in list(model.model.named_modules()):
+        if quantized and isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.model.get_submodule(parent), name, Linear4bit(quantize(module.weight), module.bias))
+    attach(model, LoraConfig(r=4, alpha=8, **lora), seed=0)
+    return model.train()
+
+
+def examples(lengths: Sequence[int]) -> list[Example]:
+    """Behind ten ids that all of them have; two tokens of each are supervised."""
+    ids = [[*range(10), 10 + i, *[20] * (length - 11)] for i, length in enumerate(lengths)]
+    return [Example(x, [False] * (len(x) - 2) + [True] * 2) for x in ids]
+
+
+def train(model: Qwen2ForCausalLM, lengths: Sequence[int], weights: Sequence[float] = ()) -> set[torch.device]:
+    """Where the gradients of one pass are."""
+    batch = pack(examples(lengths), weights=weights)
+    with on_device(model):
+        batch = replace(batch, **{name: moved(getattr(batch, name)) for name in TABLES})
+        with cast_once(model, model.head_weight.dtype):
+            nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight, batch.weights)
+            nll.backward()
+        return {parameter.grad.device for parameter in lora_parameters(model) if parameter.grad is not None}
+
+
+SHORT, LONG, MIXED = (20, 24, 31, 90), (700,), (20, 24, 700)
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"dropout": 0.1},
+    {"use_dora": True, "dropout": 0.1},
+    {"bias": "all"},
+    {"init_lora_weights": "pissa"},
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"quantized": False},
+    {"dtype": torch.float16},
+    {"dtype": torch.float32},
+]
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG, MIXED])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_training_pass_mixes_no_devices_and_waits_for_no_value(
+    lengths: tuple[int, ...], kind: dict[str, Any]
+) -> None:
+    assert train(build(**kind), lengths) == {DEVICE}
+
+
+@pytest.mark.parametrize("lengths", [SHORT, LONG, MIXED])
+def test_neither_does_one_with_checkpointing_and_weights(lengths: tuple[int, ...]) -> None:
+    model = build(dropout=0.1)
+    model.model.gradient_checkpointing = True
+    assert train(model, lengths, weights=[0.5] * len(lengths)) == {DEVICE}
+
+
+def test_nor_do_prefilling_and_decoding() -> None:
+    model = build().eval()
+    caches = [KVCache() for _ in model.model.layers]
+    with on_device(model), torch.inference_mode():
+        for count in (7, 1):
+            hidden = model.prefill(torch.zeros(count, dtype=torch.int64, device=DEVICE), caches)
+            assert hidden.device.type == "lazy"
+            assert hidden.shape == (1, CONFIG.hidden_size)
+
+
+def test_a_mistake_would_show() -> None:
+    with FakeTensorMode():
+        there = torch.ones(3, device=DEVICE)
+        with pytest.raises(RuntimeError, match="lazy and cpu"):
+            there + torch.ones(3)
+        with pytest.raises(DataDependentOutputException):
+            there.sum().item()
+
+
+def test_the_tables_are_of_both_kinds() -> None:
+    model, kinds = build(), []
+    make = model_module.split_heads
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            model_module, "split_heads", lambda *given, **named: kinds.append(make(*given, **named)) or kinds[-1]
+        )
+        train(model, MIXED)
+    assert {type(group) for group in kinds[0]} == {HeadGroups, FusedGroup}
