@@ -16,6 +16,8 @@ from pathlib import Path
 from minilora.build import SharedBase
 from minilora.data.hub import fetch_model
 from minilora.errors import UserError
+from minilora.planning.memory import count_parameters
+from minilora.qlora.optim import check_optimizer
 from minilora.reports.sweep import SweepReport, render_sweep
 from minilora.runs.advice import NonFiniteError
 from minilora.runs.data_folder import has_data, prepare_data, refuse_slip, write_folds
@@ -26,6 +28,7 @@ from minilora.system.distributed import SINGLE_RANK, Ranks
 from minilora.system.files import json_bytes, make_folder, replace_file
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import with_ranks
+from minilora.weights.hf_config import read_config
 
 EXAMPLES = """\
 examples:
@@ -76,9 +79,13 @@ def train_all(variants: Sequence[Variant], directory: Path, restart: bool, ranks
     """
     base, failed = SharedBase(), dict[str, str]()
     models = [variant.config.model for variant in variants]
-    with ranks.rank_0_first():  # of all runs: a name that is wrong shows before the first one trains
+    with ranks.rank_0_first():  # of all runs: what is wrong in a later one shows before the first one trains
         named = dict.fromkeys((model.name_or_path, model.revision) for model in models)
         folders = {(name, revision): fetch_model(name, revision) for name, revision in named}
+        for variant in variants:
+            folder = folders[variant.config.model.name_or_path, variant.config.model.revision]
+            check_optimizer(variant.config.train.optim)
+            count_parameters(read_config(folder), variant.config.lora, folder)  # UserError for layers it lacks
     for number, variant in enumerate(variants, start=1):
         info(f"run {number} of {len(variants)}: {variant.name}")
         model = variant.config.model

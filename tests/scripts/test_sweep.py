@@ -179,6 +179,19 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_trained(
     assert list((tmp_path / "sweep").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "choice",
+    ["lora.target_modules=[q_proj],[q_prj]", "lora.layers_to_transform=[0],[9]", "lora.rank_pattern={},{x: 2}"],
+)
+def test_layers_that_the_model_lacks_are_said_before_anything_is_trained(
+    choice: str, keys: list[str], tmp_path: Path, run_main: RunMain, count_loads: list[Any]
+) -> None:
+    with pytest.raises(UserError, match=choice.partition("=")[0]):
+        run_main(SWEEP, "--output_dir", tmp_path / "sweep", *keys, choice)
+    assert count_loads == []
+    assert list((tmp_path / "sweep").iterdir()) == []
+
+
 def test_conversations_are_compared_by_their_loss_and_the_next_command_takes_them(
     keys: list[str], tmp_path: Path, run_main: RunMain
 ) -> None:
