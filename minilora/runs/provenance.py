@@ -42,6 +42,7 @@ REASONS = {  # behind a key that a continuation cannot change
     **dict.fromkeys(LENGTHS, "  (free with lr_scheduler_type=constant, warmup_ratio=0)"),
     "sample": "  (which N a limit takes; a run of an earlier version has data.sample=first)",
 }
+ELSEWHERE = "choose another train.output_dir (of a sweep: --output_dir)"
 LIMITS = ("max_train_examples", "max_validation_examples", "max_test_examples")
 
 
@@ -208,8 +209,8 @@ def refuse_other_run(before: Provenance, now: Provenance, config: Config, direct
             changes.append(f"its steps have {examples} examples; so they do with {size}")
     if changes:
         raise UserError(
-            f"{directory}: holds a run with another configuration; choose another train.output_dir, put the keys "
-            "back, or begin anew with --restart\n  " + "\n  ".join(changes)
+            f"{directory}: holds a run with another configuration; {ELSEWHERE}, put the keys back, or begin anew with "
+            "--restart\n  " + "\n  ".join(changes)
         )
     for what, changed in (
         (f"data in {config.data.dir}", changed_names(before.data_sha256, now.data_sha256)),
@@ -219,7 +220,7 @@ def refuse_other_run(before: Provenance, now: Provenance, config: Config, direct
         if changed:
             raise UserError(
                 f"{directory}: its run was made with another {what} (SHA-256 of {', '.join(changed)}); "
-                "put the files back, choose another train.output_dir, or begin anew with --restart"
+                f"put the files back, {ELSEWHERE}, or begin anew with --restart"
             )
 
 
@@ -234,7 +235,7 @@ def refuse_other_machine(before: Provenance, now: Provenance, directory: Path) -
     if serious:
         raise UserError(
             f"{directory}: its run had another device or dtype ({', '.join(serious)}); set model.device and "
-            "model.compute_dtype to what it had, choose another train.output_dir, or begin anew with --restart"
+            f"model.compute_dtype to what it had, {ELSEWHERE}, or begin anew with --restart"
         )
     divided = [*_changed_factors(before, now), *_changed_key(before, now, "max_tokens_per_micro_batch")]
     others = [*_changed_key(before, now, "per_device_eval_batch_size"), *changes.values()]
