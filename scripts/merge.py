@@ -158,7 +158,12 @@ def write_adapter(arguments: argparse.Namespace, output: Path, trained: LoadedRu
         write_file(temporary / "Modelfile", modelfile(trained, model, f"./{file}").encode())
         copy_licence(merge.base, temporary)
     info(f"{kind} adapter for llama.cpp: {arguments.output_dir}")
-    if arguments.gguf is None:
+    if is_quantized(merge.base):
+        warn(
+            f"note: FROM in its Modelfile is {model}, in 4 bits of bitsandbytes, which Ollama does not read; put the "
+            "name of a model there that it has, or give the unquantised one with --base"
+        )
+    elif arguments.gguf is None:
         info(f"FROM in its Modelfile is {model}, which Ollama converts; --gguf writes the base as a GGUF file too")
     print(json.dumps(results, ensure_ascii=False))
 

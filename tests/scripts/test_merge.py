@@ -458,7 +458,8 @@ def test_a_base_in_4_bits_has_adapters_but_is_not_written(
     write_quantized(load_model(tiny_checkpoint(), torch.float32), tiny_checkpoint(), base, {})
     with pytest.raises(UserError, match=r"base-bnb-4bit: is in 4 bits.*--base, or leave out --gguf"):
         merge("--base", base, "--gguf_adapter", "--gguf", "f16")
-    merge("--base", base, "--gguf_adapter")
+    said = merge("--base", base, "--gguf_adapter")["warned"]
+    assert f"FROM in its Modelfile is {base}, in 4 bits of bitsandbytes, which Ollama does not read" in said
 
 
 @pytest.mark.parametrize("option", [("--data", "a.tsv"), ("--dtype", "float16"), ("--into", "dequantized")])
