@@ -20,7 +20,7 @@ import contextlib
 import json
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from minilora.runs.load_run import KEYS_READ, LoadedRun, load_run_or_base
 from minilora.runs.provenance import model_digests, read_provenance
 from minilora.system.console import info, warn
 from minilora.system.distributed import SINGLE_RANK, Ranks
-from minilora.system.files import StorageError, make_folder, replacing, sha256, write_file
+from minilora.system.files import GrowingFile, StorageError, make_folder, replacing, sha256
 from minilora.system.manifest import add_file
 from minilora.system.memory import peak_memory_bytes
 from minilora.system.process import tuned_process
@@ -279,9 +279,8 @@ def report_of(
     )
 
 
-def prediction_lines(examples: Examples, probabilities: np.ndarray, labels: Sequence[str]) -> str:
+def prediction_lines(examples: Examples, probabilities: np.ndarray, labels: Sequence[str]) -> Iterator[bytes]:
     """predictions.jsonl: one line per review, in the file's order."""
-    lines = []
     for index, (record, label, scores) in enumerate(zip(examples.records, examples.labels, probabilities, strict=True)):
         line = {
             "index": index,
@@ -290,21 +289,21 @@ def prediction_lines(examples: Examples, probabilities: np.ndarray, labels: Sequ
             "prediction": labels[int(scores.argmax())],
             "probabilities": dict(zip(labels, map(float, scores), strict=True)),
         }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
+        yield f"{json.dumps(line, ensure_ascii=False)}\n".encode()
 
 
-def write_results(directory: Path, results: dict[str, Any], lines: str, report: str) -> None:
+def write_results(directory: Path, results: dict[str, Any], lines: Iterable[bytes], report: str) -> None:
     """Writes predictions.jsonl, evaluation.json and report.html; UserError if they cannot be written."""
-    contents = {
-        "predictions.jsonl": lines,
-        "evaluation.json": json.dumps(results, indent=2, ensure_ascii=False) + "\n",
-        "report.html": report,
-    }
+    evaluation = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+    contents = {"predictions.jsonl": lines, "evaluation.json": [evaluation.encode()], "report.html": [report.encode()]}
     try:
         with contextlib.ExitStack() as stack:
-            for name, content in contents.items():
-                write_file(stack.enter_context(replacing(directory / name)), content.encode())
+            for name, pieces in contents.items():
+                temporary = stack.enter_context(replacing(directory / name))
+                with contextlib.closing(GrowingFile(temporary)) as file:
+                    for piece in pieces:
+                        file.append(piece)
+                    file.sync()
     except StorageError as error:
         raise UserError(
             f"{directory}: the results cannot be written ({error}); the figures are above; for the files choose "

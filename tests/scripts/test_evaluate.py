@@ -21,7 +21,7 @@ from minilora.errors import UserError
 from minilora.runs.calibration_file import read_calibration
 from minilora.runs.load_run import warn_of_another_test_set
 from minilora.runs.train import fit
-from minilora.system.files import StorageError, sha256
+from minilora.system.files import GrowingFile, StorageError, sha256
 from minilora.system.manifest import verify_folder
 from tests.conftest import make_reviews
 from tests.scripts.conftest import RunMain, load_script
@@ -299,14 +299,15 @@ def test_a_full_disk_leaves_the_earlier_results_together(
     evaluate(trained / "final", "--output_dir", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert sorted(before) == ["evaluation.json", "predictions.jsonl", "report.html"]
-    plain = script.write_file
 
-    def fill(path: Path, content: bytes) -> None:
-        plain(path, content[:9] if "evaluation" in path.name else content)
-        if "evaluation" in path.name:
-            raise StorageError(f"{path}: cannot be written (No space left on device)")
+    class FullDisk(GrowingFile):
+        def append(self, content: bytes) -> None:
+            is_full = "evaluation" in self._path.name
+            super().append(content[:9] if is_full else content)
+            if is_full:
+                raise StorageError(f"{self._path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(script, "write_file", fill)
+    monkeypatch.setattr(script, "GrowingFile", FullDisk)
     with pytest.raises(UserError, match=r"out: the results cannot be written \(.+No space left on device"):
         evaluate(trained / "final", "--output_dir", tmp_path / "out", "data.max_test_examples=4")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
