@@ -3,9 +3,8 @@
     python benchmarks/label_speed.py --model path/to/checkpoint --data dev.tsv
 
 All sets of labels are scored in one process, in turn, the first round untimed. On a machine that others use too, the
-processor's time says more. Probabilities of the words with several
-tokens are the gate: on the first reviews they agree with those of a whole pass for each word, and no figure is shown
-where they do not. The last line is one JSON object.
+processor's time says more. Probabilities of the words with several tokens are the gate: on the first reviews they agree
+with those of a whole pass for each word, and no figure is shown where they do not. The last line is one JSON object.
 """
 
 import json
