@@ -304,17 +304,23 @@ def test_the_most_confused_classes_the_rare_and_the_absent_are_named(count: int)
 
 def test_of_many_classes_the_matrix_has_those_that_are_confused_and_the_worst_come_first() -> None:
     few, many = render_classes(5), render_classes(100)
-    heads = [re.findall('<th scope="col">(.*?)</th>', table) for table in many.split("<table>")[1:]]
+    heads = [re.findall('<th scope="col">(.*?)</th>', table) for table in many.split("<table")[1:]]
     assert heads[1] == ["label", "类别1", "类别3", "类别2", "类别0", "others"]
     assert len(many) < 40_000
-    order = re.findall(r'<th scope="row">(类别\d+)</th>', many.split("<table>")[3])
+    order = re.findall(r'<th scope="row">(类别\d+)</th>', many.split("<table")[3])
     assert order[:2] == ["类别1", "类别3"]
     assert order[-1] == "类别99"
     assert len(order) == 100
-    assert [re.findall('<th scope="col">(.*?)</th>', table) for table in few.split("<table>")[1:]][1] == [
+    assert [re.findall('<th scope="col">(.*?)</th>', table) for table in few.split("<table")[1:]][1] == [
         "label",
         *(f"类别{index}" for index in range(5)),
     ]
+
+
+def test_a_matrix_of_more_than_four_classes_has_the_page_s_width() -> None:
+    two = section(render_examples(["a"] * 2, [0, 1], [0.1, 0.9]), "Classes")
+    assert [page.count('class="matrix"') for page in (two, render_classes(4), render_classes(5))] == [0, 0, 1]
+    assert ".beside > .wide:has(> .matrix)" in render_report(make_report())
 
 
 def test_a_class_that_never_occurs_has_no_share() -> None:
