@@ -9,6 +9,7 @@ Upper-case sizes are explained in `model.py`. Source: arXiv 1706.03762, grouped 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from minilora.qlora.batch import SegmentGroup, move_together
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
-# Elements of an attention mask that is made once for all layers; a larger one is made in each layer.
-MAX_MASK = 1 << 20
 # PyTorch's kernels without T x T scores. Without cuDNN's, whose backward pass cannot be made to sum in one order.
 FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -43,22 +42,17 @@ class HeadGroup:
 
     prefix: int  # P
     shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
+    dtype: torch.dtype  # of q
     last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
     last_query: torch.Tensor | None = None  # (n, 1, 1, 1, P + L) int64, likewise
-    mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
 
-    def with_mask(self, dtype: torch.dtype) -> "HeadGroup":
-        is_small = self.last_key.numel() * self.shape[-1] <= MAX_MASK
-        return replace(self, mask=self.additive_mask(dtype)) if is_small else self
-
-    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
-        if self.mask is not None:
-            return self.mask
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key; made once for all layers."""
         masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
         if self.last_query is not None:
             masked = masked | (self.last_key > self.last_query)
-        return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+        return torch.zeros(masked.shape, dtype=self.dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,7 @@ class HeadGroups:
     padding: torch.Tensor  # int64, which of `queries` are padding
     keys: torch.Tensor  # (sum of n * K * (P + L),) int64, indices into (T * K, D), each segment's prefix first
     own: torch.Tensor  # the same counted from 1, except that the prefix points to 0
+    sums: list[int]  # sizes of the parts of `own` that are added one by one: a segment in pieces has a key in several
 
     def fold(self, gathered: torch.Tensor, is_keys: bool = False) -> list[torch.Tensor]:
         """What was gathered by `queries` or by `keys`, by group: (n * K, G * Q or P + L, D)."""
@@ -91,7 +86,8 @@ class FusedGroup:
     """
 
     shape: tuple[int, int]  # n, P + L
-    keys: torch.Tensor | None = None  # (n * (P + L),) int64, tokens of k and v
+    prefix: int = 0  # P
+    keys: torch.Tensor | None = None  # (n * L,) int64, tokens of k and v behind the prefix
     queries: torch.Tensor | None = None  # (M,) int64, tokens of q, without padding
     entries: torch.Tensor | None = None  # (M,) int64, where these are in the batch of n * (P + L)
 
@@ -109,7 +105,7 @@ def split_heads(
     """
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
-    split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []
+    split: list[Any] = [_split_short(short, heads, kv_heads, num_queries=num_queries, like=like)] if short else []
     for group in groups:
         if group.is_fused:
             whole = len(groups) == 1 and group.prefix == 0 and group.queries.numel() == group.num_keys
@@ -118,27 +114,29 @@ def split_heads(
     tables = [{name: x for name, x in vars(part).items() if isinstance(x, torch.Tensor)} for part in parts]
     tensors = [tensor for table in tables for tensor in table.values()]
     moved = iter(move_together(tensors, like.device) if tensors else [])
-    on_device: list[Any] = [{name: next(moved) for name in table} for table in tables]
-    parts = [replace(part, **table) for part, table in zip(parts, on_device, strict=True)]
+    parts = [replace(part, **{name: next(moved) for name in table}) for part, table in zip(parts, tables, strict=True)]
     if short:
-        parts[0] = replace(parts[0], groups=tuple(group.with_mask(like.dtype) for group in parts[len(split) :]))
+        parts[0] = replace(parts[0], groups=tuple(parts[len(split) :]))
     return tuple(parts[: len(split)])
 
 
 def _fuse(group: SegmentGroup) -> FusedGroup:
     n, num_keys = len(group.keys), group.num_keys
     entries = (torch.arange(n)[:, None] * num_keys + group.last_key)[~group.padding]
-    return FusedGroup((n, num_keys), group.seen().flatten(), group.queries[~group.padding], entries)
+    return FusedGroup((n, num_keys), group.prefix, group.keys.flatten(), group.queries[~group.padding], entries=entries)
 
 
-def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int) -> HeadGroups:
+def _split_short(
+    pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
+) -> HeadGroups:
     head, kv_head = torch.arange(heads).view(1, kv_heads, -1, 1), torch.arange(kv_heads)[:, None]
     groups, queries, padded, keys, own = [], [], [], [], []
     for piece in pieces:
         n, per_segment = piece.queries.shape
         shape = (n, kv_heads, heads // kv_heads, per_segment, piece.num_keys)
-        last_query = None if piece.last_query is None else piece.last_query[:, None, None, None]
-        groups.append(HeadGroup(piece.prefix, shape, piece.last_key[:, None, None, :, None], last_query))
+        last_key, last_query = piece.last_key[:, None, None, :, None], piece.last_query
+        last_query = None if last_query is None else last_query[:, None, None, None]
+        groups.append(HeadGroup(piece.prefix, shape, like.dtype, last_key, last_query=last_query))
         queries.append((piece.queries[:, None, None] * heads + head).flatten())
         padded.append(piece.padding[:, None].expand(n, heads, per_segment).flatten())
         of_piece = piece.seen()[:, None] * kv_heads + kv_head
@@ -146,7 +144,8 @@ def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_
         own.append((of_piece + 1).index_fill(2, torch.arange(piece.prefix), 0).flatten())
     padding, all_queries = torch.cat(padded).nonzero().flatten(), torch.cat(queries)
     outputs = all_queries.index_fill(0, padding, num_queries * heads)
-    return HeadGroups(tuple(groups), all_queries, outputs, padding, keys=torch.cat(keys), own=torch.cat(own))
+    sums = [*map(len, own)] if len({int(piece.keys[0, 0]) for piece in pieces}) < len(pieces) else [sum(map(len, own))]
+    return HeadGroups(tuple(groups), all_queries, outputs, padding, keys=torch.cat(keys), own=torch.cat(own), sums=sums)
 
 
 # ---- Short segments: two products and a softmax
@@ -186,8 +185,7 @@ class _Attention(torch.autograd.Function):
         queries, keys, values = _gather(q, short.queries), _gather(k, short.keys), _gather(v, short.keys)
         dmixed = _gather(dout, short.queries)
         dqueries, dkeys = torch.empty_like(queries), keys.new_empty(2, *keys.shape)
-        if len(short.padding):
-            dmixed.index_fill_(0, short.padding, 0)
+        dmixed.index_fill_(0, short.padding, 0)
         inputs = (short.fold(queries), *(short.fold(x, is_keys=True) for x in (keys, values)))
         outputs = (short.fold(dmixed), short.fold(dqueries), short.fold(dkeys, is_keys=True))
         scale = q.shape[-1] ** -0.5
@@ -198,7 +196,9 @@ class _Attention(torch.autograd.Function):
             of_dkv[0].baddbmm_(dscores.mT, of_q, beta=0, alpha=scale)
             of_dq.baddbmm_(dscores, of_k, beta=0, alpha=scale)
         dq = q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2]).index_copy_(0, short.outputs, dqueries)
-        dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2]).index_add_(1, short.own, dkeys)
+        dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2])
+        for own, part in zip(short.own.split(short.sums), dkeys.split(short.sums, dim=1), strict=True):
+            dkv.index_add_(1, own, part)  # a GPU does it in any order, which matters to nothing but zeros
         dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
         for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
             if group.prefix:  # which gets the segments' sum
@@ -213,7 +213,7 @@ def _attention_weights(queries: torch.Tensor, keys: torch.Tensor, group: HeadGro
     The mask is the start value that the product is added to, 0 or -inf: one pass in place of three. The softmax
     computes in float32 whatever the dtype, and rounds its result once.
     """
-    scores = queries.new_empty(group.shape).copy_(group.additive_mask(queries.dtype))
+    scores = queries.new_empty(group.shape).copy_(group.mask)
     scores = scores.view(*queries.shape[:2], -1).baddbmm_(queries, keys.mT, alpha=queries.shape[-1] ** -0.5)
     return torch.softmax(scores, dim=-1)
 
@@ -228,11 +228,13 @@ def _gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: FusedGroup) -> torch.Tensor:
     """The results of a group's queries, (M, H, D), by PyTorch's fused kernel: scores exist in blocks of its own."""
-    n, num_keys = group.shape
-    entries = group.entries
+    (n, num_keys), entries = group.shape, group.entries
     if group.queries is not None and group.keys is not None and entries is not None:
-        q, k, v = q.index_select(0, group.queries), k.index_select(0, group.keys), v.index_select(0, group.keys)
-        q = q.new_zeros(n * num_keys, *q.shape[1:]).index_copy(0, entries, q)
+        q = q.new_zeros(n * num_keys, *q.shape[1:]).index_copy(0, entries, q.index_select(0, group.queries))
+        # The prefix is expanded, whose backward pass sums the segments, and not gathered, which would by atomics.
+        own = (x.index_select(0, group.keys).unflatten(0, (n, -1)) for x in (k, v))
+        prefixes = (x[: group.prefix].expand(n, -1, -1, -1) for x in (k, v))
+        k, v = (torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(prefixes, own, strict=True))
     # Where every token is supervised the last layer's queries are without the padding that its keys have.
     q, k, v = (x[: n * num_keys].view(n, num_keys, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
     is_grouped = _takes_groups(q, k, v)

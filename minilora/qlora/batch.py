@@ -128,8 +128,7 @@ class MicroBatch:
         names = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices")
         tensors = move_together([getattr(self, name) for name in names], device)
         moved: dict[str, Any] = dict(zip(names, tensors, strict=True))
-        if self.weights is not None:
-            (moved["weights"],) = move_together([self.weights], device)
+        moved["weights"] = None if self.weights is None else move_together([self.weights], device)[0]
         return replace(self, **moved)
 
 

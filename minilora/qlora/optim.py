@@ -215,6 +215,5 @@ def build_optimizer(
     """AdamW over the groups of `attach.parameter_groups`; UserError as `check_optimizer`."""
     param_groups = [{"params": list(parameters), "lr": 0.0, "lr_ratio": ratio} for parameters, ratio in groups]
     if optim in BITSANDBYTES_OPTIMIZERS:
-        bits, paged = BITSANDBYTES_OPTIMIZERS[optim]
-        return BitsAndBytesAdamW(param_groups, settings, bits, paged)
+        return BitsAndBytesAdamW(param_groups, settings, *BITSANDBYTES_OPTIMIZERS[optim])
     return AdamW(param_groups, settings)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.qlora import attention as attention_module
 from minilora.qlora import batch, ops
@@ -258,3 +259,43 @@ def test_only_the_chosen_backward_pass_is_deterministic() -> None:
     Look.apply(chosen).sum().backward()
     assert seen == [0, 2, 0]  # off, error, off; the last first
     assert torch.equal(x.grad, torch.ones(2))
+
+
+class AnyOrder(TorchDispatchMode):
+    """`index_add_` adds in a random order, as a GPU's atomics do."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.index_add.default, torch.ops.aten.index_add_.default):
+            into, dim, index, source = args
+            order = torch.randperm(len(index))
+            args = (into, dim, index[order], source.index_select(dim, order))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prefix", "supervised"),
+    [
+        ([20, 17, 20, 19, 18], 6, 5),  # fused behind a prefix; the last layer's queries are few
+        ([60], 0, 25),  # in the last layer more scores than MAX_SCORES_BYTES, so the segment is in pieces
+        ([30, 28, 29], 40, 5),  # and in the others too
+        ([3, 2, 3, 4, 3, 2], 5, 1),
+    ],
+)
+def test_gradients_are_the_same_in_whatever_order_index_add_adds(
+    lengths: list[int], prefix: int, supervised: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a resumed run ends in to the bit, a GPU's included."""
+    monkeypatch.setattr(batch, "FUSED_KEYS", 16)
+    monkeypatch.setattr(attention_module, "MAX_SCORES_BYTES", 500 * 4 * 4)
+    ids = [[*range(prefix), 90 + i, *[30] * length] for i, length in enumerate(lengths)]
+    packed = pack([Example(x, [False] * (len(x) - supervised) + [True] * supervised) for x in ids])
+    total, count = len(packed.input_ids), packed.num_supervised
+    for queries, groups in ((total, packed.groups), (count, packed.last_groups)):
+        inputs = tuple(random(tokens, heads, 4).float() for tokens, heads in ((queries, 4), (total, 2), (total, 2)))
+        dout, found = torch.randn(queries, 4, 4), []
+        for _ in range(3):
+            q, k, v = (x.detach().requires_grad_() for x in inputs)
+            with AnyOrder():
+                found.append(gradients(attention(q, k, v, groups), (q, k, v), dout))
+        for other in found[1:]:
+            assert all(map(torch.equal, found[0], other))
