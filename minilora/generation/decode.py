@@ -23,9 +23,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from minilora.adapters.attach import iter_lora_layers
 from minilora.generation.gemv import make_product
+from minilora.qlora.attention import KERNELS
 from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.loss import head_logits
 from minilora.qlora.model import Qwen2ForCausalLM
@@ -74,9 +76,10 @@ class DecodeState:
         for layer in self._caches:
             layer.truncate(self._num_cached)
         head = self._model.head_weight
-        for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
-            piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=head.device)
-            hidden = self._model.prefill(piece, self._caches)
+        with sdpa_kernel(KERNELS):  # once a token, not in each layer
+            for start in range(self._num_cached, len(self.ids), PREFILL_TOKENS):
+                piece = torch.tensor(self.ids[start : start + PREFILL_TOKENS], device=head.device)
+                hidden = self._model.prefill(piece, self._caches)
         self._num_cached = len(self.ids)
         return head_logits(hidden, head)[0]
 

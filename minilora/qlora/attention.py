@@ -21,8 +21,9 @@ from minilora.qlora.batch import SegmentGroup, move_together
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
-# PyTorch's kernels without T x T scores. Without cuDNN's, whose backward pass cannot be made to sum in one order.
-FUSED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# PyTorch's kernels, the last with T x T scores, where the others cannot: bfloat16 before sm80. Without cuDNN's, which
+# cannot be made to sum in one order, and builds a graph for each new length, in 30 ms.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -240,7 +241,7 @@ def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: F
     is_grouped = _takes_groups(q, k, v)
     if not is_grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    with sdpa_kernel(FUSED_KERNELS):
+    with sdpa_kernel(KERNELS):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
     if mixed.is_cuda and mixed.grad_fn is not None:
         _sum_in_one_order(mixed.grad_fn)

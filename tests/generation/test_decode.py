@@ -86,6 +86,23 @@ def test_a_long_prompt_is_prefilled_in_pieces(tiny_model: TinyModel, monkeypatch
     torch.testing.assert_close(DecodeState(model, ids).next_logits(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_no_token_is_decoded_by_cudnn(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100 PyTorch prefers it, and it builds a graph for each length of the keys: 30 ms a token."""
+    model = tiny_model()
+    asked = set()
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def look(*tensors: torch.Tensor, **kind: bool) -> torch.Tensor:
+        asked.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*tensors, **kind)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    list(generate(DecodeState(model, [1, 2, 3]), GenerationConfig(do_sample=False, max_new_tokens=3)))
+    assert asked == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_what_is_truncated_or_changed_is_recomputed(tiny_model: TinyModel) -> None:
     model = tiny_model()
     state = DecodeState(model, PROMPT)

@@ -115,6 +115,21 @@ def test_heads_are_repeated_where_no_fused_kernel_takes_groups(prefix: int, monk
     torch.testing.assert_close(gradients(found, (q, k, v), dout), gradients(expected, (q, k, v), dout))
 
 
+def test_some_kernel_computes_long_segments_on_every_gpu_and_it_is_not_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 on a T4 neither fused kernel does; cuDNN's backward pass is another one each time."""
+    monkeypatch.setattr(batch, "FUSED_KEYS", 8)
+    asked = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def look(*tensors: torch.Tensor, **kind: bool) -> torch.Tensor:
+        asked.append((torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return fused(*tensors, **kind)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    attention(random(9, 4, 4), random(9, 2, 4), random(9, 2, 4), pack_segments([9]))
+    assert asked == [(True, False)]
+
+
 def test_supervised_queries_of_a_long_segment_are_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "FUSED_KEYS", 8)
     packed = pack([Example(list(range(11)), [False] * 3 + [True] * 8)])
