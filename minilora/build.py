@@ -75,6 +75,8 @@ def choose_device(config: Config) -> torch.device:
         raise UserError(f"model.device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"model.device: {name!r} is not available here; use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"model.device: {name!r} is not available here, the last GPU is cuda:{count - 1}; use auto")
     return device
 
 
@@ -96,8 +98,8 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":  # `torch.cuda.is_bf16_supported` asks the current one, which may be of another kind
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in checks)
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.build import build_prompt, choose_dtype, note_other_system, read_split, read_splits, says_indices
+from minilora.build import (
+    build_prompt,
+    choose_device,
+    choose_dtype,
+    note_other_system,
+    read_split,
+    read_splits,
+    says_indices,
+)
 from minilora.config import Config, load_config
 from minilora.data.encode import Encoder
 from minilora.data.examples import Examples, build_examples
@@ -54,20 +62,32 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("capability", "has_bfloat16", "expected"),
+    ("capability", "expected"),
     [
-        ((8, 6), True, torch.bfloat16),  # RTX 30
-        ((7, 5), False, torch.float16),  # T4, RTX 20
-        ((7, 0), False, torch.float16),  # V100
-        ((6, 1), False, torch.float32),  # GTX 10, whose float16 is slower than its float32
+        ((8, 6), torch.bfloat16),  # RTX 30
+        ((7, 5), torch.float16),  # T4, RTX 20
+        ((7, 0), torch.float16),  # V100
+        ((6, 1), torch.float32),  # GTX 10, whose float16 is slower than its float32
     ],
 )
 def test_auto_is_what_the_gpu_multiplies_fast(
-    capability: tuple[int, int], has_bfloat16: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_dtype(Config(), torch.device("cuda")) == expected
+    """The one that is named, beside a GPU of another kind."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability if device.index else (9, 0))
+    assert choose_dtype(Config(), torch.device("cuda:1")) == expected
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:1", "cuda:2"])
+def test_a_gpu_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = load_config(None, [f"model.device={name}"])
+    if name == "cuda:2":
+        with pytest.raises(UserError, match=r"model\.device: 'cuda:2' .* the last GPU is cuda:1; use auto"):
+            choose_device(config)
+    else:
+        assert str(choose_device(config)) == name.replace("auto", "cuda")
 
 
 @pytest.mark.parametrize(("max_length", "is_said"), [(2048, False), (2049, True)])
