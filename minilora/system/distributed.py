@@ -40,6 +40,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 
 from minilora.errors import UserError
+from minilora.system.memory import is_out_of_memory
 from minilora.system.signals import Interrupted
 
 T = TypeVar("T")
@@ -218,10 +219,12 @@ SINGLE_RANK = Ranks()
 
 @contextmanager
 def _lost_rank_errors() -> Iterator[None]:
-    """Around one exchange: whatever error the library raises, a rank is lost."""
+    """Around one exchange: whatever error the library raises, a rank is lost, unless memory ran out on this one."""
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):  # NCCL allocates some hundred MB in the first exchange
+            raise
         raise LostRankError(
             f"another rank is gone or does not answer ({reason_of(error)}); its own message, if it could leave one, "
             "says why; run the same command again"

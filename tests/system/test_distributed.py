@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from minilora.errors import UserError
 from minilora.system import torchrun
-from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.distributed import SINGLE_RANK, LostRankError, Ranks, _lost_rank_errors
 from minilora.system.torchrun import VARIABLES, with_ranks, without_ranks
 from tests.faults.runner import Runs
 from tests.runs.conftest import lasting
@@ -77,6 +77,13 @@ def test_a_script_of_one_process_refuses_several_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["chat", "merge", "quantize"])
 def test_scripts_that_write_without_ranks_refuse_them(name: str) -> None:
     assert (SCRIPTS / f"{name}.py").read_text("utf-8").endswith("    run_script(without_ranks(main))\n")
+
+
+def test_a_gpu_that_is_full_in_an_exchange_is_not_a_lost_rank() -> None:
+    full = RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'")
+    for error, kind in ((full, RuntimeError), (RuntimeError("Connection closed by peer"), LostRankError)):
+        with pytest.raises(kind, match=str(error).partition("\n")[0]), _lost_rank_errors():
+            raise error
 
 
 def test_one_process_under_torchrun_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
