@@ -12,7 +12,9 @@
                       imports the whole compiler, 185 MB and five seconds. Meanwhile `torch.compile` does nothing.
 
     CUDA              cuBLAS with the workspaces that make its sums repeatable, and an allocator whose segments grow:
-                      micro-batches differ in size, and fixed segments keep holes between them.
+                      micro-batches differ in size, and fixed segments keep holes between them. Not under Windows' WSL
+                      and on a Jetson: drivers there refuse the calls, and the first tensor is "out of memory" or an
+                      "unknown error" (pytorch issue 192330, unsloth issue 2401).
     NCCL              does not abort this process where a rank is lost: `distributed.py` notices and ends the run, with
                       its checkpoint and a message.
 
@@ -25,6 +27,7 @@ program gets for the time of one import.
 
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +38,8 @@ VARIABLES = dict.fromkeys(COMPILED_PRODUCTS, "64") | {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its earlier name
-    VARIABLES["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+GROWING_SEGMENTS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+FIXED_SEGMENTS = ("microsoft", "tegra")  # in the names of kernels of WSL and of a Jetson
 LARGEST_IN_HEAP = 32 << 20  # bytes; glibc returns a larger buffer to the system as soon as it is freed
 KEPT_IN_HEAP = 64 << 20  # bytes
 GLIBC_DEFAULT = 128 << 10  # bytes, of both; by default there are 8 arenas per core
@@ -60,7 +63,8 @@ def tuned_process() -> Iterator[None]:
     as it is.
     """
     global _is_tuned
-    added = {name: value for name, value in VARIABLES.items() if name not in os.environ}
+    variables = VARIABLES | (GROWING_SEGMENTS if _takes_growing_segments() else {})
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     _set_malloc(LARGEST_IN_HEAP, KEPT_IN_HEAP, arenas=1)
     _is_tuned = True
@@ -71,6 +75,12 @@ def tuned_process() -> Iterator[None]:
         _set_malloc(GLIBC_DEFAULT, GLIBC_DEFAULT, arenas=8 * (os.cpu_count() or 1))
         for name in added:
             os.environ.pop(name, None)
+
+
+def _takes_growing_segments() -> bool:
+    """Whether PyTorch's allocator may have them; not where the user has set it up by the variable's earlier name."""
+    is_refused = any(word in platform.release().lower() for word in FIXED_SEGMENTS)
+    return sys.platform == "linux" and not is_refused and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
 
 
 def _set_malloc(mmap_threshold: int, trim_threshold: int, arenas: int) -> None:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import platform
+import sys
 
 import pytest
 
@@ -17,6 +19,29 @@ def test_compiled_products_are_bounded_unless_the_user_chose(monkeypatch: pytest
     with tuned_process():
         assert (os.environ[first], os.environ[second]) == ("64", "7")
     assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there PyTorch has them")
+@pytest.mark.parametrize(
+    ("kernel", "variable", "expected"),
+    [
+        ("6.8.0-45-generic", None, "expandable_segments:True"),
+        ("6.8.0-45-generic", "PYTORCH_ALLOC_CONF", "mine"),
+        ("6.8.0-45-generic", "PYTORCH_CUDA_ALLOC_CONF", None),
+        ("6.18.33.2-microsoft-standard-WSL2", None, None),
+        ("5.15.148-tegra", None, None),
+    ],
+)
+def test_segments_grow_where_the_driver_takes_it(
+    kernel: str, variable: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "mine")
+    monkeypatch.setattr(platform, "release", lambda: kernel)
+    with tuned_process():
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 def test_the_environment_is_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
