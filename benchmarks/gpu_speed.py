@@ -38,6 +38,7 @@ from minilora.qlora.model import Qwen2Config
 from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
+from minilora.weights.safetensors_io import dtype_name
 
 FLOOR_TOKENS = (512, 2048, 8192)
 ESTIMATE_TOLERANCE = 0.1  # of the peak that PyTorch's allocator hands out; what the README promises
@@ -79,7 +80,7 @@ def check_environment(options: Options, findings: Findings) -> None:
         multiprocessors=properties.multi_processor_count,
         memory_gb=properties.total_memory / 1e9,
         cuda=torch.version.cuda,
-        native_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+        dtype=dtype_name(options.dtype),
     )
     findings.check(
         "bitsandbytes counts as available only with its CUDA library",
@@ -102,7 +103,7 @@ def measure_floors(options: Options, findings: Findings, token_counts: Sequence[
         for tokens in token_counts:
             name = f"floor of {size}{', tiny' if options.small else ''}, {tokens} tokens"
             with findings.attempt(name):
-                token_s = measure_matmul(config, tokens, torch.bfloat16, options.device)
+                token_s = measure_matmul(config, tokens, options.dtype, options.device)
                 tflop_per_s = flop_per_token(config) / token_s / 1e12
                 findings.figure(name, ms=1e3 * tokens * token_s, tokens_per_s=1 / token_s, tflop_per_s=tflop_per_s)
 
@@ -192,7 +193,7 @@ def measure_case(case: Case, options: Options, findings: Findings) -> None:
     if options.is_gpu and estimate > (room := torch.cuda.get_device_properties(0).total_memory):
         findings.skip(case.name, f"it takes {estimate / 1e9:.1f} GB by the estimate, and there are {room / 1e9:.1f}")
         return
-    model, seed = random_model(sizes, options.device, torch.bfloat16, config.lora)
+    model, seed = random_model(sizes, options.device, options.dtype, config.lora)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
     model.model.offload_checkpoints = config.train.offload_checkpoints
     state = TrainState(model, build_optimizer(parameter_groups(model)), seed)
@@ -235,7 +236,7 @@ def _estimate_bytes(config: Config, sizes: Qwen2Config, batches: Sequence[MicroB
         supervised_positions=max(batch.num_supervised for batch in batches),
         longest=max(int(batch.position_ids.max()) + 1 for batch in batches),
     )
-    machine = Machine(options.device, torch.bfloat16, process_bytes=None)
+    machine = Machine(options.device, options.dtype, process_bytes=None)
     estimate = estimate_memory(config, count_parameters(sizes, config.lora), shape, machine)
     return estimate.total_bytes - (CONTEXT_BYTES if options.is_gpu else 0)
 
@@ -256,7 +257,7 @@ def profile_steps(options: Options, findings: Findings) -> None:
 
 def profile_step(name: str, sizes: Qwen2Config, batch: MicroBatch, *, options: Options, findings: Findings) -> None:
     """Launches and the share of time in which the device works; on a CPU only its operators, by time."""
-    model, seed = random_model(sizes, options.device, torch.bfloat16, LoraConfig(dropout=0))
+    model, seed = random_model(sizes, options.device, options.dtype, LoraConfig(dropout=0))
     state = TrainState(model, build_optimizer(parameter_groups(model)), seed)
     numbers = iter(range(1, 100))
     meter = Meter(options.device)

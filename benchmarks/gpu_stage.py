@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minilora.adapters.attach import attach, iter_lora_weights
-from minilora.config import LoraConfig
+from minilora.build import choose_dtype
+from minilora.config import Config, LoraConfig
 from minilora.planning.plan import SIZES
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
@@ -81,6 +82,11 @@ class Options:
     def is_gpu(self) -> bool:
         """Whether launches, waits and allocations can be measured."""
         return self.device == "cuda"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a run computes in: bfloat16, except on a GPU that has no attention kernel for long examples in it."""
+        return choose_dtype(Config(), torch.device(self.device)) if self.is_gpu else torch.bfloat16
 
     def sizes(self, size: str, layers: int | None = None) -> Qwen2Config:
         """Of Qwen2.5 "0.5B" or "7B", with fewer layers if asked for; tiny ones with `small`."""

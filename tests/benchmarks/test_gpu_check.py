@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,20 @@ def test_an_exception_is_a_failed_check_and_the_stage_continues(modules: dict[st
     assert first["passed"] is False
     assert "no kernel image" in first["values"]["error"]
     assert second["passed"] is True
+
+
+def test_a_wait_is_counted_and_the_modes_own_notice_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are those of PyTorch 2.13."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_state
+
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for text in (notice, "called a synchronizing CUDA operation (Triggered internally at x.cpp:1.)"):
+            warnings.warn(text, stacklevel=1)
+    assert list(gpu_state.count_waits(caught).values()) == [1]
+    assert next(iter(gpu_state.count_waits(caught))).startswith("test_gpu_check.py:")
 
 
 @pytest.mark.parametrize(
