@@ -97,7 +97,6 @@ def generate(
     Ends before the first of `stop_ids`, which is neither yielded nor appended. `generator` is on the model's device:
     the same seed gives the same tokens. FloatingPointError for a logit that is NaN.
     """
-    temperature = config.temperature if config.do_sample else 0.0
     seen = None
     for _ in range(config.max_new_tokens):
         logits = state.next_logits()
@@ -106,14 +105,7 @@ def generate(
                 seen = torch.zeros_like(logits, dtype=torch.bool)
                 seen[torch.tensor(state.ids, device=seen.device)] = True
             logits = penalize(logits, seen, config.repetition_penalty)
-        if temperature == 0:
-            best, token = logits.max(dim=-1)
-        else:
-            tokens, kept = candidates(logits, temperature, config.top_k, config.top_p)
-            noise = torch.empty_like(kept).exponential_(generator=generator)
-            best, index = (kept.softmax(dim=-1) / noise).max(dim=-1)
-            token = tokens[index]
-        chosen = int(torch.where(best.isnan(), -1, token))  # the only synchronisation with a GPU
+        chosen = int(choose(logits, config, generator))  # the only synchronisation with a GPU
         if chosen < 0:
             raise FloatingPointError("a logit is NaN")
         if chosen in stop_ids:
@@ -122,6 +114,19 @@ def generate(
         if seen is not None:
             seen[chosen] = True
         yield chosen
+
+
+def choose(logits: torch.Tensor, config: GenerationConfig, generator: torch.Generator | None) -> torch.Tensor:
+    """The token after logits (V,), or -1 where one of them is NaN: () int64 on their device."""
+    temperature = config.temperature if config.do_sample else 0.0
+    if temperature == 0:
+        best, token = logits.max(dim=-1)
+    else:
+        tokens, kept = candidates(logits, temperature, config.top_k, config.top_p)
+        noise = torch.empty_like(kept).exponential_(generator=generator)
+        best, index = (kept.softmax(dim=-1) / noise).max(dim=-1)
+        token = tokens.take(index)  # `tokens[index]` would ask the device for the index
+    return torch.where(best.isnan(), -1, token)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, repetition_penalty: float) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from minilora.adapters.attach import attach, lora_parameters
 from minilora.config import LoraConfig
+from minilora.generation.decode import GenerationConfig, choose
 from minilora.qlora import model as model_module
 from minilora.qlora.attention import AttentionGroup, FusedGroup, HeadGroups
 from minilora.qlora.batch import SegmentGroup, pack
@@ -149,6 +150,13 @@ def test_nor_do_prefilling_and_decoding() -> None:
             hidden = model.prefill(torch.zeros(count, dtype=torch.int64, device=DEVICE), caches)
             assert hidden.device.type == "lazy"
             assert hidden.shape == (1, CONFIG.hidden_size)
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(), GenerationConfig(top_k=0), GenerationConfig(do_sample=False)])
+def test_nor_does_the_choice_of_a_token(config: GenerationConfig) -> None:
+    with FakeTensorMode():
+        token = choose(torch.empty(CONFIG.vocab_size, device=DEVICE), config, None)
+        assert (token.device.type, token.shape) == ("lazy", ())
 
 
 def test_a_mistake_would_show() -> None:
