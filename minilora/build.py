@@ -31,9 +31,9 @@ from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt
 from minilora.system.console import info, progress, warn
-from minilora.system.distributed import SINGLE_RANK, Ranks
+from minilora.system.distributed import SINGLE_RANK, Ranks, reason_of
 from minilora.system.files import sha256
-from minilora.system.memory import peak_memory_bytes, reset_peak_memory, trim_heap
+from minilora.system.memory import is_out_of_memory, peak_memory_bytes, reset_peak_memory, trim_heap
 from minilora.weights.chat_template import default_system
 from minilora.weights.hf_config import read_config
 from minilora.weights.load import LoadSettings, load_model
@@ -65,10 +65,10 @@ def take_adapter(config: Config) -> Config:
 
 
 def choose_device(config: Config) -> torch.device:
-    """The device that `model.device` names; a GPU for "auto" where there is one. UserError if it is absent."""
+    """The device that `model.device` names; a GPU for "auto" where there is one. UserError if it cannot be used."""
     name = config.model.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -77,7 +77,25 @@ def choose_device(config: Config) -> torch.device:
         raise UserError(f"model.device: {name!r} is not available here; use auto or cpu")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise UserError(f"model.device: {name!r} is not available here, the last GPU is cuda:{count - 1}; use auto")
+    if device.type == "cuda":
+        _check_gpu(device)
     return device
+
+
+def _check_gpu(device: torch.device) -> None:
+    """UserError for a GPU that another program has to itself, or that this PyTorch has no kernels for.
+
+    PyTorch for CUDA 13 has them from sm75 on: not for a V100 or a GTX 10, which it counts as available.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"model.device: {device} cannot be used ({reason_of(error)}); set model.device=cpu, or install a PyTorch "
+            f"for this GPU: this one is for {', '.join(torch.cuda.get_arch_list())}"
+        ) from None
 
 
 def choose_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minilora import build
 from minilora.build import (
     build_prompt,
     choose_device,
@@ -82,12 +83,36 @@ def test_auto_is_what_the_gpu_multiplies_fast(
 def test_a_gpu_that_is_not_there_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(build, "_check_gpu", lambda device: None)
     config = load_config(None, [f"model.device={name}"])
     if name == "cuda:2":
         with pytest.raises(UserError, match=r"model\.device: 'cuda:2' .* the last GPU is cuda:1; use auto"):
             choose_device(config)
     else:
         assert str(choose_device(config)) == name.replace("auto", "cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_pytorch_has_no_kernels_for_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A V100 with PyTorch for CUDA 13."""
+    raised: list[Exception] = []
+
+    def zeros(*_size: int, device: torch.device) -> torch.Tensor:
+        raise raised[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch, "zeros", zeros)
+    config = load_config(None, [f"model.device={name}"])
+    raised.append(RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with"))
+    with pytest.raises(
+        UserError, match=r"model\.device: cuda .*\(CUDA error: no kernel .* device\).*=cpu.*sm_75, sm_80"
+    ):
+        choose_device(config)
+    raised.append(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError):  # which has a message of its own
+        choose_device(config)
 
 
 @pytest.mark.parametrize(("max_length", "is_said"), [(2048, False), (2049, True)])
