@@ -167,9 +167,12 @@ def run_process(command: Sequence[str], limit_s: float, log: Path) -> str:
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process and its children; none is left if it ended by itself."""
+    """Ends a process and its children, on Windows only itself; none is left if it ended by itself."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
     process.wait()
 
 

@@ -1,6 +1,7 @@
 """gpu_check.py: a wrong operation fails, a stage that crashes or hangs loses nothing, the exit status tells."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -124,6 +125,14 @@ def test_how_a_stage_ended_is_known(
     ended = modules["check"].run_process([sys.executable, "-c", code], limit_s, tmp_path / "log")
     assert expected in ended
     assert bool(ended) == bool(expected)
+
+
+def test_a_stage_ends_on_windows_too(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "killpg", raising=False)
+    ended = modules["check"].run_process([sys.executable, "-c", "import time; time.sleep(60)"], 1, tmp_path / "log")
+    assert "did not end within 1 s" in ended
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
