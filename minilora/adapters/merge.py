@@ -81,7 +81,7 @@ class Merge:
             tensor = merged_weight(layer, tensor)
         elif layer is not None and layer.weights is not None and layer.weights.bias is not None:
             tensor = layer.weights.bias.detach()
-        tensor = tensor.to(dtype)
+        tensor = tensor.to("cpu", dtype)
         if not is_finite(tensor):
             raise UserError(
                 f"{name}: merged, it has values that {dtype_name(dtype)} cannot represent; choose another --dtype, or "
