@@ -21,6 +21,7 @@ fused attention of long examples keeps no weights. What PyTorch's allocator hand
 on a GPU.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,8 @@ def _activation_bytes(config: Config, counts: ParameterCounts, shape: BatchShape
     """Bytes kept for the backward pass when it begins, and when it reaches its last layer."""
     width, layers = machine.compute_dtype.itemsize, counts.trained_layers
     of_adapter = (counts.lora_ranks + counts.dora_outputs) // layers
-    token = (_token_elements(counts.config) + of_adapter) * width + 8  # and two root mean squares in float32
+    of_model = _token_elements(counts.config) + _repeated_elements(counts.config, shape, machine)
+    token = (of_model + of_adapter) * width + 8  # and two root mean squares in float32
     if width < 4:  # A and B in the compute dtype, once for a step, and A again where several are stacked
         cast, copies = (counts.lora_a + counts.lora_b) * width, counts.stacked_a * width
     else:  # only what is stacked, and PiSSA's factors with both halves
@@ -294,6 +296,18 @@ def _label_logits(config: Config, model: Qwen2Config, shape: BatchShape, machine
 # ---- Attention: all that the estimate says of it, except what `_token_elements` keeps
 
 ATTENTION_COPIES = 3  # attention weights, their gradient, and that of the scores
+
+
+def _repeated_elements(model: Qwen2Config, shape: BatchShape, machine: Machine) -> int:
+    """Elements a token and layer by which a GPU's fused attention keeps keys and values once for each query head.
+
+    Only flash attention takes them as they are: in bfloat16 from sm80 on, and PyTorch for Windows is compiled without
+    it (pytorch issue 108175). In float16 the GPU is taken for one before sm80, where "auto" is that.
+    """
+    takes_groups = machine.compute_dtype == torch.bfloat16 and sys.platform != "win32"
+    if machine.device_type != "cuda" or shape.longest < FUSED_KEYS or takes_groups:
+        return 0
+    return 2 * (model.num_attention_heads - model.num_key_value_heads) * model.head_dim
 
 
 def _attention_backward(model: Qwen2Config, shape: BatchShape, width: int) -> int:

@@ -158,6 +158,25 @@ def test_long_examples_take_what_short_ones_of_as_many_tokens_take() -> None:
     assert at_32k - at_16k == pytest.approx(2 * (at_16k - at_8k), rel=0.01)
 
 
+def test_on_a_gpu_without_flash_attention_long_examples_keep_keys_and_values_for_each_query_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def activations(longest: int, device: str, dtype: torch.dtype) -> int:
+        machine = Machine(device, dtype)
+        return part(estimate(tokens=2000, longest=longest, machine=machine), "activations")
+
+    def grown(device: str, dtype: torch.dtype) -> int:
+        return activations(512, device, dtype) - activations(511, device, dtype)
+
+    elements = 2 * (14 - 2) * 64 * (2000 * 23 + 16)  # the last layer keeps the supervised positions
+    assert grown("cuda", torch.float16) == 2 * elements
+    assert grown("cuda", torch.float32) == 4 * elements
+    assert grown("cuda", torch.bfloat16) == grown("cpu", torch.float32) == 0
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert grown("cuda", torch.bfloat16) == 2 * elements
+    assert grown("cpu", torch.bfloat16) == 0
+
+
 def test_memory_grows_with_the_tokens() -> None:
     changes: list[dict[str, Any]] = [
         {},
