@@ -76,7 +76,7 @@ def _join(local_rank: int) -> Ranks:
         if has_gpu:
             torch.cuda.set_device(local_rank)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if has_gpu and dist.is_nccl_available() else "gloo",  # Windows has no NCCL
             store=store,
             rank=rank,
             world_size=size,

@@ -414,6 +414,29 @@ def test_ranks_that_cannot_connect_are_a_message(monkeypatch: pytest.MonkeyPatch
         with_ranks(lambda _: pytest.fail("joined"))()
 
 
+@pytest.mark.parametrize(("has_nccl", "expected"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_are_connected_by_gloo_where_pytorch_has_no_nccl(
+    has_nccl: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends: list[str] = []
+
+    def connect(backend: str, **_: Any) -> None:
+        backends.append(backend)
+        raise RuntimeError("far enough")
+
+    for name, value in zip(VARIABLES, ("1", "2", "1", "127.0.0.1", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torchrun, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(torchrun, "set_silent", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(dist, "init_process_group", connect)
+    with pytest.raises(UserError, match="far enough"):
+        with_ranks(lambda _: pytest.fail("joined"))()
+    assert backends == [expected]
+
+
 def test_each_rank_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for ranks, device in ((SINGLE_RANK, "cuda:1"), (Ranks(1, 4, 1), "cuda"), (Ranks(3, 4, 3), "cpu")):
