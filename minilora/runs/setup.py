@@ -1,5 +1,6 @@
 """Opens a run at its newest sound checkpoint, or at its beginning: data, model, adapter, optimizer, state."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK, bas
     limit_of = partial(resolve_token_limit, config, model_folder, trained.examples, device=device, ranks=ranks.size)
     resolve = partial(limit_of, words=words)
     is_resolved = checkpoint is not None and _is_auto(checkpoint["state"]["config"])
-    auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else ranks.run_on_rank_0(resolve)
+    auto_tokens = checkpoint["state"]["auto_tokens"] if checkpoint and is_resolved else _least_limit(ranks, resolve)
     build = build_model if base is None else base.build
     model = build(config, model_folder, device, dtype, ranks=ranks)
     model.model.gradient_checkpointing = config.train.gradient_checkpointing
@@ -149,6 +150,13 @@ def open_run(config: Config, model_folder: Path, ranks: Ranks = SINGLE_RANK, bas
         run.optimizer.load_tensors(moments)
     _describe(run, dtype)
     return run
+
+
+def _least_limit(ranks: Ranks, resolve: Callable[[], int | None]) -> int | None:
+    """What fits the GPU of each rank, one of which may be shared with a screen or another program; None on CPUs."""
+    with ranks.barrier(is_long=True):
+        own = resolve()
+    return min((limit for limit in ranks.all_gather(own) if limit is not None), default=None)
 
 
 def _is_auto(config: dict[str, dict[str, Any]]) -> bool:

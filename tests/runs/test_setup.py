@@ -17,6 +17,7 @@ from minilora.runs.checkpoint import list_checkpoints
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.train import fit
 from minilora.system import manifest
+from minilora.system.distributed import Ranks
 from minilora.system.manifest import verify_folder
 from tests.conftest import copy_with_system
 from tests.runs.conftest import (
@@ -102,6 +103,14 @@ def test_auto_that_is_asked_for_in_the_middle_of_a_run_is_resolved_then(
     monkeypatch.setattr(setup, "resolve_token_limit", lambda *_, **__: 64)
     assert run(**{"train.max_tokens_per_micro_batch": "auto"}) == final
     assert read(final.with_name("step-000004") / "state.json")["auto_tokens"] == 64
+
+
+@pytest.mark.parametrize(("own", "others", "expected"), [(64, [48, 80], 48), (32, [48], 32), (None, [None], None)])
+def test_auto_is_what_fits_the_gpu_of_each_rank(
+    own: int | None, others: list[int | None], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "all_gather", lambda _, value: [value, *others])
+    assert setup._least_limit(Ranks(), lambda: own) == expected
 
 
 def test_auto_changes_nothing_on_a_cpu(final: Path, run: Fit, tmp_path: Path) -> None:
