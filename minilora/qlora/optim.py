@@ -136,10 +136,9 @@ class AdamW(Optimizer):
         }
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        parameters = parameters_of(self)
         names = ("exp_avg", "exp_avg_sq", "step") if tensors else ()
         self._moments = {
-            name: [tensors[f"{i}.{name}"].to(p.device) for i, p in enumerate(parameters)] for name in names
+            name: [tensors[f"{i}.{name}"].to(p.device) for i, p in enumerate(parameters_of(self))] for name in names
         }
 
 
@@ -168,8 +167,7 @@ class BitsAndBytesAdamW(Optimizer):
         self._adamw.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = self._named_state() if self._adamw.state else {}
-        return {name: torch.as_tensor(value).detach().to("cpu", copy=True) for name, value in named.items()}
+        return {name: torch.as_tensor(x).detach().to("cpu", copy=True) for name, x in self._named_state().items()}
 
     def state_shapes(self) -> dict[str, torch.Size]:
         shapes: dict[str, torch.Size] = {}
@@ -194,11 +192,13 @@ class BitsAndBytesAdamW(Optimizer):
             self._adamw.state[parameter]["step"] = int(tensors[f"{i}.step"])
 
     def _named_state(self) -> dict[str, Any]:
-        """Everything except the levels of 8-bit numbers, which are constants."""
+        """Everything except the levels of 8-bit numbers, which are constants; nothing before the first step."""
+        if self._adamw.is_paged:  # the CPU touches it next, which on Windows and WSL it must not while a kernel runs
+            torch.cuda.synchronize()
         return {
             f"{i}.{name}": value
             for i, parameter in enumerate(parameters_of(self))
-            for name, value in self._adamw.state[parameter].items()
+            for name, value in self._adamw.state.get(parameter, {}).items()
             if not name.startswith("qmap")
         }
 

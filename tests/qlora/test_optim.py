@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_moments_that_a_gpu_may_page_out_are_not_counted_there() -> None:
         assert moments_bytes(optim, sizes, "cuda") == moments_bytes(optim, sizes, "cpu")
     for optim in ("paged_adamw_32bit", "paged_adamw_8bit"):
         assert moments_bytes(optim, sizes, "cuda") == moments_bytes(optim, sizes[:1], "cpu")
+
+
+def test_the_cpu_waits_for_the_gpu_before_it_touches_paged_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer = stepped(1, "paged_adamw_8bit")
+    adamw: Any = vars(optimizer)["_adamw"]
+    saved, events, plain = optimizer.tensors(), list[str](), adamw.init_state
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(adamw, "init_state", lambda *arguments: (events.append("kernels"), plain(*arguments)))
+    optimizer.tensors()
+    assert events == []
+    adamw.is_paged = adamw._cpu_paged_warned = True  # as on a GPU
+    optimizer.tensors()
+    optimizer.load_tensors(saved)
+    assert events == ["wait", *["kernels"] * 3, "wait"]
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
