@@ -14,6 +14,7 @@ from minilora.system.files import (
     GrowingFile,
     lock_folder,
     make_folder,
+    patiently,
     read_json,
     sha256,
     storage_errors,
@@ -93,7 +94,7 @@ def recover_splits(directory: Path) -> None:
 def _put_in_place(directory: Path, written: Mapping[str, Path]) -> None:
     with storage_errors(directory):
         for name, path in written.items():
-            path.replace(directory / name)
+            patiently(path.replace, directory / name)
         sync(directory)
 
 

@@ -35,7 +35,7 @@ from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.optim import Optimizer
 from minilora.runs.provenance import Provenance
 from minilora.system.console import warn
-from minilora.system.files import WRITING, json_bytes, read_json, remove, storage_errors
+from minilora.system.files import WRITING, json_bytes, patiently, read_json, remove, storage_errors
 from minilora.system.manifest import DAMAGED, read_manifest, set_aside, write_folder
 from minilora.weights.safetensors_io import read_header, read_tensor
 
@@ -189,5 +189,5 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
             leaving = path.with_name(WRITING + path.name)  # a half-removed one must not have a checkpoint's name
             with storage_errors(path):
                 remove(leaving)
-                path.rename(leaving)
+                patiently(path.rename, leaving)
                 remove(leaving)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 LOCKED_BYTE = 1 << 30  # on Windows, where a locked byte cannot be read: far after the holder's name
+SCAN_S = 1.0  # how long Windows may refuse to rename what a virus scanner has open; pip waits as long
 WRITING = ".writing-"  # begins the name of an unfinished file or folder
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
 
@@ -202,6 +203,23 @@ def replace_file(path: Path, content: bytes) -> None:
         write_file(temporary, content)
 
 
+def patiently(rename: Callable[[Path], object], target: Path) -> None:
+    """Calls `rename`, on Windows until it succeeds or SCAN_S are over.
+
+    There neither a file that another program has open nor the folder around it can be renamed, and virus scanners and
+    indexers open what was just written.
+    """
+    end = time.monotonic() + SCAN_S
+    while True:
+        try:
+            rename(target)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > end:
+                raise
+        time.sleep(SCAN_S / 20)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write and sync a file under, which then takes the place of `path`, or is removed after any exception.
@@ -212,7 +230,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with storage_errors(path):
-            temporary.replace(path)
+            patiently(temporary.replace, path)
             sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):

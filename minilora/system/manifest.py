@@ -28,6 +28,7 @@ from minilora.system.files import (
     StorageError,
     hash_file,
     json_bytes,
+    patiently,
     remove,
     replace_file,
     storage_errors,
@@ -109,9 +110,9 @@ def _put_in_place(temporary: Path, target: Path) -> None:
         sync(temporary)
         if target.exists() or target.is_symlink():
             remove(replaced)
-            target.rename(replaced)
+            patiently(target.rename, replaced)
         try:
-            temporary.rename(target)
+            patiently(temporary.rename, target)
         except OSError:
             if replaced.exists():
                 replaced.rename(target)

@@ -26,6 +26,7 @@ from minilora.system.files import (
     lock_output,
     make_folder,
     parse_json,
+    patiently,
     remove,
     replace_file,
     replacing,
@@ -199,6 +200,29 @@ def test_on_windows_no_folder_is_opened(tmp_path: Path, monkeypatch: pytest.Monk
     files.sync(tmp_path)
     files.sync(tmp_path / "a")
     assert opened == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize(
+    ("system", "refusals", "succeeds"), [("nt", 3, True), ("nt", 10**6, False), ("posix", 1, False)]
+)
+def test_on_windows_a_file_that_a_scanner_has_open_is_renamed_a_little_later(
+    system: str, refusals: int, succeeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("x", "utf-8")
+    calls: list[Path] = []
+
+    def rename(target: Path) -> None:
+        calls.append(target)
+        if len(calls) <= refusals:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        (tmp_path / "a").rename(target)
+
+    monkeypatch.setattr(files, "os", SimpleNamespace(name=system))
+    monkeypatch.setattr(files, "SCAN_S", 0.2)
+    with contextlib.nullcontext() if succeeds else pytest.raises(PermissionError):
+        patiently(rename, tmp_path / "b")
+    assert (tmp_path / "b").exists() == succeeds
+    assert len(calls) > 1 if system == "nt" else len(calls) == 1
 
 
 HOLD = """
