@@ -9,7 +9,6 @@ Upper-case sizes are explained in `model.py`. Source: arXiv 1706.03762, grouped 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from minilora.qlora.batch import SegmentGroup, move_together
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
+# Elements of an attention mask that is made once for all layers; a larger one, as of a piece, is made in each layer.
+MAX_MASK = 1 << 19
 # PyTorch's kernels, the last with T x T scores, where the others cannot: bfloat16 before sm80. Without cuDNN's, which
-# cannot be made to sum in one order, and builds a graph for each new length, in 30 ms.
+# has no mode that sums in one order, and builds a graph for each new length.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -43,17 +44,22 @@ class HeadGroup:
 
     prefix: int  # P
     shape: tuple[int, int, int, int, int]  # n, K, G, Q, P + L
-    dtype: torch.dtype  # of q
     last_key: torch.Tensor  # (1 or n, 1, 1, Q, 1) int64, as in `SegmentGroup`
     last_query: torch.Tensor | None = None  # (n, 1, 1, 1, P + L) int64, likewise
+    mask: torch.Tensor | None = None  # `additive_mask` of a small group, made once for all layers
 
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key; made once for all layers."""
+    def with_mask(self, dtype: torch.dtype) -> "HeadGroup":
+        is_small = self.last_key.numel() * self.shape[-1] <= MAX_MASK
+        return replace(self, mask=self.additive_mask(dtype)) if is_small else self
+
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """(1 or n, 1, 1, Q, P + L) of 0 and -inf, where a query does not attend to a key."""
+        if self.mask is not None:
+            return self.mask
         masked = torch.arange(self.shape[-1], device=self.last_key.device) > self.last_key
         if self.last_query is not None:
             masked = masked | (self.last_key > self.last_query)
-        return torch.zeros(masked.shape, dtype=self.dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+        return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def split_heads(
     """
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
-    split: list[Any] = [_split_short(short, heads, kv_heads, num_queries=num_queries, like=like)] if short else []
+    split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []
     for group in groups:
         if group.is_fused:
             whole = len(groups) == 1 and group.prefix == 0 and group.queries.numel() == group.num_keys
@@ -117,7 +123,7 @@ def split_heads(
     moved = iter(move_together(tensors, like.device) if tensors else [])
     parts = [replace(part, **{name: next(moved) for name in table}) for part, table in zip(parts, tables, strict=True)]
     if short:
-        parts[0] = replace(parts[0], groups=tuple(parts[len(split) :]))
+        parts[0] = replace(parts[0], groups=tuple(group.with_mask(like.dtype) for group in parts[len(split) :]))
     return tuple(parts[: len(split)])
 
 
@@ -127,17 +133,14 @@ def _fuse(group: SegmentGroup) -> FusedGroup:
     return FusedGroup((n, num_keys), group.prefix, group.keys.flatten(), group.queries[~group.padding], entries=entries)
 
 
-def _split_short(
-    pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
-) -> HeadGroups:
+def _split_short(pieces: Sequence[SegmentGroup], heads: int, kv_heads: int, num_queries: int) -> HeadGroups:
     head, kv_head = torch.arange(heads).view(1, kv_heads, -1, 1), torch.arange(kv_heads)[:, None]
     groups, queries, padded, keys, own = [], [], [], [], []
     for piece in pieces:
         n, per_segment = piece.queries.shape
         shape = (n, kv_heads, heads // kv_heads, per_segment, piece.num_keys)
-        last_key, last_query = piece.last_key[:, None, None, :, None], piece.last_query
-        last_query = None if last_query is None else last_query[:, None, None, None]
-        groups.append(HeadGroup(piece.prefix, shape, like.dtype, last_key, last_query=last_query))
+        last_query = None if piece.last_query is None else piece.last_query[:, None, None, None]
+        groups.append(HeadGroup(piece.prefix, shape, piece.last_key[:, None, None, :, None], last_query))
         queries.append((piece.queries[:, None, None] * heads + head).flatten())
         padded.append(piece.padding[:, None].expand(n, heads, per_segment).flatten())
         of_piece = piece.seen()[:, None] * kv_heads + kv_head
@@ -162,8 +165,7 @@ class _Attention(torch.autograd.Function):
     share a key/value head are folded into the queries: one batched product of n * K matrices with G * Q queries, in
     place of n * H small ones.
 
-    Keeps q, k and v; A is recomputed in backward, so memory grows with T and not with L^2. For short segments only:
-    there two products and a softmax beat PyTorch's fused attention on a CPU, from 512 keys on they do not.
+    Keeps q, k and v; A is recomputed in backward, so memory grows with T and not with L^2.
     """
 
     @staticmethod
@@ -199,7 +201,7 @@ class _Attention(torch.autograd.Function):
         dq = q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2]).index_copy_(0, short.outputs, dqueries)
         dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2])
         for own, part in zip(short.own.split(short.sums), dkeys.split(short.sums, dim=1), strict=True):
-            dkv.index_add_(1, own, part)  # a GPU does it in any order, which matters to nothing but zeros
+            dkv.index_add_(1, own, part)  # by a GPU in any order: only zeros meet, but in entry 0, which is dropped
         dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
         for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
             if group.prefix:  # which gets the segments' sum
@@ -214,7 +216,7 @@ def _attention_weights(queries: torch.Tensor, keys: torch.Tensor, group: HeadGro
     The mask is the start value that the product is added to, 0 or -inf: one pass in place of three. The softmax
     computes in float32 whatever the dtype, and rounds its result once.
     """
-    scores = queries.new_empty(group.shape).copy_(group.mask)
+    scores = queries.new_empty(group.shape).copy_(group.additive_mask(queries.dtype))
     scores = scores.view(*queries.shape[:2], -1).baddbmm_(queries, keys.mT, alpha=queries.shape[-1] ** -0.5)
     return torch.softmax(scores, dim=-1)
 

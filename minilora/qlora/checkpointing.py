@@ -13,9 +13,8 @@ from torch import nn
 
 
 class _Checkpoint(torch.autograd.Function):
-    """The recomputation sees the same dropout masks: they are a function of a seed that is set once a micro-batch
-    (`lora.py`). The trained parameters are inputs too, because the first layer's input needs no gradient, and a
-    Function of which no input needs one has no backward.
+    """Recomputes with the same dropout masks, a function of the micro-batch's seed (`lora.py`). The trained parameters
+    are inputs too: the first layer's input needs no gradient, and a Function without one that does has no backward.
     """
 
     @staticmethod

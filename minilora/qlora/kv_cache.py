@@ -4,9 +4,7 @@ import torch
 
 
 class KVCache:
-    """Of one layer. A prompt's common prefix is prefilled once and read by every batch of an evaluation; that of a
-    conversation grows with every token.
-    """
+    """That of one layer: a prompt's common prefix, read by every batch of an evaluation, or a growing conversation."""
 
     def __init__(self) -> None:
         self.length = 0  # tokens that are held

@@ -97,6 +97,9 @@ def test_attention_in_pieces_does_not_change_a_probability(
         monkeypatch.setattr(attention, "MAX_SCORES_BYTES", elements * 4 * 4)
         pieces = label_probabilities(model, prefix, examples, prompt, ScoringOptions())
         assert_same(pieces, expected)
+    monkeypatch.setattr(attention, "MAX_MASK", 0)  # masks are made in each layer
+    pieces = label_probabilities(model, prefix, examples, prompt, ScoringOptions())
+    assert_same(pieces, expected)
 
 
 def test_words_with_too_many_tokens_for_a_pass_have_several(

@@ -276,6 +276,18 @@ def test_only_the_chosen_backward_pass_is_deterministic() -> None:
     assert torch.equal(x.grad, torch.ones(2))
 
 
+def test_no_mask_of_a_long_segment_is_kept() -> None:
+    """Half of a chat's tokens supervised: the last layer's queries are too few for the fused kernel."""
+    packed = pack([Example([1] * 3000, [False] * 1600 + [True] * 1400)])
+    like = torch.empty(0, dtype=torch.bfloat16)
+    (short,) = split_heads(packed.last_groups, 14, 2, num_queries=packed.num_supervised, like=like)
+    assert isinstance(short, HeadGroups)
+    assert all(group.mask is None for group in short.groups)
+    (few,) = split_heads(pack_segments([30, 40]), 14, 2, num_queries=70, like=like)
+    assert isinstance(few, HeadGroups)
+    assert all(group.mask is not None for group in few.groups)
+
+
 class AnyOrder(TorchDispatchMode):
     """`index_add_` adds in a random order, as a GPU's atomics do."""
 
