@@ -54,7 +54,8 @@ from minilora.generation.decode import GenerationConfig
 from minilora.generation.modelfile import render_modelfile
 from minilora.runs.load_run import LoadedRun, load_run
 from minilora.system.console import info, progress, warn
-from minilora.system.files import WRITING, json_bytes, lock_output, make_folder, remove, storage_errors, write_file
+from minilora.system.files import WRITING, json_bytes, make_folder, remove, storage_errors, write_file
+from minilora.system.locks import lock_output
 from minilora.system.manifest import finish_folder
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import without_ranks

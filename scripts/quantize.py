@@ -13,7 +13,8 @@ from minilora.config import load_config
 from minilora.data.hub import fetch_model
 from minilora.errors import UserError
 from minilora.qlora.nf4 import LEVELS
-from minilora.system.files import lock_output, make_folder
+from minilora.system.files import make_folder
+from minilora.system.locks import lock_output
 from minilora.system.process import tuned_process
 from minilora.system.torchrun import without_ranks
 from minilora.weights.bnb_checkpoint import is_quantized, write_quantized

@@ -12,7 +12,6 @@ from minilora.errors import UserError
 from minilora.system.files import (
     WRITING,
     GrowingFile,
-    lock_folder,
     make_folder,
     patiently,
     read_json,
@@ -21,6 +20,7 @@ from minilora.system.files import (
     sync,
     write_file,
 )
+from minilora.system.locks import lock_folder
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}

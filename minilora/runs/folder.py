@@ -23,7 +23,8 @@ from minilora.runs.setup import open_run
 from minilora.runs.trackers import check_tracker, open_tracker
 from minilora.system.console import info
 from minilora.system.distributed import Ranks
-from minilora.system.files import StorageError, lock_folder, make_folder, storage_errors
+from minilora.system.files import StorageError, make_folder, storage_errors
+from minilora.system.locks import lock_folder
 from minilora.system.manifest import recover_folders
 from minilora.system.memory import is_out_of_memory
 from minilora.system.signals import Interrupted

@@ -26,7 +26,7 @@ from minilora.errors import UserError
 from minilora.qlora import bnb
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.system.console import warn
-from minilora.system.files import lock_folder
+from minilora.system.locks import lock_folder
 from minilora.system.manifest import read_manifest, recover_folders, verify_folder
 from minilora.weights.bnb_checkpoint import is_quantized, write_quantized
 from minilora.weights.hf_config import COMPANIONS

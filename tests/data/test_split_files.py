@@ -10,7 +10,8 @@ import pytest
 from minilora.data.prepare import SplitOptions, prepare
 from minilora.data.split_files import recover_splits, split_of
 from minilora.errors import UserError
-from minilora.system.files import GrowingFile, StorageError, lock_folder
+from minilora.system.files import GrowingFile, StorageError
+from minilora.system.locks import lock_folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minilora.runs.checkpoint import list_checkpoints
-from minilora.system.files import LOCK
+from minilora.system.locks import LOCK
 from minilora.system.manifest import verify_folder
 from tests.faults.conftest import Harness, printed_by
 

@@ -17,7 +17,8 @@ from minilora.runs import train
 from minilora.runs.folder import RESTARTING, RUN_FILES, set_run_aside
 from minilora.runs.metrics_log import read_metrics
 from minilora.runs.train import fit
-from minilora.system.files import StorageError, lock_folder
+from minilora.system.files import StorageError
+from minilora.system.locks import lock_folder
 from minilora.system.signals import Interrupted
 from tests.runs.conftest import Fit, contents, lasting, make_config, saved_steps
 

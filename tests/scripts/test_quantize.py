@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minilora.errors import UserError
-from minilora.system.files import lock_output
+from minilora.system.locks import lock_output
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights.load import load_model
 from tests.scripts.conftest import load_script

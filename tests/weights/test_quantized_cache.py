@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.system.files import lock_folder
+from minilora.system.locks import lock_folder
 from minilora.system.manifest import read_manifest, verify_folder
 from minilora.weights import quantized_cache as cache_module
 from minilora.weights import safetensors_io
