@@ -93,8 +93,9 @@ def _check_gpu(device: torch.device) -> None:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"model.device: {device} cannot be used ({reason_of(error)}); set model.device=cpu, or install a PyTorch "
-            f"for this GPU: this one is for {', '.join(torch.cuda.get_arch_list())}"
+            f"model.device: {device} cannot be used ({reason_of(error)}); end the program that has it to itself, set "
+            "model.device=cpu, or install a PyTorch for this GPU: this one is for "
+            f"{', '.join(torch.cuda.get_arch_list())}"
         ) from None
 
 
