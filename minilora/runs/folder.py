@@ -23,7 +23,7 @@ from minilora.runs.setup import open_run
 from minilora.runs.trackers import check_tracker, open_tracker
 from minilora.system.console import info
 from minilora.system.distributed import Ranks
-from minilora.system.files import StorageError, make_folder, storage_errors
+from minilora.system.files import StorageError, make_folder, patiently, storage_errors
 from minilora.system.locks import lock_folder
 from minilora.system.manifest import recover_folders
 from minilora.system.memory import is_out_of_memory
@@ -105,8 +105,8 @@ def set_run_aside(directory: Path) -> None:
     with storage_errors(target):
         moving.mkdir(exist_ok=True)
         for path in earlier:
-            path.rename(moving / path.name)
-        moving.rename(target)
+            patiently(path.rename, moving / path.name)
+        patiently(moving.rename, target)
         checkpoints.mkdir(exist_ok=True)
     finished = list_checkpoints(target / "checkpoints")
     info(f"set the earlier run ({len(finished)} checkpoints) aside in {target}")

@@ -115,7 +115,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             patiently(temporary.rename, target)
         except OSError:
             if replaced.exists():
-                replaced.rename(target)
+                patiently(replaced.rename, target)
             raise
         sync(target.parent)
     with contextlib.suppress(OSError):  # the new one is in place; `recover_folders` retries
@@ -135,7 +135,7 @@ def recover_folders(directory: Path) -> None:
                 continue
             if target.exists():
                 set_aside(target)
-            replaced.rename(target)
+            patiently(replaced.rename, target)
         for leftover in directory.glob(WRITING + "*"):
             remove(leftover)
 
@@ -146,7 +146,7 @@ def set_aside(path: Path) -> Path:
     while (aside := path.with_name(f"{DAMAGED}{path.name}-{number}")).exists():
         number += 1
     with storage_errors(path):
-        path.rename(aside)
+        patiently(path.rename, aside)
     return aside
 
 

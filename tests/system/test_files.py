@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ from minilora.system.files import (
     write_file,
 )
 from tests.system.conftest import names_in, raising
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_digest_is_that_of_the_bytes_and_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -181,6 +184,14 @@ def test_a_folder_that_cannot_be_synced_is_accepted_where_the_file_system_syncs_
     monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, os.strerror(errno.EIO))))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         files.sync(tmp_path)
+
+
+def test_every_rename_is_a_patient_one() -> None:
+    sources = [path for folder in ("minilora", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    assert sources
+    assert [
+        path.name for path in sources if re.search(r"\.rename\(|os\.(rename|replace)\(", path.read_text("utf-8"))
+    ] == []
 
 
 def test_on_windows_no_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
