@@ -29,6 +29,7 @@ from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.prompt import Example
 
 DEVICE = torch.device("lazy")
+NOWHERE = torch.device("meta")  # of a gradient that is missing
 CONFIG = Qwen2Config(
     vocab_size=512,
     hidden_size=64,
@@ -110,7 +111,7 @@ def train(model: Qwen2ForCausalLM, lengths: Sequence[int], weights: Sequence[flo
         with cast_once(model, model.head_weight.dtype):
             nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight, batch.weights)
             nll.backward()
-        return {parameter.grad.device for parameter in lora_parameters(model) if parameter.grad is not None}
+        return {NOWHERE if p.grad is None else p.grad.device for p in lora_parameters(model)}
 
 
 SHORT, LONG, MIXED = (20, 24, 31, 90), (700,), (20, 24, 700)
