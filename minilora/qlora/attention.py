@@ -88,8 +88,8 @@ class HeadGroups:
 class FusedGroup:
     """A `SegmentGroup` for fused attention: a padded batch of n sequences of P + L tokens, each causal.
 
-    The prefix's tokens take part as queries too, whose result nothing reads: so the mask stays causal. Without indices
-    it is all T tokens in their order, the micro-batch's padding behind them, which nothing reads either.
+    The prefix's tokens take part as queries too, and in the last layer unsupervised ones, whose results nothing reads:
+    so the mask stays causal. Without indices it is all T tokens in order, with the padding, which nothing reads either.
     """
 
     shape: tuple[int, int]  # n, P + L
@@ -199,15 +199,16 @@ class _Attention(torch.autograd.Function):
             of_dkv[0].baddbmm_(dscores.mT, of_q, beta=0, alpha=scale)
             of_dq.baddbmm_(dscores, of_k, beta=0, alpha=scale)
         dq = q.new_zeros(q.shape[0] * q.shape[1] + 1, q.shape[2]).index_copy_(0, short.outputs, dqueries)
-        dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2])
+        wide = k.dtype if len(short.sums) == 1 else torch.promote_types(k.dtype, torch.float32)  # for sums of many
+        dkv = k.new_zeros(2, 1 + k.shape[0] * k.shape[1], k.shape[2], dtype=wide)
         for own, part in zip(short.own.split(short.sums), dkeys.split(short.sums, dim=1), strict=True):
-            dkv.index_add_(1, own, part)  # by a GPU in any order: only zeros meet, but in entry 0, which is dropped
+            dkv.index_add_(1, own, part.to(wide))  # by a GPU in any order: but in entry 0, dropped, only zeros meet
         dkv = dkv[:, 1:].unflatten(1, k.shape[:2])
         for group, of_dkv in zip(short.groups, short.fold(dkeys, is_keys=True), strict=True):
             if group.prefix:  # which gets the segments' sum
                 by_segment = of_dkv.unflatten(1, group.shape[:2])[:, :, :, : group.prefix]
                 dkv[:, : group.prefix].add_(by_segment.sum(1).transpose(1, 2))  # `+=` would copy the slice to itself
-        return dq[:-1].view(q.shape), dkv[0], dkv[1], None
+        return dq[:-1].view(q.shape), *dkv.to(k.dtype), None
 
 
 def _attention_weights(queries: torch.Tensor, keys: torch.Tensor, group: HeadGroup) -> torch.Tensor:

@@ -68,8 +68,9 @@ class SegmentGroup:
 
     @property
     def is_fused(self) -> bool:
-        """Whether PyTorch's fused attention computes it: long, and most tokens are queries, as its causal mask asks."""
-        return self.last_query is None and FUSED_KEYS <= self.num_keys < 2 * self.queries.shape[1]
+        """Whether fused attention computes it: long segments, which it gives queries at all keys, so not for a few."""
+        is_long = FUSED_KEYS <= self.num_keys < 2 * self.keys.shape[1]  # and longer than the prefix
+        return is_long and self.last_query is None and 2 * self.queries.shape[1] * self.num_keys >= FUSED_KEYS**2
 
     def seen(self) -> torch.Tensor:
         """(n, P + L) int64, the keys of each segment as tokens, prefix first."""

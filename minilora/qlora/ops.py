@@ -4,7 +4,6 @@ PyTorch's autograd gets every reference right. The derived forms exist because i
 copies, rotated halves, attention weights) and reads it more often, and because fine-tuning a frozen model is the place
 to see what a backward pass costs. Each states what it computes, its gradient, and what it keeps. `test_ops.py` checks
 every gradient in float64 (`gradcheck`) and every result against its reference.
-
 Upper-case sizes are explained in `model.py`. dy means the gradient of the loss with respect to y.
 """
 

@@ -4,7 +4,7 @@
                       cached, 0.4 MB each. A micro-batch needs some fifty, the next one, of another length, fifty
                       others. By default they take 20 MB more with each new length, and scattered through the heap they
                       keep freed activations from being reused: 0.5 GB after a dozen lengths. Recompiling costs 1 %.
-    glibc's malloc    buffers of up to 32 MB come from the heap and 64 MB of it stay: a training step needs the same
+    glibc's malloc    buffers of up to 32 MB come from the heap and up to 64 MB of it stay: a step needs the same
                       buffers in every layer, and a page that comes from the system costs as much as the values on it.
                       One arena, so that any thread reuses what another one has freed.
     bitsandbytes      imported without PyTorch's compiler (`compiler_left_out`). It decorates functions that nothing

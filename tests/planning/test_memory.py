@@ -337,6 +337,8 @@ class Step:
         Step(first_layer=2, checkpointing=True, tokens=2048),
         Step(answer=50),
         Step(examples=1),
+        Step(examples=1, tokens=2048, answer=300),  # a chat: the last layer has 300 queries
+        Step(examples=1, tokens=2048, answer=60),
         Step(checkpointing=True),
         Step(checkpointing=True, rank=64, tokens=64),
         Step(use_dora=True),

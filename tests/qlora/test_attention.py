@@ -130,16 +130,21 @@ def test_some_kernel_computes_long_segments_on_every_gpu_and_it_is_not_cudnns(mo
     assert asked == [(True, False)]
 
 
-def test_supervised_queries_of_a_long_segment_are_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("supervised", "is_fused"), [(8, True), (4, True), (3, False)])
+def test_supervised_queries_of_a_long_segment_are_fused_unless_they_are_few(
+    supervised: int, is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch, "FUSED_KEYS", 8)
-    packed = pack([Example(list(range(11)), [False] * 3 + [True] * 8)])
-    q, k, v = random(8, 4, 4), random(10, 2, 4), random(10, 2, 4)
-    split = split_heads(packed.last_groups, 4, 2, num_queries=8, like=q)
-    assert [type(group) for group in split] == [FusedGroup]
-    whole = torch.cat((torch.zeros(2, 4, 4, dtype=q.dtype), q))
-    torch.testing.assert_close(
-        attention_module.attention(q, k, v, split), reference(whole, k, v, [(0, 10)], prefix=0)[2:]
-    )
+    packed = pack([Example(list(range(11)), [False] * (11 - supervised) + [True] * supervised)])
+    q, k, v = random(supervised, 4, 4), random(10, 2, 4), random(10, 2, 4)
+    split = split_heads(packed.last_groups, 4, 2, num_queries=supervised, like=q)
+    assert [type(group) for group in split] == [FusedGroup if is_fused else HeadGroups]
+    whole = torch.cat((torch.zeros(10 - supervised, 4, 4, dtype=q.dtype), q))
+    found = attention_module.attention(q, k, v, split)
+    expected = reference(whole, k, v, [(0, 10)], prefix=0)[10 - supervised :]
+    torch.testing.assert_close(found, expected)
+    dout = random(supervised, 4, 4, requires_grad=False)
+    torch.testing.assert_close(gradients(found, (q, k, v), dout), gradients(expected, (q, k, v), dout))
 
 
 def test_a_long_segment_of_which_every_token_is_supervised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +178,15 @@ LARGEST_ERROR = {torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lengths", [[76], [30, 50, 28, 90], [600]])
-def test_attention_in_half_precision_on_keys_as_large_as_qwens(dtype: torch.dtype, lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "num_pieces"), [([76], 1), ([30, 50, 28, 90], 1), ([600], 1), ([500], 400)], ids=str
+)
+def test_attention_in_half_precision_on_keys_as_large_as_qwens(
+    dtype: torch.dtype, lengths: list[int], num_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A bias of 145 in one key channel, one in the query that makes scores of some hundred, the rest of size 1."""
+    if num_pieces > 1:  # as of a far longer segment: each adds to the first keys' gradient
+        monkeypatch.setattr(attention_module, "MAX_SCORES_BYTES", 2 * 14 * lengths[0] ** 2 // num_pieces)
     total = sum(lengths)
     bias_q, bias_k = torch.zeros(64), torch.zeros(2, 64)
     bias_q[31], bias_k[0, 31], bias_k[1, 63] = 12, 145, -60  # the slowest rotating channels: 31 and 63 are a pair
@@ -277,10 +288,9 @@ def test_only_the_chosen_backward_pass_is_deterministic() -> None:
 
 
 def test_no_mask_of_a_long_segment_is_kept() -> None:
-    """Half of a chat's tokens supervised: the last layer's queries are too few for the fused kernel."""
-    packed = pack([Example([1] * 3000, [False] * 1600 + [True] * 1400)])
+    """A long turn behind a cached conversation that is longer still, which is nothing for the fused kernel."""
     like = torch.empty(0, dtype=torch.bfloat16)
-    (short,) = split_heads(packed.last_groups, 14, 2, num_queries=packed.num_supervised, like=like)
+    (short,) = split_heads(pack_segments([1400], 1600), 14, 2, num_queries=1400, like=like)
     assert isinstance(short, HeadGroups)
     assert all(group.mask is None for group in short.groups)
     (few,) = split_heads(pack_segments([30, 40]), 14, 2, num_queries=70, like=like)

@@ -183,7 +183,7 @@ def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(groups: tupl
     ("prefix", "length", "supervised", "is_fused"),
     [(0, 511, 1, False), (0, 512, 1, True), (100, 412, 1, True), (400, 200, 1, False)],
 )
-def test_long_groups_are_fused_where_most_tokens_are_queries(
+def test_long_groups_are_fused_unless_their_prefix_is_longer(
     prefix: int, length: int, supervised: int, is_fused: bool
 ) -> None:
     examples = [answered([*range(prefix), 1000 + n, *[7] * length], supervised) for n in range(2)]
