@@ -63,13 +63,13 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> Temperatur
     """
     z, count = _logarithms(probabilities), len(labels)
     before = _log_loss(z, labels, 1.0)
+    right = f"{int((probabilities.argmax(axis=1) == labels).sum()):,} of {count:,} examples are right"
     if _slope(z, labels, 1 / COLDEST)[0] <= 0:
-        right = int((probabilities.argmax(axis=1) == labels).sum())
-        note = f"{right:,} of {count:,} examples are right, and no temperature has the lowest log loss: it stays 1"
+        note = f"{right}, and no temperature has the lowest log loss: it stays 1"
         return TemperatureFit(1.0, None, count, log_loss_before=before, log_loss_after=before, note=note)
     if _slope(z, labels, 1 / HOTTEST)[0] >= 0:
         after = _log_loss(z, labels, 1 / HOTTEST)
-        note = f"log loss falls up to {HOTTEST:g}, the highest: these probabilities say nothing of the labels"
+        note = f"{right}, and log loss falls up to {HOTTEST:g}, the highest: confidence says nothing of the mistakes"
         return TemperatureFit(HOTTEST, None, count, log_loss_before=before, log_loss_after=after, note=note)
     inverse, curvature = _minimum(z, labels)
     error = 1.96 / math.sqrt(count * inverse**2 * curvature)

@@ -62,10 +62,11 @@ class Predictions:
             return np.array([losses[drawn].mean() for drawn in draws])
         predictions, classes = self.probabilities.argmax(axis=1), self.probabilities.shape[1]
         name, positive = ("f1", None) if metric == "macro_f1" else (metric, positive)
+        observed = confusion_matrix(self.labels, predictions, classes)
         tables = (confusion_matrix(self.labels[drawn], predictions[drawn], classes) for drawn in draws)
         scores = []
         while block := list(itertools.islice(tables, max(1, BLOCK // classes**2))):
-            scores.append(headline_scores(np.stack(block), positive)[name])
+            scores.append(headline_scores(np.stack(block), positive, observed)[name])
         return np.concatenate(scores)
 
 

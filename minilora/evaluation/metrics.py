@@ -137,7 +137,7 @@ def bootstrap_intervals(
         draws = generator.multinomial(total, confusion.ravel()[observed] / total, size=min(size, resamples - start))
         tables = np.zeros((len(draws), confusion.size), dtype=np.int64)
         tables[:, observed] = draws
-        blocks.append(headline_scores(tables.reshape(-1, *confusion.shape), positive))
+        blocks.append(headline_scores(tables.reshape(-1, *confusion.shape), positive, confusion))
     return {name: percentiles(np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
 
 
@@ -278,10 +278,19 @@ def only_answer(where: str, metrics: Mapping[str, Any]) -> list[str]:
     return [f"{where}: all {metrics['num_examples']:,} predictions are {list(metrics['per_class'])[answers[0]]}"]
 
 
-def headline_scores(confusion: np.ndarray, positive: int | None) -> dict[str, np.ndarray]:
-    """The four scores of one (K, K) table, or of many (..., K, K): the estimate and its resamples alike."""
+def headline_scores(
+    confusion: np.ndarray, positive: int | None, drawn_from: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The four scores of one (K, K) table, or of many (..., K, K).
+
+    A resample gives the table that it was `drawn_from`: a class that it happens to leave out is not in its macro
+    average. As 0 it would pull a hundred classes of three reviews each below the estimate in all resamples.
+    """
     trace = np.trace(confusion, axis1=-2, axis2=-1)
     scores = {"accuracy": trace / confusion.sum(axis=(-2, -1))}
+    is_left_out = np.zeros(confusion.shape[:-1], dtype=bool)
+    if drawn_from is not None:
+        is_left_out = (confusion.sum(axis=-1) == 0) & (drawn_from.sum(axis=-1) > 0)
     for name, by_class in zip(("precision", "recall", "f1"), precision_recall_f1(confusion), strict=True):
-        scores[name] = by_class.mean(axis=-1) if positive is None else by_class[..., positive]
+        scores[name] = by_class.mean(axis=-1, where=~is_left_out) if positive is None else by_class[..., positive]
     return scores

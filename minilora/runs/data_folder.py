@@ -3,7 +3,7 @@
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from minilora.config import Config, layer_of, load_config
@@ -75,15 +75,15 @@ def write_folds(data: Path, folds: int, directory: Path) -> list[Path]:
         directory: gets fold-1 to fold-K.
 
     Raises:
-        UserError: there are fewer records than folds, the folds that are there are of other data, or a folder cannot be
-            written.
+        UserError: there are fewer records than folds, a line is no record, the folds that are there are of other data,
+            or a folder cannot be written.
     """
     facts = {"folds": folds, "made_of": {split: sha256(data / f"{split}.jsonl") for split in SPLITS}}
     texts = [(data / f"{split}.jsonl").read_bytes() for split in SPLITS]
     lines = [line + b"\n" for text in texts[:2] for line in text.splitlines() if line.strip()]
     if not 2 <= folds <= len(lines):
         raise UserError(f"--folds: got {folds}, expected 2 to {len(lines):,}, the records to train and validate on")
-    fold_of = _deal([json.loads(line).get("label") for line in lines], folds)
+    fold_of = _deal(_labels(data, texts[:2]), folds)
     targets = [directory / f"fold-{number}" for number in range(1, folds + 1)]
     for number, target in enumerate(targets):
         recover_splits(target)
@@ -102,6 +102,21 @@ def write_folds(data: Path, folds: int, directory: Path) -> list[Path]:
             columns = prepared_columns(data)
             write_splits(held_out, target, {**facts, **({"columns": columns} if columns else {})})
     return targets
+
+
+def _labels(data: Path, texts: Sequence[bytes]) -> Iterator[str | None]:
+    """The label of each line of the first splits' files that is not empty, None of conversations."""
+    for split, text in zip(SPLITS, texts, strict=False):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{data}/{split}.jsonl:{number}: is not JSON ({error}); correct the line") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{data}/{split}.jsonl:{number}: is no JSON object; correct the line")
+            yield record.get("label")
 
 
 def _deal(labels: Iterable[str | None], folds: int) -> list[int]:

@@ -38,8 +38,7 @@ def complete_report(config: Config, model_folder: Path, ranks: Ranks) -> None:
             if ranks.run_on_rank_0(lambda: load_best(run)) != results["step"]:
                 raise gone
             share_adapter(run.model, ranks)
-            temperature = ranks.run_on_rank_0(lambda: getattr(read_calibration(run.final), "temperature", None))
-            tested = score_after_training(run, temperature)
+            tested = score_after_training(run, (results["test"] or {}).get("temperature"))
             ranks.run_on_rank_0(lambda: write_report(run, results, tested))
     except UserError as error:
         warn(f"note: {path} is missing and cannot be written: {error}")
@@ -74,7 +73,7 @@ def _write_if_possible(path: Path, content: bytes) -> None:
 def _report_of(run: Run, results: dict[str, Any], tested: Tested, log: list[dict[str, Any]]) -> Report:
     """What the report of a run shows; `results` is the content of metrics.json, `log` that of metrics.jsonl."""
     config, splits, folder = run.config, run.splits, run.prompt.tokenizer.folder
-    test, calibration = splits["test"], read_calibration(run.final)
+    test = splits["test"]
     scored = {"before training": results["test_before"], "after training": results["test"]}
     remark = f"Test set: {len(test.examples):,} records, {test.describe()}."
     if results["test"] is None:
@@ -94,7 +93,7 @@ def _report_of(run: Run, results: dict[str, Any], tested: Tested, log: list[dict
             run.prompt.labels,
             positive=config.prompt.positive,
             uncalibrated=tested.uncalibrated,
-            calibration="" if calibration is None else calibration.describe(),
+            calibration=_calibration(run.final, results["test"].get("temperature")),
         ),
         log=log,
         memory_estimate=run.memory_estimate.parts,
@@ -124,3 +123,13 @@ def _report_of(run: Run, results: dict[str, Any], tested: Tested, log: list[dict
             *only_answer("test.jsonl", results["test"] or {}),
         ],
     )
+
+
+def _calibration(final: Path, temperature: float | None) -> str:
+    """What the final folder says of the temperature that the test set was scored at, unless that was fitted anew."""
+    if temperature is None:
+        return ""
+    calibration = read_calibration(final)
+    if calibration is None or calibration.temperature != temperature:
+        return f"Temperature {temperature:.4g}, fitted at the end of training."
+    return calibration.describe()

@@ -80,6 +80,10 @@ def expand(path: Path | None, overrides: Sequence[str], directory: Path, folds: 
     if layer_of("train.output_dir", path, overrides) == 2:
         raise UserError("train.output_dir: each run of a sweep has its own; name the sweep's folder with --output_dir")
     choices = [_choices(override) for override in overrides]
+    keys = [override.partition("=")[0].replace("-", "_") for override in overrides]
+    for key, values in zip(keys, choices, strict=True):
+        if len(values) > 1 and keys.count(key) > 1:  # the last would win, under the names of the others
+            raise UserError(f"{key}: is given several values and given again; give all of them at once: {key}=A,B,C")
     if layer_of("train.do_predict", path, overrides) < 2:
         choices.append(["train.do_predict=false"])
     if folds:

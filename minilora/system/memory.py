@@ -16,6 +16,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # fmt: off
 OUT_OF_MEMORY = (
     "not enough memory", "can't allocate memory", "std::bad_alloc", "could not create a primitive",  # on a CPU
+    "Cannot allocate memory",  # a file that is mapped
     "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",  # pinned memory, bitsandbytes, cuBLAS, cuDNN
     "CUDA driver error: out of memory", "'out of memory'",  # segments that grow, NCCL
 )

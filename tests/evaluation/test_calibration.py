@@ -158,7 +158,7 @@ def test_where_all_are_wrong_it_stops_at_the_highest(wrong: list[list[float]]) -
     fit = fit_temperature(np.ones(len(wrong), dtype=int), np.array(wrong))
     assert fit.temperature == HOTTEST
     assert fit.log_loss_after < fit.log_loss_before < math.inf
-    assert "say nothing" in (fit.note or "")
+    assert f"0 of {len(wrong)} examples are right" in (fit.note or "")
 
 
 def test_a_certain_mistake_has_a_finite_temperature() -> None:

@@ -266,6 +266,24 @@ def test_interval_contains_the_estimate_and_narrows_with_more_reviews() -> None:
     np.testing.assert_allclose(np.divide(widths[:-1], widths[1:]), 2, rtol=0.25)
 
 
+@pytest.mark.parametrize(("classes", "reviews"), [(100, 3), (100, 1), (10, 4)])
+def test_intervals_of_macro_averages_of_small_classes_hold_the_estimate(classes: int, reviews: int) -> None:
+    """A resample leaves many of them out, and a class that is left out is not one with a score of 0."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), reviews)
+    for _ in range(5):
+        guesses = generator.integers(classes, size=len(labels))
+        table = confusion_matrix(labels, np.where(generator.random(len(labels)) < 0.8, labels, guesses), classes)
+        scores, intervals = classification_scores(table, None), bootstrap_intervals(table, None)
+        assert all(low < score < high for score, (low, high) in zip(scores, intervals.values(), strict=True))
+
+
+def test_a_class_without_reviews_counts_in_resamples_of_a_macro_average_as_in_the_estimate() -> None:
+    table = np.array([[60, 40, 0], [40, 60, 0], [0, 0, 0]])
+    low, high = bootstrap_intervals(table, None)["f1"]
+    assert low < classification_scores(table, None)[3] < high < 0.5
+
+
 def classification_scores(table: np.ndarray, positive: int | None) -> list[float]:
     """Accuracy, precision, recall and F1 of one table."""
     accuracy = np.trace(table) / table.sum()

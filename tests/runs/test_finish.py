@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from minilora.adapters.peft_files import adapter_files
+from minilora.adapters.peft_files import CALIBRATION, adapter_files
 from minilora.errors import UserError
 from minilora.runs import finish as finish_module
 from minilora.runs import setup
@@ -21,7 +21,7 @@ from minilora.runs.load_run import load_run
 from minilora.runs.train import fit
 from minilora.system import console
 from minilora.system.files import json_bytes
-from minilora.system.manifest import verify_folder
+from minilora.system.manifest import add_file, verify_folder
 from tests.runs.conftest import (
     STEPS,
     Fit,
@@ -203,6 +203,25 @@ def test_a_finished_run_that_lacks_report_or_plot_writes_them(final: Path, run: 
     assert measured.split(report_of(final))[::2] == measured.split(page)[::2]
     assert (folder / "loss.png").read_bytes() == plot
     assert contents(final) == before
+
+
+@pytest.mark.usefixtures("with_plots")
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_report_written_later_is_at_the_temperature_of_the_runs_own_figures(
+    final: Path, run: Fit, is_there: bool
+) -> None:
+    """calibration.json was fitted anew meanwhile, or is gone."""
+    path, page, own = final / CALIBRATION, report_of(final), read(final / "metrics.json")["test"]["temperature"]
+    content = {**read(path), "temperature": 7.5}
+    path.unlink()
+    if is_there:
+        add_file(final, CALIBRATION, json_bytes(content))
+    (final.parent.parent / "report.html").unlink()
+    run()
+    bins = re.compile("The bins that are not empty.*?</table>", re.DOTALL)
+    assert bins.findall(report_of(final)) == bins.findall(page) != []
+    assert f"Temperature {own:.4g}, fitted at the end of training." in report_of(final)
+    assert "7.5" not in report_of(final).split("<h2")[0]
 
 
 @pytest.mark.parametrize("kept", [[], [1]], ids=["no checkpoint", "an earlier checkpoint"])

@@ -1,6 +1,7 @@
 """A sweep's combinations, their folders, and its folds."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -118,6 +119,26 @@ def test_folds_that_are_there_stay_and_those_of_other_data_are_refused(processed
     assert (first / "train.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="--output_dir"):
         write_folds(processed_data, 3, tmp_path)
+
+
+@pytest.mark.parametrize(("line", "word"), [('{"label": "书", "text": "x"', "JSON"), ("[1]", "object")])
+def test_a_line_that_is_no_record_is_named(processed_data: Path, tmp_path: Path, line: str, word: str) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(processed_data, data)
+    with (data / "validation.jsonl").open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    count = len((data / "validation.jsonl").read_bytes().splitlines())
+    with pytest.raises(UserError, match=rf"validation\.jsonl:{count}: is .*{word}"):
+        write_folds(data, 2, tmp_path / "folds")
+
+
+@pytest.mark.parametrize(
+    "overrides", [["train.seed=1,2", "train.seed=3"], ["lora.r=4", "lora.use-dora=true,false", "lora.use_dora=true"]]
+)
+def test_a_key_with_several_values_that_is_given_again_is_refused(overrides: list[str]) -> None:
+    """The last value would win, and runs of one seed stand under the names of two."""
+    with pytest.raises(UserError, match="at once"):
+        expand(None, overrides, Path("out"))
 
 
 @pytest.mark.parametrize("folds", [0, 1, 10_000])

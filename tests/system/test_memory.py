@@ -32,6 +32,7 @@ def test_only_a_gpu_has_reserved_memory(monkeypatch: pytest.MonkeyPatch) -> None
         (RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("unable to mmap 988097824 bytes from file <x>: Cannot allocate memory (12)"), True),
         (RuntimeError("NCCL error in: x.cpp, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
