@@ -230,8 +230,8 @@ def elementwise_operations() -> list[Operation]:
 def attention_operations(options: Options) -> list[Operation]:
     """Short and long segments, and supervised positions only; each with plain and with large keys."""
     reviews = review_examples(review_lengths(8), vocab_size=500)
-    behind_prefix = review_examples((560, 600, 640), vocab_size=500)
-    long = [chat_example(700 if options.small else 3000, vocab_size=500)]
+    behind_prefix = review_examples((860, 900, 940), vocab_size=500)
+    long = [chat_example(900 if options.small else 3000, vocab_size=500)]
     operations = []
     for name, examples, heads, only_supervised in (
         ("several groups", reviews, HEADS, False),

@@ -47,7 +47,7 @@ from minilora.qlora.step import StepSettings, TrainState, train_step
 LAYERS = 4  # of a 0.5B: one layer's kernels are all layers' kernels
 RATE = 1e-3
 # Three are long enough for PyTorch's fused attention, behind a prefix that all of them send gradients to.
-LENGTHS = (*review_lengths(5), 600, 650, 700)
+LENGTHS = (*review_lengths(5), 800, 850, 900)
 # Of all gradients in float32, the norm of their difference from float64: ten times the limit of one operation, which
 # two layers pass through some twenty of. A single tensor may be further off, where its gradient nearly cancels.
 FLOAT32_LIMIT = 1e-4

@@ -280,8 +280,10 @@ def _scored_tokens(config: Config, shape: BatchShape) -> tuple[int, int]:
 def _scoring_pass(config: Config, model: Qwen2Config, shape: BatchShape, width: int) -> int:
     """Elements of a layer in a scoring pass: gate, up and what SwiGLU makes of them, or attention with its scores."""
     tokens, of_words = _scored_tokens(config, shape)
-    keys = of_words if shape.longest >= FUSED_KEYS else shape.longest + of_words  # fused attention has no scores
-    scores = min(tokens * keys * model.num_attention_heads, MAX_SCORES_BYTES // width)
+    of_text = 0 if shape.longest >= FUSED_KEYS else shape.longest**2  # fused attention has no scores
+    length = shape.longest + of_words
+    scores = max(of_text, of_words * length) * tokens // length * model.num_attention_heads
+    scores = min(scores, MAX_SCORES_BYTES // width)
     in_mlp, in_attention = 3 * model.intermediate_size + 5 * model.hidden_size, 6 * model.hidden_size
     return max(tokens * in_mlp, tokens * in_attention + 2 * scores)
 

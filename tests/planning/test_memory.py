@@ -30,7 +30,7 @@ from minilora.planning.memory import (
     scoring_tokens,
 )
 from minilora.planning.plan import SIZES
-from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.batch import FUSED_KEYS, MicroBatch, pack
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.optim import build_optimizer
@@ -166,7 +166,7 @@ def test_on_a_gpu_without_flash_attention_long_examples_keep_keys_and_values_for
         return part(estimate(tokens=2000, longest=longest, machine=machine), "activations")
 
     def grown(device: str, dtype: torch.dtype) -> int:
-        return activations(512, device, dtype) - activations(511, device, dtype)
+        return activations(FUSED_KEYS, device, dtype) - activations(FUSED_KEYS - 1, device, dtype)
 
     elements = 2 * (14 - 2) * 64 * (2000 * 23 + 16)  # the last layer keeps the supervised positions
     assert grown("cuda", torch.float16) == 2 * elements

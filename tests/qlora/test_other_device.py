@@ -114,7 +114,7 @@ def train(model: Qwen2ForCausalLM, lengths: Sequence[int], weights: Sequence[flo
         return {NOWHERE if p.grad is None else p.grad.device for p in lora_parameters(model)}
 
 
-SHORT, LONG, MIXED = (20, 24, 31, 90), (700,), (20, 24, 700)
+SHORT, LONG, MIXED = (20, 24, 31, 90), (900,), (20, 24, 900)
 KINDS: list[dict[str, Any]] = [
     {},
     {"dropout": 0.1},
