@@ -81,8 +81,8 @@ def expand(path: Path | None, overrides: Sequence[str], directory: Path, folds: 
         raise UserError("train.output_dir: each run of a sweep has its own; name the sweep's folder with --output_dir")
     choices = [_choices(override) for override in overrides]
     keys = [override.partition("=")[0].replace("-", "_") for override in overrides]
-    for key, values in zip(keys, choices, strict=True):
-        if len(values) > 1 and keys.count(key) > 1:  # the last would win, under the names of the others
+    for number, (key, values) in enumerate(zip(keys, choices, strict=True), start=1):
+        if len(values) > 1 and key in keys[number:]:  # the last would win, under the names of these
             raise UserError(f"{key}: is given several values and given again; give all of them at once: {key}=A,B,C")
     if layer_of("train.do_predict", path, overrides) < 2:
         choices.append(["train.do_predict=false"])

@@ -141,6 +141,10 @@ def test_a_key_with_several_values_that_is_given_again_is_refused(overrides: lis
         expand(None, overrides, Path("out"))
 
 
+def test_several_values_override_one_that_is_given_before() -> None:
+    assert [v.config.train.seed for v in expand(None, ["train.seed=3", "train.seed=1,2"], Path("out"))] == [1, 2]
+
+
 @pytest.mark.parametrize("folds", [0, 1, 10_000])
 def test_a_number_of_folds_that_makes_no_sense_is_refused(processed_data: Path, tmp_path: Path, folds: int) -> None:
     with pytest.raises(UserError, match=f"--folds: got {folds}"):
