@@ -178,8 +178,8 @@ def recordings(_all_threads: None) -> Iterator[dict[str, Recording]]:
     model = load_model(Path(MODEL or ""), torch.float32, "none")
     last = model.config.num_hidden_layers - 1
     layers = (0, (last + 1) // 2, last)
-    examples = real_examples(16)
-    ids = [token for example in examples for token in example.input_ids][:800]
+    examples = real_examples(14)
+    ids = [token for example in examples for token in example.input_ids][:640]
     long = Example(ids, [False, *[True] * (len(ids) - 1)])
     yield {
         "packed": record(model, supervise_all(examples[:6]), layers),

@@ -181,7 +181,7 @@ def test_a_segment_of_too_many_scores_is_cut_into_blocks_of_queries(groups: tupl
 
 @pytest.mark.parametrize(
     ("prefix", "length", "supervised", "is_fused"),
-    [(0, 767, 1, False), (0, 768, 1, True), (100, 668, 1, True), (500, 300, 1, False)],
+    [(0, 599, 1, False), (0, 600, 1, True), (100, 500, 1, True), (400, 200, 1, False)],
 )
 def test_long_groups_are_fused_unless_their_prefix_is_longer(
     prefix: int, length: int, supervised: int, is_fused: bool
