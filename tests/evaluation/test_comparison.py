@@ -104,3 +104,12 @@ def test_many_classes_are_compared_a_block_of_tables_at_a_time() -> None:
     assert run.resampled("macro_f1", None).shape == (RESAMPLES,)
     assert tracemalloc.get_traced_memory()[1] < 150e6
     tracemalloc.stop()
+
+
+def test_the_interval_of_a_macro_average_of_small_classes_holds_it() -> None:
+    """A class that a resample leaves out is not one with a score of 0."""
+    labels = np.repeat(np.arange(100), 3)
+    answers = np.where(np.arange(300) % 10 == 0, (labels + 1) % 100, labels)
+    found = Predictions("abcdef0123456789", 0.1, labels, np.eye(100)[answers])
+    low, high = np.quantile(found.resampled("macro_f1", None), [0.025, 0.975])
+    assert low < found.score("macro_f1", None) < high
