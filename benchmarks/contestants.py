@@ -41,12 +41,12 @@ def run_minilora(
 ) -> None:
     """minilora's own step, as `train.fit` calls it."""
     from minilora.adapters.attach import parameter_groups
+    from minilora.adapters.optimizers import build_optimizer
     from minilora.adapters.peft_files import load_adapter
     from minilora.data.sampler import split_into_micro_batches
     from minilora.qlora.batch import pack
     from minilora.qlora.lora import DropoutSeed
     from minilora.qlora.nf4 import Linear4bit
-    from minilora.qlora.optim import build_optimizer
     from minilora.qlora.step import StepSettings, TrainState, train_step
     from minilora.weights.load import load_model
 

@@ -35,13 +35,13 @@ from gpu_stage import (
 from torch import nn
 
 from minilora.adapters.attach import iter_lora_layers, lora_parameters, parameter_groups
+from minilora.adapters.optimizers import BITSANDBYTES_OPTIMIZERS, build_optimizer
 from minilora.config import LoraConfig
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
 from minilora.qlora.ops import DropoutMask
-from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, build_optimizer
 from minilora.qlora.step import StepSettings, TrainState, train_step
 
 LAYERS = 4  # of a 0.5B: one layer's kernels are all layers' kernels

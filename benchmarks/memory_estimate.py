@@ -21,11 +21,11 @@ from meter import environment
 from workload import add_workload_arguments, model_folder
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.build import build_model, choose_device, choose_dtype
 from minilora.config import Config, load_config
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.qlora.batch import pack
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import build_parser, run_script

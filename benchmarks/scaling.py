@@ -24,10 +24,10 @@ from meter import Meter, environment
 from workload import add_workload_arguments, model_folder, write_adapter
 
 from minilora.adapters.attach import parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.adapters.peft_files import load_adapter
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system.cli import build_parser, run_script

@@ -10,7 +10,7 @@ A folder imports only what stands above it here; tests/test_structure.py holds t
     qlora         the hour: QLoRA itself, from text to an optimizer step
     data          files -> fields -> records -> clean, deduplicated splits -> examples; names on the hub -> folders
     weights       safetensors, config.json, the loader, 4-bit checkpoints, GGUF
-    adapters      LoRA on a model: attached, initialized, saved as peft does, merged
+    adapters      LoRA on a model: attached, initialized, its optimizers, saved as peft does, merged
     evaluation    metrics, scoring, calibration, thresholds, comparison of runs, prediction
     generation    decoding with a KV cache, GEMV on 4-bit weights, chat, Modelfiles
     build         what a configuration names, as objects

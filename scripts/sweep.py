@@ -13,11 +13,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from minilora.adapters.optimizers import check_optimizer
 from minilora.build import SharedBase
 from minilora.data.hub import fetch_model
 from minilora.errors import UserError
 from minilora.planning.memory import count_parameters
-from minilora.qlora.optim import check_optimizer
 from minilora.reports.sweep import SweepReport, render_sweep
 from minilora.runs.advice import NonFiniteError
 from minilora.runs.data_folder import has_data, prepare_data, refuse_slip, write_folds

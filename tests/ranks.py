@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from minilora.adapters.attach import lora_parameters, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.data.sampler import split_across_ranks
 from minilora.errors import UserError
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system import distributed

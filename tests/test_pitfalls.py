@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.merge import DEQUANTIZED, ORIGINAL, open_merge
+from minilora.adapters.optimizers import build_optimizer
 from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import load_adapter
 from minilora.config import Config, LoraConfig, load_config
@@ -25,7 +26,6 @@ from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import ChatTokenizer, ClassificationPrompt, Example, chat_example
 from minilora.qlora.step import StepResult, StepSettings, TrainState, train_step
 from minilora.runs.metrics_log import MEASURED_KEYS, read_metrics

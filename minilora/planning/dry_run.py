@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minilora.adapters.optimizers import check_optimizer
 from minilora.build import build_prompt, choose_device, choose_dtype, note_other_system, read_splits, says_indices
 from minilora.config import Config
 from minilora.data.examples import class_weights, tell_of_class_weights, tell_of_labels
@@ -13,7 +14,6 @@ from minilora.data.sampler import epoch_order
 from minilora.planning.budget import resolve_token_limit
 from minilora.planning.plan import epoch_batches, estimate_run_memory, examples_per_step, largest_batch
 from minilora.qlora.batch import count_packed_tokens
-from minilora.qlora.optim import check_optimizer
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.system.memory import peak_memory_bytes
 from minilora.weights.safetensors_io import dtype_name

@@ -30,13 +30,13 @@ import torch
 from torch import nn
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters
+from minilora.adapters.optimizers import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.config import Config, LoraConfig
 from minilora.evaluation.score import LABEL_SHARE, MAX_TOKENS
 from minilora.qlora.attention import MAX_SCORES_BYTES
 from minilora.qlora.batch import FUSED_KEYS
 from minilora.qlora.loss import chunk_positions
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.qlora.optim import BITSANDBYTES_OPTIMIZERS, BLOCK_8BIT, SMALLEST_8BIT, SMALLEST_PAGED
 from minilora.system.process import LARGEST_IN_HEAP
 from minilora.weights.bnb_checkpoint import unquantized_projections
 from minilora.weights.safetensors_io import dtype_name

@@ -1,7 +1,7 @@
 """bitsandbytes, imported when it is first used.
 
-No other module imports it. `nf4.py` takes its 4-bit kernels from here and `optim.py` its optimizers; where it cannot be
-imported, or its library for this machine does not load, 4 bits are done in PyTorch, and its optimizers are refused.
+No other module imports it. `nf4.py` takes its 4-bit kernels from here, `adapters/optimizers.py` its AdamW. Where it
+cannot be imported, or its library for this machine does not load, 4 bits are done in PyTorch, and its AdamW is refused.
 """
 
 import functools

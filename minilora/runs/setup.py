@@ -10,6 +10,7 @@ import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
 from minilora.adapters.init import BY_WEIGHTS, initialize
+from minilora.adapters.optimizers import build_optimizer, check_optimizer
 from minilora.adapters.peft_files import damage_of_adapter, load_adapter_weights
 from minilora.build import (
     SharedBase,
@@ -27,7 +28,7 @@ from minilora.data.hub import fetch_adapter
 from minilora.errors import UserError
 from minilora.planning.budget import resolve_token_limit
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import AdamWSettings, Optimizer, build_optimizer, check_optimizer
+from minilora.qlora.optim import AdamWSettings, Optimizer
 from minilora.qlora.prompt import ChatTokenizer
 from minilora.runs.checkpoint import (
     RunState,

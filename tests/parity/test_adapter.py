@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from minilora.adapters.attach import attach, iter_lora_weights, parameter_groups
 from minilora.adapters.init import initialize
+from minilora.adapters.optimizers import build_optimizer
 from minilora.adapters.peft_config import BaseModel
 from minilora.adapters.peft_files import adapter_files, load_adapter
 from minilora.config import LoraConfig
@@ -20,7 +21,6 @@ from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model

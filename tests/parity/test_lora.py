@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.config import LoraConfig
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import AdamWSettings, build_optimizer, lr_at
+from minilora.qlora.optim import AdamWSettings, lr_at
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.load import load_model

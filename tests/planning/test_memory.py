@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.config import Config, LoraConfig, config_from_dict
 from minilora.evaluation.score import ScoringOptions, score
 from minilora.planning.memory import (
@@ -33,7 +34,6 @@ from minilora.planning.plan import SIZES
 from minilora.qlora.batch import FUSED_KEYS, MicroBatch, pack
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.weights.hf_config import read_config

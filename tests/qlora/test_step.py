@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from minilora.adapters.attach import attach, iter_lora_weights, lora_parameters, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.config import LoraConfig
 from minilora.qlora import step as step_module
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.loss import head_logits, next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 

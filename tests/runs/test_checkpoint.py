@@ -15,13 +15,13 @@ import torch
 
 from minilora import __version__
 from minilora.adapters.attach import attach, lora_parameters, parameter_groups
+from minilora.adapters.optimizers import build_optimizer
 from minilora.adapters.peft_config import BaseModel
 from minilora.config import LoraConfig
 from minilora.errors import UserError
 from minilora.qlora.batch import pack
 from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2ForCausalLM
-from minilora.qlora.optim import build_optimizer
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.runs import checkpoint
