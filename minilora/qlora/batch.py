@@ -31,7 +31,7 @@ from minilora.qlora.prompt import Example
 
 # Segments of one attention call are padded to the longest of them. A new group starts where that padding would exceed
 # this share of the group: fewer groups mean fewer small kernels, more padding means more work.
-MAX_GROUP_PADDING = 0.25
+MAX_GROUP_PADDING = 0.4
 # PyTorch's fused attention from here on (`attention.py`): slower at 512 keys on a CPU, faster at 768, and more exact.
 FUSED_KEYS = 600
 
