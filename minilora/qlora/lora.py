@@ -245,12 +245,12 @@ class _LoRA(torch.autograd.Function):
         x = group.recompute(*sources)
         ranks = [part.b.shape[1] for part in group.parts]
         wide = torch.promote_types(u.dtype, torch.float32)
-        dus, dbs = [], []
-        for dy, (_, b, _, s), u_i in zip(dys, group.parts, u.split(ranks, dim=1), strict=True):
-            dus.append(_product(dy, b, s))
+        du, dbs = torch.empty_like(u), []
+        us, dus = (x.split(ranks, dim=1) for x in (u, du))
+        for dy, (_, b, _, s), u_i, du_i in zip(dys, group.parts, us, dus, strict=True):
+            du_i.addmm_(dy, b, alpha=s, beta=0)
             # u^T dy and not dy^T u: the wide matrix is read along its rows, in half the time.
             dbs.append(_product(u_i.T, dy, s).T.to(wide, memory_format=torch.contiguous_format))
-        du = torch.cat(dus, dim=1) if len(dus) > 1 else dus[0]
         dropped = group.mask.draw(x.shape, x.device) if group.mask.probability else None
         da = (du.T @ group.mask.zero(x, dropped)).to(wide)
         dx = None

@@ -28,7 +28,8 @@ class _RMSNorm(torch.autograd.Function):
     With n = x / rms(x) and g = w * dy:  dx = (g - n * mean(g * n)) / rms(x),  dw = sum over tokens of n * dy.
     The mean is over the C entries of a token: it is what the common divisor sends back to each of them.
     Keeps x and 1 / rms, one float32 a token; the mean is in float32 too, because a sum of squares overflows float16.
-    Forward is PyTorch's own: one kernel on a GPU in place of nine, half the time on a CPU, which lacks its backward.
+    Forward is PyTorch's own: one kernel on a GPU in place of nine, half the time on a CPU. Backward is too on a GPU; a
+    CPU has none.
     """
 
     @staticmethod
@@ -36,12 +37,18 @@ class _RMSNorm(torch.autograd.Function):
         y, inverse_rms = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         ctx.mark_non_differentiable(inverse_rms)
+        ctx.set_materialize_grads(False)  # no zeros for a gradient that 1 / rms never has
         return y, inverse_rms
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy, _ = grads
         x, weight, inverse_rms = ctx.saved_tensors
+        if dy is None:
+            return None, None, None
+        if x.device.type != "cpu":
+            wanted = list(ctx.needs_input_grad[:2])
+            return *torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], inverse_rms, weight, wanted), None
         normed = x * inverse_rms  # in float32, as 1 / rms is
         dx = dweight = None
         if ctx.needs_input_grad[0]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._decomp import decomposition_table
 
 from minilora.qlora import ops
 from minilora.qlora.ops import DropoutMask
@@ -25,6 +26,16 @@ def test_rms_norm_equals_its_reference() -> None:
 
 def test_rms_norm_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (random(5, 8), random(8)))
+
+
+def test_rms_norm_gradient_is_what_pytorch_defines_its_operator_of_a_gpu_as() -> None:
+    """A CPU has no kernel for the operator, only its definition."""
+    x, dy = torch.randn(2, 5, 8, dtype=torch.float64)
+    weight = torch.randn(8, dtype=torch.float64)
+    exact = torch.autograd.functional.vjp(lambda x, w: ops.rms_norm_reference(x, w, 1e-6), (x, weight), dy)[1]
+    define = decomposition_table[torch.ops.aten._fused_rms_norm_backward.default]
+    _, scale = ops.rms_norm_and_scale(x, weight, 1e-6)
+    torch.testing.assert_close(define(dy, x, x.shape[-1:], scale, weight, [True, True]), exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
