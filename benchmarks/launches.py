@@ -31,6 +31,7 @@ from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.prompt import Example
 from minilora.system.cli import build_parser, run_script
+from minilora.weights.stacked_scales import stack_scales
 
 LENGTHS = (58, 64, 71, 77, 90, 106, 136, 196)  # tokens of the reviews, of which the first 40 are the instruction
 PREFIX = 40
@@ -42,7 +43,7 @@ NO_KERNEL = {
 }
 # fmt: on
 WEIGHTED = {"bitsandbytes.gemm_4bit.default": 4}
-SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
 HEADS: dict[str, int] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 Passes = tuple[Counter[str], Counter[str]]  # forward and backward
@@ -87,6 +88,8 @@ def count_minilora(layers: int, dropout: float, gradient_checkpointing: bool) ->
         if isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, Linear4bit(quantize(module.weight), module.bias))
+    for layer in model.model.layers:
+        stack_scales(layer)
     attach(model, LoraConfig(r=8, alpha=16, dropout=dropout), seed=0)
     model.train().model.gradient_checkpointing = gradient_checkpointing
     batch = pack(examples())

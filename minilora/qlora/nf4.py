@@ -56,34 +56,28 @@ class QuantizedTensor:
     nested_code: torch.Tensor | None = None  # (256,) float32, the levels of the scales
     offset: torch.Tensor | None = None  # (1,) float32, the mean of the scales
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """(out, in) `dtype`, a new constant tensor; products in float32, rounded once.
+    def dequantize(self, dtype: torch.dtype, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """(out, in) `dtype`, a new constant tensor; products in float32, rounded once. `scales` are made if not given.
 
         A tenth of the time makes the scales from 8 bits: too little to keep them in float32 beside.
         """
+        scales = self.scales() if scales is None else scales
         if not bnb.is_available():
-            return _dequantize_in_pytorch(self, dtype)
+            return _dequantize_in_pytorch(self, scales, dtype)
         # The AVX512 kernel begins a new block with every row and the quantiser does not, so bitsandbytes 0.50.2
         # returns another weight where `in` is a multiple of 16 and not of 64. As one long row it comes out right.
         whole = self.shape[1] % BLOCK_SIZE == 0
         rows = self.shape if whole else (1, 2 * self.packed.numel())
         kind = {"blocksize": BLOCK_SIZE, "quant_type": self.quant_type, "shape": rows, "dtype": dtype}
         # The operator under bitsandbytes.functional.dequantize_4bit: no state object to build on each call.
-        dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, self.scales(), **kind)
+        dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(self.packed, scales, **kind)
         return dense if whole else dense.view(-1)[: self.shape.numel()].view(self.shape)
 
     def scales(self) -> torch.Tensor:
         """(blocks,) float32 absmax of each block, made from 8 bits where they are quantised too."""
         if self.offset is None or self.nested_absmax is None or self.nested_code is None:  # the three come together
             return self.absmax
-        if bnb.is_available():
-            dequantize = torch.ops.bitsandbytes.dequantize_blockwise.default
-            kind = {"blocksize": ABSMAX_BLOCK_SIZE, "dtype": torch.float32}
-            scales = dequantize(self.absmax, self.nested_absmax, self.nested_code, **kind)
-        else:
-            wide = self.nested_absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: self.absmax.numel()]
-            scales = self.nested_code[self.absmax.int()] * wide
-        return scales.add_(self.offset)
+        return dequantize_scales(self.absmax, self.nested_absmax, self.nested_code).add_(self.offset)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -142,6 +136,7 @@ class Linear4bit(nn.Module):
     bias: torch.Tensor | None  # (out,) compute dtype
     cache_dequantized = False  # keep the dense weight: speed for memory, 2 bytes per parameter in bfloat16
     gemv: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None  # (x, bias) -> y, for few tokens
+    stacked: Callable[[], torch.Tensor] | None = None  # its scales, made together with those of other layers
     _dense: torch.Tensor | None = None
 
     def __init__(self, weight: QuantizedTensor, bias: torch.Tensor | None):
@@ -179,7 +174,7 @@ class Linear4bit(nn.Module):
         """(out, in) `dtype`, constant: dequantised, unless it is kept."""
         if self._dense is not None and self._dense.dtype == dtype:
             return self._dense
-        dense = self.weight.dequantize(dtype)
+        dense = self.weight.dequantize(dtype, None if self.stacked is None else self.stacked())
         if self.cache_dequantized:
             self._dense = dense
         return dense
@@ -191,7 +186,7 @@ class Linear4bit(nn.Module):
             # Bytes have a device and no floating-point type, so `fn` can only move them.
             return fn(tensor) if tensor is self.bias else fn(tensor.view(torch.uint8)).view(tensor.dtype)
 
-        self._dense = self.gemv = None
+        self._dense = self.gemv = self.stacked = None
         return super()._apply(move, recurse)
 
 
@@ -283,10 +278,18 @@ def _dynamic_levels() -> torch.Tensor:
     return torch.cat(levels).sort().values
 
 
-def _dequantize_in_pytorch(quantized: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_scales(codes: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """(blocks,) float32, their mean not yet added."""
+    if bnb.is_available():
+        kind = {"blocksize": ABSMAX_BLOCK_SIZE, "dtype": torch.float32}
+        scales: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(codes, absmax, levels, **kind)
+        return scales
+    return levels[codes.int()] * absmax.repeat_interleave(ABSMAX_BLOCK_SIZE)[: codes.numel()]
+
+
+def _dequantize_in_pytorch(quantized: QuantizedTensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As bitsandbytes, except what its processor decides: the sign of an FP4 zero, and bfloat16 below 1.2e-38."""
     levels = torch.tensor(LEVELS[quantized.quant_type], device=quantized.packed.device)
     pairs = torch.cartesian_prod(levels, levels)  # row b: the two levels of byte b
     values = pairs.index_select(0, quantized.packed.view(-1).int()).view(-1)[: quantized.shape.numel()]
-    scales = quantized.scales().repeat_interleave(BLOCK_SIZE)[: values.numel()]
-    return (values * scales).to(dtype).view(quantized.shape)
+    return (values * scales.repeat_interleave(BLOCK_SIZE)[: values.numel()]).to(dtype).view(quantized.shape)

@@ -32,6 +32,7 @@ from minilora.weights.safetensors_io import (
     read_tensor,
     show_problems,
 )
+from minilora.weights.stacked_scales import stack_scales
 
 PROJECTION = "_proj.weight"  # how the name of a weight ends that can be in 4 bits
 LARGE_BYTES = 1 << 20  # of a tensor after whose conversion the heap is worth trimming
@@ -141,6 +142,8 @@ def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[
             setattr(module, attribute, nn.Parameter(weights.dense(name), requires_grad=False))
         if on_progress is not None:
             on_progress(done, len(names))
+    for layer in model.model.layers:
+        stack_scales(layer)
     trim_heap()
 
 
