@@ -33,11 +33,11 @@ from minilora.adapters.attach import parameter_groups
 from minilora.adapters.optimizers import build_optimizer
 from minilora.config import Config, LoraConfig, load_config
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
-from minilora.qlora import bnb
 from minilora.qlora.batch import MicroBatch, pack
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
+from minilora.system import bnb
 from minilora.weights.safetensors_io import dtype_name
 
 FLOOR_TOKENS = (512, 2048, 8192)

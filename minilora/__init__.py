@@ -5,7 +5,7 @@
 A folder imports only what stands above it here; tests/test_structure.py holds that.
 
     errors        the one exception that a user's mistake raises
-    system        console, arguments and exit status, signals, files, checksums, strict YAML, ranks and torchrun
+    system        console, arguments and exit status, signals, files, checksums, strict YAML, ranks, bitsandbytes
     config        YAML and section.key=value -> one frozen Config, all problems in one error
     qlora         the hour: QLoRA itself, from text to an optimizer step
     data          files -> fields -> records -> clean, deduplicated splits -> examples; names on the hub -> folders
@@ -31,7 +31,7 @@ Reading order of qlora/, an hour:
     optim           AdamW; the learning rate as a function of the step
     step            one optimizer step: micro-batches -> loss -> gradient -> clip -> update
 
-Beside them: bnb (bitsandbytes, imported on first use), dora, kv_cache, checkpointing.
+Beside them: flash (attention's one call on a GPU), dora, kv_cache, checkpointing.
 
 Order of data/, from a file to what a step takes:
 

@@ -63,7 +63,7 @@ def test_only_the_top_knows_the_configuration() -> None:
 def test_nobody_needs_the_libraries_that_we_compare_with(path: Path) -> None:
     packages = {name.partition(".")[0] for name in imported_names(path)}
     assert not packages & {"transformers", "peft", "accelerate", "trl", "sklearn", "datasets"}
-    assert ("bitsandbytes" in packages) == (path == PACKAGE / "qlora" / "bnb.py")
+    assert ("bitsandbytes" in packages) == (path == PACKAGE / "system" / "bnb.py")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

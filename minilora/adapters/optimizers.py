@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from minilora.qlora import bnb
 from minilora.qlora.optim import AdamW, AdamWSettings, Optimizer, parameters_of
+from minilora.system import bnb
 
 # bitsandbytes' optimizers, by transformers' names: bits of a moment, and whether it may be paged out.
 BITSANDBYTES_OPTIMIZERS = {

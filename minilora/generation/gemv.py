@@ -28,8 +28,8 @@ from functools import partial
 
 import torch
 
-from minilora.qlora import bnb
 from minilora.qlora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
+from minilora.system import bnb
 
 Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 OUTPUTS = 32  # interleaved

@@ -1,8 +1,9 @@
 """Causal grouped-query attention within the segments of a packed micro-batch.
 
 First the reference, four lines. Then two ways to compute the same: two products and a softmax over padded groups of
-short segments, with the gradient derived, and PyTorch's fused kernel for long ones. Which tokens belong together
-(`batch.SegmentGroup`) becomes tables of indices once a micro-batch, in `split_heads`, for all layers.
+short segments, with the gradient derived, and PyTorch's fused kernel for long ones. A GPU that can takes all segments
+in one call (`flash.py`). Which tokens belong together (`batch.SegmentGroup`) becomes tables of indices once a
+micro-batch, in `split_heads`, for all layers.
 
 Upper-case sizes are explained in `model.py`. Source: arXiv 1706.03762, grouped queries 2305.13245.
 """
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.qlora.batch import SegmentGroup, move_together
+from minilora.qlora.flash import FlashSegments, flash_attention, has_flash, lay_out
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
@@ -99,17 +101,25 @@ class FusedGroup:
     entries: torch.Tensor | None = None  # (M,) int64, where these are in the batch of n * (P + L)
 
 
-AttentionGroup = HeadGroups | FusedGroup
+AttentionGroup = HeadGroups | FusedGroup | FlashSegments
 
 
 def split_heads(
-    groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
+    groups: Sequence[SegmentGroup],
+    heads: int,
+    kv_heads: int,
+    *,
+    num_queries: int,
+    like: torch.Tensor,
+    is_whole: bool = False,
 ) -> tuple[AttentionGroup, ...]:
     """What all layers' attention needs to know of a micro-batch, computed once, on the CPU.
 
     Every query that is no padding is in exactly one of `groups`. `heads` is H and `kv_heads` K, `num_queries` the
-    tokens of q, `like` has q's dtype and the device that the tables go to.
+    tokens of q, `like` has q's dtype and the device that the tables go to. `is_whole`: all tokens are queries.
     """
+    if is_whole and has_flash(like.device, like.dtype) and all(group.last_query is None for group in groups):
+        return (lay_out(groups, num_queries).to(like.device),)
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
     split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []
@@ -284,6 +294,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
     Source: arXiv 2410.02367.
     """
     k = k - k[:1].detach()
+    if isinstance(groups[0], FlashSegments):
+        mixed = flash_attention(q, k, v, groups[0])
+        if mixed.grad_fn is not None:
+            _sum_in_one_order(mixed.grad_fn)
+        return mixed
     short = [group for group in groups if isinstance(group, HeadGroups)]
     out: torch.Tensor = _Attention.apply(q, k, v, *short) if short else torch.zeros_like(q)
     for group in groups:

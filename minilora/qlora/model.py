@@ -194,7 +194,7 @@ class Qwen2Model(nn.Module):
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         split = partial(split_heads, heads=heads, kv_heads=kv_heads, like=hidden)
-        seen = None if groups is None else split(groups, num_queries=len(hidden))
+        seen = None if groups is None else split(groups, num_queries=len(hidden), is_whole=True)
         last_seen = seen
         if positions is not None:
             last_seen = None if last_groups is None else split(last_groups, num_queries=len(positions))

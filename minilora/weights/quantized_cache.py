@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from minilora.errors import UserError
-from minilora.qlora import bnb
 from minilora.qlora.model import Qwen2ForCausalLM
+from minilora.system import bnb
 from minilora.system.console import warn
 from minilora.system.locks import lock_folder
 from minilora.system.manifest import read_manifest, recover_folders, verify_folder

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from minilora.adapters.optimizers import BITSANDBYTES_OPTIMIZERS, build_optimizer
 from minilora.errors import UserError
 from minilora.planning.memory import moments_bytes
-from minilora.qlora import bnb
 from minilora.qlora.optim import AdamWSettings, Optimizer, set_rate
+from minilora.system import bnb
 
 
 def build(parameters: list[torch.nn.Parameter], optim: str) -> Optimizer:

@@ -9,8 +9,8 @@ from minilora.adapters.attach import attach, iter_lora_weights
 from minilora.config import LoraConfig
 from minilora.generation import gemv
 from minilora.generation.gemv import make_product
-from minilora.qlora import bnb
 from minilora.qlora.nf4 import MAX_GEMV_TOKENS, Linear4bit, QuantizedTensor, quantize
+from minilora.system import bnb
 
 functional = pytest.importorskip("bitsandbytes.functional", reason="the kernels are bitsandbytes'")
 needs_kernel = pytest.mark.skipif(not gemv._is_order_right(), reason="this processor has no AVX512-BF16")

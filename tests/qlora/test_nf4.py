@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from minilora.qlora import bnb, nf4
+from minilora.qlora import nf4
 from minilora.qlora.nf4 import Linear4bit, quantize
+from minilora.system import bnb
 
 TYPES = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -343,7 +344,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 STEP = """
 import logging, sys, torch
-from minilora.qlora import bnb
+from minilora.system import bnb
 from minilora.qlora.nf4 import Linear4bit, quantize
 torch.manual_seed(0)
 for _ in range(2):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.qlora import bnb
 from minilora.qlora.nf4 import Linear4bit, quantize
+from minilora.system import bnb
 from minilora.weights import stacked_scales
 from minilora.weights.load import load_model
 from minilora.weights.stacked_scales import stack_scales

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.qlora import bnb
+from minilora.system import bnb
 
 
 class ErrorHandlerMockBNBNativeLibrary:

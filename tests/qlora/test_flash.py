@@ -1,0 +1,114 @@
+"""Sequences laid out for flash attention, whose kernel only a GPU has: here its definition takes its place."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from minilora.qlora import attention as attention_module
+from minilora.qlora import flash
+from minilora.qlora.attention import attention, attention_reference, split_heads
+from minilora.qlora.batch import SegmentGroup, pack, pack_segments
+from minilora.qlora.flash import FlashSegments, lay_out
+from minilora.qlora.prompt import Example
+
+H, K, D = 4, 2, 8
+
+
+def by_definition(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: FlashSegments, *, first_key: bool = False
+) -> torch.Tensor:
+    """What the kernel documents: sequences by their starts, the causal mask ending at the last key."""
+    of_queries, of_keys = (row.tolist() for row in segments.starts)
+    assert (of_queries[-1], of_keys[-1]) == (len(q), len(keys))
+    outs = []
+    for i in range(len(of_queries) - 1):
+        queries, seen = slice(of_queries[i], of_queries[i + 1]), slice(of_keys[i], of_keys[i + 1])
+        size = len(q[queries]), len(keys[seen])
+        assert size[0] <= segments.longest[0]
+        assert size[1] <= segments.longest[1]
+        mask = torch.ones(size, dtype=torch.bool).triu(1 if first_key else 1 + size[1] - size[0])
+        outs.append(attention_reference(q[queries], keys[seen], values[seen], mask))
+    return torch.cat(outs)
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(flash, "_kernel", by_definition)
+
+
+def packed(lengths: list[int], prefix: int) -> tuple[SegmentGroup, ...]:
+    """Groups of examples of so many tokens behind a shared prefix."""
+    ids = [[*range(prefix), 100 + i, *[7] * length] for i, length in enumerate(lengths)]
+    return pack([Example(x, [False] * (len(x) - 1) + [True]) for x in ids]).groups
+
+
+def both(groups: tuple[SegmentGroup, ...], queries: int, tokens: int, real: int) -> tuple[list[Any], list[Any]]:
+    """Results and gradients by flash attention's layout, and by groups of padded segments."""
+    inputs = [
+        torch.randn(n, h, D, dtype=torch.float64, requires_grad=True) for n, h in ((queries, H), *[(tokens, K)] * 2)
+    ]
+    dout = torch.randn(queries, H, D, dtype=torch.float64)
+    dout[real:] = 0
+    found = []
+    for way in ((lay_out(groups, queries),), split_heads(groups, H, K, num_queries=queries, like=inputs[0])):
+        out = attention(*inputs, groups=way)  # type: ignore[misc]
+        found.append([out[:real], *torch.autograd.grad(out, inputs, dout)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("prefix", [1, 5])
+@pytest.mark.parametrize("lengths", [[4, 4], [9, 1, 3, 6], [2, 40, 3]])
+def test_results_and_gradients_are_those_of_padded_groups(lengths: list[int], prefix: int, padding: int) -> None:
+    real = prefix + sum(lengths)
+    found, expected = both(packed(lengths, prefix), real + padding, real + padding, real)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("cached", [0, 4])
+@pytest.mark.parametrize("lengths", [[5], [3, 6, 1]])
+def test_so_they_are_without_a_prefix_and_behind_a_cached_one(lengths: list[int], cached: int, padding: int) -> None:
+    real = sum(lengths)
+    found, expected = both(pack_segments(lengths, cached), real + padding, cached + real + padding, real)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_prefix_is_laid_out_before_each_segment() -> None:
+    segments = lay_out(packed([3, 1], prefix=2), 8)
+    assert segments.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
+    assert segments.own.tolist() == [0, 1, 4, 5, 6, 9, 10, 11]
+    assert segments.copies.tolist() == [0, 1, 2, 3, 7, 8]
+    assert segments.starts.tolist() == [[0, 2, 5, 6, 8], [0, 2, 7, 10, 12]]
+    assert (segments.longest, segments.prefix) == ((3, 5), 2)
+
+
+def test_a_gpu_that_has_it_computes_all_layers_but_the_last_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "has_flash", lambda *_: True)
+    groups, like = packed([3, 700], prefix=2), torch.empty(0)
+    (whole,) = split_heads(groups, H, K, num_queries=720, like=like, is_whole=True)
+    assert isinstance(whole, FlashSegments)
+    assert whole.starts.dtype == torch.int32
+    assert not any(isinstance(g, FlashSegments) for g in split_heads(groups, H, K, num_queries=720, like=like))
+
+
+def test_a_kernel_is_taken_if_it_gives_what_its_definition_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> torch.Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    def aligned_at_the_first_key(*given: Any) -> torch.Tensor:
+        return by_definition(*given, first_key=True)
+
+    cpu = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.inference_mode():
+            assert flash._is_right(cpu, dtype)
+    for kernel in (missing, aligned_at_the_first_key):
+        monkeypatch.setattr(flash, "_kernel", kernel)
+        assert not flash._is_right(cpu, torch.bfloat16)
+
+
+def test_a_cpu_has_none() -> None:
+    assert not flash.has_flash(torch.device("cpu"), torch.bfloat16)
