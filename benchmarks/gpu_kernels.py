@@ -270,9 +270,9 @@ def _attention(
 
 
 def attention_groups(batch: MicroBatch, q: torch.Tensor, k: torch.Tensor, only_supervised: bool = False) -> Any:
-    """What attention is told of a micro-batch, as the model makes it once for all layers."""
+    """What attention is told of a micro-batch, as the model makes it once for all layers, or for the last one."""
     groups = batch.last_groups if only_supervised else batch.groups
-    return split_heads(groups, q.shape[1], k.shape[1], num_queries=len(q), like=q)
+    return split_heads(groups, q.shape[1], k.shape[1], num_queries=len(q), like=q, is_whole=not only_supervised)
 
 
 def dense_mask(examples: Sequence[Example], tokens: int) -> torch.Tensor:
@@ -288,13 +288,20 @@ def dense_mask(examples: Sequence[Example], tokens: int) -> torch.Tensor:
 
 
 def measure_attention(options: Options, findings: Findings) -> None:
-    """Time and memory of one segment's attention, forward and backward, beside PyTorch's own."""
+    """Time and memory of attention, forward and backward: reviews in one call and in groups, chats beside PyTorch's."""
     if not options.is_gpu:
-        findings.skip("attention of one segment beside PyTorch's", NOT_ON_CPU)
+        findings.skip("attention in one call and in groups, and beside PyTorch's", NOT_ON_CPU)
         return
+    batch = pack(review_examples(review_lengths(8), vocab_size=500))
+    qkv = _inputs(len(batch.input_ids), options)
+    for name, is_whole in (("as the model computes it", True), ("in groups of padded segments", False)):
+        name = f"attention of eight reviews, {name}"
+        with findings.attempt(name):
+            given = {"num_queries": len(batch.input_ids), "like": qkv[0], "is_whole": is_whole}
+            ours = partial(attention, groups=split_heads(batch.groups, HEADS, KV_HEADS, **given))
+            findings.figure(name, **_cost_of_attention(ours, qkv))
     for tokens in (512, 4096) if options.small else (512, 4096, 16_384):
-        shapes = ((tokens, HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM))
-        qkv = [torch.randn(s, device=options.device, dtype=options.dtype, requires_grad=True) for s in shapes]
+        qkv = _inputs(tokens, options)
         groups = attention_groups(pack([chat_example(tokens, vocab_size=500)]), qkv[0], qkv[1])
         ours = partial(attention, groups=groups)
         for name, way in (("minilora's", ours), ("PyTorch's, in any order of sums", _attention_by_pytorch)):
@@ -304,6 +311,11 @@ def measure_attention(options: Options, findings: Findings) -> None:
                     findings.figure(name, **_cost_of_attention(way, qkv))
                 except torch.OutOfMemoryError:  # before sm80 PyTorch's has T x T scores
                     findings.skip(name, "it takes more memory than there is")
+
+
+def _inputs(tokens: int, options: Options) -> list[torch.Tensor]:
+    shapes = ((tokens, HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM))
+    return [torch.randn(s, device=options.device, dtype=options.dtype, requires_grad=True) for s in shapes]
 
 
 def _attention_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ time the device works; the same steps by peft. Sizes with `--small` show that it
 
 import gc
 import importlib.util
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from minilora.adapters.optimizers import build_optimizer
 from minilora.config import Config, LoraConfig, load_config
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.qlora.batch import MicroBatch, pack
+from minilora.qlora.flash import has_flash
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
@@ -74,13 +74,13 @@ def check_environment(options: Options, findings: Findings) -> None:
     properties = torch.cuda.get_device_properties(0)
     findings.figure(
         "device",
-        {"varlen_attention": _varlen_signature()},
         gpu=properties.name,
         capability=f"{properties.major}.{properties.minor}",
         multiprocessors=properties.multi_processor_count,
         memory_gb=properties.total_memory / 1e9,
         cuda=torch.version.cuda,
         dtype=dtype_name(options.dtype),
+        flash_attention=has_flash(torch.device("cuda", 0), options.dtype),
     )
     findings.check(
         "bitsandbytes counts as available only with its CUDA library",
@@ -106,15 +106,6 @@ def measure_floors(options: Options, findings: Findings, token_counts: Sequence[
                 token_s = measure_matmul(config, tokens, options.dtype, options.device)
                 tflop_per_s = flop_per_token(config) / token_s / 1e12
                 findings.figure(name, ms=1e3 * tokens * token_s, tokens_per_s=1 / token_s, tflop_per_s=tflop_per_s)
-
-
-def _varlen_signature() -> str:
-    """Of PyTorch's attention over packed segments, which differs between versions; empty where there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return ""
-    return str(inspect.signature(varlen_attn))
 
 
 # ---- Shapes

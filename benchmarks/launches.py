@@ -3,10 +3,11 @@
     python benchmarks/launches.py
 
 On a fast GPU a small model waits for the processor, which needs 6 to 10 us to start a kernel, so this count decides
-there and not the arithmetic. Operators are counted as PyTorch and bitsandbytes dispatch them, on the CPU; views and
-buffers without a value start none. A norm's forward is nine operators there and one kernel on a GPU, which starts 16
-fewer a layer. Eight reviews of 58 to 196 tokens; a layer's share is half the difference between a model of four layers
-and one of two. bitsandbytes' `gemm_4bit` counts as the four operators that it is in training.
+there and not the arithmetic. Operators are counted as PyTorch and bitsandbytes dispatch them; views and buffers without
+a value start none. What a GPU with flash attention would be given is traced on a device without values
+(`fake_device.py`), and needs no GPU; everything else is counted on the CPU, peft's too, where a norm's forward is nine
+operators in place of one kernel. Eight reviews of 58 to 196 tokens; a layer's share is half the difference between a
+model of four layers and one of two. bitsandbytes' `gemm_4bit` counts as the four operators that it is in training.
 transformers and peft take part where they are installed. The last line is JSON.
 """
 
@@ -15,10 +16,12 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from fake_device import moved_batch, on_device
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +43,7 @@ NO_KERNEL = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "split", "split_with_sizes", "unsqueeze",
     "squeeze", "detach", "alias", "as_strided", "permute", "unbind", "reshape", "_reshape_alias", "lift_fresh", "empty",
     "new_empty", "empty_like", "empty_strided", "_local_scalar_dense", "is_same_size", "sym_size", "promote_types",
+    "device",
 }
 # fmt: on
 WEIGHTED = {"bitsandbytes.gemm_4bit.default": 4}
@@ -78,8 +82,8 @@ def examples() -> list[Example]:
     return [Example(x, [False] * (len(x) - 2) + [True] * 2) for x in ids]
 
 
-def count_minilora(layers: int, dropout: float, gradient_checkpointing: bool) -> Passes:
-    """NF4 with double quantisation, LoRA r 8 in all projections, bfloat16."""
+def count_minilora(layers: int, dropout: float, gradient_checkpointing: bool, is_gpu: bool = False) -> Passes:
+    """NF4 with double quantisation, LoRA r 8 in all projections, bfloat16; on this CPU, or as a GPU is given it."""
     config = Qwen2Config(
         **SIZES, **HEADS, num_hidden_layers=layers, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True
     )
@@ -93,7 +97,8 @@ def count_minilora(layers: int, dropout: float, gradient_checkpointing: bool) ->
     attach(model, LoraConfig(r=8, alpha=16, dropout=dropout), seed=0)
     model.train().model.gradient_checkpointing = gradient_checkpointing
     batch = pack(examples())
-    with cast_once(model, torch.bfloat16):
+    with on_device(model, has_flash=True) if is_gpu else nullcontext(), cast_once(model, torch.bfloat16):
+        batch = moved_batch(batch) if is_gpu else batch
         return count_passes(model, lambda: next_token_nll(model(batch), batch.targets, model.head_weight)[0])
 
 
@@ -146,6 +151,9 @@ def main() -> None:
         "minilora": lambda layers: count_minilora(layers, 0.0, False),
         "minilora, dropout 0.05": lambda layers: count_minilora(layers, 0.05, False),
         "minilora, checkpointing": lambda layers: count_minilora(layers, 0.0, True),
+        "minilora on a GPU": lambda layers: count_minilora(layers, 0.0, False, is_gpu=True),
+        "minilora on a GPU, dropout 0.05": lambda layers: count_minilora(layers, 0.05, False, is_gpu=True),
+        "minilora on a GPU, checkpointing": lambda layers: count_minilora(layers, 0.0, True, is_gpu=True),
     }
     try:
         import peft  # noqa: F401

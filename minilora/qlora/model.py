@@ -74,7 +74,7 @@ class RMSNorm(nn.Module):
     def recomputable(self, x: torch.Tensor) -> tuple[torch.Tensor, Recompute]:
         """The same, and how it is computed in backward."""
         y, inverse_rms = ops.rms_norm_and_scale(x, self.weight, self.eps)
-        return y, Recompute(ops.scaled_rms_norm, (x, self.weight, inverse_rms))
+        return y, Recompute(partial(ops.recomputed_rms_norm, eps=self.eps), (x, self.weight, inverse_rms))
 
 
 class Embedding(nn.Embedding):

@@ -43,7 +43,7 @@ def test_rms_norm_from_the_kept_scale_has_the_same_bits(dtype: torch.dtype) -> N
     x, weight = (torch.randn(size) * 30 for size in ((70, 96), (96,)))
     y, inverse_rms = ops.rms_norm_and_scale(x.to(dtype), weight.to(dtype), 1e-6)
     assert inverse_rms.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.equal(ops.scaled_rms_norm(x.to(dtype), weight.to(dtype), inverse_rms), y)
+    assert torch.equal(ops.recomputed_rms_norm(x.to(dtype), weight.to(dtype), inverse_rms, eps=1e-6), y)
 
 
 def test_rms_norm_of_large_float16_values_is_finite() -> None:

@@ -1,89 +1,44 @@
-"""A training pass and a decode step on a device that is not the CPU, without owning one.
+"""A training pass and a decode step on a device that is not the CPU, without owning one (`benchmarks/fake_device.py`).
 
-PyTorch's FakeTensorMode computes shapes, strides and devices, and no values. So a tensor that was left on the CPU, a
-value that the processor would wait for and a view that a GPU's layout does not allow are errors here. `lazy` is a
-device for which this build has no kernels; a fake `cuda` needs a CUDA build, and a card in backward.
+A tensor that was left on the CPU, a value that the processor would wait for and a view that a GPU's layout does not
+allow are errors here.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from benchmarks.fake_device import DEVICE, moved_batch, on_device
 from minilora.adapters.attach import attach, lora_parameters
 from minilora.config import LoraConfig
 from minilora.generation.decode import GenerationConfig, choose
 from minilora.qlora import model as model_module
-from minilora.qlora.attention import AttentionGroup, FusedGroup, HeadGroups
-from minilora.qlora.batch import SegmentGroup, pack
+from minilora.qlora.attention import FusedGroup, HeadGroups
+from minilora.qlora.batch import pack
+from minilora.qlora.flash import FlashSegments
 from minilora.qlora.kv_cache import KVCache
 from minilora.qlora.lora import cast_once
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.prompt import Example
+from minilora.weights.stacked_scales import stack_scales
 
-DEVICE = torch.device("lazy")
 NOWHERE = torch.device("meta")  # of a gradient that is missing
 CONFIG = Qwen2Config(
     vocab_size=512,
-    hidden_size=64,
-    intermediate_size=128,
+    hidden_size=256,
+    intermediate_size=512,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     rms_norm_eps=1e-6,
     rope_theta=1e6,
 )
-TABLES = ("input_ids", "position_ids", "supervised_positions", "targets", "example_indices", "weights")
-
-
-def moved(value: Any) -> Any:
-    """Tensors as fake ones on the device, within tuples and the dataclasses of attention too; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return torch.empty(value.shape, dtype=value.dtype, device=DEVICE)
-    if isinstance(value, tuple):
-        return tuple(map(moved, value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
-    return value
-
-
-@contextmanager
-def on_device(model: Qwen2ForCausalLM) -> Iterator[None]:
-    """Inside it the model's tensors are fake ones on the device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(moved(parameter.data), parameter.requires_grad))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, moved(buffer))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _real_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables of indices are made of values on the CPU, and only then go to the device."""
-    make, pack_segments = model_module.split_heads, model_module.pack_segments
-
-    def split_heads(
-        groups: Sequence[SegmentGroup], heads: int, kv_heads: int, *, num_queries: int, like: torch.Tensor
-    ) -> tuple[AttentionGroup, ...]:
-        with unset_fake_temporarily():
-            split = make(groups, heads, kv_heads, num_queries=num_queries, like=torch.empty(0, dtype=like.dtype))
-        return tuple(moved(group) for group in split)
-
-    def on_cpu(*given: Any) -> tuple[SegmentGroup, ...]:
-        with unset_fake_temporarily():
-            return pack_segments(*given)
-
-    monkeypatch.setattr(model_module, "split_heads", split_heads)
-    monkeypatch.setattr(model_module, "pack_segments", on_cpu)
 
 
 def build(dtype: torch.dtype = torch.bfloat16, quantized: bool = True, **lora: Any) -> Qwen2ForCausalLM:
@@ -93,6 +48,8 @@ def build(dtype: torch.dtype = torch.bfloat16, quantized: bool = True, **lora: A
         if quantized and isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
             setattr(model.model.get_submodule(parent), name, Linear4bit(quantize(module.weight), module.bias))
+    for layer in model.model.layers:
+        stack_scales(layer)
     attach(model, LoraConfig(r=4, alpha=8, **lora), seed=0)
     return model.train()
 
@@ -103,11 +60,13 @@ def examples(lengths: Sequence[int]) -> list[Example]:
     return [Example(x, [False] * (len(x) - 2) + [True] * 2) for x in ids]
 
 
-def train(model: Qwen2ForCausalLM, lengths: Sequence[int], weights: Sequence[float] = ()) -> set[torch.device]:
+def train(
+    model: Qwen2ForCausalLM, lengths: Sequence[int], weights: Sequence[float] = (), has_flash: bool = False
+) -> set[torch.device]:
     """Where the gradients of one pass are."""
     batch = pack(examples(lengths), weights=weights)
-    with on_device(model):
-        batch = replace(batch, **{name: moved(getattr(batch, name)) for name in TABLES})
+    with on_device(model, has_flash):
+        batch = moved_batch(batch)
         with cast_once(model, model.head_weight.dtype):
             nll, _ = next_token_nll(model(batch), batch.targets, model.head_weight, batch.weights)
             nll.backward()
@@ -136,17 +95,24 @@ def test_a_training_pass_mixes_no_devices_and_waits_for_no_value(
     assert train(build(**kind), lengths) == {DEVICE}
 
 
+@pytest.mark.parametrize("has_flash", [False, True])
 @pytest.mark.parametrize("lengths", [SHORT, LONG, MIXED])
-def test_neither_does_one_with_checkpointing_and_weights(lengths: tuple[int, ...]) -> None:
+def test_neither_does_one_with_checkpointing_and_weights(lengths: tuple[int, ...], has_flash: bool) -> None:
     model = build(dropout=0.1)
     model.model.gradient_checkpointing = True
-    assert train(model, lengths, weights=[0.5] * len(lengths)) == {DEVICE}
+    assert train(model, lengths, [0.5] * len(lengths), has_flash) == {DEVICE}
 
 
-def test_nor_do_prefilling_and_decoding() -> None:
+@pytest.mark.parametrize("lengths", [SHORT, LONG, MIXED])
+def test_nor_does_one_with_flash_attention(lengths: tuple[int, ...]) -> None:
+    assert train(build(), lengths, has_flash=True) == {DEVICE}
+
+
+@pytest.mark.parametrize("has_flash", [False, True])
+def test_nor_do_prefilling_and_decoding(has_flash: bool) -> None:
     model = build().eval()
     caches = [KVCache() for _ in model.model.layers]
-    with on_device(model), torch.inference_mode():
+    with on_device(model, has_flash), torch.inference_mode():
         for count in (7, 1):
             hidden = model.prefill(torch.zeros(count, dtype=torch.int64, device=DEVICE), caches)
             assert hidden.device.type == "lazy"
@@ -169,12 +135,15 @@ def test_a_mistake_would_show() -> None:
             there.sum().item()
 
 
-def test_the_tables_are_of_both_kinds() -> None:
+@pytest.mark.parametrize(
+    ("has_flash", "expected"), [(False, {HeadGroups, FusedGroup}), (True, {FlashSegments})], ids=["groups", "flash"]
+)
+def test_the_tables_are_of_all_kinds(has_flash: bool, expected: set[type]) -> None:
     model, kinds = build(), []
     make = model_module.split_heads
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             model_module, "split_heads", lambda *given, **named: kinds.append(make(*given, **named)) or kinds[-1]
         )
-        train(model, MIXED)
-    assert {type(group) for group in kinds[0]} == {HeadGroups, FusedGroup}
+        train(model, MIXED, has_flash=has_flash)
+    assert {type(group) for group in kinds[0]} == expected
