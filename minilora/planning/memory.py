@@ -106,6 +106,7 @@ class BatchShape:
     longest: int  # tokens of the longest example that the model reads, with the prefix
     scored_tokens: int = 0  # T of the largest pass of a validation before `scoring_tokens` caps it; 0 leaves it out
     label_tokens: int = 0  # of the label words behind each example of such a pass, uncapped too
+    padding: float = 1.0  # queries * keys of attention's largest group, which is padded, over T * longest
 
 
 @dataclass(frozen=True)
@@ -316,5 +317,6 @@ def _attention_backward(model: Qwen2Config, shape: BatchShape, width: int) -> in
     """Elements that the backward pass of a layer's attention takes, less gate and up, which are freed by then."""
     is_fused = shape.longest >= FUSED_KEYS  # then only shorter examples that are packed with it have scores
     tokens, keys = (shape.tokens - shape.longest, FUSED_KEYS) if is_fused else (shape.tokens, shape.longest)
-    scores = min(tokens * keys * model.num_attention_heads, MAX_SCORES_BYTES // width)
+    scores = round(tokens * keys * shape.padding)
+    scores = min(scores * model.num_attention_heads, MAX_SCORES_BYTES // width)
     return ATTENTION_COPIES * scores - shape.tokens * (2 * model.intermediate_size - 3 * model.hidden_size)

@@ -20,7 +20,7 @@ from minilora.data.token_store import TokenStore
 from minilora.evaluation.label_trie import LabelTrie
 from minilora.evaluation.score import LABEL_SHARE, MAX_TOKENS, ScoringOptions, iter_batches
 from minilora.planning.memory import BatchShape, Machine, MemoryEstimate, count_parameters, estimate_memory
-from minilora.qlora.batch import count_packed_tokens, round_up_tokens
+from minilora.qlora.batch import count_packed_scores, count_packed_tokens, round_up_tokens
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import Example
 from minilora.weights.hf_config import read_config
@@ -112,12 +112,13 @@ def largest_batch(
     scored = next(iter_batches(inputs, ScoringOptions(train.per_device_eval_batch_size)))
     scored_tokens = round_up_tokens(int((inputs[scored] - 1 - examples.common_prefix).sum()))
     inputs -= 1 + behind
-    tokens = supervised = 0
+    longest = int(inputs.max())
+    tokens, supervised, padding = 0, 0, 1.0
     if train.max_tokens_per_micro_batch is not None or ranks > 1:
         for batch in chain.from_iterable(epoch_batches(config, examples, epoch, ranks) for epoch in range(epochs)):
-            tokens = max(tokens, count_packed_tokens(batch))
+            tokens, padding = max((tokens, padding), _size(batch, longest))
             supervised = max(supervised, sum(sum(example.supervised) for example in batch))
-        return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens=label_tokens)
+        return BatchShape(tokens, supervised, longest, scored_tokens, label_tokens, padding)
     starts = np.arange(0, len(examples), size)
     others = np.diff(starts, append=len(examples)) - 1
     for epoch in range(epochs):
@@ -128,8 +129,14 @@ def largest_batch(
             if round_up_tokens(int(at_most[index])) <= tokens:
                 break
             chosen = order[starts[index] : starts[index] + size]
-            tokens = max(tokens, count_packed_tokens([examples[i] for i in chosen]))
-    return BatchShape(tokens, supervised, int(inputs.max()), scored_tokens, label_tokens=label_tokens)
+            tokens, padding = max((tokens, padding), _size([examples[i] for i in chosen], longest))
+    return BatchShape(tokens, supervised, longest, scored_tokens, label_tokens, padding)
+
+
+def _size(batch: Sequence[Example], longest: int) -> tuple[int, float]:
+    """`tokens` and `padding` of a `BatchShape`; at least 1, for one with fewer tokens may have longer examples."""
+    tokens = count_packed_tokens(batch)
+    return tokens, max(1.0, count_packed_scores(batch) / (tokens * longest))
 
 
 def uniform_batch(config: Config) -> BatchShape:
@@ -142,7 +149,8 @@ def uniform_batch(config: Config) -> BatchShape:
         at_most = next(fitting, 1)
         count = math.ceil(in_step / math.ceil(in_step / at_most))  # evenly, as `split_into_micro_batches`
     scored = max(1, min(train.per_device_eval_batch_size, MAX_TOKENS // (inputs + 1)))
-    return BatchShape(round_up_tokens(count * inputs), count * ANSWER_TOKENS, inputs, round_up_tokens(scored * inputs))
+    tokens, scored_tokens = round_up_tokens(count * inputs), round_up_tokens(scored * inputs)
+    return BatchShape(tokens, count * ANSWER_TOKENS, inputs, scored_tokens)
 
 
 def estimate_run_memory(

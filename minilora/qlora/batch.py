@@ -29,9 +29,9 @@ import torch
 
 from minilora.qlora.prompt import Example
 
-# Segments of one attention call are padded to the longest of them. A new group starts where that padding would exceed
-# this share of the group: fewer groups mean fewer small kernels, more padding means more work.
-MAX_GROUP_PADDING = 0.4
+# Segments of one attention call are padded to the longest of them. A new group starts where more than this share of
+# the scores would be padding: fewer groups mean fewer small kernels, more padding means more work.
+MAX_PADDED_SCORES = 0.5
 # PyTorch's fused attention from here on (`attention.py`): slower at 512 keys on a CPU, faster at 768, and more exact.
 FUSED_KEYS = 600
 
@@ -96,7 +96,7 @@ class MicroBatch:
     """What one forward and backward pass needs.
 
     Attributes:
-        input_ids: (T,) int64; the last few may be padding, which nothing attends to and which sends nothing back.
+        input_ids: (T,) int64; the last few may be padding, which no segment attends to and which sends nothing back.
         position_ids: (T,) int64, each segment counting on from the prefix.
         groups: which tokens attend to which, for `attention.py`.
         last_groups: the same with only the supervised positions as queries, numbered 0..S-1: the last layer's.
@@ -167,7 +167,7 @@ def pack(
         supervised_positions += [start + position - 1 - prefix for position in own]
         targets += [example.input_ids[position] for position in own]
         example_indices += [index] * len(own)
-    spans = _group_spans(list(pairwise(starts)))
+    spans = _group_spans(list(pairwise(starts)), prefix)
     padding = [0] * (round_up_tokens(len(input_ids)) - len(input_ids))
     return MicroBatch(
         input_ids=torch.tensor(input_ids + padding),
@@ -189,6 +189,13 @@ def count_packed_tokens(examples: Sequence[Example]) -> int:
     return round_up_tokens(prefix + sum(len(example.input_ids) - 1 - prefix for example in examples))
 
 
+def count_packed_scores(examples: Sequence[Example]) -> int:
+    """Queries * keys of the largest group of `pack(examples)`, with padding, as attention has them at a time."""
+    prefix = common_prefix(examples)
+    groups = _group_spans([(prefix, len(example.input_ids) - 1) for example in examples], prefix)
+    return max(len(group) * _scores(group[-1], prefix) for group in groups)
+
+
 def round_up_tokens(tokens: int) -> int:
     """T of a micro-batch of `tokens`: the next number of five significant bits."""
     step = 1 << max(tokens.bit_length() - 5, 0)
@@ -198,7 +205,7 @@ def round_up_tokens(tokens: int) -> int:
 def pack_segments(lengths: Sequence[int], cached_prefix: int = 0) -> tuple[SegmentGroup, ...]:
     """Attention groups of segments of these lengths, one after another, behind `cached_prefix` tokens of a KV cache."""
     starts = accumulate(lengths, initial=cached_prefix)
-    return _build_groups(cached_prefix, _group_spans(list(pairwise(starts))), cached_prefix)
+    return _build_groups(cached_prefix, _group_spans(list(pairwise(starts)), cached_prefix), cached_prefix)
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
@@ -210,13 +217,18 @@ def common_prefix(examples: Sequence[Example]) -> int:
     return next((position for position in range(limit) if first[position] != last[position]), max(limit, 0))
 
 
-def _group_spans(spans: Sequence[Span]) -> list[list[Span]]:
+def _scores(span: Span, prefix: int) -> int:
+    length = span[1] - span[0]
+    return length * (prefix + length)
+
+
+def _group_spans(spans: Sequence[Span], prefix: int) -> list[list[Span]]:
     """The segments by similar length."""
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: span[1] - span[0]):
         grown = [*(groups.pop() if groups else []), span]
-        padded = len(grown) * (span[1] - span[0])
-        is_even = sum(end - start for start, end in grown) >= (1 - MAX_GROUP_PADDING) * padded
+        padded = len(grown) * _scores(span, prefix)
+        is_even = sum(_scores(own, prefix) for own in grown) >= (1 - MAX_PADDED_SCORES) * padded
         groups += [grown] if is_even else [grown[:-1], [span]]
     return groups
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +83,15 @@ def test_the_largest_micro_batch_is_that_of_all_epochs_of_a_run(examples: TokenS
         for start in range(0, len(order), 6):
             step = [examples[index] for index in order[start : start + 6]]
             batches += [pack(part) for part in split_into_micro_batches(step, 3, None if tokens == "null" else 100)]
-    assert largest_batch(config, examples) == BatchShape(
+    found = largest_batch(config, examples)
+    largest = [batch for batch in batches if len(batch.input_ids) == found.tokens]
+    longest = max(len(example.input_ids) for example in examples) - 1
+    padded = {max(g.keys.numel() * g.num_keys for g in batch.groups) / (found.tokens * longest) for batch in largest}
+    assert found.padding in {max(1.0, padding) for padding in padded}
+    assert replace(found, padding=1.0) == BatchShape(
         max(len(batch.input_ids) for batch in batches),
         max(batch.num_supervised for batch in batches),
-        max(len(example.input_ids) for example in examples) - 1,
+        longest,
         scored_in_a_pass(config, examples),
     )
 

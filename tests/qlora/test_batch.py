@@ -151,7 +151,9 @@ def test_groups_hold_every_token_once_and_little_padding(lengths: list[int], pre
     tokens = [token for group in packed.groups for _, _, token in real_queries(group)]
     assert sorted(tokens) == list(range(prefix + sum(lengths)))
     for group in packed.groups:
-        assert len(real_queries(group)) >= (1 - batch.MAX_GROUP_PADDING) * group.keys.numel()
+        lengths = group.keys.shape[1] - group.padding.sum(1)
+        scores, padded = (lengths * (group.prefix + lengths)).sum(), group.keys.numel() * group.num_keys
+        assert scores >= (1 - batch.MAX_PADDED_SCORES) * padded
     seen_tokens(packed)
 
 
