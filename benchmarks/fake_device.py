@@ -1,8 +1,8 @@
 """A model on a device that this machine has not: shapes, strides and devices are computed, and no values.
 
 PyTorch's FakeTensorMode traces operators without running them. `lazy` is a device for which this build has no kernels;
-a fake `cuda` needs a CUDA build, and a card in backward. So what runs differently on a GPU, and not only on CUDA, is
-traced as it runs there; flash attention, which is looked for on CUDA alone, where `has_flash` says so.
+a fake `cuda` needs a CUDA build, and a card in backward. So what runs differently where there is no CPU is traced as on
+a GPU, and flash attention where `has_flash` says so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from minilora.qlora import attention as attention_module
 from minilora.qlora import model as model_module
 from minilora.qlora.attention import AttentionGroup
 from minilora.qlora.batch import MicroBatch, SegmentGroup
@@ -65,9 +64,9 @@ def on_device(model: Qwen2ForCausalLM, has_flash: bool = False) -> Iterator[None
         patch.object(torch.ops.aten, "_fused_rms_norm", fused_rms_norm),
         patch.object(model_module, "split_heads", split_heads),
         patch.object(model_module, "pack_segments", on_cpu),
-        patch.object(attention_module, "has_flash", lambda *_: has_flash),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
+        model.model.flash_attention = has_flash
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(moved(parameter.data), parameter.requires_grad))

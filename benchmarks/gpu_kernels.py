@@ -38,6 +38,7 @@ from minilora.qlora.lora import LoRALinear, linear_layers
 from minilora.qlora.loss import next_token_nll
 from minilora.qlora.nf4 import BLOCK_SIZE, LEVELS, QuantizedTensor, quantize
 from minilora.qlora.prompt import Example
+from minilora.weights.flash_probe import has_flash
 
 # Relative error, the norm of the difference over the norm: of an output and of each gradient. bfloat16 has 8 bits, so
 # one rounding is 0.17 % in the mean, and attention's gradients pass several: up to 0.9 % was seen on a CPU. float16 has
@@ -272,7 +273,8 @@ def _attention(
 def attention_groups(batch: MicroBatch, q: torch.Tensor, k: torch.Tensor, only_supervised: bool = False) -> Any:
     """What attention is told of a micro-batch, as the model makes it once for all layers, or for the last one."""
     groups = batch.last_groups if only_supervised else batch.groups
-    return split_heads(groups, q.shape[1], k.shape[1], num_queries=len(q), like=q, is_whole=not only_supervised)
+    flash = not only_supervised and has_flash(q.device, q.dtype, q.shape[-1])
+    return split_heads(groups, q.shape[1], k.shape[1], num_queries=len(q), like=q, flash=flash)
 
 
 def dense_mask(examples: Sequence[Example], tokens: int) -> torch.Tensor:
@@ -294,10 +296,11 @@ def measure_attention(options: Options, findings: Findings) -> None:
         return
     batch = pack(review_examples(review_lengths(8), vocab_size=500))
     qkv = _inputs(len(batch.input_ids), options)
-    for name, is_whole in (("as the model computes it", True), ("in groups of padded segments", False)):
+    ways = {"as the model computes it": has_flash(qkv[0].device, options.dtype, HEAD_DIM), "in padded groups": False}
+    for name, flash in ways.items():
         name = f"attention of eight reviews, {name}"
         with findings.attempt(name):
-            given = {"num_queries": len(batch.input_ids), "like": qkv[0], "is_whole": is_whole}
+            given = {"num_queries": len(batch.input_ids), "like": qkv[0], "flash": flash}
             ours = partial(attention, groups=split_heads(batch.groups, HEADS, KV_HEADS, **given))
             findings.figure(name, **_cost_of_attention(ours, qkv))
     for tokens in (512, 4096) if options.small else (512, 4096, 16_384):

@@ -33,11 +33,11 @@ from minilora.adapters.optimizers import build_optimizer
 from minilora.config import Config, LoraConfig, load_config
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.qlora.batch import MicroBatch, pack
-from minilora.qlora.flash import has_flash
 from minilora.qlora.model import Qwen2Config
 from minilora.qlora.prompt import Example
 from minilora.qlora.step import StepSettings, TrainState, train_step
 from minilora.system import bnb
+from minilora.weights.flash_probe import has_flash
 from minilora.weights.safetensors_io import dtype_name
 
 FLOOR_TOKENS = (512, 2048, 8192)
@@ -80,7 +80,7 @@ def check_environment(options: Options, findings: Findings) -> None:
         memory_gb=properties.total_memory / 1e9,
         cuda=torch.version.cuda,
         dtype=dtype_name(options.dtype),
-        flash_attention=has_flash(torch.device("cuda", 0), options.dtype),
+        flash_attention=has_flash(torch.device("cuda", 0), options.dtype, 64),
     )
     findings.check(
         "bitsandbytes counts as available only with its CUDA library",

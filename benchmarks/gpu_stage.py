@@ -35,6 +35,7 @@ from minilora.qlora.lora import DropoutSeed
 from minilora.qlora.model import Qwen2Config, Qwen2ForCausalLM
 from minilora.qlora.nf4 import Linear4bit, quantize
 from minilora.qlora.prompt import Example
+from minilora.weights.flash_probe import has_flash
 from minilora.weights.stacked_scales import stack_scales
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,7 @@ def random_model(
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     for layer in model.model.layers:
         stack_scales(layer)
+    model.model.flash_attention = has_flash(model.head_weight.device, dtype, config.head_dim)
     dropout_seed = attach(model, lora)
     dropout_seed.set(0, 1, 0)
     return model.train(), dropout_seed

@@ -1,14 +1,15 @@
 """Causal grouped-query attention within the segments of a packed micro-batch.
 
 First the reference, four lines. Then two ways to compute the same: two products and a softmax over padded groups of
-short segments, with the gradient derived, and PyTorch's fused kernel for long ones. A GPU that can takes all segments
-in one call (`flash.py`). Which tokens belong together (`batch.SegmentGroup`) becomes tables of indices once a
-micro-batch, in `split_heads`, for all layers.
+short segments, with the gradient derived, and PyTorch's fused kernel for long ones. Where a GPU has it, one call of
+flash attention takes all segments (`flash.py`). Which tokens belong together (`batch.SegmentGroup`) becomes tables of
+indices once a micro-batch, in `split_heads`, for all layers.
 
 Upper-case sizes are explained in `model.py`. Source: arXiv 1706.03762, grouped queries 2305.13245.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.qlora.batch import SegmentGroup, move_together
-from minilora.qlora.flash import FlashSegments, flash_attention, has_flash, lay_out
+from minilora.qlora.flash import MAX_KEYS, FlashSegments, flash_attention, lay_out, summed_in_one_order
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
@@ -111,15 +112,18 @@ def split_heads(
     *,
     num_queries: int,
     like: torch.Tensor,
-    is_whole: bool = False,
+    flash: bool = False,
 ) -> tuple[AttentionGroup, ...]:
     """What all layers' attention needs to know of a micro-batch, computed once, on the CPU.
 
     Every query that is no padding is in exactly one of `groups`. `heads` is H and `kv_heads` K, `num_queries` the
-    tokens of q, `like` has q's dtype and the device that the tables go to. `is_whole`: all tokens are queries.
+    tokens of q, `like` has q's dtype and the device that the tables go to. `flash`: all tokens are queries, and the
+    device has flash attention.
     """
-    if is_whole and has_flash(like.device, like.dtype) and all(group.last_query is None for group in groups):
-        return (lay_out(groups, num_queries).to(like.device),)
+    if flash and all(group.last_query is None for group in groups):
+        segments = lay_out(groups, num_queries)
+        if len(segments.keys) <= MAX_KEYS * num_queries:
+            return (segments.to(like.device),)
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
     split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []
@@ -268,14 +272,9 @@ def _takes_groups(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def _sum_in_one_order(node: Any) -> None:
-    """Lets a backward pass of PyTorch's be deterministic on a GPU, where the fused ones else add dq by atomics.
-
-    A resumed run needs the bits of an unbroken one, and a mere warning leaves the atomics. Only around this node: else
-    PyTorch would take slow ways, for `index_add_` too, which here adds nothing but zeros where indices meet.
-    """
-    before = torch.get_deterministic_debug_mode()
-    node.register_prehook(lambda _: torch.set_deterministic_debug_mode("error"))
-    node.register_hook(lambda *_: torch.set_deterministic_debug_mode(before))
+    mode = ExitStack()
+    node.register_prehook(lambda _: mode.enter_context(summed_in_one_order()))
+    node.register_hook(lambda *_: mode.close())
 
 
 # ---- All of them
@@ -295,10 +294,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequenc
     """
     k = k - k[:1].detach()
     if isinstance(groups[0], FlashSegments):
-        mixed = flash_attention(q, k, v, groups[0])
-        if mixed.grad_fn is not None:
-            _sum_in_one_order(mixed.grad_fn)
-        return mixed
+        return flash_attention(q, k, v, groups[0])
     short = [group for group in groups if isinstance(group, HeadGroups)]
     out: torch.Tensor = _Attention.apply(q, k, v, *short) if short else torch.zeros_like(q)
     for group in groups:

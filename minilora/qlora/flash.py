@@ -4,28 +4,30 @@
     keys      P P P | P P P a a a a | P P P b b     each segment's own behind a copy of the prefix
 
 The kernel takes sequences of any length one behind the other, and is told where each begins. Its causal mask ends at
-the last key, so the first query of a segment sees the prefix and itself. There are no scores in memory, no masks and no
-padding, and a layer's attention is one launch, where groups of similar length take a dozen each. The gradient of the
-prefix is the sum over its copies, by a reduction: atomics would add them in another order each time.
+the last key, so the first query of a segment sees the prefix and itself. There are no scores and no masks in memory. A
+layer's attention is four launches and six in backward, where a group of similar lengths takes a dozen. The gradient of
+the prefix is the sum over its copies, by a reduction: atomics would add them in another order each time.
 
-Source: arXiv 2307.08691. The operator is what `torch.nn.attention.varlen` calls in Python, from PyTorch 2.10 on.
+Source: arXiv 2307.08691; `torch.nn.attention.varlen`, which calls these operators in Python, from PyTorch 2.10 on.
 Left out: queries at some tokens only, as the last layer has, and trees of tokens; `attention.py` computes these.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from minilora.qlora.batch import SegmentGroup, move_together, pack_segments
+from minilora.qlora.batch import SegmentGroup, move_together
+
+# Keys a token: with more, behind a long prefix, gradients of all the query heads would take more memory than the MLP.
+MAX_KEYS = 4
 
 
 @dataclass(frozen=True)
 class FlashSegments:
-    """Where the sequences of a micro-batch are: n segments, the prefix and the padding behind all of them."""
+    """Where the sequences of a micro-batch are: the prefix, n segments, and the padding behind all of them."""
 
     keys: torch.Tensor  # int64, tokens of k and v: of each sequence the prefix's and its own
     own: torch.Tensor  # (T,) int64, the entry of `keys` that is a token's own; of a cached prefix its first copy's
@@ -62,56 +64,64 @@ def lay_out(groups: Sequence[SegmentGroup], num_queries: int) -> FlashSegments:
     return FlashSegments(torch.cat(keys), torch.cat(own), torch.cat(copies), table, (queries, in_all), prefix)
 
 
-class _LayOut(torch.autograd.Function):
-    """k or v, (T, K, D), at `keys`. dx: the gradient of a token's own entry, of the prefix the sum over its copies."""
+class _Flash(torch.autograd.Function):
+    """Keeps q, k, v and the result; in backward the keys are laid out once more.
+
+    dx of k and v: the gradient of each token's own entry, of the prefix the sum over its copies.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, segments: FlashSegments) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: FlashSegments) -> torch.Tensor:
+        kv = torch.cat((k, v), dim=1)
+        keys, values = kv.index_select(0, segments.keys).chunk(2, dim=1)
+        mixed, *of_kernel = _kernel(q, keys, values, segments)
         ctx.segments = segments
-        return x.index_select(0, segments.keys)
+        ctx.save_for_backward(q, kv, mixed, *of_kernel)
+        return mixed
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        segments: FlashSegments = ctx.segments
-        dx = grads[0].index_select(0, segments.own)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (q, kv, *of_kernel), segments = ctx.saved_tensors, ctx.segments
+        keys, values = kv.index_select(0, segments.keys).chunk(2, dim=1)
+        with summed_in_one_order():
+            dq, dkeys, dvalues = _kernel_backward((grads[0], q, keys, values, *of_kernel), segments)
+        entries = torch.cat((dkeys, dvalues), dim=1)
+        dkv = entries.index_select(0, segments.own)
         if segments.prefix:
-            copies = grads[0].index_select(0, segments.copies).unflatten(0, (-1, segments.prefix))
-            torch.sum(copies, 0, out=dx[: segments.prefix])
-        return dx, None
+            copies = entries.index_select(0, segments.copies).unflatten(0, (-1, segments.prefix))
+            torch.sum(copies, 0, out=dkv[: segments.prefix])
+        return dq, *dkv.chunk(2, dim=1), None
+
+
+def _kernel(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: FlashSegments) -> Any:
+    """The result, and for backward its scores' logsumexp and the state of a dropout that is off."""
+    forward, dropout, is_causal = torch.ops.aten._flash_attention_forward.default, 0.0, True
+    return forward(q, keys, values, *segments.starts, *segments.longest, dropout, is_causal, False)[:4]
+
+
+def _kernel_backward(given: tuple[torch.Tensor, ...], segments: FlashSegments) -> Any:
+    backward, dropout, is_causal = torch.ops.aten._flash_attention_backward.default, 0.0, True
+    return backward(*given[:6], *segments.starts, *segments.longest, dropout, is_causal, *given[6:])
 
 
 def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: FlashSegments) -> torch.Tensor:
     """The results of all queries, (T, H, D), in the dtype of q. RuntimeError where there is no kernel for them."""
-    return _kernel(q, _LayOut.apply(k, segments), _LayOut.apply(v, segments), segments)
+    return _Flash.apply(q, k, v, segments)
 
 
-def _kernel(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: FlashSegments) -> torch.Tensor:
-    kind = {"dropout_p": 0.0, "is_causal": True, "return_debug_mask": False}
-    flash = torch.ops.aten._flash_attention_forward.default
-    mixed: torch.Tensor = flash(q, keys, values, *segments.starts, *segments.longest, **kind)[0]
-    return mixed
+@contextmanager
+def summed_in_one_order() -> Iterator[None]:
+    """Lets PyTorch's fused backward passes be deterministic on a GPU, where they else add dq by atomics.
 
-
-@functools.cache
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU has flash attention: in half precision from sm80 on, and not in PyTorch for Windows."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _is_right(device, dtype)
-
-
-def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel exists and gives what its definition does, for three queries behind two cached tokens."""
-    draws = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.enable_grad():
-        inputs = [torch.randn(n, h, 64, generator=draws).requires_grad_() for n, h in ((3, 4), (5, 2), (5, 2))]
-        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
-        mask = torch.ones(3, 5, dtype=torch.bool).tril(2)
-        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-        q, k, v = (x.detach().to(device, dtype).requires_grad_() for x in inputs)
-        try:
-            mixed = flash_attention(q, k, v, lay_out(pack_segments([3], 2), 3).to(device))
-            found = [mixed, *torch.autograd.grad(mixed.sum(), (q, k, v))]
-        except RuntimeError:  # PyTorch's, where it is compiled without the kernel or the GPU is too old
-            return False
-        expected = [exact, *torch.autograd.grad(exact.sum(), inputs)]
-    # bfloat16's errors are some 1 %, those of a mask that is aligned at the first key several 10 %.
-    return all((a.cpu() - b).norm().item() < 0.05 * b.norm().item() for a, b in zip(found, expected, strict=True))
+    A resumed run needs the bits of an unbroken one, and a mere warning leaves the atomics. Only around these, for
+    PyTorch would take slow ways elsewhere too; and buffers are not filled with NaN before.
+    """
+    filling: Any = torch.utils.deterministic
+    mode, fills = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
+    try:
+        torch.set_deterministic_debug_mode("error")
+        filling.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        filling.fill_uninitialized_memory = fills

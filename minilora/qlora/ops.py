@@ -44,8 +44,6 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dy, _ = grads
         x, weight, inverse_rms = ctx.saved_tensors
-        if dy is None:
-            return None, None, None
         if x.device.type != "cpu":
             wanted = list(ctx.needs_input_grad[:2])
             return *torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], inverse_rms, weight, wanted), None
@@ -71,9 +69,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 rms_norm_and_scale = _RMSNorm.apply  # 1 / rms too, (T, 1) float32 or wider
 
 
-def recomputed_rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, *, eps: float
-) -> torch.Tensor:
+def recompute_rms_norm(x: torch.Tensor, weight: torch.Tensor, inverse_rms: torch.Tensor, *, eps: float) -> torch.Tensor:
     """The same bits as before, for less where 1 / rms saves the mean; a GPU's one kernel is no more than that."""
     if x.device.type != "cpu":
         return rms_norm(x, weight, eps)

@@ -24,6 +24,7 @@ from minilora.qlora.nf4 import Linear4bit, QuantizedTensor, quantize
 from minilora.system.files import read_json
 from minilora.system.memory import trim_heap
 from minilora.weights.bnb_checkpoint import QuantizedEntry, split_entries
+from minilora.weights.flash_probe import has_flash
 from minilora.weights.hf_config import read_config
 from minilora.weights.safetensors_io import (
     TensorEntry,
@@ -144,6 +145,8 @@ def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[
             on_progress(done, len(names))
     for layer in model.model.layers:
         stack_scales(layer)
+    head = model.head_weight
+    model.model.flash_attention = has_flash(head.device, head.dtype, model.config.head_dim)
     trim_heap()
 
 

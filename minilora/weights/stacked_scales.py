@@ -3,13 +3,13 @@
 With double quantisation a weight's scales take two operations, forward and backward: 28 of a layer's 215. On a GPU a
 small model waits for each of them to be started. Stacked, all seven weights take two, to the same bits.
 
-Their float32 form is used in parts, one weight after the other. So the stack that was used last keeps it: half a bit
-per parameter of one layer, whatever the size of the model.
+Their float32 form is used in parts, one weight after the other. So that of the stack that was used last is kept: half a
+bit per parameter of one layer, whatever the size of the model.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,9 +31,10 @@ def stack_scales(module: nn.Module) -> None:
         _Stack(same)
 
 
-class _Stack:
-    _latest: "ClassVar[tuple[_Stack, tuple[torch.Tensor, ...]] | None]" = None  # and its scales
+_latest: "list[tuple[_Stack, tuple[torch.Tensor, ...]] | None]" = [None]  # the stack that was used last, its scales
 
+
+class _Stack:
     def __init__(self, layers: Sequence[Linear4bit]):
         """The layers' buffers become parts of the stack's."""
         self._codes, self._absmax = (_join(layers, name) for name in ("absmax", "nested_absmax"))
@@ -42,14 +43,21 @@ class _Stack:
         self._offsets = [layer.get_buffer("offset").item() for layer in layers]
         for index, layer in enumerate(layers):
             layer.stacked = partial(self._scales_of, index)
+            layer.register_load_state_dict_pre_hook(_unstack)
 
     def _scales_of(self, index: int) -> torch.Tensor:
         """(blocks,) float32, as `QuantizedTensor.scales` gives them."""
-        if _Stack._latest is None or _Stack._latest[0] is not self:
+        latest = _latest[0]  # read once: another thread may replace it
+        if latest is None or latest[0] is not self:
             made = dequantize_scales(self._codes, self._absmax, self._levels).split(self._sizes)
             torch._foreach_add_(made, self._offsets)
-            _Stack._latest = self, made
-        return _Stack._latest[1][index]
+            _latest[0] = latest = self, made
+        return latest[1][index]
+
+
+def _unstack(layer: Any, *_: Any) -> None:
+    """Other values are about to be loaded, and with them another mean, which is not a part of the stack."""
+    layer.stacked = None
 
 
 def _join(layers: Sequence[Linear4bit], name: str) -> torch.Tensor:

@@ -5,19 +5,19 @@ from typing import Any
 import pytest
 import torch
 
-from minilora.qlora import attention as attention_module
 from minilora.qlora import flash
 from minilora.qlora.attention import attention, attention_reference, split_heads
 from minilora.qlora.batch import SegmentGroup, pack, pack_segments
 from minilora.qlora.flash import FlashSegments, lay_out
 from minilora.qlora.prompt import Example
+from minilora.weights import flash_probe
 
 H, K, D = 4, 2, 8
 
 
 def by_definition(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segments: FlashSegments, *, first_key: bool = False
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel documents: sequences by their starts, the causal mask ending at the last key."""
     of_queries, of_keys = (row.tolist() for row in segments.starts)
     assert (of_queries[-1], of_keys[-1]) == (len(q), len(keys))
@@ -29,13 +29,24 @@ def by_definition(
         assert size[1] <= segments.longest[1]
         mask = torch.ones(size, dtype=torch.bool).triu(1 if first_key else 1 + size[1] - size[0])
         outs.append(attention_reference(q[queries], keys[seen], values[seen], mask))
-    return torch.cat(outs)
+    return torch.cat(outs), q.new_empty(q.shape[:2])
+
+
+def backward_by_definition(given: tuple[torch.Tensor, ...], segments: FlashSegments) -> tuple[torch.Tensor, ...]:
+    dout, q, keys, values, mixed, logsumexp = given
+    assert torch.get_deterministic_debug_mode() == 2
+    assert (mixed.shape, logsumexp.shape) == (q.shape, q.shape[:2])
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
+        (out, _) = by_definition(inputs[0], inputs[1], inputs[2], segments)
+    return torch.autograd.grad(out, inputs, dout)
 
 
 @pytest.fixture(autouse=True)
-def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(flash, "_kernel", by_definition)
+    monkeypatch.setattr(flash, "_kernel_backward", backward_by_definition)
 
 
 def packed(lengths: list[int], prefix: int) -> tuple[SegmentGroup, ...]:
@@ -85,30 +96,70 @@ def test_the_prefix_is_laid_out_before_each_segment() -> None:
     assert (segments.longest, segments.prefix) == ((3, 5), 2)
 
 
-def test_a_gpu_that_has_it_computes_all_layers_but_the_last_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_module, "has_flash", lambda *_: True)
+def test_a_gpu_that_has_it_computes_all_layers_but_the_last_by_it() -> None:
     groups, like = packed([3, 700], prefix=2), torch.empty(0)
-    (whole,) = split_heads(groups, H, K, num_queries=720, like=like, is_whole=True)
+    (whole,) = split_heads(groups, H, K, num_queries=720, like=like, flash=True)
     assert isinstance(whole, FlashSegments)
     assert whole.starts.dtype == torch.int32
-    assert not any(isinstance(g, FlashSegments) for g in split_heads(groups, H, K, num_queries=720, like=like))
+
+
+@pytest.mark.parametrize(("prefix", "is_flash"), [(4, True), (5, False)])
+def test_many_copies_of_a_long_prefix_are_left_to_groups(prefix: int, is_flash: bool) -> None:
+    groups = packed([1] * 10, prefix)
+    split = split_heads(groups, H, K, num_queries=prefix + 10, like=torch.empty(0), flash=True)
+    assert isinstance(split[0], FlashSegments) == is_flash
+
+
+def test_the_copies_of_the_prefix_are_not_kept_for_backward() -> None:
+    groups, kept = packed([2] * 30, prefix=8), list[torch.Tensor]()
+    q, k, v = (torch.randn(68, heads, D, requires_grad=True) for heads in (H, K, K))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        attention(q, k, v, groups=(lay_out(groups, 68),))
+    assert {len(x) for x in kept} == {68}
+
+
+def test_an_error_in_backward_leaves_no_mode_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(flash, "_kernel_backward", fail)
+    q, k, v = (torch.randn(4, heads, D, requires_grad=True) for heads in (H, K, K))
+    with pytest.raises(torch.OutOfMemoryError):
+        attention(q, k, v, groups=(lay_out(pack_segments([4]), 4),)).sum().backward()
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_kernel_is_taken_if_it_gives_what_its_definition_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: Any) -> torch.Tensor:
+    def missing(*_: Any) -> None:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
 
-    def aligned_at_the_first_key(*given: Any) -> torch.Tensor:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    def aligned_at_the_first_key(*given: Any) -> Any:
         return by_definition(*given, first_key=True)
 
     cpu = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float16):
         with torch.inference_mode():
-            assert flash._is_right(cpu, dtype)
+            assert flash_probe.is_right(cpu, dtype, 64)
     for kernel in (missing, aligned_at_the_first_key):
         monkeypatch.setattr(flash, "_kernel", kernel)
-        assert not flash._is_right(cpu, torch.bfloat16)
+        assert not flash_probe.is_right(cpu, torch.bfloat16, 64)
+    monkeypatch.setattr(flash, "_kernel", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        flash_probe.is_right(cpu, torch.bfloat16, 64)
 
 
-def test_a_cpu_has_none() -> None:
-    assert not flash.has_flash(torch.device("cpu"), torch.bfloat16)
+def test_only_a_gpu_in_half_precision_is_asked_and_for_head_sizes_of_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flash_probe, "is_right", lambda *_: True)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert flash_probe.has_flash(gpu, torch.bfloat16, 64)
+    assert not flash_probe.has_flash(gpu, torch.float32, 64)
+    assert not flash_probe.has_flash(gpu, torch.bfloat16, 4)
+    assert not flash_probe.has_flash(gpu, torch.bfloat16, 264)
+    assert not flash_probe.has_flash(cpu, torch.bfloat16, 64)
+    flash_probe.has_flash.cache_clear()

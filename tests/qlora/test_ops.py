@@ -25,7 +25,8 @@ def test_rms_norm_equals_its_reference() -> None:
 
 
 def test_rms_norm_gradient() -> None:
-    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), (random(5, 8), random(8)))
+    inputs = (random(5, 8), random(8))  # y always has a gradient: it is the only result that can have one
+    assert torch.autograd.gradcheck(lambda x, w: ops.rms_norm(x, w, 1e-6), inputs, check_undefined_grad=False)
 
 
 def test_rms_norm_gradient_is_what_pytorch_defines_its_operator_of_a_gpu_as() -> None:
@@ -43,7 +44,7 @@ def test_rms_norm_from_the_kept_scale_has_the_same_bits(dtype: torch.dtype) -> N
     x, weight = (torch.randn(size) * 30 for size in ((70, 96), (96,)))
     y, inverse_rms = ops.rms_norm_and_scale(x.to(dtype), weight.to(dtype), 1e-6)
     assert inverse_rms.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.equal(ops.recomputed_rms_norm(x.to(dtype), weight.to(dtype), inverse_rms, eps=1e-6), y)
+    assert torch.equal(ops.recompute_rms_norm(x.to(dtype), weight.to(dtype), inverse_rms, eps=1e-6), y)
 
 
 def test_rms_norm_of_large_float16_values_is_finite() -> None:

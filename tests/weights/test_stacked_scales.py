@@ -1,6 +1,7 @@
 """Scales that are made together are those that each weight makes, to the bit."""
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,35 @@ def test_a_layer_that_was_moved_makes_its_own(dequantized: list[int]) -> None:
     assert are_equal(dense(layers), expected)
     assert layers[1].stacked is None
     assert len(dequantized) == 1
+
+
+def test_other_weights_that_are_loaded_are_the_ones_that_count() -> None:
+    layers = build()
+    others = nn.ModuleList(Linear4bit(quantize(3 + torch.randn(shape)), None) for shape in SHAPES)
+    stack_scales(layers)
+    stack_scales(others)
+    dense(layers)
+    layers.load_state_dict(others.state_dict())
+    assert are_equal(dense(layers), dense(others))
+
+
+def test_two_threads_have_each_their_own() -> None:
+    models = [build(), build()[:2]]
+    expected = [dense(model) for model in models]
+    for model in models:
+        stack_scales(model)
+    found: list[list[bool]] = [[], []]
+
+    def work(index: int) -> None:
+        for _ in range(300):
+            found[index].append(are_equal(dense(models[index]), expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[True] * 300] * 2
 
 
 def test_a_copy_has_a_stack_of_its_own() -> None:
