@@ -17,8 +17,8 @@ Layers below the first adapted one keep nothing.
 
 The backward pass of a layer peaks in its MLP, or, from some hundred tokens an example on, in its attention; PyTorch's
 fused attention of long examples keeps no weights. What PyTorch's allocator hands out agrees with all this within 5 %
-(tests/planning/test_memory.py), except that examples of several lengths may take a fifth less. The process' own part is measured on Linux (benchmarks/memory_estimate.py), and not yet
-on a GPU.
+(tests/planning/test_memory.py), except that examples of several lengths may take a fifth less. The process' own part is
+measured on Linux (benchmarks/memory_estimate.py), and not yet on a GPU.
 """
 
 import sys

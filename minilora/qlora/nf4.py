@@ -11,8 +11,8 @@ quantisation subtracts the mean m from the scales and stores them in 8 bits too:
 codes c into 256 levels d that are dense around 0.  absmax'_b = d[c_b] * s + m  costs 8 / 64 + 32 / (64 * 256) bits:
 4.127 in all. FP4 is the same with a sign, two bits of exponent and one of mantissa as levels.
 
-bitsandbytes does the work. The PyTorch functions at the end are the readable reference, equal it to the bit,
-and take over where it cannot be imported; on a CPU they always quantise, three times as fast as its own.
+bitsandbytes does the work. The PyTorch functions at the end are the readable reference, equal it to the bit, and take
+over where it cannot be imported; on a CPU they always quantise, three times as fast as its own.
 
 Source: arXiv 2305.14314 (QLoRA), section 3; the 256 levels: arXiv 2110.02861; rounding as in bitsandbytes 0.50.2 on a
 CPU. Left out: other block sizes; GEMV on 4-bit weights, which gains nothing from 64 tokens on (`generation/gemv.py`).

@@ -20,8 +20,8 @@ from minilora.qlora.nf4 import ABSMAX_BLOCK_SIZE, Linear4bit, dequantize_scales
 def stack_scales(module: nn.Module) -> None:
     """Lets the 4-bit layers in `module`, a decoder layer, dequantise their scales together.
 
-    A layer that is moved afterwards makes its own again. So does one without double quantisation, or one whose scales
-    are not a multiple of 256, as in no Qwen2.5.
+    A layer that is moved afterwards makes its own again. So does one without double quantisation, and one whose number
+    of scales is no multiple of 256, which no Qwen2.5 has.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, Linear4bit) and layer.weight.offset is not None]
     whole = [layer for layer in layers if layer.get_buffer("absmax").numel() % ABSMAX_BLOCK_SIZE == 0]
