@@ -1,8 +1,8 @@
 """A model on a device that this machine has not: shapes, strides and devices are computed, and no values.
 
 PyTorch's FakeTensorMode traces operators without running them. `lazy` is a device for which this build has no kernels;
-a fake `cuda` needs a CUDA build, and a card in backward. What asks whether a tensor is on the CPU is traced as on a GPU,
-and flash attention where `has_flash` says so.
+a fake `cuda` needs a CUDA build, and a card in backward. What asks whether a tensor is on the CPU is traced as on a
+GPU, and flash attention where `has_flash` says so.
 """
 
 from collections.abc import Iterator, Sequence
