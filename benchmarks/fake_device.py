@@ -43,7 +43,7 @@ def moved_batch(batch: MicroBatch) -> MicroBatch:
 
 @contextmanager
 def on_device(model: Qwen2ForCausalLM, has_flash: bool = False) -> Iterator[None]:
-    """Inside it the model's tensors are fake ones on the device; tables of indices are made of values on the CPU."""
+    """Makes the model's tensors fake ones on the device, for good; tables of indices are made of values on the CPU."""
     make, pack_segments = model_module.split_heads, model_module.pack_segments
 
     def split_heads(groups: Sequence[SegmentGroup], *heads: int, like: torch.Tensor, **named: Any) -> Any:
@@ -66,7 +66,6 @@ def on_device(model: Qwen2ForCausalLM, has_flash: bool = False) -> Iterator[None
         patch.object(model_module, "pack_segments", on_cpu),
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
-        model.model.flash_attention = has_flash
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(moved(parameter.data), parameter.requires_grad))
@@ -75,4 +74,6 @@ def on_device(model: Qwen2ForCausalLM, has_flash: bool = False) -> Iterator[None
             if isinstance(module, Linear4bit) and module.stacked is not None:
                 stack: Any = module.stacked.func.__self__  # type: ignore[attr-defined]
                 vars(stack).update({name: moved(value) for name, value in vars(stack).items()})
+        head = model.head_weight
+        model.model.flash_attention = (head.device, head.dtype) if has_flash else None
         yield

@@ -243,11 +243,20 @@ def attention_operations(options: Options) -> list[Operation]:
     ):
         for large_keys in (False, True):
             operations.append(_attention(name, examples, heads, only_supervised, large_keys=large_keys))
+            if options.is_gpu and not only_supervised:  # what it does without flash attention
+                in_groups = f"{name}, in groups"
+                operations.append(_attention(in_groups, examples, heads, large_keys=large_keys, may_flash=False))
     return operations
 
 
 def _attention(
-    name: str, examples: Sequence[Example], heads: int, only_supervised: bool, *, large_keys: bool
+    name: str,
+    examples: Sequence[Example],
+    heads: int,
+    only_supervised: bool = False,
+    *,
+    large_keys: bool,
+    may_flash: bool = True,
 ) -> Operation:
     batch = pack(examples)
     count = common_prefix(examples) + sum(len(e.input_ids) - 1 - common_prefix(examples) for e in examples)
@@ -261,7 +270,7 @@ def _attention(
         k[..., HEAD_DIM // 2 - 1] += KEY_BIAS
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, attention_groups(batch, q, k, only_supervised))[:real]
+        return attention(q, k, v, attention_groups(batch, q, k, only_supervised, may_flash=may_flash))[:real]
 
     def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention_reference(q, k, v, mask[chosen])[:real]
@@ -270,10 +279,12 @@ def _attention(
     return Operation(f"attention, {name}, {keys}", (q, k, v), run, reference)
 
 
-def attention_groups(batch: MicroBatch, q: torch.Tensor, k: torch.Tensor, only_supervised: bool = False) -> Any:
+def attention_groups(
+    batch: MicroBatch, q: torch.Tensor, k: torch.Tensor, only_supervised: bool = False, *, may_flash: bool = True
+) -> Any:
     """What attention is told of a micro-batch, as the model makes it once for all layers, or for the last one."""
     groups = batch.last_groups if only_supervised else batch.groups
-    flash = not only_supervised and has_flash(q.device, q.dtype, q.shape[-1])
+    flash = may_flash and not only_supervised and has_flash(q.device, q.dtype, q.shape[-1])
     return split_heads(groups, q.shape[1], k.shape[1], num_queries=len(q), like=q, flash=flash)
 
 

@@ -206,7 +206,8 @@ def random_model(
             setattr(module, name, nn.Parameter(value, requires_grad=False))
     for layer in model.model.layers:
         stack_scales(layer)
-    model.model.flash_attention = has_flash(model.head_weight.device, dtype, config.head_dim)
+    if has_flash(model.head_weight.device, dtype, config.head_dim):
+        model.model.flash_attention = model.head_weight.device, dtype
     dropout_seed = attach(model, lora)
     dropout_seed.set(0, 1, 0)
     return model.train(), dropout_seed

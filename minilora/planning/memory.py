@@ -106,7 +106,7 @@ class BatchShape:
     longest: int  # tokens of the longest example that the model reads, with the prefix
     scored_tokens: int = 0  # T of the largest pass of a validation before `scoring_tokens` caps it; 0 leaves it out
     label_tokens: int = 0  # of the label words behind each example of such a pass, uncapped too
-    padding: float = 1.0  # queries * keys of attention's largest group, which is padded, over T * longest
+    padding: float = 1.0  # queries * keys of the largest's largest attention group, which is padded, over T * longest
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minilora.qlora.batch import SegmentGroup, move_together
-from minilora.qlora.flash import MAX_KEYS, FlashSegments, flash_attention, lay_out, summed_in_one_order
+from minilora.qlora.flash import MAX_COPIES, FlashSegments, flash_attention, lay_out, summed_in_one_order
 
 # Largest scores of one attention call, n * H * Q * (P + L) of them; a larger group is cut along n, then along Q.
 MAX_SCORES_BYTES = 120_000_000
@@ -120,10 +120,9 @@ def split_heads(
     tokens of q, `like` has q's dtype and the device that the tables go to. `flash`: all tokens are queries, and the
     device has flash attention.
     """
-    if flash and all(group.last_query is None for group in groups):
-        segments = lay_out(groups, num_queries)
-        if len(segments.keys) <= MAX_KEYS * num_queries:
-            return (segments.to(like.device),)
+    copies = sum(len(group.keys) * group.prefix for group in groups)
+    if flash and copies <= MAX_COPIES * num_queries and all(group.last_query is None for group in groups):
+        return (lay_out(groups, num_queries).to(like.device),)
     max_scores = MAX_SCORES_BYTES // (heads * like.element_size())
     short = [piece for group in groups if not group.is_fused for piece in group.cut(max_scores)]
     split: list[Any] = [_split_short(short, heads, kv_heads, num_queries)] if short else []

@@ -5,7 +5,7 @@
 
 The kernel takes sequences of any length one behind the other, and is told where each begins. Its causal mask ends at
 the last key, so the first query of a segment sees the prefix and itself. There are no scores and no masks in memory. A
-layer's attention is four launches and six in backward, where a group of similar lengths takes a dozen. The gradient of
+layer's attention is four operators and six in backward, where a group of similar lengths takes a dozen. The gradient of
 the prefix is the sum over its copies, by a reduction: atomics would add them in another order each time.
 
 Source: arXiv 2307.08691; `torch.nn.attention.varlen`, which calls these operators in Python, from PyTorch 2.10 on.
@@ -21,8 +21,7 @@ import torch
 
 from minilora.qlora.batch import SegmentGroup, move_together
 
-# Keys a token: with more, behind a long prefix, gradients of all the query heads would take more memory than the MLP.
-MAX_KEYS = 4
+MAX_COPIES = 2  # tokens of a prefix's copies for each packed one; more would take more memory in backward than the MLP
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class FlashSegments:
     """Where the sequences of a micro-batch are: the prefix, n segments, and the padding behind all of them."""
 
     keys: torch.Tensor  # int64, tokens of k and v: of each sequence the prefix's and its own
-    own: torch.Tensor  # (T,) int64, the entry of `keys` that is a token's own; of a cached prefix its first copy's
+    own: torch.Tensor  # int64, the entry of `keys` that is the own of each token of k and v; any for a cached prefix
     copies: torch.Tensor  # int64, all entries that are the prefix's, P by P
     starts: torch.Tensor  # (2, sequences + 1) int32, where each begins and the last one ends: in queries, in keys
     longest: tuple[int, int]  # queries and keys of the longest
@@ -67,7 +66,7 @@ def lay_out(groups: Sequence[SegmentGroup], num_queries: int) -> FlashSegments:
 class _Flash(torch.autograd.Function):
     """Keeps q, k, v and the result; in backward the keys are laid out once more.
 
-    dx of k and v: the gradient of each token's own entry, of the prefix the sum over its copies.
+    dk and dv: the gradient of each token's own entry, of the prefix the sum over its copies.
     """
 
     @staticmethod

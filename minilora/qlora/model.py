@@ -173,7 +173,7 @@ class Qwen2Model(nn.Module):
         self.config = config
         self.gradient_checkpointing = False  # a layer keeps only its input and is recomputed in backward
         self.offload_checkpoints = False  # on a GPU, those inputs wait in the computer's memory
-        self.flash_attention = False  # all segments in one call of it, where the device has it
+        self.flash_attention: tuple[torch.device, torch.dtype] | None = None  # where it is known to be there, and right
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -195,7 +195,8 @@ class Qwen2Model(nn.Module):
         cos, sin = ops.rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         split = partial(split_heads, heads=heads, kv_heads=kv_heads, like=hidden)
-        seen = None if groups is None else split(groups, num_queries=len(hidden), flash=self.flash_attention)
+        flash = self.flash_attention == (hidden.device, hidden.dtype)
+        seen = None if groups is None else split(groups, num_queries=len(hidden), flash=flash)
         last_seen = seen
         if positions is not None:
             last_seen = None if last_groups is None else split(last_groups, num_queries=len(positions))

@@ -146,7 +146,8 @@ def _fill(model: Qwen2ForCausalLM, weights: BaseWeights, on_progress: Callable[[
     for layer in model.model.layers:
         stack_scales(layer)
     head = model.head_weight
-    model.model.flash_attention = has_flash(head.device, head.dtype, model.config.head_dim)
+    if has_flash(head.device, head.dtype, model.config.head_dim):
+        model.model.flash_attention = head.device, head.dtype
     trim_heap()
 
 

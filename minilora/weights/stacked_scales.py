@@ -1,10 +1,10 @@
 """The 8-bit scales of a decoder layer's weights, dequantised together.
 
-With double quantisation a weight's scales take two operations, forward and backward: 28 of a layer's 215. On a GPU a
-small model waits for each of them to be started. Stacked, all seven weights take two, to the same bits.
+With double quantisation a weight's scales take two operations, forward and backward: 28 in a layer. On a GPU a small
+model waits for each of them to be started. Stacked, all seven weights take two, to the same bits.
 
-Their float32 form is used in parts, one weight after the other. So that of the stack that was used last is kept: half a
-bit per parameter of one layer, whatever the size of the model.
+Their float32 form is used in parts, one weight after the other. So that of the stack that was used last is kept, beyond
+its model's life too: half a bit per parameter of one layer, whatever the size of the model.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A layer's launches stay where they are: a fast GPU waits for nothing else with a small model."""
+"""A layer's launches stay where they are; the goals are 200 and 120. A fast GPU waits for them with a small model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize(("is_gpu", "limit"), [(False, 200), (True, 120)], ids=["CPU", "GPU"])
+@pytest.mark.parametrize(("is_gpu", "limit"), [(False, 191), (True, 118)], ids=["CPU", "GPU"])
 def test_a_layer_starts_few_kernels(is_gpu: bool, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

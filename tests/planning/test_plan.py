@@ -18,7 +18,7 @@ from minilora.config import Config, LoraConfig, load_config
 from minilora.data.sampler import epoch_order, split_into_micro_batches
 from minilora.data.token_store import ENTRY, TokenStore
 from minilora.evaluation.score import ScoringOptions, iter_batches, score
-from minilora.planning import dry_run
+from minilora.planning import dry_run, plan
 from minilora.planning.memory import CONTEXT_BYTES, BatchShape, Machine, count_parameters, estimate_memory
 from minilora.planning.plan import (
     ANSWER_TOKENS,
@@ -290,3 +290,12 @@ def test_the_size_is_read_from_a_repositorys_name(name: str, size: str | None) -
 def test_each_size_but_the_first_has_a_smaller_one() -> None:
     names = list(SIZES)
     assert [next_smaller(SIZES[size]) for size in names] == [None, *names[:-1]]
+
+
+def test_the_padding_of_a_group_is_that_of_its_scores() -> None:
+    lengths = [60, 70, 80, 90, 100]
+    examples = [Example([number] * (length + 1), [False] * length + [True]) for number, length in enumerate(lengths)]
+    tokens, padding = plan._size(examples, 100)
+    assert tokens == 400
+    assert padding == 5 * 100 * 100 / (400 * 100)
+    assert plan._size(examples[:2], 100)[1] == 1

@@ -1,9 +1,13 @@
 """Sequences laid out for flash attention, whose kernel only a GPU has: here its definition takes its place."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minilora.qlora import flash
 from minilora.qlora.attention import attention, attention_reference, split_heads
@@ -13,6 +17,7 @@ from minilora.qlora.prompt import Example
 from minilora.weights import flash_probe
 
 H, K, D = 4, 2, 8
+OPERATORS = torch.ops.aten._flash_attention_forward.default, torch.ops.aten._flash_attention_backward.default
 
 
 def by_definition(
@@ -34,12 +39,43 @@ def by_definition(
 
 def backward_by_definition(given: tuple[torch.Tensor, ...], segments: FlashSegments) -> tuple[torch.Tensor, ...]:
     dout, q, keys, values, mixed, logsumexp = given
-    assert torch.get_deterministic_debug_mode() == 2
+    assert (torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory) == (2, False)
     assert (mixed.shape, logsumexp.shape) == (q.shape, q.shape[:2])
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
         (out, _) = by_definition(inputs[0], inputs[1], inputs[2], segments)
     return torch.autograd.grad(out, inputs, dout)
+
+
+class Kernels(TorchDispatchMode):
+    """PyTorch's two operators on the CPU, by their definition, with their arguments by the names in their schemas."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in OPERATORS:
+            return func(*args, **(kwargs or {}))
+        given = SimpleNamespace(**dict(zip((a.name for a in func._schema.arguments), args, strict=False)))
+        with ThreadPoolExecutor(1) as pool:  # where autograd is on again
+            return pool.submit(self.compute, func, given).result()
+
+    def compute(self, func: Any, given: Any) -> tuple[torch.Tensor, ...]:
+        assert (given.is_causal, given.dropout_p) == (True, 0)
+        starts = torch.stack((given.cum_seq_q, given.cum_seq_k))
+        segments: Any = SimpleNamespace(starts=starts, longest=(given.max_q, given.max_k))
+        q, k, v = (x.detach().requires_grad_() for x in (given.query, given.key, given.value))
+        out, _ = by_definition(q, k, v, segments)
+        if func is OPERATORS[0]:
+            return out.detach(), out.new_empty(H, len(out)), out.new_empty(2), out.new_empty(0), out.new_empty(0)
+        assert torch.equal(given.out, out)
+        assert [*map(len, (given.logsumexp, given.rng_state, given.unused))] == [H, 2, 0]
+        return torch.autograd.grad(out, (q, k, v), given.grad_out)
+
+
+def test_the_operators_are_given_what_their_schemas_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    real = 5 + 19
+    with Kernels():
+        found, expected = both(packed([9, 1, 3, 6], prefix=5), real, real, real)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +139,14 @@ def test_a_gpu_that_has_it_computes_all_layers_but_the_last_by_it() -> None:
     assert whole.starts.dtype == torch.int32
 
 
-@pytest.mark.parametrize(("prefix", "is_flash"), [(4, True), (5, False)])
+def test_a_tree_of_tokens_is_left_to_groups() -> None:
+    (group,) = pack_segments([4])
+    tree = replace(group, last_query=torch.tensor([[3, 1, 3, 3]]))
+    assert isinstance(split_heads((group,), H, K, num_queries=4, like=torch.empty(0), flash=True)[0], FlashSegments)
+    assert not isinstance(split_heads((tree,), H, K, num_queries=4, like=torch.empty(0), flash=True)[0], FlashSegments)
+
+
+@pytest.mark.parametrize(("prefix", "is_flash"), [(2, True), (3, False)])
 def test_many_copies_of_a_long_prefix_are_left_to_groups(prefix: int, is_flash: bool) -> None:
     groups = packed([1] * 10, prefix)
     split = split_heads(groups, H, K, num_queries=prefix + 10, like=torch.empty(0), flash=True)
@@ -144,7 +187,19 @@ def test_a_kernel_is_taken_if_it_gives_what_its_definition_does(monkeypatch: pyt
     for dtype in (torch.bfloat16, torch.float16):
         with torch.inference_mode():
             assert flash_probe.is_right(cpu, dtype, 64)
-    for kernel in (missing, aligned_at_the_first_key):
+
+    def a_tenth_off(*given: Any) -> Any:
+        out, logsumexp = by_definition(*given)
+        return 1.1 * out, logsumexp
+
+    def wrong_keys(*given: Any) -> Any:
+        dq, dk, dv = backward_by_definition(*given)
+        return dq, dk.roll(1, 0), dv
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flash, "_kernel_backward", wrong_keys)
+        assert not flash_probe.is_right(cpu, torch.bfloat16, 64)
+    for kernel in (missing, aligned_at_the_first_key, a_tenth_off):
         monkeypatch.setattr(flash, "_kernel", kernel)
         assert not flash_probe.is_right(cpu, torch.bfloat16, 64)
     monkeypatch.setattr(flash, "_kernel", full)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,3 +197,15 @@ def test_loading_has_no_effect_on_the_process(write: Callable[..., Path]) -> Non
     before = dict(os.environ)
     load_model(write(), torch.float32)
     assert dict(os.environ) == before
+
+
+def test_the_model_knows_where_flash_attention_was_tried(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(load_module, "has_flash", lambda *given: asked.append(given) or True)
+    model = load_model(tiny_checkpoint(), torch.bfloat16, "none")
+    assert asked == [(torch.device("cpu"), torch.bfloat16, 16)]
+    assert model.model.flash_attention == (torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(load_module, "has_flash", lambda *_: False)
+    assert load_model(tiny_checkpoint(), torch.bfloat16, "none").model.flash_attention is None

@@ -139,6 +139,15 @@ def test_what_cannot_be_stacked_stays_as_it_is(layers: nn.ModuleList) -> None:
     assert are_equal(dense(layers), expected)
 
 
+def test_weights_of_other_levels_are_not_stacked_with_them() -> None:
+    layers = build()
+    layers[1].nested_code = 2 * layers[1].get_buffer("nested_code")
+    expected = dense(layers)
+    stack_scales(layers)
+    assert [layer.stacked is None for layer in layers] == [False, True, False, False]
+    assert are_equal(dense(layers), expected)
+
+
 def test_a_loaded_model_has_a_stack_in_each_layer(tiny_checkpoint: Callable[..., Path], dequantized: list[int]) -> None:
     folder = tiny_checkpoint(hidden=256, intermediate=512)
     model = load_model(folder, torch.float32, "nf4")
