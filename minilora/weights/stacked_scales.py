@@ -40,7 +40,9 @@ class _Stack:
         self._codes, self._absmax = (_join(layers, name) for name in ("absmax", "nested_absmax"))
         self._levels = layers[0].get_buffer("nested_code")
         self._sizes = [layer.get_buffer("absmax").numel() for layer in layers]
-        self._offsets = [layer.get_buffer("offset").item() for layer in layers]
+        sized = zip(layers, self._sizes, strict=True)
+        means = [layer.get_buffer("offset").expand(size // ABSMAX_BLOCK_SIZE) for layer, size in sized]
+        self._offsets = torch.cat(means)[:, None]  # of each 256 scales, which are all of one layer
         for index, layer in enumerate(layers):
             layer.stacked = partial(self._scales_of, index)
             layer.register_load_state_dict_pre_hook(_unstack)
@@ -49,9 +51,9 @@ class _Stack:
         """(blocks,) float32, as `QuantizedTensor.scales` gives them."""
         latest = _latest[0]  # read once: another thread may replace it
         if latest is None or latest[0] is not self:
-            made = dequantize_scales(self._codes, self._absmax, self._levels).split(self._sizes)
-            torch._foreach_add_(made, self._offsets)
-            _latest[0] = latest = self, made
+            made = dequantize_scales(self._codes, self._absmax, self._levels)
+            made.view(-1, ABSMAX_BLOCK_SIZE).add_(self._offsets)
+            _latest[0] = latest = self, made.split(self._sizes)
         return latest[1][index]
 
 
