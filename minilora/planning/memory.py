@@ -317,6 +317,6 @@ def _attention_backward(model: Qwen2Config, shape: BatchShape, width: int) -> in
     """Elements that the backward pass of a layer's attention takes, less gate and up, which are freed by then."""
     is_fused = shape.longest >= FUSED_KEYS  # then only shorter examples that are packed with it have scores
     tokens, keys = (shape.tokens - shape.longest, FUSED_KEYS) if is_fused else (shape.tokens, shape.longest)
-    scores = round(tokens * keys * shape.padding)
+    scores = round(tokens * keys * (1 if is_fused else shape.padding))
     scores = min(scores * model.num_attention_heads, MAX_SCORES_BYTES // width)
     return ATTENTION_COPIES * scores - shape.tokens * (2 * model.intermediate_size - 3 * model.hidden_size)

@@ -369,6 +369,19 @@ def test_the_estimate_is_what_pytorch_allocates_in_a_step(step: Step, tmp_path: 
     assert step.predict(folder) == pytest.approx(step.measure(folder), rel=0.05)
 
 
+def test_padding_counts_only_where_scores_are_padded(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint()
+    architecture = read_config(folder)
+    counts = count_parameters(architecture, LoraConfig(r=8, alpha=16, dropout=0))
+
+    def total(longest: int, padding: float) -> int:
+        shape = BatchShape(1024, 16, longest, padding=padding)
+        return estimate_memory(configuration(), counts, shape, Machine("cpu", torch.float32)).total_bytes
+
+    assert total(FUSED_KEYS - 1, 1.5) > total(FUSED_KEYS - 1, 1.0)
+    assert total(FUSED_KEYS, 1.5) == total(FUSED_KEYS, 1.0)
+
+
 @pytest.mark.parametrize("shortest", [0.2, 0.3])
 def test_the_estimate_is_not_below_what_several_groups_of_segments_take(shortest: float, tmp_path: Path) -> None:
     """It is for one group of the longest: where that is half of them it is up to a fifth above."""
