@@ -147,3 +147,20 @@ def test_the_tables_are_of_all_kinds(has_flash: bool, expected: set[type]) -> No
         )
         train(model, MIXED, has_flash=has_flash)
     assert {type(group) for group in kinds[0]} == expected
+
+
+@pytest.mark.parametrize(("tried", "expected"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_flash_attention_is_not_asked_of_a_dtype_that_was_not_tried(
+    tried: torch.dtype, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model that is moved after it was loaded."""
+    model, asked, make = build(dtype=torch.float32), list[bool](), model_module.split_heads
+    model.model.flash_attention = torch.device("cpu"), tried
+
+    def split_heads(*given: Any, flash: bool = False, **named: Any) -> Any:
+        asked.append(flash)
+        return make(*given, **named)
+
+    monkeypatch.setattr(model_module, "split_heads", split_heads)
+    model(pack(examples(SHORT)))
+    assert asked == [expected, False]  # all layers, and the last
